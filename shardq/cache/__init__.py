@@ -1,0 +1,1 @@
+"""Activations between blocks, in CPU memory or on disk."""

@@ -1,0 +1,103 @@
+"""Activations [T, D] that enter block k: generation k of the fp and of the quantized stream.
+
+Generation 0 is the embeddings' output, the same for both streams, and is kept once.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from shardq.errors import ShardQError, StorageError
+from shardq.formats.tensor_file import read_tensors, write_tensors
+
+Stream = Literal["fp", "quant"]
+
+
+class ActivationStore(Protocol):
+    """Keeps hidden states by stream, generation and sample."""
+
+    def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
+        """Keep one sample's hidden states [T, D]."""
+
+    def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
+        """Hidden states [T, D] in CPU memory."""
+
+    def holds(self, generation: int, sample: int) -> bool:
+        """Whether both streams of a sample are there."""
+
+    def drop(self, generation: int, samples: range) -> None:
+        """Forget a generation of these samples; a generation that is not there is no error."""
+
+
+class MemoryStore:
+    """Activations in CPU memory, lost when the process ends."""
+
+    def __init__(self):
+        self._hidden: dict[tuple[str, int, int], Tensor] = {}
+
+    def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
+        """Keep a copy of its own: a view would keep the whole batch alive."""
+        self._hidden[_kept_stream(stream, generation), generation, sample] = hidden_TD.detach().cpu().clone()
+
+    def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
+        """Hidden states [T, D], not a copy."""
+        return self._hidden[_kept_stream(stream, generation), generation, sample]
+
+    def holds(self, generation: int, sample: int) -> bool:
+        """Whether both streams of a sample are there."""
+        return all((_kept_stream(stream, generation), generation, sample) in self._hidden for stream in ("fp", "quant"))
+
+    def drop(self, generation: int, samples: range) -> None:
+        """Free a generation of these samples."""
+        for sample in samples:
+            for stream in ("fp", "quant"):
+                self._hidden.pop((stream, generation, sample), None)
+
+
+class DiskStore:
+    """Activations on disk: one safetensors file a sample, stream and generation, each written whole."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def _path(self, stream: Stream, generation: int, sample: int) -> Path:
+        name = f"{_kept_stream(stream, generation)}-{sample:06d}.safetensors"
+        return self._folder / f"generation-{generation:05d}" / name
+
+    def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
+        """Write one file; it is on the disk when this returns."""
+        write_tensors(self._path(stream, generation, sample), {"hidden": hidden_TD})
+
+    def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
+        """Read one file into CPU memory.
+
+        Raises:
+            StorageError: the file is gone or damaged.
+        """
+        path = self._path(stream, generation, sample)
+        try:
+            return read_tensors(path)["hidden"]
+        except ShardQError as error:
+            raise StorageError(
+                f"{path}: cached activations cannot be read; delete the folder {self._folder} and run the same "
+                "command again to compute them anew"
+            ) from error
+
+    def holds(self, generation: int, sample: int) -> bool:
+        """Whether both streams of a sample are there."""
+        return all(self._path(stream, generation, sample).is_file() for stream in ("fp", "quant"))
+
+    def drop(self, generation: int, samples: range) -> None:
+        """Delete a generation's files of these samples, and its folder once it is empty."""
+        for sample in samples:
+            for stream in ("fp", "quant"):
+                self._path(stream, generation, sample).unlink(missing_ok=True)
+        folder = self._folder / f"generation-{generation:05d}"
+        with suppress(OSError):  # not empty: another rank's samples; not there: another rank removed it
+            folder.rmdir()
+
+
+def _kept_stream(stream: Stream, generation: int) -> Stream:
+    return "fp" if generation == 0 else stream

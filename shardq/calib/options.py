@@ -1,0 +1,24 @@
+"""Which text becomes token sequences, and how."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Where token sequences come from."""
+
+    dataset: str = "allenai/c4"
+    """A file (.txt, .jsonl, .json, .parquet, or .safetensors with token ids [N, T]) or a hub name (owner/name)."""
+    subset: str | None = None
+    """Subset (configuration) of a hub dataset; `en` for the default dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    column: str | None = None
+    """Column with the text (`text` where it is not given), or the tensor's name in a .safetensors file."""
+    packing: Literal["packed", "row"] = "packed"
+    """`packed`: texts are joined and cut into sequences; `row`: one sequence a row, shorter rows are skipped."""
+    samples: int | None = 128
+    """Number of sequences; null: all there are (in a file)."""
+    sequence_length: int = 2048
+    """Tokens a sequence."""

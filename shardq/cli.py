@@ -1,0 +1,96 @@
+"""The command line: arguments to a config, a command to its ranks, an error to one line and an exit code."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import jsonargparse
+
+from shardq.config import EvaluateConfig, QuantizeConfig
+from shardq.errors import ConfigError, ShardQError
+from shardq.parallel.ranks import Ranks, started
+from shardq.pipeline.evaluate import evaluate
+from shardq.pipeline.run import quantize
+
+COMMANDS: dict[str, tuple[type, Callable, str]] = {
+    "quantize": (
+        QuantizeConfig,
+        quantize,
+        "Quantize a model block by block; the last line of output is JSON.",
+    ),
+    "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
+}
+
+
+def main() -> None:
+    """Entry point of the console command `shardq`: a verb, then the verb's options."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in COMMANDS:
+        run_command(verb, sys.argv[2:])
+    lines = [f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items()]
+    print("usage: shardq COMMAND [options]\n\n" + "\n".join(lines) + "\n\nshardq COMMAND --help explains every option.")
+    sys.exit(0 if verb in ("-h", "--help") else ConfigError.exit_code)
+
+
+def run_command(verb: str, arguments: list[str]) -> None:
+    """Run one command on this rank and exit with its code; an error is one line on standard error."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = parse(verb, arguments)
+        with started(config.device) as ranks:
+            summary = COMMANDS[verb][1](config, ranks)
+            _print_summary(ranks, summary)
+    except ShardQError as error:
+        if rank == 0 or not error.agreed:
+            print(f"shardq: {'' if error.agreed else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    sys.exit(0)
+
+
+def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig:
+    """Defaults, then --config files from left to right, then single options.
+
+    Raises:
+        ConfigError: an option is unknown, missing or of the wrong type; the same on every rank.
+    """
+    parser = _make_parser(verb)
+    try:
+        options = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    except jsonargparse.ArgumentError as error:
+        wrong = ConfigError(" ".join(str(error).split()) + f"; {verb} --help lists the options")
+        wrong.agreed = True
+        raise wrong from error
+    del options["config"]  # the recipes' names; their content is in the other options
+    return COMMANDS[verb][0](**options)
+
+
+def _make_parser(verb: str) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    config_class, _, description = COMMANDS[verb]
+    parser = jsonargparse.ArgumentParser(
+        prog=f"shardq {verb}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_config_files=[],
+        print_config="--print-config",
+    )
+    parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _print_summary(ranks: Ranks, summary: dict) -> None:
+    if ranks.rank == 0:
+        print(json.dumps(summary), flush=True)
+
+
+def _leave(code: int) -> None:
+    """Exit at once: an orderly shutdown of a broken process group may wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,147 @@
+"""All options of a command in one tree, and the checks that need more than one of them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shardq.cache.options import CacheOptions
+from shardq.calib.options import TextOptions
+from shardq.errors import ConfigError
+from shardq.model.skeleton import DEFAULT_IGNORE
+from shardq.optimize.options import OptimizeOptions
+from shardq.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantOptions:
+    """Weight quantization."""
+
+    bits: int = 4
+    """Bits a weight, 2 to 8."""
+    symmetric: bool = True
+    """Symmetric grid (no zero point), or an asymmetric one."""
+    group_size: int | None = None
+    """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
+    method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
+    """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
+    nothing (round to nearest); `none` leaves the model as it is (evaluate only)."""
+    ignore: tuple[str, ...] | str = DEFAULT_IGNORE
+    """Linears to leave as they are: names or patterns (`*.down_proj`, `re:...`), separated by commas. Embeddings and
+    head are never quantized."""
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid that these options describe."""
+        group_size = None if self.group_size in (None, -1) else self.group_size
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns to ignore, always with the defaults."""
+        given = tuple(self.ignore.split(",")) if isinstance(self.ignore, str) else tuple(self.ignore)
+        return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The checkpoint that a run writes."""
+
+    dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
+    dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """A quantization run."""
+
+    model: str
+    """Hugging Face folder, or hub name (owner/model)."""
+    output: str | None = None
+    """Folder for everything the run writes (default: runs/MODEL-wBITS[-gGROUP])."""
+    seed: int = 0
+    """Seed of all random choices."""
+    resume: Literal["auto", "never", "require"] = "auto"
+    """What to do with an unfinished run in the output folder: go on (`auto`), refuse (`never`); `require` refuses to
+    start anew."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where blocks are computed."""
+    quant: QuantOptions = field(default_factory=QuantOptions)
+    calib: TextOptions = field(default_factory=TextOptions)
+    optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """An evaluation."""
+
+    model: str
+    """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
+    output: str | None = None
+    """Folder for cached activations; needed with cache.placement disk only."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where blocks are computed."""
+    quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
+    eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
+    cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
+
+
+EVALUATION_TEXT = TextOptions(
+    dataset="Salesforce/wikitext",
+    subset="wikitext-2-raw-v1",
+    split="test",
+    samples=None,
+    sequence_length=2048,
+)
+
+
+def check_quantize(config: QuantizeConfig, world_size: int) -> None:
+    """Check the values and combinations of a run whose options are resolved.
+
+    Raises:
+        ConfigError: naming the option, its value and what is allowed.
+    """
+    _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
+    _check_text("calib", config.calib)
+    optimize = config.optimize
+    for name in ("iterations", "batch_size"):
+        _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
+    for name in ("grid_lr", "weight_lr"):
+        _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
+    _require(0 <= optimize.fp_mix <= 1, "optimize.fp_mix", optimize.fp_mix, "between 0 and 1")
+    samples = config.calib.samples
+    _require(samples is not None, "calib.samples", samples, "a number")
+    for name, value in (("optimize.batch_size", optimize.batch_size), ("calib.samples", samples)):
+        _require(value % world_size == 0, name, value, f"a multiple of the number of ranks ({world_size})")
+    _require(optimize.batch_size <= samples, "optimize.batch_size", optimize.batch_size,
+             f"at most calib.samples ({samples})")  # fmt: skip
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Check the values and combinations of an evaluation.
+
+    Raises:
+        ConfigError: naming the option, its value and what is allowed.
+    """
+    _check_quant(config.quant, ("none", "rtn"))
+    _check_text("eval", config.eval)
+    if config.cache.placement == "disk" and config.output is None:
+        raise ConfigError("cache.placement: disk needs a folder to write to; give one with --output")
+
+
+def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
+    _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
+    _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")
+    size = quant.group_size
+    _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
+
+
+def _check_text(section: str, text: TextOptions) -> None:
+    _require(text.samples is None or text.samples >= 1, f"{section}.samples", text.samples, "at least 1")
+    _require(text.sequence_length >= 2, f"{section}.sequence_length", text.sequence_length, "at least 2")
+
+
+def _require(holds: bool, option: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{option}: {value} is not allowed, it must be {allowed}")

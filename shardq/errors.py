@@ -1,0 +1,59 @@
+"""Errors that a user can act on; each class has the exit code that the command line returns."""
+
+
+class ShardQError(Exception):
+    """One line that says what is wrong, where, and what to do.
+
+    `agreed` is set once every rank raises the same error, so that only rank 0 prints it.
+    """
+
+    exit_code = 1
+    agreed = False
+
+
+class ConfigError(ShardQError):
+    """An option is unknown, of the wrong type, out of range, or contradicts another."""
+
+    exit_code = 2
+
+
+class CheckpointError(ShardQError):
+    """The source checkpoint is missing, truncated, damaged or does not match its config.json."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(ShardQError):
+    """The checkpoint is whole, but shardq cannot quantize this kind of model."""
+
+    exit_code = 3
+
+
+class CalibrationError(ShardQError):
+    """The text, the token ids or the tokenizer cannot serve."""
+
+    exit_code = 4
+
+
+class StorageError(ShardQError):
+    """The output folder or a cache cannot be written or read back."""
+
+    exit_code = 5
+
+
+class ResumeError(ShardQError):
+    """The output folder belongs to another run, or its files are not what the ledger says."""
+
+    exit_code = 6
+
+
+class QuantizationError(ShardQError):
+    """A number that must be finite or positive is not."""
+
+    exit_code = 7
+
+
+class RankError(ShardQError):
+    """Another rank failed; its own message says why."""
+
+    exit_code = 8

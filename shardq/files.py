@@ -1,0 +1,94 @@
+"""Files that appear whole: written aside, synced, renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardq.errors import StorageError
+
+ASIDE = ".partial"
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Make `path` appear with all its bytes or not at all.
+
+    Args:
+        path: the final name; its folder is made if missing.
+        write: fills the file whose name it is given.
+
+    Raises:
+        StorageError: the disk is full, read-only or not ours to write.
+    """
+    aside = path.with_name(path.name + ASIDE)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(aside)
+            sync(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 text file whole."""
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file whole, with sorted keys so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and sync it: once this returns, the line survives a power cut."""
+    with storage_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with storage_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an operating-system error on `path` into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: {_advice(error, path)}") from error
+
+
+def _advice(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left ({_free_mib(path)} MiB free); make room and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "cannot be written; choose another --output or change its permissions"
+    if error.errno == errno.ENOENT:
+        return "does not exist"
+    return f"{error.strerror or error}; check the disk and run the same command again"
+
+
+def _free_mib(path: Path) -> int:
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(existing).free >> 20

@@ -1,0 +1,51 @@
+"""The source of truth of one quantized block: packed codes, scales and zero points of its linears.
+
+`<linear>.codes` uint8 [O, ceil(I * bits / 8)] as `shardq.quant.packing` packs them, `<linear>.scale` float32 [O, G]
+and, on an asymmetric grid, `<linear>.zero_point` int8 [O, G]; G groups of I / G input channels, 1 per channel. The
+header's only metadata entry, `shardq`, is JSON with the grid and each linear's number of input channels.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from shardq.formats.shards import read_metadata
+from shardq.formats.tensor_file import read_tensors, write_tensors
+from shardq.quant import packing
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+
+def write_block(path: Path, linears: dict[str, QuantizedLinear]) -> None:
+    """Write one block's linears, by full name, to a file that appears whole."""
+    tensors: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.spec)
+        tensors[f"{name}.scale"] = linear.scale_OG.float()
+        if not linear.spec.symmetric:
+            tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
+    described = {
+        name: {"in_features": linear.codes_OI.shape[1], **asdict(linear.spec)} for name, linear in linears.items()
+    }
+    write_tensors(path, tensors, {"shardq": json.dumps({"version": 1, "linears": described}, sort_keys=True)})
+
+
+def read_block(path: Path) -> dict[str, QuantizedLinear]:
+    """Read what `write_block` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or truncated.
+    """
+    tensors = read_tensors(path)
+    described = json.loads(read_metadata(path)["shardq"])["linears"]
+    linears = {}
+    for name, facts in described.items():
+        num_inputs = facts.pop("in_features")
+        spec = QuantSpec(**facts)
+        scale_OG = tensors[f"{name}.scale"]
+        zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
+        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, spec)
+        linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)
+    return linears

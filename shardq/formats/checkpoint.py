@@ -1,0 +1,54 @@
+"""The output checkpoint: shard names, index, config and the files copied beside them."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from shardq.files import write_json, write_whole
+from shardq.formats.shards import INDEX_FILE, TensorInfo, read_header
+
+COPIED_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+                   "generation_config.json", "LICENSE*")  # fmt: skip
+
+
+def shard_name(number: int, total: int) -> str:
+    """File name of shard `number` (from 1) of `total`, as transformers writes them."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def group_by_size(infos: Iterable[TensorInfo], limit_bytes: int) -> list[list[TensorInfo]]:
+    """Split tensors, in order, into groups of at most `limit_bytes`; a larger tensor is a group of its own."""
+    groups: list[list[TensorInfo]] = []
+    room = 0
+    for info in infos:
+        if info.num_bytes > room:
+            groups.append([])
+            room = limit_bytes
+        groups[-1].append(info)
+        room -= info.num_bytes
+    return groups
+
+
+def write_index(folder: Path, shards: Iterable[str]) -> None:
+    """Write `model.safetensors.index.json` from the headers of the finished shards."""
+    weight_map, total_bytes = {}, 0
+    for shard in shards:
+        for name, info in read_header(folder / shard).items():
+            weight_map[name] = shard
+            total_bytes += info.num_bytes
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def write_config(source: Path, folder: Path, dtype: str) -> None:
+    """Copy config.json, saying in which dtype the weights are to be loaded."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config | {"dtype": dtype})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and the other small files that a checkpoint needs to load and generate."""
+    for pattern in COPIED_PATTERNS:
+        for file in sorted(source.glob(pattern)):
+            write_whole(folder / file.name, lambda aside, file=file: shutil.copyfile(file, aside))

@@ -1,0 +1,87 @@
+"""AIMET encodings of weights as JSON: version 1.0.0, and the body of `_torch.encodings` (version 0.6.1 entries).
+
+Names are torch names and lists run in [out, in] order. `offset` belongs to the unsigned code in both layouts:
+-2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from shardq import __version__
+from shardq.files import write_whole
+from shardq.quant.quantized import QuantizedLinear
+
+PRODUCER = {"package": "shardq", "version": __version__}
+
+
+def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
+    """One weight's entry of `param_encodings` in version 1.0.0."""
+    spec = linear.spec
+    entry = {
+        "name": name,
+        "dtype": "INT",
+        "bw": spec.bits,
+        "is_sym": spec.symmetric,
+        "scale": linear.scale_OG.flatten().tolist(),
+        "offset": _unsigned_offsets(linear),
+        "enc_type": "PER_BLOCK" if spec.group_size else "PER_CHANNEL",
+    }
+    return entry | ({"block_size": spec.group_size} if spec.group_size else {})
+
+
+def encoding_torch(linear: QuantizedLinear) -> list[dict]:
+    """One weight's entry of `param_encodings` in `_torch.encodings`: a dictionary per channel, or per group row by row.
+
+    AIMET reads `min` and `max` back, not `scale` and `offset`, so they are the float32 ends of the grid in full.
+    """
+    spec, scale_OG = linear.spec, linear.scale_OG.float()
+    lows = ((spec.qmin - linear.zero_point_OG) * scale_OG).flatten().tolist()
+    highs = ((spec.qmax - linear.zero_point_OG) * scale_OG).flatten().tolist()
+    rows = zip(lows, highs, scale_OG.flatten().tolist(), _unsigned_offsets(linear), strict=True)
+    return [
+        {
+            "min": low, "max": high, "scale": scale, "offset": offset,
+            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(spec.symmetric),
+        }
+        for low, high, scale, offset in rows
+    ]  # fmt: skip
+
+
+def _unsigned_offsets(linear: QuantizedLinear) -> list[int]:
+    return (linear.spec.qmin - linear.zero_point_OG).to(torch.int64).flatten().tolist()
+
+
+def write_v1(path: Path, entries: Iterable[dict]) -> None:
+    """Write version 1.0.0 whole, one entry in memory at a time."""
+    head = {"activation_encodings": [], "excluded_layers": [], "producer": PRODUCER, "version": "1.0.0"}
+    _write_streamed(path, head, "[", "]", (json.dumps(entry) for entry in entries))
+
+
+def write_torch(path: Path, entries: Iterable[tuple[str, list[dict]]]) -> None:
+    """Write the body of `_torch.encodings` whole, one weight in memory at a time."""
+    items = (f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in entries)
+    _write_streamed(path, {"activation_encodings": {}}, "{", "}", items)
+
+
+def _write_streamed(path: Path, head: dict, opening: str, closing: str, items: Iterable[str]) -> None:
+    def write(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(json.dumps(head)[:-1] + f', "param_encodings": {opening}')
+            for number, item in enumerate(items):
+                file.write((",\n" if number else "\n") + item)
+            file.write(f"\n{closing}}}\n")
+
+    write_whole(path, write)
+
+
+def read_v1(path: Path) -> Iterator[dict]:
+    """Entries of a version 1.0.0 file."""
+    yield from json.loads(path.read_text(encoding="utf-8"))["param_encodings"]
+
+
+def read_torch(path: Path) -> Iterator[tuple[str, list[dict]]]:
+    """Entries of a `_torch.encodings` body, by weight name."""
+    yield from json.loads(path.read_text(encoding="utf-8"))["param_encodings"].items()

@@ -1,0 +1,172 @@
+"""Source weights: which tensor lies in which safetensors shard, and reading just its bytes.
+
+Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, a JSON header, then the tensors' bytes.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shardq.errors import CheckpointError
+from shardq.files import storage_errors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `num_bytes` bytes at `offset` (from the start) of `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+Index = dict[str, TensorInfo]
+
+
+def open_index(folder: Path) -> Index:
+    """Read the headers of all shards of a checkpoint folder.
+
+    Returns:
+        Every tensor by name, in the order of the shards. No weight is read.
+
+    Raises:
+        CheckpointError: no safetensors, a shard missing or truncated, a tensor not where the index says.
+    """
+    if (folder / INDEX_FILE).exists():
+        weight_map = _read_weight_map(folder / INDEX_FILE)
+        headers = {name: read_header(_inside(folder, name)) for name in dict.fromkeys(weight_map.values())}
+        for tensor, shard in weight_map.items():
+            if tensor not in headers[shard]:
+                raise CheckpointError(
+                    f"{folder / shard}: tensor {tensor} is missing although {INDEX_FILE} places it there; "
+                    "download the checkpoint again"
+                )
+        return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
+    if (folder / SINGLE_FILE).exists():
+        return read_header(folder / SINGLE_FILE)
+    raise CheckpointError(
+        f"{folder}: holds neither {INDEX_FILE} nor {SINGLE_FILE}; shardq reads safetensors checkpoints only"
+    )
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("a shard's name is not text")
+        return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a valid index ({error}); download the checkpoint again") from error
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise CheckpointError(f"{folder / INDEX_FILE}: shard name {name!r} points outside the folder; refused")
+    return folder / name
+
+
+def read_header(path: Path) -> Index:
+    """Where each tensor of one safetensors file lies.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: shard is missing; download the checkpoint again")
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # opening lets the library check the whole header against the file's length
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); download it again") from error
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    start = 8 + header_bytes
+    return {
+        name: TensorInfo(
+            name, path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }  # fmt: skip
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form text entries of one safetensors file's header."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor into CPU memory in its stored dtype.
+
+    Plain reads, no memory map: pages of a map would count as resident memory and stall on network file systems.
+
+    Raises:
+        CheckpointError: unsupported dtype, or the file ended early.
+    """
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
+    raw = torch.empty(info.num_bytes, dtype=torch.uint8)
+    with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
+        file.seek(info.offset)
+        view, done = memoryview(raw.numpy()), 0
+        while done < info.num_bytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{info.file}: truncated inside tensor {info.name}; download it again")
+            done += count
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def read_weight(info: TensorInfo) -> Tensor:
+    """Read one floating-point tensor and check that every value is finite.
+
+    Raises:
+        CheckpointError: a NaN or an infinity is found.
+    """
+    tensor = read_tensor(info)
+    if not torch.isfinite(tensor).all():
+        where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} holds {tensor[tuple(where)].item()} at {where}; "
+            "the checkpoint is damaged, download it again or retrain"
+        )
+    return tensor
+
+
+def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:
+    """Bytes from the middle of a tensor, cheap evidence that its content is what it was."""
+    length = min(num_bytes, info.num_bytes)
+    with storage_errors(info.file), open(info.file, "rb") as file:
+        file.seek(info.offset + (info.num_bytes - length) // 2)
+        return file.read(length)
+
+
+def count_elements(info: TensorInfo) -> int:
+    """Number of elements of a tensor."""
+    return math.prod(info.shape)

@@ -1,0 +1,90 @@
+"""What a run leaves for people and programs to read: console lines, a progress bar, events.jsonl."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shardq.files import storage_errors
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Largest memory of this process on its device so far, in bytes: GPU memory, or resident memory on CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+class Events:
+    """Appends one JSON line per finished span to `events.jsonl`; every rank writes to the same file.
+
+    A line is written by a single `write` to a file opened for appending, which keeps lines of several ranks apart.
+    """
+
+    def __init__(self, path: Path | None, rank: int):
+        self._path, self._rank = path, rank
+
+    @contextmanager
+    def span(self, name: str, **facts: object) -> Iterator[dict]:
+        """Time the body in seconds; what the body puts into the yielded dict is written too."""
+        start = time.perf_counter()
+        yield facts
+        self._write({"span": name, "seconds": round(time.perf_counter() - start, 6), **facts})
+
+    def _write(self, event: dict) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "rank": self._rank, **event}) + "\n"
+        with storage_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+class Display:
+    """Console of one run: lines everywhere, a progress bar with time left on a terminal, silence off rank 0."""
+
+    def __init__(self, rank: int):
+        self._console = Console(quiet=rank != 0, soft_wrap=True, highlight=False)
+        self._bar: Progress | None = None
+
+    def line(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def bars(self, num_blocks: int, first_block: int, num_iterations: int) -> Iterator[None]:
+        """Show a bar over blocks and one over the iterations of a block, where the output is a terminal."""
+        if not self._console.is_terminal or self._console.quiet:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as self._bar:
+            self._blocks = self._bar.add_task("blocks", total=num_blocks, completed=first_block)
+            self._iterations = self._bar.add_task("iterations", total=num_iterations)
+            yield
+        self._bar = None
+
+    def start_block(self, name: str) -> None:
+        """Begin a block: its iterations start at 0."""
+        if self._bar:
+            self._bar.reset(self._iterations, description=name)
+
+    def advance_iteration(self) -> None:
+        """One optimizer step is done."""
+        if self._bar:
+            self._bar.advance(self._iterations)
+
+    def advance_block(self) -> None:
+        """One block is done."""
+        if self._bar:
+            self._bar.advance(self._blocks)

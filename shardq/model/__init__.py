@@ -1,0 +1,1 @@
+"""Decoder blocks built from config.json without weights, and the streams that fill them."""

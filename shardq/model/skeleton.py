@@ -1,0 +1,227 @@
+"""A model without weights: its decoder blocks on the meta device and stand-ins where they stood.
+
+Works for any architecture of transformers: the blocks are the `ModuleList` whose children's class stands in the
+model's own `_no_split_modules`. No table of models.
+"""
+
+import fnmatch
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardq.formats.shards import Index, TensorInfo, open_index
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+DEFAULT_IGNORE = ("lm_head", "*embed*")
+
+
+class StandIn(nn.Module):
+    """Takes a block's place in the model: records what the model passes, returns the hidden states unchanged.
+
+    Plain attributes of the block are copied, because some models read them (such as `attention_type`). If `injected`
+    is set, that is returned instead: so the model's own code turns given hidden states into logits.
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        own = {"training"}
+        self.__dict__.update({k: v for k, v in vars(block).items() if not k.startswith("_") and k not in own})
+        self.injected: Tensor | None = None
+        self.seen: tuple[Tensor, tuple, dict] | None = None
+
+    def forward(self, hidden, *args, **kwargs):
+        """Record the call."""
+        self.seen = (hidden, args, kwargs)
+        return hidden if self.injected is None else self.injected
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A checkpoint opened for streaming.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        index: where every stored tensor lies.
+        model: the transformers model on the meta device, a StandIn in each block's place.
+        blocks: the decoder blocks, on the meta device, in order.
+        names: each block's name in the checkpoint, such as `model.layers.0`.
+        aliases: names of tied parameters -> the name under which the checkpoint stores them.
+    """
+
+    folder: Path
+    index: Index
+    model: nn.Module
+    blocks: list[nn.Module]
+    names: list[str]
+    aliases: dict[str, str]
+
+    @property
+    def stand_ins(self) -> nn.ModuleList:
+        """The stand-ins, in the order of the blocks."""
+        return self.model.get_submodule(self.names[0].rpartition(".")[0])
+
+    def stored(self, name: str) -> TensorInfo:
+        """Where the parameter or buffer `name` is stored.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        stored_name = self.aliases.get(name, name)
+        if stored_name not in self.index:
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored_name} is missing although config.json asks for it; "
+                "the checkpoint is incomplete or in another layout"
+            )
+        return self.index[stored_name]
+
+    def block_tensors(self, block_index: int) -> dict[str, TensorInfo]:
+        """Where block `block_index`'s parameters and persistent buffers are stored, by name within the block."""
+        return {
+            name: self.stored(f"{self.names[block_index]}.{name}") for name in self.blocks[block_index].state_dict()
+        }
+
+
+def open_skeleton(folder: Path) -> Skeleton:
+    """Open a checkpoint folder: read config.json and the shards' headers, build the model without weights, check both.
+
+    Raises:
+        CheckpointError: files are missing or do not fit config.json.
+        UnsupportedModelError: a kind of model that cannot be quantized block by block.
+    """
+    index = open_index(folder)
+    config = _read_config(folder)
+    model = _build_on_meta(folder, config)
+    list_name, block_list = _find_blocks(model)
+    blocks = list(block_list)
+    tied = model._tied_weights_keys if getattr(config, "tie_word_embeddings", False) else None
+    aliases = dict(tied) if isinstance(tied, dict) else {}
+    for number, block in enumerate(blocks):
+        block_list[number] = StandIn(block)
+    names = [f"{list_name}.{number}" for number in range(len(blocks))]
+    skeleton = Skeleton(folder, index, model, blocks, names, aliases)
+    _check_tensors(skeleton)
+    return skeleton
+
+
+def _read_config(folder: Path):
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        raise UnsupportedModelError(
+            f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(f"{path}: transformers cannot read it ({_first_line(error)})") from error
+
+
+def _build_on_meta(folder: Path, config) -> nn.Module:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    except (ValueError, ImportError) as error:
+        raise UnsupportedModelError(
+            f"{folder}: transformers has no causal language model for it ({_first_line(error)})"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    kinds = set(model._no_split_modules or ())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in kinds:
+            return name, module
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no list of decoder blocks found (its `_no_split_modules` names {sorted(kinds)})"
+    )
+
+
+def _check_tensors(skeleton: Skeleton) -> None:
+    expected = [
+        (f"{name}.{inner}", tensor)
+        for name, block in zip(skeleton.names, skeleton.blocks, strict=True)
+        for inner, tensor in block.state_dict().items()
+    ]
+    for name, tensor in [*skeleton.model.state_dict().items(), *expected]:
+        info = skeleton.stored(name)
+        if info.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} has shape {list(info.shape)}, config.json asks for "
+                f"{list(tensor.shape)}; config.json and weights belong to different models"
+            )
+        if tensor.is_floating_point() and info.dtype not in FLOAT_DTYPES:
+            raise UnsupportedModelError(
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)}; "
+                "convert the checkpoint to bfloat16 first"
+            )
+        if tensor.dim() > 2 and (name, tensor) in expected:
+            raise UnsupportedModelError(
+                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional (fused experts or "
+                "convolutions); such blocks are not supported yet"
+            )
+
+
+def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[str]]:
+    """Names, within each block, of the linears that are to be quantized.
+
+    Args:
+        ignore: full names, names within a block, or last parts of a name; shell patterns (`*.down_proj`) or, after
+            `re:`, regular expressions.
+
+    Raises:
+        ConfigError: a pattern (not a default one) matches no linear of the model.
+        UnsupportedModelError: no linear would be quantized.
+    """
+    used: set[str] = set()
+    chosen = []
+    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
+        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        matches = {name: _matching(f"{block_name}.{name}", name, ignore) for name in linears}
+        used.update(*matches.values())
+        chosen.append([name for name in linears if not matches[name]])
+    unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
+    if unused:
+        raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
+                          f"{skeleton.names[0]}.{linears[0] if linears else 'mlp.down_proj'}")  # fmt: skip
+    if not any(chosen):
+        kinds = sorted({type(module).__name__ for module in skeleton.blocks[0].modules()})
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__}: no linear would be quantized; the blocks hold {', '.join(kinds)}, "
+            f"quant.ignore is {list(ignore)}"
+        )
+    return chosen
+
+
+def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+    candidates = (full_name, name, name.rpartition(".")[2])
+    return {
+        pattern
+        for pattern in patterns
+        if any(
+            re.fullmatch(pattern[3:], candidate)
+            if pattern.startswith("re:")
+            else fnmatch.fnmatchcase(candidate, pattern)
+            for candidate in candidates
+        )
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""One decoder block in, its trained quantizers out. Has never heard of files or ranks."""

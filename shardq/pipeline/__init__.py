@@ -1,0 +1,1 @@
+"""The algorithm in the order it happens: plan, block pass, commit, export, evaluate."""

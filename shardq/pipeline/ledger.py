@@ -1,0 +1,136 @@
+"""What a run is (manifest.json) and what it has finished (ledger.jsonl).
+
+A block counts as finished once its ledger line, with the digests of its files, is on the disk; that line is written
+after the files themselves. Both files depend on the run's inputs alone: no times, no paths of the output.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from shardq import __version__
+from shardq.config import QuantizeConfig
+from shardq.errors import ResumeError
+from shardq.files import append_line, sha256_of, write_json
+from shardq.formats.shards import Index, read_sample
+
+MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
+NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache")  # may differ when a run goes on
+
+
+def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str, world_size: int) -> dict:
+    """Everything that decides the bytes of a run's result."""
+    options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
+    manifest = {
+        "shardq": __version__,
+        "world_size": world_size,
+        "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},
+        "calibration_tokens": tokens_digest,
+        "options": options,
+    }
+    return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
+
+
+def _fingerprint(index: Index) -> str:
+    """Digest over every tensor's name, place, shape, dtype and 4 KiB from its middle.
+
+    Hashing all bytes of a 70B model would take minutes at every start; a retrained or another model differs here too.
+    """
+    digest = hashlib.sha256()
+    for info in index.values():
+        digest.update(repr((info.name, info.file.name, info.dtype, info.shape, info.offset)).encode())
+        digest.update(read_sample(info))
+    return digest.hexdigest()
+
+
+def differences(stored: object, current: object, path: str = "") -> list[str]:
+    """Dotted names, with both values, of what differs between two manifests."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        names = sorted(stored.keys() | current.keys())
+        return [
+            line
+            for name in names
+            for line in differences(stored.get(name), current.get(name), f"{path}.{name}" if path else name)
+        ]
+    return (
+        [] if stored == current else [f"{path.removeprefix('options.')} (was {_short(stored)}, is {_short(current)})"]
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
+    """Begin a run in a folder, or find what an unfinished run there has done.
+
+    Returns:
+        The ledger's entries, one a finished block and a last one once the run is complete; empty for a new run.
+
+    Raises:
+        ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
+    """
+    path = output / MANIFEST
+    if not path.exists():
+        if resume == "require":
+            raise ResumeError(
+                f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require"
+            )
+        if output.exists() and any(output.iterdir()):
+            raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
+        write_json(path, manifest)
+        return []
+    if resume == "never":
+        raise ResumeError(f"{output}: already holds a run and --resume is never; choose another --output or delete it")
+    differing = differences(_read_json(path), manifest)
+    if differing:
+        raise ResumeError(
+            f"{output}: belongs to another run; different: {'; '.join(differing)}; choose another --output or the "
+            "same options"
+        )
+    return _read_ledger(output)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResumeError(f"{path}: damaged ({error}); choose another --output") from error
+
+
+def _read_ledger(output: Path) -> list[dict]:
+    path = output / LEDGER
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    if lines.pop():
+        # A kill inside the append leaves a line without its end: that block was never committed.
+        torn_at = len("\n".join([*lines, ""]).encode()) if lines else 0
+        with open(path, "r+b") as file:
+            file.truncate(torn_at)
+    entries = []
+    for number, line in enumerate(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ResumeError(f"{path}: line {number + 1} is damaged; choose another --output") from error
+        if entry["block"] not in (number, None):
+            raise ResumeError(f"{path}: line {number + 1} is about block {entry['block']}, not {number}; edited?")
+        _check_digests(output, entry)
+        entries.append(entry)
+    return entries
+
+
+def _check_digests(output: Path, entry: dict) -> None:
+    for name, digest in entry["files"].items():
+        path = output / name
+        if not path.is_file():
+            raise ResumeError(f"{path}: missing although the ledger has it as finished; restore it or start anew")
+        if sha256_of(path) != digest:
+            raise ResumeError(f"{path}: changed since it was finished (its digest differs); restore it or start anew")
+
+
+def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> None:
+    """Append the ledger line that makes a block's files count; `block` None: the whole run is complete."""
+    digests = {str(path.relative_to(output)): sha256_of(path) for path in files}
+    append_line(output / LEDGER, json.dumps({"block": block, "files": digests, **facts}, sort_keys=True))

@@ -1,0 +1,89 @@
+"""What a run will do, checked against the model before any work."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardq.config import QuantOptions
+from shardq.errors import ConfigError
+from shardq.formats.checkpoint import group_by_size, shard_name
+from shardq.formats.shards import TensorInfo
+from shardq.model.skeleton import Skeleton, linears_to_quantize
+
+REST_SHARD_BYTES = 1 << 30  # tensors outside the blocks are copied in files of about this size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks, what is quantized in each, and the files that come out.
+
+    Attributes:
+        names: each block's name in the checkpoint.
+        linears: for each block, names within it of the linears to quantize.
+        rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
+    """
+
+    names: list[str]
+    linears: list[list[str]]
+    rest: list[list[TensorInfo]]
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks of the model."""
+        return len(self.names)
+
+    @property
+    def num_shards(self) -> int:
+        """Files of the output checkpoint: one a block, then the rest."""
+        return self.num_blocks + len(self.rest)
+
+    def block_shard(self, block_index: int) -> str:
+        """File name of a block's weights."""
+        return shard_name(block_index + 1, self.num_shards)
+
+    def rest_shard(self, number: int) -> str:
+        """File name of group `number` of the rest."""
+        return shard_name(self.num_blocks + number + 1, self.num_shards)
+
+    def shards(self) -> list[str]:
+        """All file names, in order."""
+        return [shard_name(number, self.num_shards) for number in range(1, self.num_shards + 1)]
+
+
+def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
+    """Decide what is quantized and where it goes.
+
+    Raises:
+        ConfigError: the group size does not divide a linear's input size, or a pattern to ignore matches nothing.
+        UnsupportedModelError: no linear would be quantized.
+    """
+    linears = linears_to_quantize(skeleton, quant.ignored)
+    _check_group_size(skeleton, linears, quant.spec.group_size)
+    in_blocks = {
+        info.name for number in range(len(skeleton.blocks)) for info in skeleton.block_tensors(number).values()
+    }
+    rest = [info for name, info in skeleton.index.items() if name not in in_blocks]
+    return Plan(skeleton.names, linears, group_by_size(rest, REST_SHARD_BYTES))
+
+
+def _check_group_size(skeleton: Skeleton, linears: list[list[str]], group_size: int | None) -> None:
+    if group_size is None:
+        return
+    for block_name, block, names in zip(skeleton.names, skeleton.blocks, linears, strict=True):
+        for name in names:
+            in_features = block.get_submodule(name).in_features
+            if in_features % group_size:
+                raise ConfigError(
+                    f"quant.group_size: {group_size} does not divide the {in_features} input channels of "
+                    f"{block_name}.{name}; choose a divisor, or -1 for per-channel"
+                )
+
+
+def block_file(output: Path, block_index: int) -> Path:
+    """Codes, scales and zero points of a block."""
+    return output / "blocks" / f"block-{block_index:05d}.safetensors"
+
+
+def encodings_files(output: Path, block_index: int) -> tuple[Path, Path]:
+    """A block's AIMET encodings: version 1.0.0, and the `_torch.encodings` body."""
+    folder = output / "encodings"
+    return folder / f"block-{block_index:05d}.json", folder / f"block-{block_index:05d}_torch.json"

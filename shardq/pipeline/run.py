@@ -1,0 +1,229 @@
+"""A whole quantization run: plan, blocks in order, commits, export."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shardq.cache.store import ActivationStore, DiskStore, MemoryStore
+from shardq.calib.partition import owned_samples
+from shardq.calib.tokens import digest, load_tokens
+from shardq.config import QuantizeConfig, check_quantize
+from shardq.errors import ConfigError
+from shardq.formats.shards import Index, read_header, read_tensor
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
+from shardq.model.ends import BlockArguments, block_forward, prologue, record_arguments
+from shardq.model.hub import local_folder
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.weights import stream_blocks
+from shardq.optimize.options import resolved
+from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, together
+from shardq.parallel.ranks import Ranks
+from shardq.pipeline import ledger
+from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
+from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.pipeline.passes import Activations, advance, compare, embed_samples
+from shardq.pipeline.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has passed all checks, on one rank."""
+
+    config: QuantizeConfig
+    output: Path
+    skeleton: Skeleton
+    plan: Plan
+    tokens_NT: Tensor
+    finished: list[dict]
+    ranks: Ranks
+    display: Display
+
+
+def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
+    """Quantize a model, or go on where an interrupted run stopped.
+
+    Returns:
+        `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
+        `loss_after` (relative loss, mean over blocks).
+
+    Raises:
+        ShardQError: any of its kinds; the same on every rank where the cause is common.
+    """
+    start = time.perf_counter()
+    display = Display(ranks.rank)
+    run = prepare(config, ranks, display)
+    events = Events(run.output / "events.jsonl", ranks.rank)
+    entries = run.finished
+    if len(entries) <= run.plan.num_blocks:
+        with events.span("run"):
+            entries = _finish(run, events)
+    blocks = entries[: run.plan.num_blocks]
+    summary = {
+        "output": str(run.output),
+        "blocks": len(blocks),
+        "seconds": round(time.perf_counter() - start, 3),
+        "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
+        "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
+        "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
+    }
+    _say_what_is_where(run, summary)
+    return summary
+
+
+def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
+    """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
+    config = replace(config, optimize=resolved(config.optimize, ranks.world_size))
+    together(ranks, lambda: check_quantize(config, ranks.world_size))
+    folder = on_rank_zero(ranks, lambda: local_folder(config.model))
+    output = Path(config.output or _default_output(config))
+
+    def open_and_plan() -> tuple[Skeleton, Plan]:
+        skeleton = open_skeleton(folder)
+        _check_length(skeleton, config.calib.sequence_length)
+        return skeleton, make_plan(skeleton, config.quant)
+
+    def begin() -> tuple[Tensor, list[dict]]:
+        vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
+        manifest = ledger.make_manifest(config, skeleton.index, folder, digest(tokens_NT), ranks.world_size)
+        return tokens_NT, ledger.open_run(output, manifest, config.resume)
+
+    skeleton, plan = together(ranks, open_and_plan)
+    tokens_NT, finished = on_rank_zero(ranks, begin)
+    display.line(
+        f"{config.model}: {plan.num_blocks} blocks, {sum(map(len, plan.linears))} linears to quantize "
+        f"({config.quant.method}, {config.quant.bits} bits) on {ranks.world_size} rank(s), {ranks.device.type}"
+    )
+    optimize = config.optimize
+    display.line(
+        f"calibration: {len(tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
+        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
+    )
+    if finished:
+        display.line(
+            f"resuming in {output}: {min(len(finished), plan.num_blocks)} of {plan.num_blocks} blocks are done"
+        )
+    return Run(config, output, skeleton, plan, tokens_NT, finished, ranks, display)
+
+
+def _default_output(config: QuantizeConfig) -> str:
+    spec = config.quant.spec
+    group = f"-g{spec.group_size}" if spec.group_size else ""
+    return f"runs/{Path(config.model).resolve().name}-w{spec.bits}{group}"
+
+
+def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
+    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and sequence_length > limit:
+        raise ConfigError(f"calib.sequence_length: {sequence_length} is beyond the model's {limit} positions; lower it")
+
+
+def _finish(run: Run, events: Events) -> list[dict]:
+    """Quantize the blocks that are left and complete the output; give the ledger's entries."""
+    config, ranks, plan = run.config, run.ranks, run.plan
+    cache = run.output / "cache"
+    store: ActivationStore = MemoryStore() if config.cache.placement == "cpu" else DiskStore(cache)
+    samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
+    activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device)
+    dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
+    job = BlockJob(
+        config.seed, config.quant.method, config.quant.spec, config.optimize, len(run.tokens_NT),
+        rounding_to(dtype), activations, ranks, events, run.display,
+    )  # fmt: skip
+    with events.span("prepare activations"):
+        arguments = together(ranks, lambda: _prepare_activations(run, activations))
+    entries = list(run.finished)
+    with run.display.bars(plan.num_blocks, len(entries), config.optimize.iterations):
+        for block_index, block in _agreed_blocks(run, len(entries)):
+            entries.append(_quantize_and_commit(run, job, block_index, block, arguments[block_index], dtype))
+    with events.span("export"):
+        on_rank_zero(ranks, lambda: _complete(run, cache, dtype))
+    return entries
+
+
+def _agreed_blocks(run: Run, first: int) -> Iterator[tuple[int, nn.Module]]:
+    """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
+    blocks = stream_blocks(run.skeleton, range(first, run.plan.num_blocks), run.ranks.device)
+    for _ in range(first, run.plan.num_blocks):
+        yield together(run.ranks, lambda: next(blocks))
+
+
+def _prepare_activations(run: Run, activations: Activations) -> list[BlockArguments]:
+    """Bring the cache to the first unfinished block, and give every block's arguments.
+
+    A cache that is lost is computed again: the embeddings, then both streams through the finished blocks.
+    """
+    first, device = len(run.finished), run.ranks.device
+    first = min(first, run.plan.num_blocks)
+    with prologue(run.skeleton, device) as embed:
+        arguments = record_arguments(run.skeleton, embed, run.tokens_NT.shape[1])
+        if first > 0 and (first == run.plan.num_blocks or activations.holds(first)):
+            return arguments
+        embed_samples(activations, run.tokens_NT, embed)
+    if first:
+        run.display.line(f"no cached activations for block {first + 1}: computing them again")
+    written = _finished_weights(run, first)
+    for block_index, block in stream_blocks(run.skeleton, range(first), device):
+        forward = block_forward(block, arguments[block_index])
+        advance(activations, "fp", block_index, forward)
+        for name in run.plan.linears[block_index]:
+            info = written[f"{run.plan.names[block_index]}.{name}.weight"]
+            block.get_submodule(name).weight.copy_(read_tensor(info))
+        compare(activations, block_index, forward, keep=True)
+        activations.drop(block_index)
+    return arguments
+
+
+def _finished_weights(run: Run, num_finished: int) -> Index:
+    shards = [run.output / run.plan.block_shard(block_index) for block_index in range(num_finished)]
+    return {name: info for shard in shards for name, info in read_header(shard).items()}
+
+
+def _quantize_and_commit(
+    run: Run, job: BlockJob, block_index: int, block: nn.Module, arguments: BlockArguments, dtype: torch.dtype
+) -> dict:
+    """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger entry."""
+    start = time.perf_counter()
+    name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
+    job.display.start_block(name)
+    result = quantize_block(job, block_index, block, run.plan.linears[block_index], arguments, is_last)
+    with job.events.span("commit", block=block_index):
+        barrier(run.ranks)  # every rank's next generation is on disk
+        losses = {"loss_before": result.loss_before, "loss_after": result.loss_after}
+        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, losses, dtype))
+        job.activations.drop(block_index)
+    job.display.advance_block()
+    job.display.line(
+        f"block {block_index + 1}/{run.plan.num_blocks} {name}: "
+        f"relative loss {result.loss_before:.3e} -> {result.loss_after:.3e}, "
+        f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
+    )
+    return losses
+
+
+def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype: torch.dtype) -> None:
+    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, dtype)
+    ledger.commit(run.output, block_index, files, **losses)
+
+
+def _complete(run: Run, cache: Path, dtype: torch.dtype) -> None:
+    files = write_run_files(run.output, run.skeleton, run.plan, dtype)
+    shutil.rmtree(cache, ignore_errors=True)
+    ledger.commit(run.output, None, files)
+
+
+def _say_what_is_where(run: Run, summary: dict) -> None:
+    display, output = run.display, run.output
+    display.line(
+        f"done: mean relative loss {summary['loss_before']:.3e} -> {summary['loss_after']:.3e}, "
+        f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
+    )
+    display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
+    display.line(f"  {output}/model.encodings, model_torch.encodings  AIMET encodings (per block in encodings/)")
+    display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")

@@ -1,0 +1,1 @@
+"""Quantizer mathematics on plain tensors: grids, AdaScale, packing. Imports torch only."""

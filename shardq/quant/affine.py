@@ -1,0 +1,64 @@
+"""Affine integer grids: range, scale, zero point, codes.
+
+Shapes: a weight [O, I] (output, input channels) is handled as rows [R, g], one row per scale: R = O and g = I per
+channel, R = O * I / g and g = group size otherwise. Values of a row are [R, 1]. Everything is float32.
+"""
+
+import torch
+from torch import Tensor
+
+from shardq.quant.spec import QuantSpec
+
+SCALE_FLOOR = torch.finfo(torch.float32).eps  # AIMET's smallest scale
+
+
+def to_rows(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
+    """View a weight [O, I] as rows [R, g] that each have one scale."""
+    return weight_OI.reshape(-1, spec.group_size or weight_OI.shape[1])
+
+
+def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Ends of the min-max grid of each row, the frozen start that learnable clipping scales.
+
+    Symmetric: the smallest step at which `qmin * step` and `qmax * step` enclose the row, as AIMET's min-max
+    calibration gives it. Asymmetric: the row's
+    own ends, widened to hold 0.
+
+    Returns:
+        min_R1 <= 0 and max_R1 > 0 in weight units.
+    """
+    lowest_R1 = rows_Rg.amin(1, keepdim=True).clamp(max=0)
+    highest_R1 = rows_Rg.amax(1, keepdim=True).clamp(min=0)
+    # AIMET widens a row that is (nearly) constant by one smallest step for each code.
+    widen_R1 = SCALE_FLOOR * ((highest_R1 - lowest_R1) / spec.num_steps < SCALE_FLOOR)
+    lowest_R1, highest_R1 = lowest_R1 + spec.qmin * widen_R1, highest_R1 + spec.qmax * widen_R1
+    if not spec.symmetric:
+        return lowest_R1, highest_R1
+    # At 2 bits AIMET lets the positive end be clipped by one step: {-2, -1, 0, 1} would waste half of the range.
+    positive_steps = spec.qmax if spec.bits > 2 else 2
+    step_R1 = torch.maximum(highest_R1 / positive_steps, lowest_R1 / spec.qmin)
+    return spec.qmin * step_R1, spec.qmax * step_R1
+
+
+def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec) -> Tensor:
+    """Step of the grid between two ends, in weight units per code; differentiable."""
+    return ((max_R1 - min_R1) / spec.num_steps).clamp(min=SCALE_FLOOR)
+
+
+def zero_point_of(min_R1: Tensor, scale_R1: Tensor, spec: QuantSpec) -> Tensor:
+    """Integer code that stands for 0 on an asymmetric grid, straight-through rounded; 0 on a symmetric one."""
+    if spec.symmetric:
+        return torch.zeros_like(scale_R1)
+    exact_R1 = (spec.qmin - min_R1 / scale_R1).clamp(spec.qmin, spec.qmax)
+    return exact_R1 + (exact_R1.round() - exact_R1).detach()
+
+
+def quantize(rows_Rg: Tensor, scale_R1: Tensor, zero_point_R1: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of the nearest grid points (half to even), int8."""
+    codes_Rg = (rows_Rg / scale_R1).round_().add_(zero_point_R1).clamp_(spec.qmin, spec.qmax)
+    return codes_Rg.to(torch.int8)
+
+
+def dequantize(codes_Rg: Tensor, scale_R1: Tensor, zero_point_R1: Tensor) -> Tensor:
+    """Grid points of codes, float32."""
+    return (codes_Rg.float() - zero_point_R1) * scale_R1

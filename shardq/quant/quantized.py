@@ -1,0 +1,30 @@
+"""The result of quantizing one linear."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardq.quant import affine
+from shardq.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """Codes and grid of one linear's weight.
+
+    Attributes:
+        codes_OI: int8, output and input channels.
+        scale_OG: float32, weight units per code; G groups of I / G input channels, G = 1 per channel.
+        zero_point_OG: float32 holding integers, 0 on a symmetric grid.
+    """
+
+    codes_OI: Tensor
+    scale_OG: Tensor
+    zero_point_OG: Tensor
+    spec: QuantSpec
+
+    def dequantized(self) -> Tensor:
+        """The weight [O, I] that the codes stand for, float32."""
+        rows_Rg = affine.to_rows(self.codes_OI, self.spec)
+        values_Rg = affine.dequantize(rows_Rg, self.scale_OG.reshape(-1, 1), self.zero_point_OG.reshape(-1, 1))
+        return values_Rg.reshape(self.codes_OI.shape)

@@ -1,0 +1,32 @@
+"""What grid a weight is rounded to."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """An integer grid for the weight of a linear.
+
+    Codes are signed, `qmin <= code <= qmax`, and stand for `(code - zero_point) * scale`. A symmetric grid has
+    no zero point (it is 0). `group_size` is how many neighbouring input channels share one scale; None: all of
+    an output channel's (per-channel).
+    """
+
+    bits: int
+    symmetric: bool = True
+    group_size: int | None = None
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps between the smallest and the largest code."""
+        return self.qmax - self.qmin
