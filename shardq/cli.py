@@ -1,7 +1,10 @@
 """The command line: arguments to a config, a command to its ranks, an error to one line and an exit code."""
 
+import ctypes
 import json
+import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +16,8 @@ from shardq.errors import ConfigError, ShardQError
 from shardq.parallel.ranks import Ranks, started
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.run import quantize
+
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "quantize": (
@@ -37,6 +42,9 @@ def main() -> None:
 def run_command(verb: str, arguments: list[str]) -> None:
     """Run one command on this rank and exit with its code; an error is one line on standard error."""
     rank = int(os.environ.get("RANK", 0))
+    for library in ("huggingface_hub", "datasets", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
+    _return_freed_tensors()
     try:
         config = parse(verb, arguments)
         with started(config.device) as ranks:
@@ -51,6 +59,17 @@ def run_command(verb: str, arguments: list[str]) -> None:
     sys.exit(0)
 
 
+def _return_freed_tensors() -> None:
+    """Have every freed tensor of a MiB or more go back to the system at once.
+
+    glibc keeps freed memory for reuse and raises its own limit as it sees larger tensors; peak memory would then
+    depend on history and grow with the number of blocks.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option:
+        set_option(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig:
     """Defaults, then --config files from left to right, then single options.
 
@@ -61,7 +80,8 @@ def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig:
     try:
         options = parser.instantiate(parser.parse_args(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
-        wrong = ConfigError(" ".join(str(error).split()) + f"; {verb} --help lists the options")
+        reason = re.sub(r'^Parser key "(.+?)":', r"\1:", " ".join(str(error).split()))
+        wrong = ConfigError(f"{reason}; {verb} --help lists the options")
         wrong.agreed = True
         raise wrong from error
     del options["config"]  # the recipes' names; their content is in the other options

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 
 def owned_samples(num_samples: int, rank: int, world_size: int) -> range:
-    """Samples of a rank: every `world_size`-th. A sample stays with its rank, so activations never cross the network."""
+    """Samples of a rank: every `world_size`-th. It keeps them, so activations never cross the network."""
     return range(rank, num_samples, world_size)
 
 

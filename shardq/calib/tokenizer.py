@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Tokenize:
     """
     try:
         if any((folder / name).is_file() for name in TRANSFORMERS_FILES):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Whole articles are longer than the model's context; they are cut afterwards, so no warning is due.
             return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if (folder / SENTENCEPIECE_FILE).is_file():

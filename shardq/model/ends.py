@@ -49,9 +49,11 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
         hidden_NTD, _, _ = first.seen
         return hidden_NTD
 
-    with materialised(skeleton, base, prefix, device):
-        yield embed
-    _forget(skeleton)
+    try:
+        with materialised(skeleton, base, prefix, device):
+            yield embed
+    finally:
+        _forget(skeleton)
 
 
 def record_arguments(
@@ -81,10 +83,12 @@ def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
         return skeleton.model(input_ids=tokens_NT, use_cache=False).logits
 
-    with materialised(skeleton, skeleton.model, "", device, unread=_untied_embedding(skeleton)):
-        yield to_logits
-    last.injected = None
-    _forget(skeleton)
+    try:
+        with materialised(skeleton, skeleton.model, "", device, unread=_untied_embedding(skeleton)):
+            yield to_logits
+    finally:
+        last.injected = None
+        _forget(skeleton)
 
 
 def _untied_embedding(skeleton: Skeleton) -> frozenset[str]:

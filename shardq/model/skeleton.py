@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -100,8 +103,7 @@ def open_skeleton(folder: Path) -> Skeleton:
     model = _build_on_meta(folder, config)
     list_name, block_list = _find_blocks(model)
     blocks = list(block_list)
-    tied = model._tied_weights_keys if getattr(config, "tie_word_embeddings", False) else None
-    aliases = dict(tied) if isinstance(tied, dict) else {}
+    aliases = _aliases(folder, index, model)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
     names = [f"{list_name}.{number}" for number in range(len(blocks))]
@@ -110,22 +112,44 @@ def open_skeleton(folder: Path) -> Skeleton:
     return skeleton
 
 
+def _aliases(folder: Path, index: Index, model: nn.Module) -> dict[str, str]:
+    """Names of tied parameters, and of those that transformers renames as it loads -> names in the checkpoint."""
+    tied = model._tied_weights_keys if getattr(model.config, "tie_word_embeddings", False) else None
+    # A head that is stored beside the embedding is a matrix of its own, whatever the config says.
+    aliases = {name: source for name, source in tied.items() if name not in index} if isinstance(tied, dict) else {}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    expected = model.state_dict()
+    for stored in index:
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+        if converter is not None:
+            raise UnsupportedModelError(
+                f"{folder}: tensor {stored} is stored in parts that {type(model).__name__} fuses into {name}; "
+                "such blocks (fused experts) are not supported yet"
+            )
+        if name != stored and name in expected:
+            aliases[name] = stored
+    return aliases
+
+
 def _read_config(folder: Path):
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+        quantization = raw.get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error
+    if quantization:
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot read it ({_first_line(error)})") from error
 
 
@@ -134,7 +158,9 @@ def _build_on_meta(folder: Path, config) -> nn.Module:
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+            # float32, not the config's dtype: buffers computed from the config would be rounded to that.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            return model.eval().requires_grad_(False)
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(
             f"{folder}: transformers has no causal language model for it ({_first_line(error)})"
@@ -186,9 +212,10 @@ def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[lis
             `re:`, regular expressions.
 
     Raises:
-        ConfigError: a pattern (not a default one) matches no linear of the model.
+        ConfigError: a pattern is no regular expression, or one that is not a default matches no linear of the model.
         UnsupportedModelError: no linear would be quantized.
     """
+    _check_expressions(ignore)
     used: set[str] = set()
     chosen = []
     for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
@@ -207,6 +234,14 @@ def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[lis
             f"quant.ignore is {list(ignore)}"
         )
     return chosen
+
+
+def _check_expressions(patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern[3:] if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ConfigError(f"quant.ignore: {pattern!r} is no regular expression ({error})") from error
 
 
 def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:

@@ -29,16 +29,18 @@ def fold(block: nn.Module, linear_names: list[str], stored: Callable[[Tensor], T
         The quantized linears by name within the block.
 
     Raises:
-        QuantizationError: training drove a scale to a value that is not finite and positive.
+        QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to 0.
     """
     quantized = {}
     for name in linear_names:
         trained = block.get_submodule(name)
         linear = trained.folded()
-        if not (torch.isfinite(linear.scale_OG).all() and (linear.scale_OG > 0).all()):
+        parameters = dict(trained.named_parameters()) | {"scale": linear.scale_OG}
+        wrong = [kind for kind, value in parameters.items() if not torch.isfinite(value).all()]
+        if wrong or not (linear.scale_OG > 0).all():
             raise QuantizationError(
-                f"{name}: a scale is not finite and positive after training; lower optimize.grid_lr and "
-                "optimize.weight_lr"
+                f"{name}: {', '.join(wrong) or 'scale'} is not finite and positive after training; "
+                "lower optimize.grid_lr and optimize.weight_lr"
             )
         original = trained.original[0]
         original.weight = nn.Parameter(stored(linear.dequantized()).to(original.weight.dtype), requires_grad=False)

@@ -1,5 +1,6 @@
 """What turns a loss into changed parameters. The training loop knows only this; ranks are the stepper's business."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -27,17 +28,23 @@ class LocalStepper:
         grid, weight = trainable(block)
         groups = [{"params": grid, "lr": options.grid_lr}, {"params": weight, "lr": options.weight_lr}]
         self._optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=options.iterations)
+        self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
+        self._iterations, self._done = options.iterations, 0
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient."""
         loss.backward()
 
     def step(self) -> None:
-        """Adam step, then the next learning rate."""
+        """Adam step at the current learning rate, `lr * (1 + cos(pi * step / iterations)) / 2`."""
+        # By hand: torch's schedulers and the optimizer refer to each other, which would keep a block's state alive
+        # until the garbage collector runs.
+        factor = 0.5 * (1 + math.cos(math.pi * self._done / self._iterations))
+        for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
+            group["lr"] = start_lr * factor
         self._optimizer.step()
-        self._schedule.step()
         self._optimizer.zero_grad()
+        self._done += 1
 
 
 def trainable(block: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -73,7 +73,7 @@ def quantize_block(
     # 2. The block starts as round-to-nearest; how far is it off?
     attach(block, linear_names, job.spec, job.method)
     loss_before = None
-    if job.method != "rtn":
+    if linear_names and job.method != "rtn":
         with span("loss before", block=block_index):
             loss_before = _agreed_loss(job, block_index, compare(activations, block_index, forward, keep=False))
         # 3. Train its quantizers.

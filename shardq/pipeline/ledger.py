@@ -6,13 +6,14 @@ after the files themselves. Both files depend on the run's inputs alone: no time
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from shardq import __version__
 from shardq.config import QuantizeConfig
 from shardq.errors import ResumeError
-from shardq.files import append_line, sha256_of, write_json
+from shardq.files import ASIDE, append_line, sha256_of, write_json
 from shardq.formats.shards import Index, read_sample
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
@@ -78,7 +79,10 @@ def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
             raise ResumeError(
                 f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require"
             )
-        if output.exists() and any(output.iterdir()):
+        if output.exists() and not output.is_dir():
+            raise ResumeError(f"{output}: is a file; choose another --output")
+        # The aside file is what a kill inside the writing of the manifest itself leaves.
+        if output.exists() and any(file.name != MANIFEST + ASIDE for file in output.iterdir()):
             raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
         write_json(path, manifest)
         return []
@@ -102,27 +106,28 @@ def _read_json(path: Path) -> dict:
 
 def _read_ledger(output: Path) -> list[dict]:
     path = output / LEDGER
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if lines.pop():
         # A kill inside the append leaves a line without its end: that block was never committed.
-        torn_at = len("\n".join([*lines, ""]).encode()) if lines else 0
-        with open(path, "r+b") as file:
-            file.truncate(torn_at)
+        os.truncate(path, sum(len(line) + 1 for line in lines))
     entries = []
     for number, line in enumerate(lines):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+            block, files = entry["block"], entry["files"]
+        except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{path}: line {number + 1} is damaged; choose another --output") from error
-        if entry["block"] not in (number, None):
-            raise ResumeError(f"{path}: line {number + 1} is about block {entry['block']}, not {number}; edited?")
-        _check_digests(output, entry)
+        if block not in (number, None):
+            raise ResumeError(
+                f"{path}: line {number + 1} is about block {block}, not {number}; choose another --output"
+            )
+        _check_digests(output, files)
         entries.append(entry)
     return entries
 
 
-def _check_digests(output: Path, entry: dict) -> None:
-    for name, digest in entry["files"].items():
+def _check_digests(output: Path, files: dict[str, str]) -> None:
+    for name, digest in files.items():
         path = output / name
         if not path.is_file():
             raise ResumeError(f"{path}: missing although the ledger has it as finished; restore it or start anew")

@@ -172,7 +172,7 @@ def _prepare_activations(run: Run, activations: Activations) -> list[BlockArgume
         forward = block_forward(block, arguments[block_index])
         advance(activations, "fp", block_index, forward)
         for name in run.plan.linears[block_index]:
-            info = written[f"{run.plan.names[block_index]}.{name}.weight"]
+            info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
             block.get_submodule(name).weight.copy_(read_tensor(info))
         compare(activations, block_index, forward, keep=True)
         activations.drop(block_index)

@@ -1,0 +1,63 @@
+"""Which rank has which sample: the ranks together see what one rank would see."""
+
+import pytest
+
+from shardq.calib.partition import chunks, owned_samples, step_samples
+
+LAYOUTS = [
+    # samples, batch, world size
+    (8, 4, 2), (8, 2, 2), (8, 8, 4), (12, 4, 4), (12, 6, 3), (12, 12, 2), (6, 6, 6), (10, 4, 2),
+]  # fmt: skip
+
+
+def naive_batches(num_samples: int, batch_size: int, num_iterations: int) -> list[list[int]]:
+    """Neighbours in order, wrapping around."""
+    endless = list(range(num_samples)) * (batch_size * num_iterations // num_samples + 1)
+    return [endless[number * batch_size : (number + 1) * batch_size] for number in range(num_iterations)]
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(8, 4), (8, 3), (5, 5), (7, 2), (1, 1)])
+def test_one_rank_sees_neighbours_in_order_and_wraps_around(num_samples: int, batch_size: int):
+    steps = list(step_samples(num_samples, batch_size, 20, rank=0, world_size=1))
+    assert [iteration for iteration, _ in steps] == list(range(20))
+    assert [samples for _, samples in steps] == naive_batches(num_samples, batch_size, 20)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS)
+def test_ranks_together_see_the_batches_of_one_rank(num_samples: int, batch_size: int, world_size: int):
+    ranks = [list(step_samples(num_samples, batch_size, 25, rank, world_size)) for rank in range(world_size)]
+    for number, expected in enumerate(naive_batches(num_samples, batch_size, 25)):
+        assert {steps[number][0] for steps in ranks} == {number}
+        assert sorted(sample for steps in ranks for sample in steps[number][1]) == sorted(expected)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS)
+def test_every_rank_has_the_same_share_of_every_step(num_samples: int, batch_size: int, world_size: int):
+    """Otherwise the mean of the ranks' means would not be the batch's mean."""
+    for rank in range(world_size):
+        for _, samples in step_samples(num_samples, batch_size, 25, rank, world_size):
+            assert len(samples) == batch_size // world_size
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS)
+def test_a_rank_trains_only_on_samples_that_it_owns(num_samples: int, batch_size: int, world_size: int):
+    for rank in range(world_size):
+        owned = set(owned_samples(num_samples, rank, world_size))
+        seen = {s for _, samples in step_samples(num_samples, batch_size, 25, rank, world_size) for s in samples}
+        assert seen <= owned
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_samples", [0, 1, 7, 12])
+def test_every_sample_has_one_owner(num_samples: int, world_size: int):
+    owned = [sample for rank in range(world_size) for sample in owned_samples(num_samples, rank, world_size)]
+    assert sorted(owned) == list(range(num_samples))
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 100])
+def test_chunks_are_all_samples_in_order(size: int):
+    owned = owned_samples(11, rank=1, world_size=2)
+    parts = chunks(owned, size)
+    assert [sample for part in parts for sample in part] == [1, 3, 5, 7, 9]
+    assert all(len(part) == size for part in parts[:-1])
+    assert all(1 <= len(part) <= size for part in parts)

@@ -1,0 +1,137 @@
+"""Text to ids with the tokenizer in the model's folder: transformers' files, or a lone sentencepiece model."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from shardq.calib.tokenizer import load_tokenizer
+from shardq.errors import CalibrationError
+
+TEXTS = ["the quick brown fox", "a lazy dog sleeps", "the dog and the fox run", "quick quick quick"] * 10
+UNSEEN = ["the fox sleeps", "a quick dog and a lazy fox\nrun", "zebra", ""]
+
+
+@pytest.fixture(name="library_tokenizer")
+def _library_tokenizer() -> Tokenizer:
+    """A byte-pair tokenizer that puts special tokens around every text, as Llama's does."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def sentencepiece_model(model_type: str) -> bytes:
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, model_type=model_type, vocab_size=40,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def message_of(folder: Path) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        load_tokenizer(folder)
+    assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+CONFIGS = {
+    "alone": {},
+    "with config": {"tokenizer_config.json": "{}"},
+    "with class": {"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},
+    "of a model": {"config.json": '{"model_type": "llama"}'},
+}
+
+
+@pytest.mark.parametrize("companions", CONFIGS.values(), ids=CONFIGS)
+def test_ids_are_the_librarys_without_special_tokens(tmp_path, library_tokenizer, companions: dict[str, str]):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name, content in companions.items():
+        (tmp_path / name).write_text(content)
+    tokenize = load_tokenizer(tmp_path)
+    for text in TEXTS[:4] + UNSEEN:
+        ids = tokenize(text)
+        assert ids == library_tokenizer.encode(text, add_special_tokens=False).ids
+        assert all(type(token) is int for token in ids)
+
+
+def test_text_longer_than_the_models_context_is_kept_whole(tmp_path, library_tokenizer, caplog):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 4}))
+    text = " ".join(TEXTS)
+    ids = load_tokenizer(tmp_path)(text)
+    assert ids == library_tokenizer.encode(text, add_special_tokens=False).ids
+    assert caplog.text == ""
+
+
+def test_lone_sentencepiece_model_gives_the_ids_of_its_pieces(tmp_path):
+    """A model of whole words, so that the pieces can be told without the library: `▁` and a word."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("word"))
+    library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ids = {library.id_to_piece(number): number for number in range(library.get_piece_size())}
+    tokenize = load_tokenizer(tmp_path)
+    for text in TEXTS[:4]:
+        assert tokenize(text) == [ids[f"▁{word}"] for word in text.split()]
+    assert tokenize("the zebra") == [ids["▁the"], ids["<unk>"]]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
+def test_lone_sentencepiece_model_gives_the_librarys_ids(tmp_path, model_type: str):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(model_type))
+    library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenize = load_tokenizer(tmp_path)
+    for text in TEXTS[:4]:
+        ids = tokenize(text)
+        assert library.decode(ids) == text
+        assert [library.id_to_piece(token) for token in ids] == library.encode(text, out_type=str)
+        assert not {library.bos_id(), library.eos_id()} & set(ids)
+
+
+def test_transformers_tokenizer_goes_before_the_sentencepiece_model(tmp_path, library_tokenizer):
+    """Many models ship both; they are meant to agree, and transformers knows the added tokens."""
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
+    expected = library_tokenizer.encode(TEXTS[0], add_special_tokens=False).ids
+    assert load_tokenizer(tmp_path)(TEXTS[0]) == expected
+
+
+def test_folder_without_tokenizer_names_the_files_it_looked_for(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    message = message_of(tmp_path)
+    assert "tokenizer.json" in message and "tokenizer.model" in message
+
+
+DAMAGED_JSON = {"no JSON": "garbage", "empty": "", "cut off": '{"version": "1.0", "added', "no tokenizer": "{}"}
+
+
+@pytest.mark.parametrize("content", DAMAGED_JSON.values(), ids=DAMAGED_JSON)
+def test_damaged_tokenizer_is_one_line(tmp_path, content: str):
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert "cannot be read" in message_of(tmp_path)
+
+
+def test_damaged_tokenizer_config_is_one_line(tmp_path, library_tokenizer):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("garbage")
+    assert "cannot be read" in message_of(tmp_path)
+
+
+def test_config_without_a_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert "cannot be read" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 0.5], ids=["empty", "seven bytes", "half"])
+def test_damaged_sentencepiece_model_is_one_line(tmp_path, kept: float):
+    model = sentencepiece_model("bpe")
+    (tmp_path / "tokenizer.model").write_bytes(model[: int(kept if kept != 0.5 else len(model) / 2)])
+    assert "cannot be read" in message_of(tmp_path)

@@ -1,0 +1,224 @@
+"""Bad input: one line that names what, where and what to do; a non-zero exit on every rank; nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from runs import LAUNCH, committed, quantize_arguments, run_evaluate, run_quantize
+from shardq import errors
+from shardq.cli import parse
+
+
+def edit_tensor(folder, name, change):
+    """Rewrite the shard that holds a tensor, with `change` applied to it."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, file, {"format": "pt"})
+
+
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def with_value(tensor, value):
+    tensor = tensor.clone()
+    tensor[1, 2] = value
+    return tensor
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 8)
+
+
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+SHARD = "model-00002-of-00005.safetensors"
+UP_PROJ = "model.layers.2.mlp.up_proj.weight"
+CHECKPOINT, UNSUPPORTED = errors.CheckpointError, errors.UnsupportedModelError
+
+DAMAGED_MODELS = {
+    "missing folder": (shutil.rmtree, CHECKPOINT, "no such folder"),
+    "missing config": (lambda m: (m / CONFIG).unlink(), CHECKPOINT, "config.json: missing"),
+    "missing shard": (lambda m: (m / SHARD).unlink(), CHECKPOINT, f"{SHARD}: shard is missing"),
+    "truncated shard": (lambda m: truncate(m / SHARD), CHECKPOINT, f"{SHARD}: truncated"),
+    "no weights": (lambda m: [f.unlink() for f in m.glob("*.safetensors*")], CHECKPOINT, "holds neither"),
+    "tensor not in index": (
+        lambda m: edit_json(m / INDEX, lambda index: index["weight_map"].pop(UP_PROJ)),
+        CHECKPOINT, f"{UP_PROJ} is missing",
+    ),
+    "wrong shape": (
+        lambda m: edit_tensor(m, UP_PROJ, lambda t: t[:-1].contiguous()), CHECKPOINT, f"{UP_PROJ} has shape [127, 64]"
+    ),
+    "NaN": (lambda m: edit_tensor(m, UP_PROJ, lambda t: with_value(t, torch.nan)), CHECKPOINT, "holds nan at [1, 2]"),
+    "infinity": (
+        lambda m: edit_tensor(m, UP_PROJ, lambda t: with_value(t, torch.inf)), CHECKPOINT, "holds inf at [1, 2]"
+    ),
+    "integer dtype": (
+        lambda m: edit_tensor(m, UP_PROJ, lambda t: t.to(torch.int8)), UNSUPPORTED, f"{UP_PROJ} has dtype I8"
+    ),
+    "quantized": (
+        lambda m: edit_json(m / CONFIG, lambda c: c.update(quantization_config={"quant_method": "gptq"})),
+        UNSUPPORTED, "already quantized (gptq)",
+    ),
+    "unknown architecture": (
+        lambda m: edit_json(m / CONFIG, lambda c: c.update(model_type="nobody_knows")), UNSUPPORTED, "nobody_knows"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(llama, tmp_path):
+    """A copy of the tiny Llama to damage."""
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def check_one_line(error, named):
+    message = str(error.value)
+    assert named in message
+    assert "\n" not in message.strip() and len(message) < 500
+
+
+@pytest.mark.parametrize("damage, kind, named", DAMAGED_MODELS.values(), ids=DAMAGED_MODELS)
+def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, named):
+    damage(model)
+    with pytest.raises(kind) as error:
+        run_quantize(model, token_file, tmp_path / "out")
+    check_one_line(error, named)
+    # A damaged value is found when its block is read; blocks before it stay finished and whole.
+    assert committed(tmp_path / "out") == (2 if "holds" in named and "neither" not in named else 0)
+
+
+@pytest.mark.parametrize(
+    "more, kind, named",
+    [
+        (["--quant.bits", 1], errors.ConfigError, "quant.bits: 1"),
+        (["--quant.bits", 9], errors.ConfigError, "quant.bits: 9"),
+        (["--quant.group_size", 48], errors.ConfigError, "48 does not divide the 64 input channels"),
+        (["--quant.group_size", 0], errors.ConfigError, "quant.group_size: 0"),
+        (["--quant.ignore", "nothing_like_it"], errors.ConfigError, "'nothing_like_it' matches no linear"),
+        (["--quant.ignore", "*_proj"], UNSUPPORTED, "no linear would be quantized"),
+        (["--quant.method", "none"], errors.ConfigError, "quant.method: none"),
+        (["--optimize.iterations", 0], errors.ConfigError, "optimize.iterations: 0"),
+        (["--optimize.batch_size", 9], errors.ConfigError, "optimize.batch_size: 9"),
+        (["--optimize.grid_lr", 0], errors.ConfigError, "optimize.grid_lr: 0"),
+        (["--optimize.fp_mix", 1.5], errors.ConfigError, "optimize.fp_mix: 1.5"),
+        (["--calib.samples", 9], errors.CalibrationError, "gives 8 sequences"),
+        (["--calib.sequence_length", 65], errors.CalibrationError, "sequences of 64 tokens are shorter"),
+        (["--calib.sequence_length", 1000], errors.ConfigError, "beyond the model's 128 positions"),
+        (["--calib.dataset", "absent.jsonl"], errors.CalibrationError, "no tokenizer"),
+        (["--calib.dataset", "absent.safetensors"], errors.CalibrationError, "absent.safetensors"),
+        (["--resume", "require"], errors.ResumeError, "no run to resume"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_work_are_refused(llama, token_file, tmp_path, more, kind, named):
+    with pytest.raises(kind) as error:
+        run_quantize(llama, token_file, tmp_path / "out", *more)
+    check_one_line(error, named)
+    assert not (tmp_path / "out").exists()
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(llama, tmp_path):
+    tokens = tiny.save_tokens(tmp_path / "tokens.safetensors", vocab=400)
+    with pytest.raises(errors.CalibrationError, match="outside the model's vocabulary of 300"):
+        run_quantize(llama, tokens, tmp_path / "out")
+
+
+def test_foreign_output_folder_is_left_alone(llama, token_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("two years of work")
+    with pytest.raises(errors.ResumeError, match="not empty and not a run"):
+        run_quantize(llama, token_file, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_finished_run_is_not_overwritten_with_resume_never(llama, token_file, tmp_path):
+    run_quantize(llama, token_file, tmp_path / "out")
+    with pytest.raises(errors.ResumeError, match="already holds a run"):
+        run_quantize(llama, token_file, tmp_path / "out", "--resume", "never")
+
+
+def test_output_that_cannot_be_made_is_refused(llama, token_file):
+    with pytest.raises(errors.StorageError, match="/proc/nowhere"):
+        run_quantize(llama, token_file, "/proc/nowhere/out")
+
+
+def test_evaluation_trains_nothing(llama, token_file):
+    with pytest.raises(errors.ConfigError, match="quant.method: adascale"):
+        run_evaluate(llama, token_file, "--quant.method", "adascale")
+
+
+def test_evaluation_on_disk_needs_a_folder(llama, token_file):
+    with pytest.raises(errors.ConfigError, match="--output"):
+        run_evaluate(llama, token_file, "--cache.placement", "disk")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--model", "x", "--quant.bit", "3"], "--quant.bit"),
+        (["--model", "x", "--quant.bits", "four"], "quant.bits: Expected a <class 'int'>"),
+        (["--model", "x", "--optimize.preset", "fastest"], "optimize.preset"),
+        (["--model", "x", "--config", "absent.yaml"], "absent.yaml"),
+        ([], "model"),
+    ],
+)
+def test_options_that_do_not_exist_or_fit_are_named(arguments, named):
+    with pytest.raises(errors.ConfigError) as error:
+        parse("quantize", arguments)
+    check_one_line(error, named)
+
+
+def failing_launch(arguments):
+    """Run on two ranks what must fail; give the lines that shardq itself printed, by whatever rank."""
+    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    assert finished.returncode != 0
+    assert 'launch/quantize.py", line' not in finished.stderr  # torchrun shows a stack of its own, the ranks none
+    return [line for line in finished.stderr.splitlines() if line.startswith("shardq:")]
+
+
+def test_an_error_that_all_ranks_see_is_printed_once(llama, token_file, tmp_path):
+    lines = failing_launch(quantize_arguments(llama, token_file, tmp_path / "out", "--quant.group_size", 48))
+    assert len(lines) == 1 and "48 does not divide" in lines[0]
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(llama, token_file, tmp_path):
+    lines = failing_launch(quantize_arguments(llama, token_file, tmp_path / "out", "--optimize.batch_size", 3))
+    assert len(lines) == 1 and "a multiple of the number of ranks (2)" in lines[0]
+
+
+def test_damaged_weights_end_both_ranks(model, token_file, tmp_path):
+    edit_tensor(model, "model.layers.0.mlp.up_proj.weight", lambda tensor: with_value(tensor, torch.nan))
+    lines = failing_launch(quantize_arguments(model, token_file, tmp_path / "out"))
+    assert len(lines) == 1 and "model.layers.0.mlp.up_proj.weight holds nan" in lines[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB: room for the first activations, not for a run."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_ends_both_ranks_and_the_run_goes_on_with_room(small_disk, llama, token_file, tmp_path):
+    arguments = quantize_arguments(llama, token_file, small_disk / "out")
+    (small_disk / "ballast").write_bytes(bytes(1_600_000))
+    lines = failing_launch(arguments)
+    assert any("no space left" in line.lower() for line in lines), lines
+    assert not list(small_disk.rglob("*.partial"))
+    (small_disk / "ballast").unlink()
+    assert tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).returncode == 0

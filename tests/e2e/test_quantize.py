@@ -1,0 +1,178 @@
+"""Whole runs on a tiny model: what comes out loads, lies on its grid, and does not depend on how it was computed."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from runs import LAUNCH, last_json, quantize_arguments, result_files, run_evaluate, run_quantize
+from shardq.formats.block_file import read_block
+
+
+@pytest.fixture(scope="module")
+def run(llama, token_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, run_quantize(llama, token_file, output)
+
+
+def whole_model_perplexity(folder, token_file, transform=lambda model: None):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    transform(model)
+    tokens = load_file(token_file)["tokens"]
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1]
+    return math.exp(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def round_linears_to_nearest(model):
+    """Symmetric 4-bit min-max rounding per output channel, written out."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "layers" in name:
+            weight = module.weight.data
+            step = torch.maximum(weight.amax(1) / 7, -weight.amin(1) / 8)[:, None]
+            step = (7 * step - -8 * step) / 15  # as AIMET: bfloat16 weights often lie exactly between two codes
+            module.weight.data = (weight / step).round().clamp(-8, 7) * step
+
+
+def test_training_lowers_the_loss_and_the_summary_says_so(run):
+    output, summary = run
+    assert summary["blocks"] == 3 and summary["output"] == str(output)
+    assert 0 < summary["loss_after"] < 0.9 * summary["loss_before"]
+    assert summary["seconds"] > 0 and summary["peak_rss_bytes"] > 1 << 20
+
+
+def test_output_loads_and_every_weight_is_a_grid_point(run):
+    output, _ = run
+    model = AutoModelForCausalLM.from_pretrained(output)
+    for number in range(3):
+        block = load_file(output / "blocks" / f"block-{number:05d}.safetensors")
+        scales = {name.removesuffix(".scale"): scale for name, scale in block.items() if name.endswith(".scale")}
+        assert len(scales) == 7
+        for name, scale in scales.items():
+            weight = model.get_submodule(name).weight
+            codes = (weight / scale).round()
+            assert weight.dtype == torch.float32 and codes.min() >= -8 and codes.max() <= 7
+            assert torch.equal(codes * scale, weight)
+
+
+def test_unquantized_tensors_are_the_source_bit_for_bit(run, llama):
+    output, _ = run
+    source = {k: v for file in llama.glob("*.safetensors") for k, v in load_file(file).items()}
+    written = {k: v for file in output.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert written.keys() == source.keys()
+    kept = [name for name in source if not name.endswith("proj.weight")]
+    assert len(kept) == 8 and all(torch.equal(written[name], source[name]) for name in kept)
+
+
+def test_encodings_are_there_per_block_and_merged(run):
+    output, _ = run
+    merged = json.loads((output / "model.encodings").read_text())
+    assert merged["version"] == "1.0.0" and len(merged["param_encodings"]) == 21
+    per_block = [json.loads((output / "encodings" / f"block-{n:05d}.json").read_text()) for n in range(3)]
+    assert merged["param_encodings"] == [entry for block in per_block for entry in block["param_encodings"]]
+    ends = json.loads((output / "model_torch.encodings").read_text())["param_encodings"]
+    linear = read_block(output / "blocks" / "block-00001.safetensors")["model.layers.1.mlp.down_proj"]
+    rows = ends["model.layers.1.mlp.down_proj.weight"]
+    assert [row["min"] for row in rows] == (-8 * linear.scale_OG[:, 0]).tolist()
+
+
+def test_cache_is_gone_when_the_run_ends(run):
+    assert not (run[0] / "cache").exists()
+
+
+def test_evaluation_agrees_with_the_whole_model(run, llama, token_file):
+    for folder in (llama, run[0]):
+        expected = whole_model_perplexity(folder, token_file)
+        assert run_evaluate(folder, token_file)["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_rounds_to_nearest_as_a_plain_rounding_does(llama, token_file):
+    expected = whole_model_perplexity(llama, token_file, round_linears_to_nearest)
+    measured = run_evaluate(llama, token_file, "--quant.method", "rtn")
+    assert measured["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert measured["tokens"] == 8 * 63
+
+
+def test_quantizing_without_training_equals_evaluating_rounded(llama, token_file, tmp_path):
+    summary = run_quantize(llama, token_file, tmp_path / "out", "--quant.method", "rtn")
+    assert summary["loss_before"] == summary["loss_after"]
+    rounded = run_evaluate(llama, token_file, "--quant.method", "rtn")["perplexity"]
+    assert run_evaluate(tmp_path / "out", token_file)["perplexity"] == pytest.approx(rounded, rel=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["cpu", "disk"])
+def test_cache_placement_does_not_change_the_result(run, llama, token_file, tmp_path, placement):
+    run_quantize(llama, token_file, tmp_path / "out", "--cache.placement", placement)
+    assert result_files(tmp_path / "out") == result_files(run[0])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--quant.symmetric", "false"],
+        ["--quant.group_size", 32, "--quant.bits", 3],
+        ["--quant.symmetric", "false", "--quant.group_size", 64, "--quant.bits", 2],
+        ["--quant.method", "flexround"],
+        ["--quant.method", "lwc"],
+        ["--quant.bits", 8],
+        ["--optimize.fp_mix", 0],
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_every_grid_and_method_improves_on_its_start_and_loads(llama, token_file, tmp_path, more):
+    summary = run_quantize(llama, token_file, tmp_path / "out", *more)
+    assert summary["loss_after"] < summary["loss_before"]
+    expected = whole_model_perplexity(tmp_path / "out", token_file)
+    assert run_evaluate(tmp_path / "out", token_file)["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ignored_linears_stay_as_they_are(llama, token_file, tmp_path):
+    run_quantize(llama, token_file, tmp_path / "out", "--quant.ignore", "down_proj,model.layers.0.*")
+    source, written = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (llama, tmp_path / "out")
+    )
+    changed = {name for name in source if not torch.equal(source[name].float(), written[name].float())}
+    assert changed and not any("down_proj" in name or "layers.0." in name for name in changed)
+
+
+def test_source_dtype_checkpoint_is_the_grid_rounded_to_it(llama, token_file, tmp_path):
+    run_quantize(llama, token_file, tmp_path / "out", "--export.dtype", "source")
+    linear = read_block(tmp_path / "out" / "blocks" / "block-00000.safetensors")["model.layers.0.mlp.up_proj"]
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_submodule("model.layers.0.mlp.up_proj").weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, (linear.codes_OI.float() * linear.scale_OG).bfloat16())
+
+
+def test_two_ranks_give_the_result_of_one(run, llama, token_file, tmp_path):
+    arguments = quantize_arguments(llama, token_file, tmp_path / "out")
+    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    assert finished.returncode == 0, finished.stderr
+    summary, (output, single) = last_json(finished.stdout), run
+    assert "48 samples a block" in finished.stdout
+    # Sums over ranks round differently from sums over a batch; a code in a hundred may fall on the other side.
+    assert summary["loss_after"] == pytest.approx(single["loss_after"], rel=0.01)
+    for number in range(3):
+        ours, theirs = (read_block(folder / "blocks" / f"block-{number:05d}.safetensors") for folder in
+                        (tmp_path / "out", output))  # fmt: skip
+        for name in ours:
+            assert torch.allclose(ours[name].scale_OG, theirs[name].scale_OG, rtol=1e-2)
+            assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > 0.99
+    evaluated = tiny.torchrun(2, [LAUNCH / "evaluate.py", "--model", tmp_path / "out", "--eval.dataset", token_file,
+                                  "--eval.sequence_length", "64"])  # fmt: skip
+    expected = whole_model_perplexity(tmp_path / "out", token_file)
+    assert last_json(evaluated.stdout)["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_spans_account_for_the_run(llama, token_file, tmp_path):
+    """Outside the spans is only what imports and bookkeeping take."""
+    run_quantize(llama, token_file, tmp_path / "out")
+    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    whole = next(event["seconds"] for event in events if event["span"] == "run")
+    parts = sum(event["seconds"] for event in events if event["span"] != "run")
+    assert {event["block"] for event in events if event["span"] == "train"} == {0, 1, 2}
+    assert 0.5 * whole < parts <= whole * 1.001

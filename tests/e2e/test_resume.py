@@ -1,0 +1,130 @@
+"""Interrupted runs go on and end with the bytes of an uninterrupted one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize
+from shardq.errors import ResumeError
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama, token_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    run_quantize(llama, token_file, output)
+    return output
+
+
+def ranks_of(torchrun_pid):
+    """Process ids of the ranks that a torchrun started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun_pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def start_and_kill(num_ranks, arguments, output, after_blocks):
+    """Start a run with torchrun and SIGKILL its last rank as soon as some blocks are committed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
+               str(LAUNCH / "quantize.py"), *arguments]  # fmt: skip
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + tiny.LAUNCH_TIMEOUT_SECONDS
+    while committed(output) < after_blocks and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for pid in ranks_of(process.pid)[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize(
+    "num_ranks, placement",
+    [
+        (1, "disk"),
+        (2, "disk"),
+        pytest.param(1, "cpu", marks=pytest.mark.slow),
+        pytest.param(2, "cpu", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_ends_with_the_same_bytes(llama, token_file, tmp_path, num_ranks, placement):
+    # Enough iterations that the kill comes while the next block is trained.
+    arguments = quantize_arguments(
+        llama, token_file, tmp_path / "out", "--cache.placement", placement, "--optimize.iterations", 60
+    )
+    assert start_and_kill(num_ranks, arguments, tmp_path / "out", after_blocks=1) != 0
+    assert 1 <= committed(tmp_path / "out") < 4
+    resumed = tiny.torchrun(num_ranks, [LAUNCH / "quantize.py", *arguments])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "whole")
+    assert tiny.torchrun(num_ranks, [LAUNCH / "quantize.py", *arguments]).returncode == 0
+    assert result_files(tmp_path / "out") == result_files(tmp_path / "whole")
+
+
+def cut_ledger(output, num_blocks):
+    """Take a finished run back to where some blocks are committed and their successors' files are litter."""
+    lines = (output / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (output / "ledger.jsonl").write_text("".join(lines[:num_blocks]))
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 2, 3])
+def test_lost_activations_are_computed_again(uninterrupted, llama, token_file, tmp_path, num_blocks):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    cut_ledger(tmp_path / "out", num_blocks)
+    run_quantize(llama, token_file, tmp_path / "out")
+    assert result_files(tmp_path / "out") == result_files(uninterrupted)
+
+
+def test_finished_run_is_left_as_it_is(uninterrupted, llama, token_file):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    summary = run_quantize(llama, token_file, uninterrupted)
+    assert summary["blocks"] == 3 and summary["loss_after"] < summary["loss_before"]
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--quant.bits", 3], "quant.bits (was 4, is 3)"),
+        (["--seed", 7], "seed (was 0, is 7)"),
+        (["--optimize.grid_lr", 0.01], "optimize.grid_lr (was 0.001, is 0.01)"),
+        (["--calib.samples", 6], "calib.samples (was 8, is 6)"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_resume_names_the_options_that_differ(uninterrupted, llama, token_file, more, named):
+    with pytest.raises(ResumeError) as error:
+        run_quantize(llama, token_file, uninterrupted, *more)
+    assert named in str(error.value)
+
+
+def test_resume_refuses_another_model(uninterrupted, token_file, tmp_path):
+    other = tiny.save_llama(tmp_path / "other", seed=1)
+    with pytest.raises(ResumeError, match=r"model\.weights"):
+        run_quantize(other, token_file, uninterrupted)
+
+
+def test_resume_refuses_another_dataset(uninterrupted, llama, tmp_path):
+    other = tiny.save_tokens(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(ResumeError, match="calibration_tokens"):
+        run_quantize(llama, other, uninterrupted)
+
+
+def test_resume_refuses_another_world_size(uninterrupted, llama, token_file):
+    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, uninterrupted)])
+    assert finished.returncode != 0
+    assert "world_size (was 1, is 2)" in finished.stderr
+
+
+def test_resume_refuses_a_damaged_block(uninterrupted, llama, token_file, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    file = tmp_path / "out" / "blocks" / "block-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ResumeError, match=r"block-00001\.safetensors: changed"):
+        run_quantize(llama, token_file, tmp_path / "out")

@@ -1,0 +1,101 @@
+"""The output checkpoint: names and index as the Hugging Face libraries write them, config, and what is copied."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from transformers import AutoConfig, LlamaConfig
+
+from shardq.formats import checkpoint
+from shardq.formats.shards import INDEX_FILE, TensorInfo, open_index
+
+
+def infos_of(*sizes: int) -> list[TensorInfo]:
+    return [TensorInfo(f"t{n}", Path("a"), "U8", (size,), 0, size) for n, size in enumerate(sizes)]
+
+
+def sizes_of(groups: list[list[TensorInfo]]) -> list[list[int]]:
+    return [[info.num_bytes for info in group] for group in groups]
+
+
+def test_tensors_are_grouped_in_order_up_to_the_limit():
+    assert sizes_of(checkpoint.group_by_size(infos_of(4, 6, 1, 9, 5, 5), 10)) == [[4, 6], [1, 9], [5, 5]]
+    assert sizes_of(checkpoint.group_by_size(infos_of(4, 7, 3), 10)) == [[4], [7, 3]]
+
+
+def test_tensor_beyond_the_limit_is_a_group_of_its_own():
+    assert sizes_of(checkpoint.group_by_size(infos_of(3, 25, 3, 3), 10)) == [[3], [25], [3, 3]]
+    assert sizes_of(checkpoint.group_by_size(infos_of(25), 10)) == [[25]]
+    assert checkpoint.group_by_size([], 10) == []
+
+
+def test_random_groups_lose_nothing_and_keep_to_the_limit():
+    sizes = torch.randint(1, 30, (300,)).tolist()
+    groups = sizes_of(checkpoint.group_by_size(infos_of(*sizes), 50))
+    assert [size for group in groups for size in group] == sizes
+    assert all(sum(group) <= 50 for group in groups)
+    # No group could have taken the first of the next one.
+    assert all(sum(group) + following[0] > 50 for group, following in zip(groups, groups[1:], strict=False))
+
+
+@pytest.fixture(name="library_checkpoint")
+def _library_checkpoint(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Three shards with an index, written by huggingface_hub."""
+    tensors = {f"layers.{n}.weight": torch.randn(16, 16).to(torch.bfloat16) for n in range(3)}
+    save_torch_state_dict(tensors, tmp_path, max_shard_size=600)
+    return tmp_path, tensors
+
+
+def test_shards_are_named_as_the_library_names_them(library_checkpoint):
+    folder, _ = library_checkpoint
+    expected = [checkpoint.shard_name(number, 3) for number in (1, 2, 3)]
+    assert sorted(file.name for file in folder.glob("*.safetensors")) == expected
+
+
+def test_index_is_the_one_that_the_library_writes(library_checkpoint):
+    folder, _ = library_checkpoint
+    expected = json.loads((folder / INDEX_FILE).read_text())
+    (folder / INDEX_FILE).unlink()
+    checkpoint.write_index(folder, [checkpoint.shard_name(number, 3) for number in (1, 2, 3)])
+    assert json.loads((folder / INDEX_FILE).read_text()) == expected
+
+
+def test_index_that_was_written_is_read_back(tmp_path):
+    save_file({"x": torch.zeros(4), "y": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file({"z": torch.ones(3).half()}, tmp_path / "b.safetensors")
+    checkpoint.write_index(tmp_path, ["a.safetensors", "b.safetensors"])
+    index = open_index(tmp_path)
+    assert {name: info.file.name for name, info in index.items()} == {
+        "x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors",
+    }  # fmt: skip
+    assert json.loads((tmp_path / INDEX_FILE).read_text())["metadata"]["total_size"] == 4 * 4 + 2 * 4 + 3 * 2
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_config_keeps_every_field_but_the_dtype(tmp_path, key: str):
+    source, folder = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    fields = json.loads(LlamaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=11).to_json_string())
+    fields.pop("dtype", None)
+    (source / "config.json").write_text(json.dumps(fields | {key: "bfloat16", "note": "é"}), encoding="utf-8")
+    checkpoint.write_config(source, folder, "float32")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert written == fields | {"dtype": "float32", "note": "é"}
+    assert AutoConfig.from_pretrained(folder).dtype == torch.float32
+
+
+def test_companions_are_copied_byte_by_byte_and_weights_are_not(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    copied = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+              "vocab.txt", "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+              "LICENSE", "LICENSE.txt"]  # fmt: skip
+    left = ["model.safetensors", "config.json", INDEX_FILE, "pytorch_model.bin", "README.md", "modeling_x.py"]
+    for number, name in enumerate(copied + left):
+        (source / name).write_bytes(bytes([number, 0, 255]))
+    checkpoint.copy_companions(source, folder)
+    assert sorted(file.name for file in folder.iterdir()) == sorted(copied)
+    assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in copied)

@@ -1,0 +1,224 @@
+"""Reading safetensors shards: the tensors that the library reads, and one clear line for each kind of damage."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shardq.errors import CheckpointError, StorageError
+from shardq.formats import shards
+
+STORED = {
+    "f64": torch.randn(3, 5, dtype=torch.float64),
+    "f32": torch.randn(7, 2),
+    "f16": torch.randn(4, 4).half(),
+    "bf16": torch.randn(2, 3, 4).bfloat16(),
+    "i64": torch.tensor([-(2**60), 2**60]),
+    "i32": torch.tensor([[-(2**30)], [2**30]], dtype=torch.int32),
+    "i16": torch.arange(-3, 3, dtype=torch.int16),
+    "i8": torch.tensor([-128, 127], dtype=torch.int8),
+    "u8": torch.tensor([0, 255, 7], dtype=torch.uint8),
+    "bool": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def message_of(error_class: type[Exception], call, *arguments) -> str:
+    with pytest.raises(error_class) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def save_checkpoint(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Shards with an index, as transformers writes them."""
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    write_index(folder, {"metadata": {}, "weight_map": weight_map})
+
+
+def write_index(folder: Path, index: object) -> None:
+    (folder / shards.INDEX_FILE).write_text(json.dumps(index))
+
+
+def assert_reads_as_the_library(index: shards.Index, files: list[Path]) -> None:
+    expected = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert set(index) == set(expected)
+    for name, info in index.items():
+        tensor = shards.read_tensor(info)
+        assert (info.name, info.shape) == (name, tuple(expected[name].shape))
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_single_file_reads_as_the_library_does(tmp_path):
+    save_file(STORED, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_reads_as_the_library(shards.open_index(tmp_path), [tmp_path / "model.safetensors"])
+
+
+def test_sharded_checkpoint_reads_as_the_library_does(tmp_path):
+    save_checkpoint(tmp_path, {"b.safetensors": {"x": torch.randn(4), "y": torch.randn(2, 2).half()},
+                               "a.safetensors": {"z": torch.arange(3)}})  # fmt: skip
+    index = shards.open_index(tmp_path)
+    assert_reads_as_the_library(index, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    assert {name: info.file.name for name, info in index.items()} == {
+        "x": "b.safetensors", "y": "b.safetensors", "z": "a.safetensors",
+    }  # fmt: skip
+
+
+def test_index_goes_before_a_single_file(tmp_path):
+    """A folder may keep an older consolidated file beside its shards."""
+    save_file({"old": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_checkpoint(tmp_path, {"a.safetensors": {"new": torch.ones(1)}})
+    assert list(shards.open_index(tmp_path)) == ["new"]
+
+
+def test_tensors_that_the_index_does_not_name_are_left_out(tmp_path):
+    save_checkpoint(tmp_path, {"a.safetensors": {"x": torch.zeros(1), "unnamed": torch.zeros(1)}})
+    write_index(tmp_path, {"weight_map": {"x": "a.safetensors"}})
+    assert list(shards.open_index(tmp_path)) == ["x"]
+
+
+def test_header_says_where_the_bytes_of_a_tensor_lie(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(STORED, path)
+    raw = path.read_bytes()
+    for name, info in shards.read_header(path).items():
+        expected = STORED[name].flatten().view(torch.uint8).numpy().tobytes() if STORED[name].numel() else b""
+        assert raw[info.offset : info.offset + info.num_bytes] == expected
+        assert shards.count_elements(info) == STORED[name].numel()
+
+
+@pytest.mark.parametrize("padding", range(9))
+def test_header_may_have_any_length(tmp_path, padding: int):
+    """The library pads headers to 8 bytes; the format does not ask for it."""
+    header = b'{"x":{"dtype":"I16","shape":[2],"data_offsets":[0,4]}}' + b" " * padding
+    raw = len(header).to_bytes(8, "little") + header + b"\x01\x00\xfe\xff"
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    assert_reads_as_the_library(shards.open_index(tmp_path), [tmp_path / "model.safetensors"])
+
+
+def test_metadata_is_the_headers_text(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "with.safetensors", {"format": "pt", "kind": "test"})
+    save_file({"x": torch.zeros(1)}, tmp_path / "without.safetensors")
+    assert shards.read_metadata(tmp_path / "with.safetensors") == {"format": "pt", "kind": "test"}
+    assert shards.read_metadata(tmp_path / "without.safetensors") == {}
+
+
+def test_weights_that_are_finite_are_read_as_they_are(tmp_path):
+    save_file(STORED, tmp_path / "a.safetensors")
+    for name, info in shards.read_header(tmp_path / "a.safetensors").items():
+        assert torch.equal(shards.read_weight(info), STORED[name])
+
+
+@pytest.mark.parametrize(("num_bytes", "start", "stop"), [(10, 35, 45), (11, 34, 45), (1000, 0, 80)])
+def test_sample_is_the_middle_of_a_tensors_bytes(tmp_path, num_bytes: int, start: int, stop: int):
+    values = torch.arange(10)
+    save_file({"before": torch.ones(9), "x": values, "z": torch.ones(9)}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["x"]
+    assert shards.read_sample(info, num_bytes) == values.numpy().tobytes()[start:stop]
+
+
+def test_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    message = message_of(CheckpointError, shards.open_index, tmp_path)
+    assert str(tmp_path) in message and "model.safetensors" in message
+
+
+def test_missing_shard_is_named(tmp_path):
+    save_checkpoint(tmp_path, {"a.safetensors": {"x": torch.zeros(1)}, "b.safetensors": {"y": torch.zeros(1)}})
+    (tmp_path / "b.safetensors").unlink()
+    message = message_of(CheckpointError, shards.open_index, tmp_path)
+    assert str(tmp_path / "b.safetensors") in message and "missing" in message
+
+
+def test_tensor_that_its_shard_lacks_is_named(tmp_path):
+    save_checkpoint(tmp_path, {"a.safetensors": {"x": torch.zeros(1)}})
+    write_index(tmp_path, {"weight_map": {"x": "a.safetensors", "lost.weight": "a.safetensors"}})
+    message = message_of(CheckpointError, shards.open_index, tmp_path)
+    assert "lost.weight" in message and str(tmp_path / "a.safetensors") in message
+
+
+@pytest.mark.parametrize("kept", [0, 7, 40, -1], ids=lambda kept: f"kept{kept}")
+def test_truncated_shard_is_named_before_any_weight_is_read(tmp_path, kept: int):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.randn(100)}, path)
+    os.truncate(path, kept if kept >= 0 else path.stat().st_size + kept)
+    message = message_of(CheckpointError, shards.open_index, tmp_path)
+    assert str(path) in message and "truncated" in message
+
+
+def test_file_that_is_no_safetensors_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    message = message_of(CheckpointError, shards.open_index, tmp_path)
+    assert str(tmp_path / "model.safetensors") in message and "not a safetensors file" in message
+
+
+BROKEN_INDICES = {
+    "no JSON": b"garbage",
+    "cut off": b'{"weight_map": {"x": ',
+    "no UTF-8": b"\xff\xfe",
+    "a list": b"[]",
+    "no weight_map": b"{}",
+    "weight_map is a list": b'{"weight_map": []}',
+    "weight_map is null": b'{"weight_map": null}',
+    "shard is a number": b'{"weight_map": {"x": 1}}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN_INDICES.values(), ids=BROKEN_INDICES)
+def test_broken_index_is_named(tmp_path, content: bytes):
+    (tmp_path / shards.INDEX_FILE).write_bytes(content)
+    message = message_of(CheckpointError, shards.open_index, tmp_path)
+    assert str(tmp_path / shards.INDEX_FILE) in message and "not a valid index" in message
+
+
+@pytest.mark.parametrize("kind", ["above", "absolute", "deep"])
+def test_shard_outside_the_folder_is_refused(tmp_path, kind: str):
+    """A downloaded index must not make us read files elsewhere."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    name = {"above": "../x.safetensors", "absolute": str(tmp_path / "x.safetensors"), "deep": "a/../../x.safetensors"}
+    write_index(folder, {"weight_map": {"x": name[kind]}})
+    message = message_of(CheckpointError, shards.open_index, folder)
+    assert str(folder / shards.INDEX_FILE) in message and name[kind] in message
+
+
+def test_unsupported_dtype_names_tensor_and_dtype(tmp_path):
+    save_file({"gate.weight": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["gate.weight"]
+    message = message_of(CheckpointError, shards.read_tensor, info)
+    assert "gate.weight" in message and "F8_E4M3" in message and str(info.file) in message
+
+
+def test_shard_that_shrinks_after_its_header_was_read_names_the_tensor(tmp_path):
+    save_file({"x": torch.randn(100)}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["x"]
+    os.truncate(info.file, info.offset + 10)
+    message = message_of(CheckpointError, shards.read_tensor, info)
+    assert "truncated inside tensor x" in message and str(info.file) in message
+
+
+@pytest.mark.parametrize("read", [shards.read_tensor, shards.read_sample])
+def test_shard_that_goes_after_its_header_was_read_is_named(tmp_path, read):
+    save_file({"x": torch.randn(100)}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["x"]
+    info.file.unlink()
+    assert message_of(StorageError, read, info).startswith(f"{info.file}: no such file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weight_that_is_not_finite_names_value_and_place(tmp_path, value: str, dtype: torch.dtype):
+    weight = torch.zeros(3, 4, dtype=dtype)
+    weight[1, 2] = float(value)
+    save_file({"q_proj.weight": weight}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["q_proj.weight"]
+    message = message_of(CheckpointError, shards.read_weight, info)
+    assert f"q_proj.weight holds {value} at [1, 2]" in message and str(info.file) in message

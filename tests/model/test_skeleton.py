@@ -1,0 +1,224 @@
+"""Opening a checkpoint: what is accepted, what is refused and in which words, which linears are chosen."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GptOssConfig, MixtralConfig, OpenAIGPTConfig, Qwen3MoeConfig
+from transformers.utils import logging as transformers_logging
+
+from shardq.errors import CheckpointError, ConfigError, ShardQError, UnsupportedModelError
+from shardq.model.skeleton import DEFAULT_IGNORE, linears_to_quantize, open_skeleton
+
+LINEARS = [
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+]  # fmt: skip
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that a test may damage."""
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def assert_refused(folder: Path, kind: type[ShardQError], *parts: str) -> None:
+    """Opening fails with an error of exactly this kind whose only line holds all parts."""
+    with pytest.raises(ShardQError) as caught:
+        open_skeleton(folder)
+    message = str(caught.value)
+    assert type(caught.value) is kind, message
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    """Replace fields of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def replace_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
+    """Replace one stored tensor, or with None take it out of its shard and of the index; give the shard."""
+    index_path = folder / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    shard = folder / index["weight_map"][name]
+    tensors = load_file(shard)
+    if tensor is None:
+        del tensors[name], index["weight_map"][name]
+    else:
+        tensors[name] = tensor
+    save_file(tensors, shard)
+    index_path.write_text(json.dumps(index))
+    return shard
+
+
+class TestOpening:
+    def test_blocks_and_their_tensors_are_found_without_reading_weights(self, llama: Path):
+        skeleton = open_skeleton(llama)
+        assert skeleton.names == ["model.layers.0", "model.layers.1", "model.layers.2"]
+        assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.parameters())
+        stored = {info.name for number in range(3) for info in skeleton.block_tensors(number).values()}
+        assert stored == {name for name in skeleton.index if ".layers." in name}
+
+    def test_tied_head_is_found_under_the_embedding(self, llama: Path):
+        skeleton = open_skeleton(llama)
+        assert "lm_head.weight" not in skeleton.index
+        assert skeleton.stored("lm_head.weight").name == "model.embed_tokens.weight"
+
+    def test_transformers_is_as_talkative_afterwards_as_before(self, llama: Path):
+        before = transformers_logging.get_verbosity()
+        open_skeleton(llama)
+        assert transformers_logging.get_verbosity() == before
+
+
+class TestRefusedConfig:
+    def test_missing(self, copied: Path):
+        (copied / "config.json").unlink()
+        assert_refused(copied, CheckpointError, str(copied / "config.json"), "missing")
+
+    @pytest.mark.parametrize("content", ['{"model_type": ', "", "\N{SNOWMAN}"])
+    def test_not_json(self, copied: Path, content: str):
+        (copied / "config.json").write_text(content)
+        assert_refused(copied, CheckpointError, str(copied / "config.json"), "not a JSON object")
+
+    def test_already_quantized(self, copied: Path):
+        change_config(copied, quantization_config={"quant_method": "gptq", "bits": 4})
+        assert_refused(copied, UnsupportedModelError, str(copied), "already quantized (gptq)")
+
+    def test_already_quantized_by_a_method_without_name(self, copied: Path):
+        change_config(copied, quantization_config={"bits": 4})
+        assert_refused(copied, UnsupportedModelError, str(copied), "already quantized (unknown method)")
+
+    def test_unknown_model_type(self, copied: Path):
+        change_config(copied, model_type="nonesuch")
+        assert_refused(copied, UnsupportedModelError, str(copied / "config.json"), "transformers cannot read it")
+
+    def test_no_causal_language_model(self, copied: Path):
+        change_config(copied, model_type="t5")
+        assert_refused(copied, UnsupportedModelError, str(copied), "no causal language model", "T5Config")
+
+    def test_no_list_of_blocks(self, tmp_path: Path):
+        config = OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        folder = tiny.save_model(tmp_path, config)
+        assert_refused(folder, UnsupportedModelError, "OpenAIGPTLMHeadModel", "no list of decoder blocks")
+
+    @pytest.mark.parametrize("content", ["[]", "null", "3"])
+    def test_json_that_is_no_object(self, copied: Path, content: str):
+        (copied / "config.json").write_text(content)
+        assert_refused(copied, CheckpointError, str(copied / "config.json"))
+
+    @pytest.mark.parametrize("fields", [{"hidden_size": "abc"}, {"num_attention_heads": 5}], ids=str)
+    def test_field_that_transformers_refuses(self, copied: Path, fields: dict):
+        change_config(copied, **fields)
+        assert_refused(copied, UnsupportedModelError, str(copied / "config.json"), "transformers cannot read it")
+
+    def test_code_of_its_own_is_refused_without_a_question(self, copied: Path, capsys: pytest.CaptureFixture):
+        auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        change_config(copied, model_type="nonesuch", auto_map=auto_map)
+        assert_refused(copied, UnsupportedModelError, str(copied / "config.json"))
+        assert "y/N" not in capsys.readouterr().out
+
+
+class TestRefusedTensors:
+    @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+    def test_missing(self, copied: Path, name: str):
+        replace_tensor(copied, name, None)
+        assert_refused(copied, CheckpointError, str(copied), f"tensor {name} is missing")
+
+    def test_head_missing_where_nothing_is_tied(self, copied: Path):
+        change_config(copied, tie_word_embeddings=False)
+        assert_refused(copied, CheckpointError, str(copied), "tensor lm_head.weight is missing")
+
+    @pytest.mark.parametrize("name", ["model.layers.2.self_attn.k_proj.weight", "model.embed_tokens.weight"])
+    def test_wrong_shape(self, copied: Path, name: str):
+        shard = replace_tensor(copied, name, torch.zeros(3, 5, dtype=torch.bfloat16))
+        assert_refused(copied, CheckpointError, str(shard), name, "has shape [3, 5]", "config.json asks for")
+
+    def test_block_more_than_there_are(self, copied: Path):
+        change_config(copied, num_hidden_layers=4)
+        assert_refused(copied, CheckpointError, str(copied), "tensor model.layers.3.")
+
+    def test_integers_in_place_of_weights(self, copied: Path):
+        name = "model.layers.0.mlp.down_proj.weight"
+        shard = replace_tensor(copied, name, torch.zeros(64, 128, dtype=torch.int8))
+        assert_refused(copied, UnsupportedModelError, str(shard), name, "has dtype I8", "BF16")
+
+    def test_eight_bit_floats(self, copied: Path):
+        name = "model.layers.0.mlp.down_proj.weight"
+        shard = replace_tensor(copied, name, torch.zeros(64, 128).to(torch.float8_e4m3fn))
+        assert_refused(copied, UnsupportedModelError, str(shard), name, "has dtype F8_E4M3", "BF16")
+
+    def test_fused_experts(self, tmp_path: Path):
+        config = GptOssConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        )  # fmt: skip
+        folder = tiny.save_model(tmp_path, config)
+        assert_refused(folder, UnsupportedModelError, "model.layers.0.mlp.experts.gate_up_proj", "3-dimensional")
+
+    @pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
+    def test_experts_that_are_stored_apart_and_run_fused(self, tmp_path: Path, config_class: type):
+        config = config_class(
+            vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        assert_refused(tiny.save_model(tmp_path, config), UnsupportedModelError, "experts")
+
+
+class TestIgnore:
+    """Expected choices are written out by hand from the names of a Llama block's linears."""
+
+    @pytest.mark.parametrize(
+        ("patterns", "left_out"),
+        [
+            ((), []),
+            (("mlp.down_proj",), ["mlp.down_proj"]),
+            (("down_proj",), ["mlp.down_proj"]),
+            (("*.down_proj",), ["mlp.down_proj"]),
+            (("mlp.*",), ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+            (("[qk]_proj",), ["self_attn.q_proj", "self_attn.k_proj"]),
+            (("re:.*(gate|up)_proj",), ["mlp.gate_proj", "mlp.up_proj"]),
+            (("o_proj", "re:self_attn[.]v.*"), ["self_attn.v_proj", "self_attn.o_proj"]),
+        ],
+    )
+    def test_pattern_holds_in_every_block(self, llama: Path, patterns: tuple[str, ...], left_out: list[str]):
+        chosen = linears_to_quantize(open_skeleton(llama), (*DEFAULT_IGNORE, *patterns))
+        assert chosen == [[name for name in LINEARS if name not in left_out]] * 3
+
+    @pytest.mark.parametrize("pattern", ["model.layers.1.mlp.up_proj", "*.1.mlp.up_proj", r"re:.*\.1\.mlp\.up_proj"])
+    def test_full_name_holds_in_its_block_alone(self, llama: Path, pattern: str):
+        without = [name for name in LINEARS if name != "mlp.up_proj"]
+        assert linears_to_quantize(open_skeleton(llama), (pattern,)) == [LINEARS, without, LINEARS]
+
+    def test_block_may_be_left_out_whole(self, llama: Path):
+        assert linears_to_quantize(open_skeleton(llama), ("model.layers.0.*",)) == [[], LINEARS, LINEARS]
+
+    @pytest.mark.parametrize("pattern", ["donw_proj", "proj", "re:down", "DOWN_PROJ", "layers.1.mlp.up_proj"])
+    def test_pattern_that_matches_nothing_is_refused(self, llama: Path, pattern: str):
+        with pytest.raises(ConfigError) as caught:
+            linears_to_quantize(open_skeleton(llama), ("down_proj", pattern))
+        message = str(caught.value)
+        assert f"quant.ignore: {pattern!r} matches no linear" in message and "\n" not in message
+        assert "model.layers.0.self_attn.q_proj" in message, "an example of a name is missing"
+
+    def test_nothing_left_to_quantize_is_refused(self, llama: Path):
+        with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: no linear would be quantized.*proj"):
+            linears_to_quantize(open_skeleton(llama), ("*_proj",))
+
+    def test_blocks_without_linears_are_refused(self, tmp_path: Path):
+        config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+        with pytest.raises(UnsupportedModelError) as caught:
+            linears_to_quantize(skeleton, DEFAULT_IGNORE)
+        message = str(caught.value)
+        assert "GPT2LMHeadModel: no linear would be quantized" in message and "Conv1D" in message
+        assert "\n" not in message
+
+    def test_pattern_that_is_no_regular_expression_is_refused(self, llama: Path):
+        with pytest.raises(ConfigError, match=r"^quant.ignore: 're:\('"):
+            linears_to_quantize(open_skeleton(llama), ("re:(",))

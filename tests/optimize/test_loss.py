@@ -1,0 +1,64 @@
+"""Losses against sums written out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from shardq.optimize.loss import ErrorSums, distillation_loss, error_sums
+
+
+def test_training_loss_sums_the_sequence_and_averages_samples_and_channels():
+    output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    total = 0.0
+    for sample in range(2):
+        for channel in range(3):
+            for position in range(5):
+                total += (output[sample, position, channel] - target[sample, position, channel]).item() ** 2
+    assert distillation_loss(output, target).item() == pytest.approx(total / (2 * 3), rel=1e-6)
+
+
+def test_training_loss_grows_with_the_sequence_but_not_with_the_batch():
+    output, target = torch.randn(1, 4, 3), torch.randn(1, 4, 3)
+    single = distillation_loss(output, target)
+    doubled_batch = distillation_loss(output.repeat(2, 1, 1), target.repeat(2, 1, 1))
+    doubled_length = distillation_loss(output.repeat(1, 2, 1), target.repeat(1, 2, 1))
+    torch.testing.assert_close(torch.stack([doubled_batch, doubled_length]), torch.stack([single, 2 * single]))
+
+
+def test_relative_loss_is_mean_squared_error_over_mean_target_square():
+    output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3) + 1
+    exact, reference = output.numpy().astype(np.float64), target.numpy().astype(np.float64)
+    expected = np.mean((exact - reference) ** 2) / np.mean(reference**2)
+    assert error_sums(output, target).relative_loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_relative_loss_ignores_the_unit_of_the_activations():
+    output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    scaled = error_sums(output * 1024, target * 1024)
+    assert scaled.relative_loss == pytest.approx(error_sums(output, target).relative_loss, rel=1e-9)
+
+
+def test_perfect_output_has_loss_zero_and_output_zero_has_loss_one():
+    target = torch.randn(2, 5, 3)
+    assert error_sums(target, target).relative_loss == 0
+    assert error_sums(torch.zeros_like(target), target).relative_loss == 1
+
+
+def test_target_of_zeros_gives_a_finite_loss():
+    assert error_sums(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)).relative_loss == 0
+
+
+def test_sums_of_parts_add_up_to_the_whole():
+    output, target = torch.randn(7, 5, 3), torch.randn(7, 5, 3)
+    whole = error_sums(output, target)
+    parts = sum((error_sums(output[part], target[part]) for part in (slice(0, 3), slice(3, 7))), ErrorSums())
+    assert parts.squared_error == pytest.approx(whole.squared_error, rel=1e-12)
+    assert parts.target_power == pytest.approx(whole.target_power, rel=1e-12)
+
+
+def test_many_small_errors_are_not_lost_beside_a_large_one():
+    target = torch.zeros(1, 1 << 16, 4)
+    output = torch.full_like(target, 1e-3)
+    output[0, 0, 0] = 1e3
+    # In float32 the small squares, 1e-6 each, would vanish beside 1e6.
+    assert error_sums(output, target).squared_error - 1e6 == pytest.approx((target.numel() - 1) * 1e-6, rel=1e-3)

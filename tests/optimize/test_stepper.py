@@ -1,0 +1,92 @@
+"""Adam on one rank: which parameters, at which learning rates, from which gradients."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.stepper import LocalStepper, trainable
+
+ITERATIONS, GRID_LR, WEIGHT_LR = 8, 1e-2, 3e-3
+OPTIONS = OptimizeOptions(iterations=ITERATIONS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR)
+GRID, WEIGHT = ("beta", "gamma", "step"), ("s2", "s3")
+
+
+class Quantizer(nn.Module):
+    """Named parameters as quantizers have them, and a frozen one."""
+
+    def __init__(self, *names: str):
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(3)))
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+
+def make_block(*names: str) -> nn.Module:
+    """A block with one quantizer in the place of a linear."""
+    block = nn.Module()
+    block.linear = Quantizer(*names)
+    return block
+
+
+def summed(block: nn.Module) -> Tensor:
+    """A loss whose gradient is 1 for every trained element."""
+    return sum(parameter.sum() for parameter in block.parameters() if parameter.requires_grad)
+
+
+def test_grid_and_weight_parameters_are_told_apart_and_frozen_ones_left_out():
+    block = make_block(*GRID, *WEIGHT)
+    grid, weight = trainable(block)
+    assert [id(parameter) for parameter in grid] == [id(getattr(block.linear, name)) for name in GRID]
+    assert [id(parameter) for parameter in weight] == [id(getattr(block.linear, name)) for name in WEIGHT]
+
+
+def test_learning_rates_fall_from_their_start_to_zero_along_a_cosine():
+    block = make_block("beta", "s2")
+    stepper = LocalStepper(block, OPTIONS)
+    expected = {"beta": 0.0, "s2": 0.0}
+    for iteration in range(ITERATIONS):
+        stepper.backward(summed(block))
+        stepper.step()
+        # Adam moves by its learning rate where the gradient is the same at every step.
+        for name, lr in (("beta", GRID_LR), ("s2", WEIGHT_LR)):
+            expected[name] -= lr * (1 + math.cos(math.pi * iteration / ITERATIONS)) / 2
+            torch.testing.assert_close(getattr(block.linear, name), torch.full((3,), expected[name]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("names", [("beta", "gamma"), ("step", "s2", "s3"), ("s2", "s3")], ids="-".join)
+def test_any_selection_of_parameters_is_trained(names: tuple[str, ...]):
+    block = make_block(*names)
+    stepper = LocalStepper(block, OPTIONS)
+    stepper.backward(summed(block))
+    stepper.step()
+    for name in names:
+        lr = GRID_LR if name in GRID else WEIGHT_LR
+        torch.testing.assert_close(getattr(block.linear, name), torch.full((3,), -lr), rtol=1e-4, atol=0)
+    assert not block.linear.frozen.any()
+
+
+def stepped(weights_of_losses: list[list[float]]) -> Tensor:
+    """A parameter after steps that each add up the gradients of some losses."""
+    block = make_block("s2")
+    stepper = LocalStepper(block, OPTIONS)
+    for factors in weights_of_losses:
+        for factor in factors:
+            stepper.backward(factor * summed(block))
+        stepper.step()
+    return block.linear.s2.detach()
+
+
+def test_gradients_add_up_until_the_step():
+    torch.testing.assert_close(stepped([[5.0], [1.0, 2.0]]), stepped([[5.0], [3.0]]), rtol=1e-6, atol=0)
+
+
+def test_gradients_are_cleared_by_the_step():
+    assert not torch.allclose(stepped([[5.0], [3.0]]), stepped([[5.0], [8.0]]), rtol=1e-3, atol=0)
+    block = make_block("s2")
+    stepper = LocalStepper(block, OPTIONS)
+    stepper.backward(summed(block))
+    stepper.step()
+    assert block.linear.s2.grad is None or not block.linear.s2.grad.any()

@@ -1,0 +1,129 @@
+"""Agreement between real processes: two ranks started by torchrun write down what they got."""
+
+import json
+from pathlib import Path
+
+import collectives_worker as worker
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from shardq.errors import ConfigError
+from shardq.optimize.stepper import LocalStepper
+from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
+from shardq.parallel.ranks import Ranks
+
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both ranks left behind; one launch serves all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    finished = tiny.torchrun(2, [worker.__file__, folder])
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def notes(folder: Path) -> list[dict]:
+    """Notes of rank 0 and of rank 1."""
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def both(notes: list[dict], name: str) -> list:
+    """One entry of both ranks' notes."""
+    return [note[name] for note in notes]
+
+
+def test_each_rank_knows_its_place(notes: list[dict]):
+    assert both(notes, "ranks") == [[0, 2, "cpu"], [1, 2, "cpu"]]
+
+
+class TestOnRankZero:
+    def test_result_reaches_every_rank_and_the_work_is_done_once(self, notes: list[dict]):
+        assert both(notes, "from rank 0") == [{"result": {"of": 0}}] * 2
+        assert both(notes, "calls of rank 0's work") == [1, 0]
+
+    def test_work_without_result_is_no_error(self, notes: list[dict]):
+        assert both(notes, "nothing from rank 0") == [{"result": None}] * 2
+
+    def test_error_is_raised_on_every_rank_as_agreed(self, notes: list[dict]):
+        error = {"error": "StorageError", "text": "disk of rank 0 is full", "agreed": True}
+        assert both(notes, "error of rank 0") == [error] * 2
+
+
+class TestTogether:
+    def test_each_rank_gets_its_own_result(self, notes: list[dict]):
+        assert both(notes, "own results") == [{"result": "rank 0"}, {"result": "rank 1"}]
+
+    def test_error_of_one_rank_is_raised_on_every_rank_as_agreed(self, notes: list[dict]):
+        error = {"error": "ConfigError", "text": "rank 1 fails", "agreed": True}
+        assert both(notes, "error of rank 1") == [error] * 2
+
+    def test_of_several_errors_the_lowest_ranks_is_raised(self, notes: list[dict]):
+        error = {"error": "ConfigError", "text": "rank 0 fails", "agreed": True}
+        assert both(notes, "errors of both") == [error] * 2
+
+
+class TestNumbers:
+    def test_sums_are_made_in_double_precision(self, notes: list[dict]):
+        assert both(notes, "sums") == [[0.1 + 0.2, 2.0**53, -10.0]] * 2
+
+    def test_largest_number_is_found(self, notes: list[dict]):
+        assert both(notes, "largest") == [3.5] * 2
+
+    def test_gradients_become_their_mean(self, notes: list[dict]):
+        assert both(notes, "mean gradients") == [[[[1.5] * 3] * 2, [5.0, -2.0]]] * 2
+
+
+def test_nobody_leaves_a_barrier_before_the_last_has_come(notes: list[dict]):
+    times = both(notes, "barrier")
+    last = max(rank["arrived"] for rank in times)
+    assert last - min(rank["arrived"] for rank in times) > worker.LATE_SECONDS / 2, "nobody was late"
+    assert all(rank["left"] >= last for rank in times)
+
+
+@pytest.mark.parametrize(
+    "doing",
+    ["waiting for rank 0", "comparing results", "adding up losses", "comparing memory", "averaging gradients"],
+)
+def test_lost_rank_is_reported_in_one_line(notes: list[dict], doing: str):
+    outcome = notes[0]["lost"][doing]
+    assert outcome["error"] == "RankError" and not outcome["agreed"]
+    assert outcome["text"].startswith(f"lost contact with another rank while {doing} (")
+    assert "\n" not in outcome["text"]
+
+
+class TestAllReduceStepper:
+    def test_two_ranks_train_as_one_does_on_the_joined_batch(self, folder: Path):
+        block = worker.make_block()
+        expected = worker.train(block, LocalStepper(block, worker.OPTIONS), worker.make_batches())
+        trained = load_file(folder / "trained-0.safetensors")
+        assert trained.keys() == expected.keys() and len(expected) == 8
+        for name, parameter in expected.items():
+            assert parameter.abs().max() > 1e-3, f"{name} has hardly moved, so nothing is compared"
+            torch.testing.assert_close(trained[name], parameter, rtol=0, atol=1e-6, msg=name)
+
+    def test_all_ranks_end_with_the_same_bits(self, folder: Path):
+        first, second = (load_file(folder / f"trained-{rank}.safetensors") for rank in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TestOneRank:
+    """Without other ranks everything is the plain operation; no process group exists here."""
+
+    def test_results_and_numbers_pass_through(self):
+        assert on_rank_zero(ALONE, lambda: "result") == "result"
+        assert together(ALONE, lambda: "result") == "result"
+        assert sum_over_ranks(ALONE, [1.5, 2.0]) == [1.5, 2.0]
+        assert max_over_ranks(ALONE, 7.0) == 7.0
+        assert barrier(ALONE) is None
+
+    @pytest.mark.parametrize("agree", [on_rank_zero, together])
+    def test_error_is_the_same_object_and_agreed(self, agree):
+        error = ConfigError("wrong")
+        with pytest.raises(ConfigError) as caught:
+            agree(ALONE, lambda: worker.fail(error))
+        assert caught.value is error and error.agreed

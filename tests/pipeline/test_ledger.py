@@ -1,0 +1,260 @@
+"""What a run is and what it has finished: when a folder is taken up again, and when and why it is refused."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardq.calib.options import TextOptions
+from shardq.config import QuantizeConfig, QuantOptions
+from shardq.errors import ResumeError
+from shardq.formats.shards import open_index
+from shardq.pipeline.ledger import commit, make_manifest, open_run
+
+MANIFEST = {"shardq": "1.0", "world_size": 2, "options": {"seed": 0, "quant": {"bits": 4, "group_size": None}}}
+
+
+def assert_refused(output: Path, *parts: str, manifest: dict = MANIFEST, resume: str = "auto") -> None:
+    """Opening the run is refused with one line that holds all parts."""
+    with pytest.raises(ResumeError) as caught:
+        open_run(output, manifest, resume)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+def write(path: Path, text: str) -> Path:
+    """Write a file and the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Folder of a run with two finished blocks of one file each."""
+    folder = tmp_path / "out"
+    assert open_run(folder, MANIFEST, "auto") == []
+    for block in range(2):
+        commit(folder, block, [write(folder / "blocks" / f"{block}.bin", f"block {block}")], loss_after=0.5 + block)
+    return folder
+
+
+class TestResumeModes:
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_new_run_begins_with_its_manifest(self, tmp_path: Path, resume: str, exists: bool):
+        folder = tmp_path / "a" / "b"
+        if exists:
+            folder.mkdir(parents=True)
+        assert open_run(folder, MANIFEST, resume) == []
+        assert json.loads((folder / "manifest.json").read_text()) == MANIFEST
+
+    @pytest.mark.parametrize("resume", ["auto", "require"])
+    def test_begun_run_goes_on_after_its_finished_blocks(self, output: Path, resume: str):
+        entries = open_run(output, MANIFEST, resume)
+        assert [(entry["block"], entry["loss_after"]) for entry in entries] == [(0, 0.5), (1, 1.5)]
+
+    def test_run_without_a_finished_block_goes_on_from_the_start(self, tmp_path: Path):
+        open_run(tmp_path / "out", MANIFEST, "auto")
+        assert open_run(tmp_path / "out", MANIFEST, "require") == []
+
+    def test_complete_run_ends_with_an_entry_of_no_block(self, output: Path):
+        commit(output, None, [write(output / "config.json", "{}")])
+        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0, 1, None]
+
+    def test_never_refuses_a_begun_run(self, output: Path):
+        assert_refused(output, str(output), "--resume is never", "another --output", resume="never")
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_require_refuses_to_begin(self, tmp_path: Path, exists: bool):
+        folder = tmp_path / "out"
+        if exists:
+            folder.mkdir()
+        assert_refused(folder, str(folder), "no run to resume", "manifest.json", resume="require")
+        assert folder.exists() == exists and not (folder / "manifest.json").exists()
+
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_folder_with_other_files_is_refused_and_left_alone(self, tmp_path: Path, resume: str):
+        write(tmp_path / "thesis.txt", "words")
+        assert_refused(tmp_path, str(tmp_path), "not empty and not a run", "another --output", resume=resume)
+        assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+class TestOtherRun:
+    def test_every_difference_is_named_with_both_values(self, output: Path):
+        other = {"shardq": "1.0", "world_size": 4, "options": {"seed": 0, "quant": {"bits": 3, "group_size": 64}}}
+        assert_refused(
+            output, str(output), "belongs to another run", "world_size (was 2, is 4)", "quant.bits (was 4, is 3)",
+            "quant.group_size (was None, is 64)", manifest=other,
+        )  # fmt: skip
+
+    def test_what_is_equal_is_not_named(self, output: Path):
+        with pytest.raises(ResumeError) as caught:
+            open_run(output, MANIFEST | {"world_size": 4}, "auto")
+        assert "bits" not in str(caught.value) and "seed" not in str(caught.value)
+
+    def test_field_that_one_side_lacks_is_a_difference(self, output: Path):
+        assert_refused(output, "new_field (was None, is 1)", manifest=MANIFEST | {"new_field": 1})
+        without = {name: value for name, value in MANIFEST.items() if name != "world_size"}
+        assert_refused(output, "world_size (was 2, is None)", manifest=without)
+
+    def test_long_values_are_cut_short(self, output: Path):
+        assert_refused(output, "(was 1.0, is aaaaaaaaaaaa...)", manifest=MANIFEST | {"shardq": "a" * 64})
+
+    def test_refused_run_stays_as_it_was(self, output: Path):
+        before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+        assert_refused(output, manifest=MANIFEST | {"world_size": 4})
+        assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+    @pytest.mark.parametrize("content", [b'{"shardq": ', b"", b"\xff\xfe"])
+    def test_damaged_manifest_is_named(self, output: Path, content: bytes):
+        (output / "manifest.json").write_bytes(content)
+        assert_refused(output, str(output / "manifest.json"), "damaged", "another --output")
+
+
+class TestLedger:
+    def test_line_holds_the_files_digests_by_their_names_in_the_folder(self, output: Path):
+        lines = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
+        digests = [hashlib.sha256(f"block {block}".encode()).hexdigest() for block in range(2)]
+        assert [line["files"] for line in lines] == [{"blocks/0.bin": digests[0]}, {"blocks/1.bin": digests[1]}]
+
+    @pytest.mark.parametrize("kept_bytes", [1, 20, -2])
+    def test_torn_last_line_is_dropped_and_cut_off(self, output: Path, kept_bytes: int):
+        path = output / "ledger.jsonl"
+        first, second = path.read_text().splitlines(keepends=True)
+        path.write_text(first + second[:kept_bytes])
+        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0]
+        assert path.read_text() == first
+
+    def test_line_without_its_line_end_was_not_committed(self, output: Path):
+        path = output / "ledger.jsonl"
+        first, second = path.read_text().splitlines()
+        path.write_text(f"{first}\n{second}")
+        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0]
+
+    def test_torn_line_that_is_the_only_one_leaves_an_empty_ledger(self, output: Path):
+        path = output / "ledger.jsonl"
+        path.write_text('{"block": 0, "fil')
+        assert open_run(output, MANIFEST, "auto") == []
+        assert path.read_bytes() == b""
+
+    def test_blocks_committed_after_a_torn_line_count(self, output: Path):
+        with open(output / "ledger.jsonl", "a") as file:
+            file.write('{"block": 2, "fi')
+        open_run(output, MANIFEST, "auto")
+        commit(output, 2, [write(output / "blocks" / "2.bin", "block 2")])
+        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0, 1, 2]
+
+    def test_damaged_line_before_the_last_is_refused_by_number(self, output: Path):
+        path = output / "ledger.jsonl"
+        first, second = path.read_text().splitlines(keepends=True)
+        path.write_text(first[:10] + "\n" + second)
+        assert_refused(output, str(path), "line 1 is damaged", "another --output")
+
+    @pytest.mark.parametrize(
+        ("order", "report"),
+        [((1, 0), "line 1 is about block 1, not 0"), ((0, 0), "line 2 is about block 0, not 1"),
+         ((1,), "line 1 is about block 1, not 0")],
+    )  # fmt: skip
+    def test_lines_out_of_order_are_refused(self, output: Path, order: tuple[int, ...], report: str):
+        path = output / "ledger.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[number] for number in order))
+        assert_refused(output, str(path), report)
+
+    def test_changed_file_is_named(self, output: Path):
+        write(output / "blocks" / "1.bin", "block !")
+        assert_refused(output, str(output / "blocks" / "1.bin"), "changed since it was finished")
+
+    def test_missing_file_is_named(self, output: Path):
+        (output / "blocks" / "0.bin").unlink()
+        assert_refused(output, str(output / "blocks" / "0.bin"), "missing although the ledger has it as finished")
+
+    def test_files_of_blocks_that_were_not_committed_do_not_matter(self, output: Path):
+        write(output / "blocks" / "2.bin", "half a blo")
+        assert len(open_run(output, MANIFEST, "auto")) == 2
+
+
+class TestMakeManifest:
+    """Config and model as in a real run; the model is the tiny Llama."""
+
+    CONFIG = QuantizeConfig(model="m", output="o", calib=TextOptions(dataset="text.txt"))
+
+    def manifest(self, folder: Path, config: QuantizeConfig = CONFIG, digest: str = "d", world_size: int = 1) -> dict:
+        return make_manifest(config, open_index(folder), folder, digest, world_size)
+
+    def test_it_survives_the_file_unchanged(self, llama: Path, tmp_path: Path):
+        assert open_run(tmp_path, self.manifest(llama), "auto") == []
+        assert open_run(tmp_path, self.manifest(llama), "require") == []
+
+    def test_neither_time_nor_paths_are_in_it(self, llama: Path, tmp_path: Path):
+        first = self.manifest(llama)
+        time.sleep(0.01)
+        elsewhere = shutil.copytree(llama, tmp_path / "copy")
+        moved = dataclasses.replace(self.CONFIG, model=str(elsewhere), output=str(tmp_path / "out"))
+        assert json.dumps(self.manifest(elsewhere, moved)) == json.dumps(first)
+        assert str(llama) not in json.dumps(first)
+
+    @pytest.mark.parametrize("change", [{"resume": "require"}, {"device": "cpu"}], ids=str)
+    def test_options_that_do_not_change_the_result_may_differ(self, llama: Path, change: dict):
+        assert self.manifest(llama, dataclasses.replace(self.CONFIG, **change)) == self.manifest(llama)
+
+    @pytest.mark.parametrize(
+        ("change", "report"),
+        [
+            ({"config": dataclasses.replace(CONFIG, seed=5)}, "seed (was 0, is 5)"),
+            ({"config": dataclasses.replace(CONFIG, quant=QuantOptions(bits=3))}, "quant.bits (was 4, is 3)"),
+            ({"world_size": 2}, "world_size (was 1, is 2)"),
+            ({"digest": "e"}, "calibration_tokens (was d, is e)"),
+        ],
+    )
+    def test_what_changes_the_result_is_a_difference(self, llama: Path, tmp_path: Path, change: dict, report: str):
+        open_run(tmp_path, self.manifest(llama), "auto")
+        assert_refused(tmp_path, report, manifest=self.manifest(llama, **change))
+
+    @pytest.mark.parametrize(
+        ("damage", "report"),
+        [
+            (lambda folder: flip_byte_inside_a_tensor(folder), "model.weights (was "),
+            (lambda folder: write(folder / "config.json", "{}"), "model.config (was "),
+        ],
+        ids=["weights", "config"],
+    )
+    def test_another_model_is_a_difference(
+        self, llama: Path, tmp_path: Path, damage: Callable[[Path], object], report: str
+    ):
+        folder = shutil.copytree(llama, tmp_path / "model")
+        open_run(tmp_path / "out", self.manifest(folder), "auto")
+        damage(folder)
+        assert_refused(tmp_path / "out", report, manifest=self.manifest(folder))
+
+
+def flip_byte_inside_a_tensor(folder: Path) -> None:
+    """Change one value in the middle of a weight."""
+    info = open_index(folder)["model.layers.1.mlp.up_proj.weight"]
+    with open(info.file, "r+b") as file:
+        file.seek(info.offset + info.num_bytes // 2)
+        value = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([value ^ 1]))
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path):
+    assert_refused(write(tmp_path / "out", "a file"), str(tmp_path / "out"))
+
+
+def test_folder_left_by_a_kill_before_the_manifest_was_whole_is_taken(tmp_path: Path):
+    write(tmp_path / "manifest.json.partial", "{")
+    assert open_run(tmp_path, MANIFEST, "auto") == []
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b'{"block": 0}', b"\xff\xfe"])
+def test_line_that_is_no_entry_is_refused_by_number(output: Path, line: bytes):
+    (output / "ledger.jsonl").write_bytes(line + b"\n")
+    assert_refused(output, "line 1 is damaged")

@@ -1,0 +1,253 @@
+"""AdaScale's forward, gradients and fold, against AIMET's recorded tensors and against plain autograd."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shardq.quant import adascale, affine
+from shardq.quant.spec import QuantSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_SPECS = {
+    "w2_channel": QuantSpec(bits=2),
+    "w3_channel": QuantSpec(bits=3),
+    "w4_channel": QuantSpec(bits=4),
+    "w8_channel": QuantSpec(bits=8),
+    "w4_group16": QuantSpec(bits=4, group_size=16),
+}
+PARAMETERS = ("s2", "s3", "beta", "gamma")
+FLOAT32_ROUNDING = {"rtol": 2e-6, "atol": 2e-7}
+
+Parameters = dict[str, Tensor]
+
+
+@pytest.fixture(params=GOLDEN_SPECS, name="golden")
+def _golden(request) -> tuple[dict[str, Tensor], QuantSpec]:
+    return load_file(GOLDEN / f"{request.param}.safetensors"), GOLDEN_SPECS[request.param]
+
+
+def trained(tensors: dict[str, Tensor]) -> Parameters:
+    return {name: tensors[name].clone().requires_grad_() for name in PARAMETERS}
+
+
+def fake_quantized(rows: Tensor, start: tuple[Tensor, Tensor], parameters: Parameters, spec: QuantSpec) -> Tensor:
+    scale, zero_point = adascale.learned_grid(*start, parameters["beta"], parameters["gamma"], spec)
+    return adascale.FakeQuantize.apply(rows, parameters["s2"], parameters["s3"], scale, zero_point, spec)
+
+
+def test_output_is_aimets(golden):
+    tensors, spec = golden
+    output = fake_quantized(tensors["weight"], (tensors["min0"], tensors["max0"]), trained(tensors), spec)
+    torch.testing.assert_close(output.detach(), tensors["output"], **FLOAT32_ROUNDING)
+
+
+def test_gradients_are_aimets(golden):
+    tensors, spec = golden
+    parameters = trained(tensors)
+    output = fake_quantized(tensors["weight"], (tensors["min0"], tensors["max0"]), parameters, spec)
+    output.backward(tensors["grad_output"])
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad, tensors[f"grad_{name}"], **FLOAT32_ROUNDING)
+
+
+def test_folded_weight_and_codes_are_aimets(golden):
+    tensors, spec = golden
+    grid = (tensors["folded_scale"], torch.zeros_like(tensors["folded_scale"]))
+    codes = adascale.fold(tensors["weight"], tensors["s2"], tensors["s3"], *grid, spec)
+    divided = adascale.divided_weight(tensors["weight"], tensors["s2"], tensors["s3"])
+    torch.testing.assert_close(divided, tensors["folded_weight"], rtol=0, atol=0)
+    torch.testing.assert_close(codes.float() * tensors["folded_scale"], tensors["folded_output"], **FLOAT32_ROUNDING)
+
+
+def test_folded_grid_is_aimets(golden):
+    tensors, spec = golden
+    scale, zero_point = adascale.learned_grid(tensors["min0"], tensors["max0"], tensors["beta"], tensors["gamma"], spec)
+    torch.testing.assert_close(scale, tensors["folded_scale"], rtol=2e-6, atol=0)
+    torch.testing.assert_close(zero_point, -tensors["folded_offset"], rtol=0, atol=0)
+
+
+# Below: shapes, widths and grids that AIMET cannot do, against the formulas written out for plain autograd.
+
+
+def straight_through_round(values: Tensor) -> Tensor:
+    return values + (values.round() - values).detach()
+
+
+def naive_fake_quantized(
+    rows: Tensor, start: tuple[Tensor, Tensor], parameters: Parameters, bits: int, symmetric: bool
+) -> Tensor:
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = parameters["beta"].exp() * start[0], parameters["gamma"].exp() * start[1]
+    scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).eps)
+    zero_point = straight_through_round((qmin - low / scale).clamp(qmin, qmax)) if not symmetric else 0.0
+    divided = rows / parameters["s2"].exp() / parameters["s3"].exp()
+    return scale * ((straight_through_round(divided / scale) + zero_point).clamp(qmin, qmax) - zero_point)
+
+
+def awkward_weight(num_outputs: int, num_inputs: int) -> Tensor:
+    """Normal rows, and rows that are zero, constant, of one sign, tiny, or ruled by an outlier."""
+    weight = torch.randn(num_outputs, num_inputs)
+    weight[0] = 0
+    weight[1], weight[2] = 0.3, -0.3
+    weight[3], weight[4] = weight[3].abs(), -weight[4].abs()
+    weight[5] *= 1e-9
+    weight[6, 7] = 100.0
+    return weight
+
+
+def random_parameters(rows: Tensor) -> Parameters:
+    column = rows[:, :1]
+    sizes = {"s2": (rows, 0.2), "s3": (column, 0.2), "beta": (column, 0.3), "gamma": (column, 0.3)}
+    return {name: (torch.randn_like(like) * size).requires_grad_() for name, (like, size) in sizes.items()}
+
+
+def assert_same_gradients(ours: Parameters, naive: Parameters, largest_sum: float) -> None:
+    """Equal within float32 rounding of sums whose terms add up to at most `largest_sum`."""
+    for name in ours:
+        torch.testing.assert_close(ours[name].grad, naive[name].grad, rtol=1e-5, atol=1e-6 * largest_sum)
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_output_and_gradients_are_those_of_plain_autograd(bits: int, symmetric: bool, group_size: int | None):
+    spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
+    rows = awkward_weight(11, 256).reshape(-1, group_size or 256)
+    start = affine.start_range(rows, spec)
+    ours = random_parameters(rows)
+    naive = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
+    output = fake_quantized(rows, start, ours, spec)
+    expected = naive_fake_quantized(rows, start, naive, bits, symmetric)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-7)
+    grad_output = torch.randn_like(rows)
+    output.backward(grad_output)
+    expected.backward(grad_output)
+    assert_same_gradients(ours, naive, rows.abs().amax().item() * rows.shape[1] ** 0.5)
+
+
+def gradients_by_hand(zero_point: float, symmetric: bool) -> tuple[list[float], float]:
+    """Gradients of s2 and of the scale for 3 bits, step 1, and 1 passed back to every weight."""
+    rows = torch.tensor([[-4.6, -4.4, -3.4, 0.25, 3.4, 3.6]])
+    scale, s2, s3 = torch.ones(1, 1).requires_grad_(), torch.zeros(1, 6).requires_grad_(), torch.zeros(1, 1)
+    spec = QuantSpec(bits=3, symmetric=symmetric)
+    adascale.FakeQuantize.apply(rows, s2, s3, scale, torch.tensor([[zero_point]]), spec).sum().backward()
+    return s2.grad[0].tolist(), scale.grad.item()
+
+
+def test_clamped_weights_get_no_gradient_on_a_symmetric_grid():
+    s2, scale = gradients_by_hand(0.0, symmetric=True)  # grid -4 ... 3
+    assert s2 == pytest.approx([0, 4.4, 3.4, -0.25, -3.4, 0])
+    assert scale == pytest.approx(-4 + 0.4 + 0.4 - 0.25 - 0.4 + 3)  # rounded - exact inside, the end outside
+
+
+def test_clamped_weights_get_no_gradient_on_an_asymmetric_grid():
+    s2, scale = gradients_by_hand(-1.0, symmetric=False)  # grid -3 ... 4
+    assert s2 == pytest.approx([0, 0, 3.4, -0.25, -3.4, -3.6])
+    assert scale == pytest.approx(-3 - 3 + 0.4 - 0.25 - 0.4 + 0.4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_one_shared_step_scales_the_grid_and_keeps_its_zero_point(bits: int, symmetric: bool):
+    """FlexRound: both ends move together, so the step is the only thing learned about the grid."""
+    spec = QuantSpec(bits=bits, symmetric=symmetric)
+    rows = awkward_weight(11, 64)[3:]  # rows at the smallest scale have no step to learn
+    rows = torch.cat([rows[:2], rows[3:]])
+    start = affine.start_range(rows, spec)
+    step = (torch.randn(len(rows), 1) * 0.3).requires_grad_()
+    scale, zero_point = adascale.learned_grid(*start, step, step, spec)
+    start_scale = (start[1] - start[0]) / (2**bits - 1)
+    start_zero_point = 0 * start_scale if symmetric else torch.round(-(2 ** (bits - 1)) - start[0] / start_scale)
+    torch.testing.assert_close(scale, step.exp() * start_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(zero_point, start_zero_point, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_gradient_of_a_shared_step_is_that_of_plain_autograd(symmetric: bool):
+    spec = QuantSpec(bits=3, symmetric=symmetric)
+    rows = awkward_weight(11, 64)
+    start = affine.start_range(rows, spec)
+    ours = random_parameters(rows)
+    naive = {name: ours[name].detach().clone().requires_grad_() for name in ("s2", "s3", "beta")}
+    grad_output = torch.randn_like(rows)
+    fake_quantized(rows, start, ours | {"gamma": ours["beta"]}, spec).backward(grad_output)
+    naive_fake_quantized(rows, start, naive | {"gamma": naive["beta"]}, 3, symmetric).backward(grad_output)
+    assert_same_gradients({name: ours[name] for name in naive}, naive, 100 * 8)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_untrained_weight_leaves_only_the_grid_to_learn(symmetric: bool):
+    """Learned clipping alone: without s2 and s3 everything is as with both at 0."""
+    spec = QuantSpec(bits=4, symmetric=symmetric)
+    rows = awkward_weight(11, 64)
+    start = affine.start_range(rows, spec)
+    ours = random_parameters(rows) | {"s2": None, "s3": None}
+    naive = {name: ours[name].detach().clone().requires_grad_() for name in ("beta", "gamma")}
+    expected = naive_fake_quantized(
+        rows, start, naive | {"s2": torch.zeros(1), "s3": torch.zeros(1)}, spec.bits, symmetric
+    )
+    output = fake_quantized(rows, start, ours, spec)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-7)
+    output.backward(torch.ones_like(rows))
+    expected.backward(torch.ones_like(rows))
+    assert_same_gradients({name: ours[name] for name in naive}, naive, 100 * 8)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_fold_gives_the_weight_that_was_trained(bits: int, symmetric: bool):
+    spec = QuantSpec(bits=bits, symmetric=symmetric)
+    rows = awkward_weight(11, 64)
+    start, parameters = affine.start_range(rows, spec), random_parameters(rows)
+    with torch.no_grad():
+        expected = naive_fake_quantized(rows, start, parameters, bits, symmetric)
+        grid = adascale.learned_grid(*start, parameters["beta"], parameters["gamma"], spec)
+        codes = adascale.fold(rows, parameters["s2"], parameters["s3"], *grid, spec)
+    assert codes.dtype == torch.int8
+    assert -(2 ** (bits - 1)) <= codes.min() and codes.max() <= 2 ** (bits - 1) - 1
+    torch.testing.assert_close((codes - grid[1]) * grid[0], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_inputs_are_left_as_they_were():
+    """The passes reuse buffers in place; none of them may be the caller's."""
+    spec = QuantSpec(bits=4, symmetric=False)
+    rows = awkward_weight(11, 64)
+    start, parameters = affine.start_range(rows, spec), random_parameters(rows)
+    inputs = {"rows": rows, "min": start[0], "max": start[1]} | parameters
+    before = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+    grad_output = torch.ones_like(rows)
+    fake_quantized(rows, start, parameters, spec).backward(grad_output)
+    fake_quantized(rows, start, parameters | {"s2": None, "s3": None}, spec).backward(grad_output)
+    for name, tensor in inputs.items():
+        assert torch.equal(tensor.detach(), before[name]), name
+    assert torch.equal(grad_output, torch.ones_like(rows))
+
+
+def storages_kept(forward, num_elements: int) -> set[int]:
+    """Memory of tensors of that many elements that a graph keeps for its backward pass."""
+    kept: list[Tensor] = []  # holds the tensors, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    assert output.grad_fn is not None
+    attributes = getattr(output.grad_fn, "__dict__", {})  # tensors put on `ctx` itself escape the hooks
+    own = [value for value in attributes.values() if isinstance(value, Tensor)]
+    return {tensor.data_ptr() for tensor in kept + own if tensor.numel() == num_elements}
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_nothing_of_the_weights_size_is_kept_beside_the_inputs(symmetric: bool):
+    spec = QuantSpec(bits=4, symmetric=symmetric)
+    rows = awkward_weight(11, 64)
+    start, parameters = affine.start_range(rows, spec), random_parameters(rows)
+    inputs = {rows.data_ptr(), parameters["s2"].data_ptr()}
+    assert storages_kept(lambda: fake_quantized(rows, start, parameters, spec), rows.numel()) == inputs
+    naive = storages_kept(lambda: naive_fake_quantized(rows, start, parameters, 4, symmetric), rows.numel())
+    assert len(naive - inputs) >= 3  # what the saving is worth, and proof that this test would see it

@@ -1,0 +1,197 @@
+"""Min-max grids, codes and grid points, against AIMET's recorded tensors and a search over the whole grid."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shardq.quant import affine
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_SPECS = {
+    "w2_channel": QuantSpec(bits=2),
+    "w3_channel": QuantSpec(bits=3),
+    "w4_channel": QuantSpec(bits=4),
+    "w8_channel": QuantSpec(bits=8),
+    "w4_group16": QuantSpec(bits=4, group_size=16),
+}
+GRIDS = [
+    pytest.param(QuantSpec(bits=bits, symmetric=symmetric), id=f"{bits}-{'' if symmetric else 'a'}symmetric")
+    for bits in range(2, 9)
+    for symmetric in (True, False)
+]
+
+
+@pytest.fixture(params=GOLDEN_SPECS, name="golden")
+def _golden(request) -> tuple[dict[str, Tensor], QuantSpec]:
+    return load_file(GOLDEN / f"{request.param}.safetensors"), GOLDEN_SPECS[request.param]
+
+
+def test_start_range_is_aimets(golden):
+    tensors, spec = golden
+    low, high = affine.start_range(tensors["weight"], spec)
+    torch.testing.assert_close(low, tensors["min0"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(high, tensors["max0"], rtol=1e-6, atol=0)
+
+
+def test_start_scale_is_aimets(golden):
+    tensors, spec = golden
+    low, high = affine.start_range(tensors["weight"], spec)
+    torch.testing.assert_close(affine.scale_of(low, high, spec), tensors["rtn_scale"], rtol=1e-6, atol=0)
+
+
+def test_round_to_nearest_is_aimets(golden):
+    tensors, spec = golden
+    rows = tensors["weight"]
+    scale, zero_point = start_grid(rows, spec)
+    rounded = affine.dequantize(affine.quantize(rows, scale, zero_point, spec), scale, zero_point)
+    torch.testing.assert_close(rounded, tensors["rtn"], rtol=1e-6, atol=0)
+
+
+def start_grid(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    low, high = affine.start_range(rows, spec)
+    scale = affine.scale_of(low, high, spec)
+    return scale, affine.zero_point_of(low, scale, spec)
+
+
+def awkward_rows() -> Tensor:
+    """Normal rows, and rows of one sign, shifted, tiny, zero, constant, or ruled by an outlier."""
+    rows = torch.randn(9, 128)
+    rows[1], rows[2] = rows[1].abs(), -rows[2].abs()
+    rows[3] += 3
+    rows[4] *= 1e-9
+    rows[5] = 0
+    rows[6], rows[7] = 0.7, -0.7
+    rows[8, 3] = 100
+    return rows
+
+
+def whole_grid(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Every grid point of each row [R, 2^b], in float64."""
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.float64)
+    return (codes - zero_point.double()) * scale.double()
+
+
+@pytest.mark.parametrize("spec", GRIDS)
+def test_every_weight_goes_to_the_nearest_grid_point(spec: QuantSpec):
+    rows = awkward_rows()
+    scale, zero_point = start_grid(rows, spec)
+    rounded = affine.dequantize(affine.quantize(rows, scale, zero_point, spec), scale, zero_point)
+    distances = (rows.double()[:, :, None] - whole_grid(scale, zero_point, spec.bits)[:, None, :]).abs()
+    found = (rows.double() - rounded.double()).abs()
+    assert (found <= distances.amin(2) + 1e-6 * rows.double().abs() + 1e-6 * scale.double()).all()
+
+
+@pytest.mark.parametrize("spec", GRIDS)
+def test_zero_is_on_the_grid_and_stays_zero(spec: QuantSpec):
+    rows = awkward_rows()
+    scale, zero_point = start_grid(rows, spec)
+    assert (whole_grid(scale, zero_point, spec.bits) == 0).any(1).all()
+    zeros = torch.zeros_like(rows)
+    rounded = affine.dequantize(affine.quantize(zeros, scale, zero_point, spec), scale, zero_point)
+    assert (rounded == 0).all()
+
+
+@pytest.mark.parametrize("spec", GRIDS)
+def test_grid_points_quantize_to_their_own_codes(spec: QuantSpec):
+    scale, zero_point = start_grid(awkward_rows(), spec)
+    codes = torch.arange(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1), dtype=torch.int8).expand(len(scale), -1)
+    points = affine.dequantize(codes, scale, zero_point)
+    assert torch.equal(affine.quantize(points, scale, zero_point, spec), codes)
+
+
+@pytest.mark.parametrize("spec", GRIDS)
+def test_values_beyond_the_ends_take_the_end_codes(spec: QuantSpec):
+    scale, zero_point = start_grid(awkward_rows(), spec)
+    far = torch.tensor([[-1e6, 1e6]]).expand(len(scale), 2)
+    expected = torch.tensor([-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1], dtype=torch.int8)
+    assert torch.equal(affine.quantize(far, scale, zero_point, spec), expected.expand(len(scale), 2))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_asymmetric_range_is_that_of_the_row_and_zero(bits: int):
+    rows = awkward_rows()[[0, 1, 2, 3, 6, 7, 8]]  # the others are at the smallest scale
+    low, high = affine.start_range(rows, QuantSpec(bits=bits, symmetric=False))
+    assert low.flatten().tolist() == [min(0, row.min().item()) for row in rows]
+    assert high.flatten().tolist() == [max(0, row.max().item()) for row in rows]
+
+
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_symmetric_range_is_the_smallest_that_holds_the_row(bits: int):
+    rows = awkward_rows()[[0, 1, 2, 3, 6, 7, 8]]
+    low, high = affine.start_range(rows, QuantSpec(bits=bits))
+    slack = 1 + 1e-6
+    assert (low * slack <= rows).all() and (rows <= high * slack).all()
+    touches = ((rows - low).abs() < 1e-5 * high).any(1) | ((rows - high).abs() < 1e-5 * high).any(1)
+    assert touches.all()
+    torch.testing.assert_close(low / -(2 ** (bits - 1)), high / (2 ** (bits - 1) - 1))
+
+
+def test_two_bits_symmetric_clip_the_upper_end_by_one_step():
+    low, high = affine.start_range(torch.tensor([[-1.0, 0.5], [-0.5, 1.0]]), QuantSpec(bits=2))
+    assert low.flatten().tolist() == [-1.0, -1.0]
+    assert high.flatten().tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("spec", GRIDS)
+def test_scale_of_zeros_is_small_but_positive(spec: QuantSpec):
+    scale, zero_point = start_grid(torch.zeros(2, 8), spec)
+    torch.testing.assert_close(scale, torch.full((2, 1), torch.finfo(torch.float32).eps))
+    assert torch.isfinite(zero_point).all()
+
+
+@pytest.mark.parametrize("spec", GRIDS)
+def test_range_of_zeros_is_one_smallest_step_a_code(spec: QuantSpec):
+    low, high = affine.start_range(torch.zeros(2, 8), spec)
+    step = torch.finfo(torch.float32).eps
+    assert low.flatten().tolist() == [-(2 ** (spec.bits - 1)) * step] * 2
+    assert high.flatten().tolist() == [(2 ** (spec.bits - 1) - 1) * step] * 2
+
+
+def test_scale_never_falls_below_the_floor():
+    tiny = torch.tensor([[1e-30]])
+    spec = QuantSpec(bits=4)
+    assert affine.scale_of(-tiny, tiny, spec).item() == torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_point_is_an_integer_of_the_codes_range(bits: int):
+    spec = QuantSpec(bits=bits, symmetric=False)
+    low, high = -torch.rand(500, 1), torch.rand(500, 1)
+    zero_point = affine.zero_point_of(low, affine.scale_of(low, high, spec), spec)
+    expected = [
+        round(-(2 ** (bits - 1)) - one_low / ((one_high - one_low) / (2**bits - 1)))
+        for one_low, one_high in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
+    ]
+    assert zero_point.flatten().tolist() == expected
+
+
+def test_zero_point_passes_gradients_straight_through():
+    spec = QuantSpec(bits=4, symmetric=False)
+    low, scale = torch.tensor([[-0.33]], requires_grad=True), torch.tensor([[0.1]], requires_grad=True)
+    affine.zero_point_of(low, scale, spec).backward()
+    assert low.grad.item() == pytest.approx(-1 / 0.1)
+    assert scale.grad.item() == pytest.approx(-0.33 / 0.1**2)
+
+
+def test_rows_are_neighbouring_input_channels():
+    weight = torch.arange(24).reshape(2, 12)
+    assert torch.equal(affine.to_rows(weight, QuantSpec(bits=4)), weight)
+    grouped = affine.to_rows(weight, QuantSpec(bits=4, group_size=4))
+    assert grouped.tolist() == [list(range(start, start + 4)) for start in range(0, 24, 4)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_dequantized_linear_is_that_of_a_loop_over_its_elements(symmetric: bool):
+    spec = QuantSpec(bits=4, symmetric=symmetric, group_size=3)
+    codes = torch.randint(-8, 8, (5, 12), dtype=torch.int8)
+    scale, zero_point = torch.rand(5, 4), torch.randint(-8, 8, (5, 4)).float() * (not symmetric)
+    weight = QuantizedLinear(codes, scale, zero_point, spec).dequantized()
+    for o in range(5):
+        for i in range(12):
+            expected = (codes[o, i].item() - zero_point[o, i // 3].item()) * scale[o, i // 3].item()
+            assert weight[o, i].item() == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,252 @@
+"""The law of the package, checked from its own source: who may import what, and how large things may grow."""
+
+import ast
+import shutil
+from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "shardq"
+
+# Lowest first: a module imports its own layer or what stands before it.
+LAYERS = ["errors", "files", "lookahead", "logs", "quant", "formats", "model", "calib", "cache", "optimize",
+          "parallel", "config", "pipeline", "cli"]  # fmt: skip
+SIBLINGS = {"model", "calib", "cache", "optimize"}  # only what stands above puts two of these together
+HOMES = {  # third-party package -> the only places that may know it
+    "torch.distributed": ("parallel/",),
+    "transformers": ("model/", "calib/tokenizer.py"),
+    "safetensors": ("formats/",),
+    "datasets": ("calib/",),
+    "jsonargparse": ("cli.py",),
+    "rich": ("logs.py",),
+}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 300, 60, 8
+
+Sources = dict[str, str]  # path within the package -> text
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def read_sources(package: Path) -> Sources:
+    """Every module of the package."""
+    return {file.relative_to(package).as_posix(): file.read_text() for file in sorted(package.rglob("*.py"))}
+
+
+def nodes(sources: Sources, *kinds: type) -> Iterator[tuple[str, ast.AST]]:
+    """Syntax nodes of some kinds, with the file each stands in."""
+    for path, text in sources.items():
+        yield from ((path, node) for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+
+
+def imports(sources: Sources) -> Iterator[tuple[str, str]]:
+    """Every (file, dotted name) that is imported absolutely."""
+    for path, node in nodes(sources, ast.Import, ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            yield from ((path, alias.name) for alias in node.names)
+        elif node.level == 0:
+            yield from ((path, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def layer_of(path: str) -> str:
+    """Layer of a file, `__init__` for the package's own."""
+    return path.removesuffix(".py").split("/")[0]
+
+
+def upward_imports(sources: Sources) -> list[str]:
+    """Imports of a higher layer, and of a layer that has no place in the order."""
+    faults = []
+    for path, name in imports(sources):
+        if not name.startswith("shardq.") or name == "shardq.__version__":
+            continue
+        own, other = layer_of(path), name.split(".")[1]
+        if own not in LAYERS or other not in LAYERS or LAYERS.index(other) > LAYERS.index(own):
+            faults.append(f"{path}: imports {name}")
+    return faults
+
+
+def sibling_imports(sources: Sources) -> list[str]:
+    """Imports between layers that must not know each other."""
+    return [
+        f"{path}: imports its sibling {name}"
+        for path, name in imports(sources)
+        if name.startswith("shardq.") and layer_of(path) in SIBLINGS
+        if name.split(".")[1] in SIBLINGS - {layer_of(path)}
+    ]
+
+
+def strayed_packages(sources: Sources) -> list[str]:
+    """Third-party packages imported outside their homes."""
+    used = [*imports(sources), *distributed_attributes(sources)]
+    return [
+        f"{path}: uses {name}, at home in {', '.join(homes)}"
+        for path, name in used
+        for package, homes in HOMES.items()
+        if f"{name}.".startswith(f"{package}.") and not path.startswith(homes)
+    ]
+
+
+def distributed_attributes(sources: Sources) -> Iterator[tuple[str, str]]:
+    """Uses of `torch.distributed` that a plain `import torch` allows."""
+    for path, node in nodes(sources, ast.Attribute):
+        if node.attr == "distributed" and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            yield path, "torch.distributed"
+
+
+def relative_imports(sources: Sources) -> list[str]:
+    """Imports that start with a dot."""
+    return [f"{path}:{node.lineno}: relative import" for path, node in nodes(sources, ast.ImportFrom) if node.level]
+
+
+def import_cycles(sources: Sources) -> list[str]:
+    """A cycle of modules, if there is one."""
+    modules = {path: "shardq." + path.removesuffix(".py").replace("/", ".") for path in sources}
+    modules = {path: name.removesuffix(".__init__") for path, name in modules.items()}
+    graph: dict[str, set[str]] = {name: set() for name in modules.values()}
+    for path, name in imports(sources):
+        target = name if name in graph else name.rpartition(".")[0]
+        if target in graph:
+            graph[modules[path]].add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [f"import cycle: {' -> '.join(error.args[1])}"]
+    return []
+
+
+def global_statements(sources: Sources) -> list[str]:
+    """State shared through module variables."""
+    return [f"{path}:{node.lineno}: global" for path, node in nodes(sources, ast.Global)]
+
+
+def long_files(sources: Sources) -> list[str]:
+    """Files that do more than one job."""
+    lengths = {path: len(text.splitlines()) for path, text in sources.items()}
+    return [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_FILE_LINES]
+
+
+def long_functions(sources: Sources) -> list[str]:
+    """Functions that cannot be read at one glance."""
+    return [
+        f"{path}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for path, node in nodes(sources, ast.FunctionDef, ast.AsyncFunctionDef)
+        if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+
+
+def wide_functions(sources: Sources) -> list[str]:
+    """Functions that ask for more than a caller can keep apart."""
+    return [
+        f"{path}: {node.name} takes {num_arguments(node)} arguments"
+        for path, node in nodes(sources, ast.FunctionDef, ast.AsyncFunctionDef)
+        if num_arguments(node) > MAX_ARGUMENTS
+    ]
+
+
+def num_arguments(function: Function) -> int:
+    """Named arguments of a function."""
+    return len(function.args.posonlyargs) + len(function.args.args) + len(function.args.kwonlyargs)
+
+
+def broad_excepts(sources: Sources) -> list[str]:
+    """Handlers that swallow what nobody thought of; one that cleans up and raises again is none."""
+    return [
+        f"{path}:{node.lineno}: broad except"
+        for path, node in nodes(sources, ast.ExceptHandler)
+        if is_broad(node.type) and not raises_again(node)
+    ]
+
+
+def is_broad(caught: ast.expr | None) -> bool:
+    """Whether an except clause catches everything."""
+    caught_types = caught.elts if isinstance(caught, ast.Tuple) else [caught]
+    return any(
+        kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException"))
+        for kind in caught_types
+    )
+
+
+def raises_again(handler: ast.ExceptHandler) -> bool:
+    """Whether a handler ends in a bare `raise`."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
+
+
+def missing_docstrings(sources: Sources) -> list[str]:
+    """Modules, and public classes, functions and methods, that do not say what they are for."""
+    faults = []
+    for path, text in sources.items():
+        tree = ast.parse(text)
+        if not ast.get_docstring(tree):
+            faults.append(f"{path}: no docstring")
+        faults += [f"{path}: {node.name} has no docstring" for node in public(tree) if not ast.get_docstring(node)]
+    return faults
+
+
+def public(scope: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]:
+    """Public definitions of a module and of its public classes."""
+    for node in scope.body:
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node)
+
+
+CHECKS = [upward_imports, sibling_imports, strayed_packages, relative_imports, import_cycles, global_statements,
+          long_files, long_functions, wide_functions, broad_excepts, missing_docstrings]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_package_keeps_the_law(check: Callable[[Sources], list[str]]):
+    sources = read_sources(PACKAGE)
+    assert len(sources) > 30, "the package was not found"
+    assert check(sources) == []
+
+
+LONG_FUNCTION = "def _long():\n" + "    pass\n" * MAX_FUNCTION_LINES
+WIDE_FUNCTION = "def _wide(a, b, c, d, e, /, f, g, *, h, i):\n    pass\n"
+PLANTED = [
+    (upward_imports, "quant/spec.py", "import shardq.pipeline.run", "quant/spec.py: imports shardq.pipeline.run"),
+    (upward_imports, "files.py", "from shardq.logs import Events", "files.py: imports shardq.logs.Events"),
+    (upward_imports, "optimize/loss.py", "from shardq.parallel import ranks", "imports shardq.parallel.ranks"),
+    (upward_imports, "extra.py", "from shardq import errors", "extra.py: imports shardq.errors"),
+    (sibling_imports, "optimize/loss.py", "from shardq.cache import store", "optimize/loss.py: imports its sibling"),
+    (strayed_packages, "optimize/loss.py", "import torch.distributed as dist", "optimize/loss.py: uses torch.distr"),
+    (strayed_packages, "optimize/loss.py", "from torch import distributed", "optimize/loss.py: uses torch.distr"),
+    (strayed_packages, "optimize/loss.py", "x = torch.distributed.ReduceOp", "optimize/loss.py: uses torch.distr"),
+    (strayed_packages, "calib/tokens.py", "from transformers import AutoConfig", "uses transformers.AutoConfig"),
+    (strayed_packages, "cache/store.py", "import safetensors.torch", "cache/store.py: uses safetensors.torch"),
+    (strayed_packages, "pipeline/run.py", "import datasets", "pipeline/run.py: uses datasets"),
+    (strayed_packages, "config.py", "import jsonargparse", "config.py: uses jsonargparse"),
+    (strayed_packages, "cli.py", "from rich.console import Console", "cli.py: uses rich.console.Console"),
+    (relative_imports, "quant/affine.py", "from . import packing", "relative import"),
+    (import_cycles, "quant/spec.py", "from shardq.quant import quantized", "shardq.quant.spec"),
+    (global_statements, "files.py", "def _count():\n    global counter\n", "global"),
+    (long_files, "files.py", "#\n" * MAX_FILE_LINES, "files.py: "),
+    (long_functions, "files.py", LONG_FUNCTION, "_long has 61 lines"),
+    (wide_functions, "files.py", WIDE_FUNCTION, "_wide takes 9 arguments"),
+    (broad_excepts, "files.py", "try:\n    pass\nexcept Exception:\n    pass\n", "broad except"),
+    (broad_excepts, "files.py", "try:\n    pass\nexcept (OSError, BaseException):\n    pass\n", "broad except"),
+    (broad_excepts, "files.py", "try:\n    pass\nexcept:\n    pass\n", "broad except"),
+    (missing_docstrings, "files.py", "def bare():\n    pass\n", "files.py: bare has no docstring"),
+    (missing_docstrings, "files.py", "class Bare:\n    pass\n", "files.py: Bare has no docstring"),
+    (missing_docstrings, "files.py", 'class C:\n    """C."""\n    def bare(self): pass\n', "bare has no docstring"),
+    (missing_docstrings, "extra.py", "x = 1\n", "extra.py: no docstring"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "fault", "report"), PLANTED, ids=[f"{row[0].__name__}-{n}" for n, row in enumerate(PLANTED)]
+)
+def test_planted_fault_is_found(tmp_path: Path, check: Callable, path: str, fault: str, report: str):
+    copy = shutil.copytree(PACKAGE, tmp_path / "shardq", ignore=shutil.ignore_patterns("__pycache__"))
+    before = check(read_sources(copy))
+    with open(copy / path, "a") as file:
+        file.write("\n" + fault)
+    new = [found for found in check(read_sources(copy)) if found not in before]
+    assert len(new) == 1 and report in new[0]
+
+
+@pytest.mark.parametrize("handler", ["except OSError:\n    pass\n", "except BaseException:\n    undo()\n    raise\n"])
+def test_narrow_handler_and_clean_up_are_allowed(handler: str):
+    assert broad_excepts({"files.py": f"try:\n    pass\n{handler}"}) == []

@@ -1,0 +1,63 @@
+"""Every recipe, and every command that the README shows, can be parsed by the program it is for."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shardq.cli import COMMANDS, parse
+from shardq.config import check_evaluate, check_quantize
+from shardq.optimize.options import resolved
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def readme_commands():
+    """Launches of shardq in the README's shell blocks, as (command, arguments)."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        found = re.search(r"launch/(\w+)\.py (.*)", line)
+        if found:
+            yield found.group(1), shlex.split(found.group(2), comments=True)
+
+
+def check(command, config):
+    if command == "evaluate":
+        check_evaluate(config)
+    else:
+        check_quantize(replace(config, optimize=resolved(config.optimize, 2)), 2)
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_recipes_parse_and_pass_the_checks(recipe):
+    check("quantize", parse("quantize", ["--model", "model", "--config", str(recipe)]))
+
+
+def test_readme_shows_both_commands():
+    assert {command for command, _ in readme_commands()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command, arguments", readme_commands(), ids=lambda value: " ".join(value)[:60])
+def test_readme_commands_parse(command, arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check(command, parse(command, arguments))
+
+
+def test_later_options_win_over_recipes(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: from_recipe\nquant: {bits: 3, group_size: 64}\n")
+    config = parse("quantize", ["--config", str(recipe), "--quant.bits", "2"])
+    assert (config.model, config.quant.bits, config.quant.group_size) == ("from_recipe", 2, 64)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(command, ["--help"])
+    assert left.value.code == 0
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("\noptions:")[1])[1:]
+    explained = [re.sub(r"\(type:.*?\)", "", " ".join(option.split()[2:])) for option in options]
+    assert len(options) > 10 and all(len(text) > 12 for text in explained), explained

@@ -1,0 +1,176 @@
+"""Files that appear whole, lines that are there once written, and operating-system errors in one line."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shardq import files
+from shardq.errors import StorageError
+
+
+def message_of(call: Callable, *arguments: object) -> str:
+    with pytest.raises(StorageError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_text_is_written_as_utf8(tmp_path):
+    files.write_text(tmp_path / "a.txt", "né\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"n\xc3\xa9\n"
+
+
+def test_equal_values_give_equal_json(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": [1, 2.5, None], "a": {"y": True, "x": "é"}})
+    files.write_json(tmp_path / "b.json", {"a": {"x": "é", "y": True}, "b": [1, 2.5, None]})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, 2.5, None], "a": {"y": True, "x": "é"}}
+
+
+def test_missing_folders_are_made(tmp_path):
+    files.write_text(tmp_path / "a" / "b" / "c.txt", "text")
+    assert (tmp_path / "a" / "b" / "c.txt").read_text() == "text"
+
+
+def test_new_file_takes_the_old_ones_place(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a long old text")
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_old_file_is_there_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    seen = []
+
+    def write(aside: Path) -> None:
+        aside.write_text("half")
+        seen.append((aside.parent, path.read_text()))
+        aside.write_text("whole")
+
+    files.write_whole(path, write)
+    assert seen == [(tmp_path, "old")]  # aside in the same folder: a rename across file systems would not be atomic
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_write_that_fails_half_way_changes_nothing(tmp_path, kind: type[BaseException], old: str | None):
+    path = tmp_path / "a.txt"
+    if old:
+        path.write_text(old)
+
+    def write(aside: Path) -> None:
+        aside.write_text("half")
+        raise kind("stopped")
+
+    with pytest.raises(StorageError if kind is OSError else kind):
+        files.write_whole(path, write)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({"a.txt": old} if old else {})
+
+
+def test_leftover_of_a_killed_process_does_not_matter(tmp_path):
+    """A kill leaves what stood aside; the next write must not append to it or stumble over it."""
+    asides = []
+    files.write_whole(tmp_path / "a.txt", lambda aside: asides.append(aside) or aside.touch())
+    asides[0].write_text("a long leftover of a process that was killed")
+    files.write_text(tmp_path / "a.txt", "new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "new"}
+
+
+def test_lines_are_appended_in_order(tmp_path):
+    for line in ("first", "zwölf", "third"):
+        files.append_line(tmp_path / "ledger", line)
+    assert (tmp_path / "ledger").read_bytes() == "first\nzwölf\nthird\n".encode()
+
+
+@pytest.mark.parametrize("size", [0, 1, 10_000_000])
+def test_digest_is_that_of_the_bytes(tmp_path, size: int):
+    content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    (tmp_path / "a").write_bytes(content)
+    assert files.sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_digest_of_a_missing_file_names_it(tmp_path):
+    message = message_of(files.sha256_of, tmp_path / "a")
+    assert message.startswith(f"{tmp_path / 'a'}: no such file")
+
+
+def test_file_in_a_folders_place_is_named(tmp_path):
+    (tmp_path / "a").write_text("file")
+    for write in (files.write_text, files.append_line):
+        assert message_of(write, tmp_path / "a" / "b", "text").startswith(f"{tmp_path / 'a' / 'b'}: ")
+
+
+ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EACCES: "choose another --output",
+    errno.EPERM: "choose another --output",
+    errno.EROFS: "choose another --output",
+    errno.ENOENT: "no such file",
+    errno.EIO: "Input/output error; check the disk",
+}
+
+
+@pytest.mark.parametrize("number", ADVICE, ids=errno.errorcode.get)
+def test_system_error_becomes_one_line_with_advice(tmp_path, number: int):
+    path = tmp_path / "not" / "yet" / "there"
+    with pytest.raises(StorageError) as caught, files.storage_errors(path):
+        raise OSError(number, os.strerror(number))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and ADVICE[number] in message and "\n" not in message
+    assert caught.value.__cause__.errno == number
+
+
+def test_system_error_without_a_number_keeps_its_text(tmp_path):
+    with pytest.raises(StorageError, match="odd disk"), files.storage_errors(tmp_path / "a"):
+        raise OSError("odd disk")
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.storage_errors(tmp_path / "a"):
+        raise ZeroDivisionError
+
+
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KiB that holds one small file."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.decode().strip()}")
+    try:
+        (folder / "a.txt").write_text("old")
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_is_said_and_changes_nothing(small_disk):
+    message = message_of(files.write_text, small_disk / "a.txt", "x" * 100_000)
+    assert message.startswith(f"{small_disk / 'a.txt'}: no space left (0 MiB free)")
+    assert {file.name: file.read_text() for file in small_disk.iterdir()} == {"a.txt": "old"}
+
+
+def test_line_that_does_not_fit_is_said(small_disk):
+    message = message_of(files.append_line, small_disk / "a.txt", "x" * 100_000)
+    assert message.startswith(f"{small_disk / 'a.txt'}: no space left")
+
+
+@pytest.mark.parametrize("write", [files.write_text, files.append_line])
+@pytest.mark.parametrize("name", ["a.txt", "new.txt"])
+def test_read_only_disk_is_said_and_changes_nothing(small_disk, write: Callable, name: str):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    message = message_of(write, small_disk / name, "text")
+    assert message.startswith(f"{small_disk / name}: cannot be written")
+    assert {file.name: file.read_text() for file in small_disk.iterdir()} == {"a.txt": "old"}

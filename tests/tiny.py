@@ -1,0 +1,96 @@
+"""Small seeded models, token files and launches that the tests share; nothing is downloaded."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+LAUNCH_TIMEOUT_SECONDS = 120
+
+
+def save_model(
+    folder: Path,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: str = "60KB",
+    seed: int = 0,
+) -> Path:
+    """Save a randomly initialised model of any architecture in several shards; give its folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        _fill_biases(model)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return Path(folder)
+
+
+@torch.no_grad()
+def _fill_biases(model: torch.nn.Module) -> None:
+    """Biases and norms start as constants; with these a test would not see that one is dropped or exchanged."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def save_llama(
+    folder: Path,
+    *,
+    num_blocks: int = 3,
+    hidden: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = True,
+    max_shard_size: str = "60KB",
+    vocab: int = 300,
+    seed: int = 0,
+    **options: object,
+) -> Path:
+    """Save a random Llama in several shards; give its folder.
+
+    Weights are drawn wide (standard deviation 0.2), so that every block changes the hidden states visibly.
+
+    Args:
+        options: further fields of `LlamaConfig`, in place of those chosen here.
+    """
+    fields = {
+        "num_hidden_layers": num_blocks, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab, "tie_word_embeddings": tied,
+        "max_position_embeddings": 128, "initializer_range": 0.2,
+    }  # fmt: skip
+    return save_model(folder, LlamaConfig(**(fields | options)), dtype=dtype, max_shard_size=max_shard_size, seed=seed)
+
+
+def save_tokens(path: Path, num: int = 8, length: int = 64, vocab: int = 300, seed: int = 0) -> Path:
+    """Write random token ids [num, length] to a safetensors file; give its path."""
+    generator = torch.Generator().manual_seed(seed)
+    save_file({"tokens": torch.randint(vocab, (num, length), generator=generator)}, path)
+    return Path(path)
+
+
+def torchrun(
+    num_ranks: int, script_or_args: str | Path | list[str | Path], **env: object
+) -> subprocess.CompletedProcess:
+    """Run a script, alone or with its arguments, on several ranks of this machine; text output, any exit code.
+
+    Args:
+        env: environment variables to set beside the present ones.
+    """
+    arguments = script_or_args if isinstance(script_or_args, list) else [script_or_args]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [*launcher, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in env.items()}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=LAUNCH_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not killed: torchrun passes a termination on to its ranks, which would outlive it
+            stdout, stderr = process.communicate()
+            raise AssertionError(f"still running after {LAUNCH_TIMEOUT_SECONDS} s: {command}\n{stderr}") from None
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
