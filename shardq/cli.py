@@ -17,7 +17,7 @@ from shardq.parallel.ranks import Ranks, started
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.run import quantize
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "quantize": (
@@ -60,14 +60,15 @@ def run_command(verb: str, arguments: list[str]) -> None:
 
 
 def _return_freed_tensors() -> None:
-    """Have every freed tensor of a MiB or more go back to the system at once.
+    """Have freed tensors of large models go back to the system, and keep the rest of the memory in one piece.
 
-    glibc keeps freed memory for reuse and raises its own limit as it sees larger tensors; peak memory would then
-    depend on history and grow with the number of blocks.
+    glibc would keep more and more of what is freed and give each thread memory of its own, so that peak memory grew
+    with the number of blocks. Smaller tensors stay for reuse: fetching them anew each step costs up to half of it.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:
-        set_option(M_MMAP_THRESHOLD, 1 << 20)
+        set_option(M_MMAP_THRESHOLD, 8 << 20)
+        set_option(M_ARENA_MAX, 1)
 
 
 def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig:

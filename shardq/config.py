@@ -138,6 +138,7 @@ def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
 
 
 def _check_text(section: str, text: TextOptions) -> None:
+    _require(text.dataset != "", f"{section}.dataset", "an empty name", "a file or a hub name")
     _require(text.samples is None or text.samples >= 1, f"{section}.samples", text.samples, "at least 1")
     _require(text.sequence_length >= 2, f"{section}.sequence_length", text.sequence_length, "at least 2")
 

@@ -85,7 +85,7 @@ def _advice(error: OSError, path: Path) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "cannot be written; choose another --output or change its permissions"
     if error.errno == errno.ENOENT:
-        return "no such file or folder, and it cannot be made; check the path"
+        return "no such file or folder; check the path"
     return f"{error.strerror or error}; check the disk and run the same command again"
 
 

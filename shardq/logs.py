@@ -1,8 +1,8 @@
 """What a run leaves for people and programs to read: console lines, a progress bar, events.jsonl."""
 
 import json
+import re
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,10 @@ from shardq.files import storage_errors
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the launcher held before it became this program
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def peak_device_bytes(device: torch.device) -> int:

@@ -27,5 +27,5 @@ def lookahead(load: Callable[[Key], Value], keys: Iterable[Key]) -> Iterator[tup
             value = future.result()
             pending = start_next()
             yield key, value
-            # Without this the value just used would stay alive beside the two that follow it.
+            # The value just used must not stay alive while the generator waits for the next.
             del value, future

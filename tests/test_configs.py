@@ -40,7 +40,7 @@ def test_readme_shows_both_commands():
     assert {command for command, _ in readme_commands()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command, arguments", readme_commands(), ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize("command, arguments", list(readme_commands()), ids=lambda value: " ".join(value)[:60])
 def test_readme_commands_parse(command, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     check(command, parse(command, arguments))

@@ -79,7 +79,7 @@ class DiskStore:
         path = self._path(stream, generation, sample)
         try:
             return read_tensors(path)["hidden"]
-        except ShardQError as error:
+        except (ShardQError, KeyError) as error:
             raise StorageError(
                 f"{path}: cached activations cannot be read; delete the folder {self._folder} and run the same "
                 "command again to compute them anew"

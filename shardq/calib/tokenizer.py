@@ -16,19 +16,19 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 def load_tokenizer(folder: Path) -> Tokenize:
     """Function from a text to its token ids, without special tokens.
 
-    transformers reads the folder's tokenizer; a lone `tokenizer.model`, as Llama 2 ships it, goes to sentencepiece.
+    transformers reads `tokenizer.json`; a `tokenizer.model` without one, as Llama 2 ships it, goes to sentencepiece.
 
     Raises:
         CalibrationError: no tokenizer in the folder, or one that cannot be read.
     """
     try:
+        if (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file():
+            return SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE)).encode
         if any((folder / name).is_file() for name in TRANSFORMERS_FILES):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Whole articles are longer than the model's context; they are cut afterwards, so no warning is due.
             return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if (folder / SENTENCEPIECE_FILE).is_file():
-            return SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE)).encode
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise CalibrationError(
             f"{folder}: its tokenizer cannot be read ({str(error).strip().splitlines()[0]}); copy it there again"
         ) from error

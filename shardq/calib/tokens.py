@@ -23,8 +23,8 @@ POOL_FACTOR = 16  # candidate sequences read for each one taken, so that a large
 def load_tokens(options: TextOptions, model_folder: Path, vocabulary_size: int) -> Tensor:
     """Token ids [N, T], int64.
 
-    `samples` sequences are taken at even distances from the first `samples * 16` that the dataset gives, or all of
-    them where it has fewer: deterministic, without a seed.
+    `samples` sequences are taken at even distances from the first `samples * 16` that a text gives, or from all where
+    it has fewer, and from all rows of a .safetensors file: deterministic, without a seed.
 
     Raises:
         CalibrationError: no such dataset, column or tokenizer; too few tokens; an id beyond the vocabulary.
@@ -101,7 +101,7 @@ def _column(options: TextOptions) -> Iterator[str]:
         column = options.column or "text"
         if column not in row:
             raise CalibrationError(
-                f"{options.dataset}: no column {column!r}; it has {', '.join(sorted(row))}: name one with .column"
+                f"{options.dataset}: no column {column!r}; it has {', '.join(sorted(row))}: name one with the option column"
             )
         if not isinstance(row[column], str):
             raise CalibrationError(f"{options.dataset}: column {column!r} holds {type(row[column]).__name__}, not text")
@@ -126,7 +126,7 @@ def _rows(options: TextOptions) -> Iterator[dict]:
         yield from load_dataset(name, subset, split=options.split, streaming=True)
     except CalibrationError:
         raise
-    except (DatasetNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetNotFoundError, OSError, ValueError, RuntimeError, StopIteration) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
             f"{name}: the dataset cannot be read ({reason}); check its name and the network, "
@@ -139,7 +139,7 @@ def _read_ids(options: TextOptions) -> list[list[int]]:
         tensors = read_tensors(Path(options.dataset))
     except CheckpointError as error:
         raise CalibrationError(str(error)) from error
-    name = options.column or next(iter(tensors))
+    name = options.column or next(iter(tensors), "tokens")
     if name not in tensors or tensors[name].dim() != 2 or tensors[name].is_floating_point():
         raise CalibrationError(
             f"{options.dataset}: needs integer token ids [N, T] in tensor {name!r}; it has {', '.join(tensors)}"

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from shardq.errors import CheckpointError
 from shardq.formats.shards import read_metadata
 from shardq.formats.tensor_file import read_tensors, write_tensors
 from shardq.quant import packing
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
+
+VERSION = 1
 
 
 def write_block(path: Path, linears: dict[str, QuantizedLinear]) -> None:
@@ -29,17 +32,20 @@ def write_block(path: Path, linears: dict[str, QuantizedLinear]) -> None:
     described = {
         name: {"in_features": linear.codes_OI.shape[1], **asdict(linear.spec)} for name, linear in linears.items()
     }
-    write_tensors(path, tensors, {"shardq": json.dumps({"version": 1, "linears": described}, sort_keys=True)})
+    write_tensors(path, tensors, {"shardq": json.dumps({"version": VERSION, "linears": described}, sort_keys=True)})
 
 
 def read_block(path: Path) -> dict[str, QuantizedLinear]:
     """Read what `write_block` wrote.
 
     Raises:
-        CheckpointError: the file is missing or truncated.
+        CheckpointError: the file is missing or truncated, or not a block file of this version.
     """
     tensors = read_tensors(path)
-    described = json.loads(read_metadata(path)["shardq"])["linears"]
+    content = json.loads(read_metadata(path).get("shardq", "{}"))
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
+    described = content["linears"]
     linears = {}
     for name, facts in described.items():
         num_inputs = facts.pop("in_features")

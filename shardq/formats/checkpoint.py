@@ -22,7 +22,7 @@ def group_by_size(infos: Iterable[TensorInfo], limit_bytes: int) -> list[list[Te
     groups: list[list[TensorInfo]] = []
     room = 0
     for info in infos:
-        if info.num_bytes > room:
+        if not groups or info.num_bytes > room:
             groups.append([])
             room = limit_bytes
         groups[-1].append(info)
@@ -50,5 +50,5 @@ def write_config(source: Path, folder: Path, dtype: str) -> None:
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy the tokenizer and the other small files that a checkpoint needs to load and generate."""
     for pattern in COPIED_PATTERNS:
-        for file in sorted(source.glob(pattern)):
+        for file in sorted(path for path in source.glob(pattern) if path.is_file()):
             write_whole(folder / file.name, lambda aside, file=file: shutil.copyfile(file, aside))

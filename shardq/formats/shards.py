@@ -95,7 +95,7 @@ def read_header(path: Path) -> Index:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: shard is missing; download the checkpoint again")
+        raise CheckpointError(f"{path}: missing; restore it or download it again")
     try:
         with safe_open(path, framework="pt"):
             pass  # opening lets the library check the whole header against the file's length

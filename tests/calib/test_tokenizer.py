@@ -125,6 +125,15 @@ def test_damaged_tokenizer_config_is_one_line(tmp_path, library_tokenizer):
     assert "cannot be read" in message_of(tmp_path)
 
 
+def test_code_in_the_folder_is_neither_run_nor_asked_about(tmp_path, capsys):
+    """transformers would ask on the terminal, and ranks would wait for an answer."""
+    config = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('the code was run')")
+    assert "cannot be read" in message_of(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 def test_config_without_a_tokenizer_is_one_line(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert "cannot be read" in message_of(tmp_path)

@@ -48,7 +48,7 @@ CHECKPOINT, UNSUPPORTED = errors.CheckpointError, errors.UnsupportedModelError
 DAMAGED_MODELS = {
     "missing folder": (shutil.rmtree, CHECKPOINT, "no such folder"),
     "missing config": (lambda m: (m / CONFIG).unlink(), CHECKPOINT, "config.json: missing"),
-    "missing shard": (lambda m: (m / SHARD).unlink(), CHECKPOINT, f"{SHARD}: shard is missing"),
+    "missing shard": (lambda m: (m / SHARD).unlink(), CHECKPOINT, f"{SHARD}: missing"),
     "truncated shard": (lambda m: truncate(m / SHARD), CHECKPOINT, f"{SHARD}: truncated"),
     "no weights": (lambda m: [f.unlink() for f in m.glob("*.safetensors*")], CHECKPOINT, "holds neither"),
     "tensor not in index": (
