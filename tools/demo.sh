@@ -39,7 +39,7 @@ evaluate() {
     fi
     echo "evaluating the $1 model"
     record "$file" "${torchrun[@]}" launch/evaluate.py --model "$2" "${@:3}" \
-        --eval.dataset $data/heldout.jsonl --eval.sequence_length 1024 --eval.samples 20
+        --eval.dataset $data/heldout.jsonl --eval.sequence_length 1024 --eval.samples 10
 }
 
 "$python" tools/fetch_demo.py $data

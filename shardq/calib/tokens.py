@@ -101,7 +101,7 @@ def _column(options: TextOptions) -> Iterator[str]:
         column = options.column or "text"
         if column not in row:
             raise CalibrationError(
-                f"{options.dataset}: no column {column!r}; it has {', '.join(sorted(row))}: name one with the option column"
+                f"{options.dataset}: no column {column!r}; name one of {', '.join(sorted(row))} with the option column"
             )
         if not isinstance(row[column], str):
             raise CalibrationError(f"{options.dataset}: column {column!r} holds {type(row[column]).__name__}, not text")
