@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -129,3 +131,11 @@ def test_peak_memory_is_in_bytes():
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for peak in (peak_rss_bytes(), peak_device_bytes(torch.device("cpu"))):
         assert 0.95 * kernel_bytes <= peak <= machine_bytes
+
+
+def test_peak_memory_is_not_that_of_the_program_that_started_this_one():
+    ballast = bytearray(1 << 30)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    command = "from shardq.logs import peak_rss_bytes; print(peak_rss_bytes())"
+    child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < len(ballast)

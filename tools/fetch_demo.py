@@ -35,16 +35,24 @@ SOURCES = {
         "package": "gensim",
         "version": "4.4.0",
         "wheel_sha256": None,
-        "member": "gensim/test/test_data/"
-        "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "member": "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "sha256": "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     },
 }
 
 # Sections that hold lists of sources and links, not prose.
 BACK_MATTER = {
-    "bibliography", "citations", "external links", "footnotes", "further reading", "notes",
-    "notes and references", "references", "see also", "sources", "works cited",
+    "bibliography",
+    "citations",
+    "external links",
+    "footnotes",
+    "further reading",
+    "notes",
+    "notes and references",
+    "references",
+    "see also",
+    "sources",
+    "works cited",
 }
 # Links into these namespaces show no text in the sentence.
 HIDDEN_LINK = re.compile(r"\s*(?:file|image|category|media|wikt|[a-z]{2,3}(?:-[a-z]+)?)\s*:(?!\s)", re.I)

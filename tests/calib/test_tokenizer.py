@@ -144,3 +144,17 @@ def test_damaged_sentencepiece_model_is_one_line(tmp_path, kept: float):
     model = sentencepiece_model("bpe")
     (tmp_path / "tokenizer.model").write_bytes(model[: int(kept if kept != 0.5 else len(model) / 2)])
     assert "cannot be read" in message_of(tmp_path)
+
+
+def test_sentencepiece_model_with_a_config_beside_it_is_read_as_llama_2_ships_it(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenize = load_tokenizer(tmp_path)
+    assert [tokenize(text) for text in UNSEEN] == [library.encode(text) for text in UNSEEN]
+
+
+def test_tokenizer_config_that_is_no_object_is_one_line(tmp_path, library_tokenizer):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    assert "cannot be read" in message_of(tmp_path)

@@ -356,3 +356,13 @@ def test_dataset_that_the_hub_does_not_have_is_named(model, empty_hub):
     message = message_of("owner/name", model)
     assert "doesn't exist on the Hub" in message and "check its name and the network" in message
     assert any("owner/name" in path for path in empty_hub)
+
+
+def test_empty_file_is_refused(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text("")
+    message_of(tmp_path / "a.jsonl", model)
+
+
+def test_id_file_without_tensors_is_refused(tmp_path, model):
+    save_file({}, tmp_path / "a.safetensors")
+    assert "'tokens'" in message_of(tmp_path / "a.safetensors", model)

@@ -6,10 +6,10 @@ import shutil
 import subprocess
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from runs import LAUNCH, committed, quantize_arguments, run_evaluate, run_quantize
 from shardq import errors
 from shardq.cli import parse

@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import tiny
 from runs import LAUNCH, last_json, quantize_arguments, result_files, run_evaluate, run_quantize
 from shardq.formats.block_file import read_block
 

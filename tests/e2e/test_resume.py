@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-import tiny
 
+import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize
 from shardq.errors import ResumeError
 

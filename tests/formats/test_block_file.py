@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError
 from shardq.formats.block_file import read_block, write_block
@@ -107,3 +107,10 @@ def test_block_that_cannot_be_read_is_named(tmp_path, damage: str):
         read_block(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", [None, {"shardq": '{"version": 2, "linears": {}}'}], ids=["none", "newer"])
+def test_file_of_another_program_or_version_is_refused(tmp_path, metadata):
+    save_file({"a": torch.zeros(2)}, tmp_path / "block.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=r"block\.safetensors: not a block file of version 1"):
+        read_block(tmp_path / "block.safetensors")

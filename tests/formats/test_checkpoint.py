@@ -99,3 +99,14 @@ def test_companions_are_copied_byte_by_byte_and_weights_are_not(tmp_path):
     checkpoint.copy_companions(source, folder)
     assert sorted(file.name for file in folder.iterdir()) == sorted(copied)
     assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in copied)
+
+
+def test_empty_tensor_first_starts_a_group():
+    assert sizes_of(checkpoint.group_by_size(infos_of(0, 4, 7), 10)) == [[0, 4], [7]]
+
+
+def test_folders_are_no_companions(tmp_path):
+    (tmp_path / "source" / "tokenizer_backup").mkdir(parents=True)
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    checkpoint.copy_companions(tmp_path / "source", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tokenizer.json"]

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GptOssConfig, MixtralConfig, OpenAIGPTConfig, Qwen3MoeConfig
 from transformers.utils import logging as transformers_logging
 
+import tiny
 from shardq.errors import CheckpointError, ConfigError, ShardQError, UnsupportedModelError
 from shardq.model.skeleton import DEFAULT_IGNORE, linears_to_quantize, open_skeleton
 

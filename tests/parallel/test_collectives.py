@@ -5,10 +5,10 @@ from pathlib import Path
 
 import collectives_worker as worker
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from shardq.errors import ConfigError
 from shardq.optimize.stepper import LocalStepper
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together

@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import tiny
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
 from shardq.model.skeleton import open_skeleton
