@@ -1,5 +1,6 @@
 """Real tensors into meta modules, and out again."""
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,14 @@ def stream_blocks(
         fill(skeleton.model, block, tensors, device)
         yield block_index, block
         block.to("meta")
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Give what a block has freed back to the system, so that the next block starts from the same memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim:
+        trim(0)
 
 
 def fill(model: nn.Module, module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
