@@ -67,7 +67,7 @@ def _return_freed_tensors() -> None:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:
-        set_option(M_MMAP_THRESHOLD, 8 << 20)
+        set_option(M_MMAP_THRESHOLD, 4 << 20)
         set_option(M_ARENA_MAX, 1)
 
 
