@@ -16,34 +16,35 @@ README = (ROOT / "README.md").read_text()
 
 
 def readme_commands():
-    """Launches of shardq in the README's shell blocks, as (command, arguments)."""
+    """Launches of shardq in the README's shell blocks, as (command, number of ranks, arguments)."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         found = re.search(r"launch/(\w+)\.py (.*)", line)
+        ranks = re.search(r"--nproc-per-node (\d+)", line)
         if found:
-            yield found.group(1), shlex.split(found.group(2), comments=True)
+            yield found.group(1), int(ranks.group(1)) if ranks else 1, shlex.split(found.group(2), comments=True)
 
 
-def check(command, config):
+def check(command, num_ranks, config):
     if command == "evaluate":
         check_evaluate(config)
     else:
-        check_quantize(replace(config, optimize=resolved(config.optimize, 2)), 2)
+        check_quantize(replace(config, optimize=resolved(config.optimize, num_ranks)), num_ranks)
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_recipes_parse_and_pass_the_checks(recipe):
-    check("quantize", parse("quantize", ["--model", "model", "--config", str(recipe)]))
+    check("quantize", 2, parse("quantize", ["--model", "model", "--config", str(recipe)]))
 
 
 def test_readme_shows_both_commands():
-    assert {command for command, _ in readme_commands()} == set(COMMANDS)
+    assert {command for command, _, _ in readme_commands()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command, arguments", list(readme_commands()), ids=lambda value: " ".join(value)[:60])
-def test_readme_commands_parse(command, arguments, monkeypatch):
+@pytest.mark.parametrize("command, num_ranks, arguments", list(readme_commands()))
+def test_readme_commands_parse(command, num_ranks, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check(command, parse(command, arguments))
+    check(command, num_ranks, parse(command, arguments))
 
 
 def test_later_options_win_over_recipes(tmp_path):
