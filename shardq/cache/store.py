@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from shardq.cache.options import CacheOptions
 from shardq.errors import ShardQError, StorageError
 from shardq.formats.tensor_file import read_tensors, write_tensors
 
@@ -97,6 +98,11 @@ class DiskStore:
         folder = self._folder / f"generation-{generation:05d}"
         with suppress(OSError):  # not empty: another rank's samples; not there: another rank removed it
             folder.rmdir()
+
+
+def open_store(options: CacheOptions, folder: Path) -> ActivationStore:
+    """The store that the options ask for; `folder` holds its files if it is on disk."""
+    return MemoryStore() if options.placement == "cpu" else DiskStore(folder)
 
 
 def _kept_stream(stream: Stream, generation: int) -> Stream:

@@ -4,7 +4,6 @@ Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, a JSO
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,8 +164,3 @@ def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:
     with storage_errors(info.file), open(info.file, "rb") as file:
         file.seek(info.offset + (info.num_bytes - length) // 2)
         return file.read(length)
-
-
-def count_elements(info: TensorInfo) -> int:
-    """Number of elements of a tensor."""
-    return math.prod(info.shape)

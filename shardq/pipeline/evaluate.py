@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from shardq.cache.store import ActivationStore, DiskStore, MemoryStore
+from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import load_tokens
 from shardq.config import EvaluateConfig, check_evaluate
@@ -37,13 +37,14 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
     skeleton, plan = together(ranks, lambda: _open(folder, config))
     vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
     tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
-    display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {len(plan.names)} blocks")
+    display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
-    activations = Activations(_store(config), samples, tokens_NT.shape[1], ranks.device)
+    store = open_store(config.cache, Path(config.output or "") / "cache")
+    activations = Activations(store, samples, tokens_NT.shape[1], ranks.device)
     together(ranks, lambda: _through_blocks(config, skeleton, plan, tokens_NT, activations, display))
-    loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, len(plan.names)))
-    activations.drop(len(plan.names))
+    loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))
+    activations.drop(plan.num_blocks)
     num_tokens = len(tokens_NT) * (tokens_NT.shape[1] - 1)
     return {
         "perplexity": math.exp(sum_over_ranks(ranks, [loss])[0] / num_tokens),
@@ -60,10 +61,6 @@ def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
     return skeleton, make_plan(skeleton, config.quant)
 
 
-def _store(config: EvaluateConfig) -> ActivationStore:
-    return MemoryStore() if config.cache.placement == "cpu" else DiskStore(Path(config.output) / "cache")
-
-
 def _through_blocks(
     config: EvaluateConfig,
     skeleton: Skeleton,
@@ -75,8 +72,8 @@ def _through_blocks(
     with prologue(skeleton, activations.device) as embed:
         arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
         embed_samples(activations, tokens_NT, embed)
-    with display.bars(len(plan.names), 0, 0):
-        for block_index, block in stream_blocks(skeleton, range(len(plan.names)), activations.device):
+    with display.bars(plan.num_blocks, 0, 0):
+        for block_index, block in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
             _round_to_nearest(block, plan.linears[block_index], config)
             advance(activations, "fp", block_index, block_forward(block, arguments[block_index]))
             activations.drop(block_index)

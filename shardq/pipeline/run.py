@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.cache.store import ActivationStore, DiskStore, MemoryStore
+from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import digest, load_tokens
 from shardq.config import QuantizeConfig, check_quantize
@@ -127,7 +127,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     """Quantize the blocks that are left and complete the output; give the ledger's entries."""
     config, ranks, plan = run.config, run.ranks, run.plan
     cache = run.output / "cache"
-    store: ActivationStore = MemoryStore() if config.cache.placement == "cpu" else DiskStore(cache)
+    store = open_store(config.cache, cache)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
