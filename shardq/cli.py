@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import jsonargparse
 
+from shardq.compiling import keep_between_runs
 from shardq.config import EvaluateConfig, QuantizeConfig
 from shardq.errors import ConfigError, ShardQError
 from shardq.parallel.ranks import Ranks, started
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.run import quantize
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "quantize": (
@@ -45,6 +46,7 @@ def run_command(verb: str, arguments: list[str]) -> None:
     for library in ("huggingface_hub", "datasets", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
     _return_freed_tensors()
+    keep_between_runs()
     try:
         config = parse(verb, arguments)
         with started(config.device) as ranks:
@@ -68,6 +70,7 @@ def _return_freed_tensors() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:
         set_option(M_MMAP_THRESHOLD, 4 << 20)
+        set_option(M_TRIM_THRESHOLD, 1 << 30)
         set_option(M_ARENA_MAX, 1)
 
 

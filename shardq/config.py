@@ -109,11 +109,16 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
     for name in ("grid_lr", "weight_lr"):
         _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
+    memory = optimize.memory_gib
+    _require(memory is None or memory > 0, "optimize.memory_gib", memory, "above 0")
     _require(0 <= optimize.fp_mix <= 1, "optimize.fp_mix", optimize.fp_mix, "between 0 and 1")
     samples = config.calib.samples
     _require(samples is not None, "calib.samples", samples, "a number")
     for name, value in (("optimize.batch_size", optimize.batch_size), ("calib.samples", samples)):
         _require(value % world_size == 0, name, value, f"a multiple of the number of ranks ({world_size})")
+    micro_batch, part = optimize.micro_batch, optimize.batch_size // world_size
+    _require(micro_batch is None or (micro_batch >= 1 and part % micro_batch == 0), "optimize.micro_batch", micro_batch,
+             f"a divisor of a rank's {part} sample(s) of a batch")  # fmt: skip
     _require(optimize.batch_size <= samples, "optimize.batch_size", optimize.batch_size,
              f"at most calib.samples ({samples})")  # fmt: skip
 

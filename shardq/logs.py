@@ -1,6 +1,7 @@
 """What a run leaves for people and programs to read: console lines, a progress bar, events.jsonl."""
 
 import json
+import os
 import re
 import resource
 import time
@@ -11,8 +12,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from shardq.files import storage_errors
+
+STEPS_A_LOSS = 50
 
 
 def peak_rss_bytes() -> int:
@@ -28,21 +32,51 @@ def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
+def seconds_since_process_start() -> float:
+    """How long this process has been running, imports included; 0 where the system does not say."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return 0.0
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])  # field 22 of proc(5), after the name in brackets
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 class Events:
     """Appends one JSON line per finished span to `events.jsonl`; every rank writes to the same file.
 
-    A line is written by a single `write` to a file opened for appending, which keeps lines of several ranks apart.
+    The spans of a block follow one another and are inside none but `run`, so that their seconds add up to it. A line
+    is written by a single `write` to a file opened for appending, which keeps lines of several ranks apart.
     """
 
     def __init__(self, path: Path | None, rank: int):
         self._path, self._rank = path, rank
+        self._open: list[dict] = []
 
     @contextmanager
     def span(self, name: str, **facts: object) -> Iterator[dict]:
         """Time the body in seconds; what the body puts into the yielded dict is written too."""
         start = time.perf_counter()
-        yield facts
-        self._write({"span": name, "seconds": round(time.perf_counter() - start, 6), **facts})
+        self._open.append(facts)
+        try:
+            yield facts
+        finally:
+            self._open.pop()
+        self.record(name, time.perf_counter() - start, **facts)
+
+    @contextmanager
+    def waiting(self, kind: str) -> Iterator[None]:
+        """Count the body's seconds as waiting, in the innermost span: for `input` or for `output`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._open:
+                facts, name = self._open[-1], f"waiting_for_{kind}"
+                facts[name] = round(facts.get(name, 0.0) + time.perf_counter() - start, 6)
+
+    def record(self, name: str, seconds: float, **facts: object) -> None:
+        """Write a span that was timed elsewhere."""
+        self._write({"span": name, "seconds": round(seconds, 6), **facts})
 
     def _write(self, event: dict) -> None:
         if self._path is None:
@@ -78,13 +112,18 @@ class Display:
 
     def start_block(self, name: str) -> None:
         """Begin a block: its iterations start at 0."""
+        self._name, self._steps = name, 0
         if self._bar:
             self._bar.reset(self._iterations, description=name)
 
-    def advance_iteration(self) -> None:
-        """One optimizer step is done."""
-        if self._bar:
-            self._bar.advance(self._iterations)
+    def advance_iteration(self, loss: Tensor) -> None:
+        """One optimizer step is done; its loss is read, which waits for the device, only now and then."""
+        if not self._bar:
+            return
+        self._steps += 1
+        if self._steps % STEPS_A_LOSS == 0:
+            self._bar.update(self._iterations, description=f"{self._name} loss {loss.item():.3e}")
+        self._bar.advance(self._iterations)
 
     def advance_block(self) -> None:
         """One block is done."""

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
-LAYERS = ["errors", "files", "lookahead", "logs", "quant", "formats", "model", "calib", "cache", "optimize",
-          "parallel", "config", "pipeline", "cli"]  # fmt: skip
+LAYERS = ["errors", "files", "background", "devices", "compiling", "logs", "quant", "formats", "model", "calib",
+          "cache", "optimize", "parallel", "config", "pipeline", "cli"]  # fmt: skip
 SIBLINGS = {"model", "calib", "cache", "optimize"}  # only what stands above puts two of these together
 HOMES = {  # third-party package -> the only places that may know it
     "torch.distributed": ("parallel/",),
@@ -21,6 +21,9 @@ HOMES = {  # third-party package -> the only places that may know it
     "datasets": ("calib/",),
     "jsonargparse": ("cli.py",),
     "rich": ("logs.py",),
+    "psutil": ("devices.py",),
+    "torch._dynamo": ("compiling.py",),
+    "torch._inductor": ("compiling.py",),
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 300, 60, 8
 
@@ -77,7 +80,7 @@ def sibling_imports(sources: Sources) -> list[str]:
 
 def strayed_packages(sources: Sources) -> list[str]:
     """Third-party packages imported outside their homes."""
-    used = [*imports(sources), *distributed_attributes(sources)]
+    used = [*imports(sources), *torch_attributes(sources)]
     return [
         f"{path}: uses {name}, at home in {', '.join(homes)}"
         for path, name in used
@@ -86,11 +89,11 @@ def strayed_packages(sources: Sources) -> list[str]:
     ]
 
 
-def distributed_attributes(sources: Sources) -> Iterator[tuple[str, str]]:
-    """Uses of `torch.distributed` that a plain `import torch` allows."""
+def torch_attributes(sources: Sources) -> Iterator[tuple[str, str]]:
+    """Uses of torch's parts, such as `torch.distributed`, that a plain `import torch` allows."""
     for path, node in nodes(sources, ast.Attribute):
-        if node.attr == "distributed" and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            yield path, "torch.distributed"
+        if isinstance(node.value, ast.Name) and node.value.id == "torch":
+            yield path, f"torch.{node.attr}"
 
 
 def relative_imports(sources: Sources) -> list[str]:
@@ -144,8 +147,9 @@ def wide_functions(sources: Sources) -> list[str]:
 
 
 def num_arguments(function: Function) -> int:
-    """Named arguments of a function."""
-    return len(function.args.posonlyargs) + len(function.args.args) + len(function.args.kwonlyargs)
+    """Named arguments of a function, but for autograd's `ctx`, which no caller gives."""
+    given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return sum(argument.arg != "ctx" for argument in given)
 
 
 def broad_excepts(sources: Sources) -> list[str]:
@@ -219,6 +223,9 @@ PLANTED = [
     (strayed_packages, "pipeline/run.py", "import datasets", "pipeline/run.py: uses datasets"),
     (strayed_packages, "config.py", "import jsonargparse", "config.py: uses jsonargparse"),
     (strayed_packages, "cli.py", "from rich.console import Console", "cli.py: uses rich.console.Console"),
+    (strayed_packages, "logs.py", "import psutil", "logs.py: uses psutil"),
+    (strayed_packages, "logs.py", "from torch._inductor.exc import CppCompileError", "logs.py: uses torch._inductor"),
+    (strayed_packages, "pipeline/run.py", "x = torch._dynamo.reset", "pipeline/run.py: uses torch._dynamo"),
     (relative_imports, "quant/affine.py", "from . import packing", "relative import"),
     (import_cycles, "quant/spec.py", "from shardq.quant import quantized", "shardq.quant.spec"),
     (global_statements, "files.py", "def _count():\n    global counter\n", "global"),

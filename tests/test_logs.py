@@ -44,6 +44,61 @@ def test_inner_span_ends_first(tmp_path):
     assert inner["seconds"] <= outer["seconds"]
 
 
+def test_span_that_was_timed_elsewhere_is_a_line_like_others(tmp_path):
+    Events(tmp_path / "events.jsonl", rank=2).record("start-up", 1.23456789, block=4)
+    [event] = lines_of(tmp_path / "events.jsonl")
+    del event["time"]
+    assert event == {"rank": 2, "span": "start-up", "seconds": 1.234568, "block": 4}
+
+
+def test_waiting_counts_in_the_innermost_span_by_kind(tmp_path):
+    events = Events(tmp_path / "events.jsonl", rank=0)
+    with events.span("outer"):
+        with events.span("inner"):
+            for _ in range(2):
+                with events.waiting("input"):
+                    time.sleep(0.03)
+            with events.waiting("output"):
+                pass
+        with events.waiting("output"):
+            time.sleep(0.03)
+    inner, outer = lines_of(tmp_path / "events.jsonl")
+    assert 0.06 <= inner["waiting_for_input"] <= inner["seconds"]
+    assert 0 <= inner["waiting_for_output"] < 0.03
+    assert 0.03 <= outer["waiting_for_output"] <= outer["seconds"] - inner["seconds"] + 0.001
+    assert "waiting_for_input" not in outer
+
+
+def test_waiting_outside_of_spans_is_not_counted(tmp_path):
+    events = Events(tmp_path / "events.jsonl", rank=0)
+    with events.waiting("input"):
+        pass
+    with events.span("later"):
+        pass
+    [event] = lines_of(tmp_path / "events.jsonl")
+    assert "waiting_for_input" not in event
+
+
+def test_waiting_that_fails_is_counted_and_the_span_before_goes_on(tmp_path):
+    events = Events(tmp_path / "events.jsonl", rank=0)
+    with events.span("outer"):
+        with pytest.raises(ZeroDivisionError), events.span("fails"):
+            with events.waiting("input"):
+                raise ZeroDivisionError
+        with events.waiting("output"):
+            pass
+    [event] = lines_of(tmp_path / "events.jsonl")
+    assert event["span"] == "outer" and "waiting_for_output" in event and "waiting_for_input" not in event
+
+
+def test_seconds_since_the_process_start_count_imports():
+    command = "import time; time.sleep(0.5); import shardq.logs as l; print(l.seconds_since_process_start())"
+    start = time.monotonic()
+    child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    whole = time.monotonic() - start
+    assert 0.5 < float(child.stdout) <= whole + 0.02  # the kernel notes the start in hundredths
+
+
 def test_span_that_fails_is_not_written(tmp_path):
     events = Events(tmp_path / "events.jsonl", rank=0)
     with pytest.raises(ZeroDivisionError), events.span("fails"):
@@ -89,13 +144,27 @@ def test_rank_0_prints_lines_as_they_are(capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-def show_a_run(display: Display) -> None:
-    with display.bars(num_blocks=2, first_block=1, num_iterations=3):
+class Loss:
+    """A loss on a device, where reading it is what costs time."""
+
+    def __init__(self, value: float, read: list[float]):
+        self.value, self.read = value, read
+
+    def item(self) -> float:
+        self.read.append(self.value)
+        return self.value
+
+
+def show_a_run(display: Display, num_iterations: int = 3) -> list[float]:
+    """A run's calls; gives the losses that were read."""
+    read: list[float] = []
+    with display.bars(num_blocks=2, first_block=1, num_iterations=num_iterations):
         display.start_block("layers.1")
-        for _ in range(3):
-            display.advance_iteration()
+        for number in range(num_iterations):
+            display.advance_iteration(Loss(float(number), read))
         display.advance_block()
         display.line("block 2/2")
+    return read
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
@@ -103,14 +172,14 @@ def show_a_run(display: Display) -> None:
 def test_other_ranks_are_silent(capsys, monkeypatch, rank: int, terminal: bool):
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    show_a_run(Display(rank))
+    assert show_a_run(Display(rank), 200) == [], "a loss was read though nobody sees it"
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
 def test_no_bar_is_drawn_into_a_file(capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    show_a_run(Display(rank=0))
+    assert show_a_run(Display(rank=0), 200) == [], "a loss was read though nobody sees it"
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("block 2/2\n", "")
 
@@ -122,6 +191,13 @@ def test_bar_on_a_terminal_shows_block_and_counts(capsys, monkeypatch):
     drawn = capsys.readouterr().out
     assert "block 2/2" in drawn and "layers.1" in drawn
     assert "2/2" in drawn.replace("block 2/2", "") and "3/3" in drawn
+
+
+def test_bar_shows_the_loss_but_reads_it_only_now_and_then(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert show_a_run(Display(rank=0), 120) == [49.0, 99.0]
+    assert "layers.1 loss 9.900e+01" in capsys.readouterr().out
 
 
 def test_peak_memory_is_in_bytes():

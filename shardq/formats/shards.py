@@ -5,7 +5,9 @@ Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, a JSO
 
 import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,14 +134,19 @@ def read_tensor(info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
     raw = torch.empty(info.num_bytes, dtype=torch.uint8)
     with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
-        file.seek(info.offset)
-        view, done = memoryview(raw.numpy()), 0
-        while done < info.num_bytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{info.file}: truncated inside tensor {info.name}; download it again")
-            done += count
+        _read_into(raw, file, info, 0)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> None:
+    """Fill `raw` with a tensor's bytes from `start` on."""
+    file.seek(info.offset + start)
+    view, done = memoryview(raw.numpy()), 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"{info.file}: truncated inside tensor {info.name}; download it again")
+        done += count
 
 
 def read_weight(info: TensorInfo) -> Tensor:
@@ -149,13 +156,39 @@ def read_weight(info: TensorInfo) -> Tensor:
         CheckpointError: a NaN or an infinity is found.
     """
     tensor = read_tensor(info)
+    _check_finite(info, tensor)
+    return tensor
+
+
+def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
+    """Read some rows (indices of the first dimension, ascending) of a floating-point tensor, finite values only.
+
+    Raises:
+        CheckpointError: a NaN or an infinity is found, or the file ended early.
+    """
+    row_bytes = info.num_bytes // info.shape[0]
+    raw = torch.empty(len(rows) * row_bytes, dtype=torch.uint8)
+    with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
+        # Neighbouring rows have equal differences between row and place: each run of them is one read.
+        for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):
+            places = list(run)
+            (first, row), (last, _) = places[0], places[-1]
+            _read_into(raw[first * row_bytes : (last + 1) * row_bytes], file, info, row * row_bytes)
+    tensor = raw.view(DTYPES[info.dtype]).reshape(len(rows), *info.shape[1:])
+    _check_finite(info, tensor, rows)
+    return tensor
+
+
+def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None) -> None:
+    """Raise if a value is not finite; `rows` says which rows of the stored tensor these are, if not all."""
     if not torch.isfinite(tensor).all():
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        value = tensor[tuple(where)].item()
+        where = where if rows is None else [rows[where[0]], *where[1:]]
         raise CheckpointError(
-            f"{info.file}: tensor {info.name} holds {tensor[tuple(where)].item()} at {where}; "
+            f"{info.file}: tensor {info.name} holds {value} at {where}; "
             "the checkpoint is damaged, download it again or retrain"
         )
-    return tensor
 
 
 def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:

@@ -5,14 +5,17 @@ final norms and logit caps are the model's, whatever its architecture.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from shardq.formats.shards import read_weight_rows
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import materialised
+from shardq.model.weights import COMPUTE_DTYPE, materialised
+
+HEAD_SLICE_BYTES = 256 << 20  # float32 rows of the head in memory at once
 
 
 @dataclass(frozen=True)
@@ -23,37 +26,57 @@ class BlockArguments:
     kwargs: dict
 
 
-def block_forward(block: nn.Module, arguments: BlockArguments) -> Callable[[Tensor], Tensor]:
-    """Function from the hidden states [N, T, D] that enter a block to those that leave it."""
+def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
+    """Hidden states [N, T, D] that leave a block, float32.
 
-    def forward(hidden_NTD: Tensor) -> Tensor:
-        output = block(hidden_NTD, *arguments.args, **arguments.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    return forward
+    Args:
+        args, kwargs: what the model passes beside the hidden states.
+        dtype: of the matrix multiplies; norms, softmax and the residual stream stay in float32.
+    """
+    in_dtype = nullcontext() if dtype == torch.float32 else torch.autocast(hidden_NTD.device.type, dtype)
+    with in_dtype:
+        output = block(hidden_NTD, *args, **kwargs)
+    return (output[0] if isinstance(output, tuple) else output).float()
 
 
 @contextmanager
 def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield a function from tokens [N, T] to the hidden states [N, T, D] that enter block 0.
 
-    The embeddings are in memory while the body runs.
+    Of the token embeddings only the rows that a call needs are in memory, while it lasts.
     """
     prefix = skeleton.model.base_model_prefix
-    base = getattr(skeleton.model, prefix)
+    base, table = getattr(skeleton.model, prefix), skeleton.model.get_input_embeddings()
+    stored = skeleton.stored(f"{_name_of(skeleton, table)}.weight")
+
+    def read_rows(table: nn.Module, inputs: tuple) -> tuple:
+        # The tokens are renumbered to index a table of their own embeddings alone.
+        used, renumbered_NT = inputs[0].unique(return_inverse=True)
+        table.weight = _frozen(read_weight_rows(stored, used.tolist()), device)
+        return (renumbered_NT, *inputs[1:])
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
         base(input_ids=tokens_NT.to(device), use_cache=False)
-        first = skeleton.stand_ins[0]
-        hidden_NTD, _, _ = first.seen
+        hidden_NTD, _, _ = skeleton.stand_ins[0].seen
         return hidden_NTD
 
+    table.padding_idx = None  # torch would check it against the smaller table; it is for training alone
+    hook = table.register_forward_pre_hook(read_rows)
     try:
-        with materialised(skeleton, base, prefix, device):
+        with materialised(skeleton, base, prefix, device, unread=frozenset([stored.name])):
             yield embed
     finally:
+        hook.remove()
         _forget(skeleton)
+
+
+def _name_of(skeleton: Skeleton, wanted: nn.Module) -> str:
+    return next(name for name, module in skeleton.model.named_modules() if module is wanted)
+
+
+def _frozen(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(tensor.to(device, COMPUTE_DTYPE), requires_grad=False)
 
 
 def record_arguments(
@@ -69,35 +92,41 @@ def record_arguments(
 
 
 @contextmanager
-def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield a function from the hidden states [N, T, D] after the last block to logits [N, T, vocabulary].
+def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tuple[int, Callable[[Tensor], Tensor]]]]:
+    """Yield `(first, to_logits)` for one slice of the vocabulary after the other.
 
-    Final norm and head are in memory while the body runs. Norm and head act on each position alone, so T may be any
-    slice of a sequence.
+    `to_logits` takes the hidden states [N, T, D] after the last block to the logits [N, T, V] of the tokens from
+    `first` on; the head's rows for them are in memory until the next slice is asked for. Norm and head act on each
+    position alone, so T may be any slice of a sequence.
     """
-    last = skeleton.stand_ins[-1]
+    model, last = skeleton.model, skeleton.stand_ins[-1]
+    head = model.get_output_embeddings()
+    prefix = _name_of(skeleton, head)
+    infos = {name: skeleton.stored(f"{prefix}.{name}") for name, _ in head.named_parameters()}
+    rows_a_slice = max(1, HEAD_SLICE_BYTES // (4 * head.in_features))
 
     @torch.no_grad()
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
-        return skeleton.model(input_ids=tokens_NT, use_cache=False).logits
+        return model(input_ids=tokens_NT, use_cache=False).logits
 
+    def slices() -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+        for first in range(0, head.out_features, rows_a_slice):
+            rows = list(range(first, min(first + rows_a_slice, head.out_features)))
+            for name, info in infos.items():
+                setattr(head, name, _frozen(read_weight_rows(info, rows), device))
+            yield first, to_logits
+
+    # What the epilogue looks up in the input embedding is ignored, and the head is read in slices.
+    embedding = skeleton.stored(f"{_name_of(skeleton, model.get_input_embeddings())}.weight")
+    unread = frozenset([embedding.name, *(info.name for info in infos.values())])
     try:
-        with materialised(skeleton, skeleton.model, "", device, unread=_untied_embedding(skeleton)):
-            yield to_logits
+        with materialised(skeleton, model, "", device, unread=unread):
+            yield slices()
     finally:
         last.injected = None
         _forget(skeleton)
-
-
-def _untied_embedding(skeleton: Skeleton) -> frozenset[str]:
-    """Stored name of the input embedding if the head has a matrix of its own: the epilogue ignores what it looks up."""
-    embedding = skeleton.model.get_input_embeddings()
-    prefix = next(name for name, module in skeleton.model.named_modules() if module is embedding)
-    stored = skeleton.stored(f"{prefix}.weight").name
-    uses = [name for name in skeleton.model.state_dict() if skeleton.stored(name).name == stored]
-    return frozenset([stored]) if len(uses) == 1 else frozenset()
 
 
 def _forget(skeleton: Skeleton) -> None:

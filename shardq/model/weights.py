@@ -1,37 +1,85 @@
 """Real tensors into meta modules, and out again."""
 
+import copy
 import ctypes
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
+from shardq.background import lookahead
+from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
 from shardq.formats.shards import read_weight
-from shardq.lookahead import lookahead
 from shardq.model.skeleton import Skeleton
 
 COMPUTE_DTYPE = torch.float32
 
 
-def stream_blocks(
-    skeleton: Skeleton, block_indices: Iterable[int], device: torch.device
-) -> Iterator[tuple[int, nn.Module]]:
-    """Yield `(block_index, block)` with the block's weights on the device, the next block's being read meanwhile.
+@dataclass(frozen=True)
+class LoadedBlock:
+    """A block with its weights.
 
-    The block goes back to the meta device when the next one is asked for.
+    Attributes:
+        index: the block's place in the model.
+        module: computes in float32; the same module, with other weights, for all blocks that are built alike.
+        source: parameters and persistent buffers by name within the block, in their stored dtype.
     """
 
-    def read(block_index: int) -> dict[str, Tensor]:
-        return {name: read_weight(info) for name, info in skeleton.block_tensors(block_index).items()}
+    index: int
+    module: nn.Module
+    source: dict[str, Tensor]
 
-    for block_index, tensors in lookahead(read, block_indices):
+
+def stream_blocks(
+    skeleton: Skeleton,
+    block_indices: Iterable[int],
+    device: torch.device,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[LoadedBlock]:
+    """Yield blocks with their weights on the device, the next block's being read meanwhile.
+
+    Blocks that are built alike share one module, whose storage is allocated once: what is yielded is valid until the
+    next is asked for.
+
+    Args:
+        waiting: entered while the next block's weights are waited for.
+    """
+    slots: dict[tuple, nn.Module] = {}
+
+    def read(block_index: int) -> dict[str, Tensor]:
+        infos = skeleton.block_tensors(block_index)
+        return {name: to_device(read_weight(info), device) for name, info in infos.items()}
+
+    for block_index, source in lookahead(read, block_indices, waiting):
         block = skeleton.blocks[block_index]
-        fill(skeleton.model, block, tensors, device)
-        yield block_index, block
-        block.to("meta")
+        kind = _signature(block)
+        if kind not in slots:
+            slots[kind] = copy.deepcopy(block)
+        _carry_attributes(block, slots[kind])
+        fill(skeleton.model, slots[kind], dict(source), device)
+        yield LoadedBlock(block_index, slots[kind], source)
+        del source
         _return_freed_memory()
+
+
+def _signature(block: nn.Module) -> tuple:
+    """What blocks must have in common to share a module: submodules and the shapes of their tensors."""
+    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    tensors = (*block.named_parameters(), *block.named_buffers())
+    return modules, tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+
+
+def _carry_attributes(block: nn.Module, slot: nn.Module) -> None:
+    """Give a shared module the plain attributes of the block that it is to be, such as `layer_idx`."""
+    for source, target in zip(block.modules(), slot.modules(), strict=True):
+        for name, value in vars(source).items():
+            is_plain = isinstance(value, (bool, int, float, str, tuple, NoneType))
+            if is_plain and not name.startswith("_") and getattr(target, name, None) != value:
+                setattr(target, name, value)
 
 
 def _return_freed_memory() -> None:
@@ -42,7 +90,9 @@ def _return_freed_memory() -> None:
 
 
 def fill(model: nn.Module, module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put tensors into a meta module in the compute dtype; empties `tensors` so that no second copy stays alive.
+    """Put tensors into a module in the compute dtype; empties `tensors` so that no second copy stays alive.
+
+    A parameter on the meta device is allocated, one that has storage is overwritten in place.
 
     Args:
         model: the transformers model, which knows how to make buffers that checkpoints do not store.
@@ -51,13 +101,18 @@ def fill(model: nn.Module, module: nn.Module, tensors: dict[str, Tensor], device
     _make_buffers(model, module, device)
     while tensors:
         name, tensor = tensors.popitem()
-        if tensor.is_floating_point():
-            tensor = tensor.to(device, COMPUTE_DTYPE)
         owner = module.get_submodule(name.rpartition(".")[0])
-        _assign(owner, name.rpartition(".")[2], tensor.to(device))
+        _place(owner, name.rpartition(".")[2], tensor, device)
 
 
-def _assign(owner: nn.Module, name: str, tensor: Tensor) -> None:
+@torch.no_grad()
+def _place(owner: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+    current = getattr(owner, name)
+    if not current.is_meta:
+        current.copy_(tensor)
+        return
+    dtype = COMPUTE_DTYPE if tensor.is_floating_point() else tensor.dtype
+    tensor = tensor.to(device, dtype)
     if name in owner._parameters:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:
@@ -67,11 +122,10 @@ def _assign(owner: nn.Module, name: str, tensor: Tensor) -> None:
 def _make_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
     """Compute non-persistent buffers, such as rotary frequencies, the way the model initialises them."""
     for name, owner in module.named_modules():
-        computed = [key for key, value in owner._buffers.items() if value is not None and value.is_meta]
-        computed = [key for key in computed if key in owner._non_persistent_buffers_set]
+        computed = [key for key in owner._non_persistent_buffers_set if owner._buffers[key] is not None]
         for key in computed:
-            meta = owner._buffers[key]
-            owner._buffers[key] = torch.full_like(meta, torch.nan if meta.is_floating_point() else 0, device=device)
+            like = owner._buffers[key]
+            owner._buffers[key] = torch.full_like(like, torch.nan if like.is_floating_point() else 0, device=device)
         if computed:
             model._init_weights(owner)
         for key in computed:

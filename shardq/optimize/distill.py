@@ -2,26 +2,48 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
-from shardq.optimize.loss import distillation_loss
+from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.stepper import Stepper
 
 
 def distill(
-    forward: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    quantizer: BlockQuantizer,
     stepper: Stepper,
     batches: Iterable[tuple[Tensor, Tensor]],
-    on_step: Callable[[], None],
+    micro_batch: int,
+    on_step: Callable[[Tensor], None],
 ) -> None:
-    """Train in place, one optimizer step a batch.
+    """Train in place, one optimizer step a batch. Nothing in a step waits for the device.
 
     Args:
-        forward: the quantized block, [N, T, D] -> [N, T, D].
+        loss_of: mean loss over the samples of a micro-batch, from the block's inputs and targets [N, T, D].
         batches: this rank's inputs and targets, both [N, T, D], one pair an iteration.
-        on_step: called after each step, for progress.
+        micro_batch: samples that go through the block at once.
+        on_step: called after each step with the batch's loss, a tensor on the device, for progress.
     """
     for inputs_NTD, targets_NTD in batches:
-        stepper.backward(distillation_loss(forward(inputs_NTD), targets_NTD))
+        loss = accumulate(loss_of, quantizer, inputs_NTD, targets_NTD, micro_batch)
+        stepper.backward(*quantizer.collected())
         stepper.step()
-        on_step()
+        on_step(loss)
+
+
+def accumulate(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    quantizer: BlockQuantizer,
+    inputs_NTD: Tensor,
+    targets_NTD: Tensor,
+    micro_batch: int,
+) -> Tensor:
+    """Quantize the weights once, and collect the gradient of a batch's mean loss in them; gives that loss."""
+    quantizer.requantize()
+    total = torch.zeros((), device=inputs_NTD.device)
+    for inputs, targets in zip(inputs_NTD.split(micro_batch), targets_NTD.split(micro_batch), strict=True):
+        loss = loss_of(inputs, targets) * (len(inputs) / len(inputs_NTD))
+        loss.backward()
+        total += loss.detach()
+    return total

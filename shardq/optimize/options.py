@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeOptions:
@@ -14,6 +16,17 @@ class OptimizeOptions:
     """Optimizer steps a block, at any number of ranks (preset aimet: 1500)."""
     batch_size: int | None = None
     """Samples an optimizer step over all ranks together, a multiple of the number of ranks (default: one a rank)."""
+    micro_batch: int | None = None
+    """Samples that a rank takes through the block at once, a divisor of its part of a batch (default: the largest that
+    fits the memory)."""
+    memory_gib: float | None = None
+    """Memory of the device that a rank may use for training, in GiB (default: 90 % of what is free on a GPU, half of
+    the rank's share of what is free on a CPU)."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Dtype of the blocks' matrix multiplies; everything else is float32. `auto`: bf16 where the device multiplies it
+    in hardware, float32 elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step into fused kernels: `auto` where a compiler is found; `on` stops where none is."""
     grid_lr: float | None = None
     """Learning rate of the grid's parameters, beta and gamma or the step (preset aimet: 1e-3)."""
     weight_lr: float | None = None
@@ -22,12 +35,25 @@ class OptimizeOptions:
     """Probability, for each element of the block's input, of the fp stream's value in place of the quantized stream's
     (preset aimet: 0.5)."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `precision` stands for, once it is resolved."""
+        return {"float32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+
 
 PRESETS = {"aimet": {"iterations": 1500, "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5}}
 
 
-def resolved(options: OptimizeOptions, world_size: int) -> OptimizeOptions:
-    """Options with every value that was not given filled in from the preset and the number of ranks."""
+def resolved(options: OptimizeOptions, world_size: int, has_bf16: bool) -> OptimizeOptions:
+    """Options with every value that was not given filled in from the preset, the number of ranks and the device.
+
+    The micro-batch is left open: it depends on the model.
+
+    Args:
+        has_bf16: the device multiplies bfloat16 in hardware.
+    """
     defaults = PRESETS[options.preset] | {"batch_size": world_size}
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    if options.precision == "auto":
+        missing["precision"] = "bf16" if has_bf16 else "float32"
     return replace(options, **missing)

@@ -12,10 +12,13 @@ GRID_PARAMETERS = (".beta", ".gamma", ".step")
 
 
 class Stepper(Protocol):
-    """One optimizer over a block's trainable parameters."""
+    """One optimizer over a block's trainable parameters, built once and started anew for each block."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of this rank's mean loss."""
+    def start(self) -> None:
+        """Forget what the last block left: moments and the place in the schedule."""
+
+    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
+        """Take the gradient of this rank's mean loss from `tensors` on to the parameters they were computed from."""
 
     def step(self) -> None:
         """Change the parameters by the gradient of the mean over ranks, and clear it."""
@@ -24,21 +27,26 @@ class Stepper(Protocol):
 class LocalStepper:
     """Adam with a cosine learning rate to 0, on one rank."""
 
-    def __init__(self, block: nn.Module, options: OptimizeOptions):
-        grid, weight = trainable(block)
+    def __init__(self, module: nn.Module, options: OptimizeOptions):
+        grid, weight = trainable(module)
         groups = [{"params": grid, "lr": options.grid_lr}, {"params": weight, "lr": options.weight_lr}]
         self._optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
         self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._iterations, self._done = options.iterations, 0
 
-    def backward(self, loss: Tensor) -> None:
+    def start(self) -> None:
+        """Zero Adam's moments and step counts in place, and go to the start of the schedule."""
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self._done = 0
+
+    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
         """Accumulate the gradient."""
-        loss.backward()
+        torch.autograd.backward(tensors, gradients)
 
     def step(self) -> None:
         """Adam step at the current learning rate, `lr * (1 + cos(pi * step / iterations)) / 2`."""
-        # By hand: torch's schedulers and the optimizer refer to each other, which would keep a block's state alive
-        # until the garbage collector runs.
         factor = 0.5 * (1 + math.cos(math.pi * self._done / self._iterations))
         for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
             group["lr"] = start_lr * factor
@@ -47,8 +55,8 @@ class LocalStepper:
         self._done += 1
 
 
-def trainable(block: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """A block's trainable parameters: those of the grids, those of the weights."""
-    named = [(name, parameter) for name, parameter in block.named_parameters() if parameter.requires_grad]
+def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters of quantizers: those of the grids, those of the weights."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     grid = [parameter for name, parameter in named if name.endswith(GRID_PARAMETERS)]
     return grid, [parameter for name, parameter in named if not name.endswith(GRID_PARAMETERS)]

@@ -11,14 +11,18 @@ from shardq.parallel.ranks import Ranks
 class AllReduceStepper:
     """A LocalStepper whose gradients are averaged over ranks first; equal parameters stay equal."""
 
-    def __init__(self, block: nn.Module, options: OptimizeOptions, ranks: Ranks):
-        self._local = LocalStepper(block, options)
-        self._parameters = [parameter for group in trainable(block) for parameter in group]
+    def __init__(self, module: nn.Module, options: OptimizeOptions, ranks: Ranks):
+        self._local = LocalStepper(module, options)
+        self._parameters = [parameter for group in trainable(module) for parameter in group]
         self._ranks = ranks
 
-    def backward(self, loss: Tensor) -> None:
+    def start(self) -> None:
+        """Start the optimizer anew."""
+        self._local.start()
+
+    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
         """Accumulate this rank's gradient."""
-        self._local.backward(loss)
+        self._local.backward(tensors, gradients)
 
     def step(self) -> None:
         """Average the gradients over ranks and step."""

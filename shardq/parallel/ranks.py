@@ -17,11 +17,15 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started; a plain python process is rank 0 of 1."""
+    """This process among those that torchrun started; a plain python process is rank 0 of 1.
+
+    `local_world_size` is the number of ranks on this host, which share its memory.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
 
 
 @contextmanager
@@ -34,9 +38,11 @@ def started(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: CUDA is asked for and absent, or there are fewer GPUs than ranks on this host.
     """
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    ranks = Ranks(rank, world_size, _device(device, local_rank))
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size)
     if world_size == 1:
         yield ranks
         return

@@ -1,33 +1,51 @@
 """One decoder block, from its weights and the activations that enter it to its quantized linears."""
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from shardq.calib.partition import step_samples
+from shardq.compiling import Compile
+from shardq.devices import training_attention
 from shardq.errors import QuantizationError
 from shardq.logs import Display, Events
-from shardq.lookahead import lookahead
-from shardq.model.ends import BlockArguments, block_forward
-from shardq.optimize.attach import attach, fold
-from shardq.optimize.distill import distill
+from shardq.model.ends import BlockArguments, run_block
+from shardq.model.weights import LoadedBlock
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.distill import accumulate, distill
 from shardq.optimize.inputs import generator_for, mixed
-from shardq.optimize.loss import ErrorSums
+from shardq.optimize.loss import ErrorSums, distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.collectives import sum_over_ranks
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.passes import Activations, advance, compare
+from shardq.quant import adascale
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)
+class Bench:
+    """What trains blocks of one kind: built for the first of them, started anew for each."""
+
+    quantizer: BlockQuantizer
+    stepper: Stepper | None  # None where nothing is trained
+    loss: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
 class BlockJob:
-    """What quantizing a block needs beside the block, the same for all blocks of a run."""
+    """What quantizing a block needs beside the block, the same for all blocks of a run.
+
+    `benches` fills up as kinds of blocks are met; its keys are the shared module and the linears quantized in it.
+    """
 
     seed: int
     method: str
@@ -39,6 +57,8 @@ class BlockJob:
     ranks: Ranks
     events: Events
     display: Display
+    compiled: Compile
+    benches: dict[tuple, Bench] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,12 +71,7 @@ class BlockResult:
 
 
 def quantize_block(
-    job: BlockJob,
-    block_index: int,
-    block: nn.Module,
-    linear_names: list[str],
-    arguments: BlockArguments,
-    is_last: bool,
+    job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments, is_last: bool
 ) -> BlockResult:
     """Quantize one block in place; its next generation of both streams is in the store afterwards.
 
@@ -65,34 +80,95 @@ def quantize_block(
     Raises:
         QuantizationError: a scale or the loss is not finite.
     """
-    span, activations = job.events.span, job.activations
-    forward = block_forward(block, arguments)
+    block_index, activations = loaded.index, job.activations
+    span = partial(job.events.span, block=block_index)
+
+    def forward(hidden_NTD: Tensor) -> Tensor:
+        return run_block(loaded.module, hidden_NTD, arguments.args, arguments.kwargs, job.optimize.dtype)
+
     # 1. The fp stream moves on: its output is the target now and the next block's input.
-    with span("fp pass", block=block_index):
+    with span("fp pass"):
         advance(activations, "fp", block_index, forward)
+    bench = _bench(job, loaded, linear_names, arguments)
     # 2. The block starts as round-to-nearest; how far is it off?
-    attach(block, linear_names, job.spec, job.method)
+    with span("start"):
+        bench.quantizer.start(loaded.source)
     loss_before = None
-    if linear_names and job.method != "rtn":
-        with span("loss before", block=block_index):
+    if bench.stepper is not None:
+        bench.quantizer.requantize()
+        with span("loss before"):
             loss_before = _agreed_loss(job, block_index, compare(activations, block_index, forward, keep=False))
         # 3. Train its quantizers.
-        with span("train", block=block_index, iterations=job.optimize.iterations):
-            batches = _training_batches(job, block_index)
-            distill(forward, _make_stepper(job, block), batches, job.display.advance_iteration)
+        with span("train", iterations=job.optimize.iterations):
+            bench.stepper.start()
+            batches, on_step = _training_batches(job, block_index), job.display.advance_iteration
+            distill(_loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, batches,
+                    job.optimize.micro_batch, on_step)  # fmt: skip
     # 4. Fold them into codes and grid.
-    with span("fold", block=block_index):
-        linears = fold(block, linear_names, job.stored)
+    with span("fold"):
+        linears = bench.quantizer.fold(job.stored)
     # 5. The quantized stream moves on through the weights as they are served.
-    with span("quant pass", block=block_index):
+    with span("quant pass"):
         loss_after = _agreed_loss(job, block_index, compare(activations, block_index, forward, keep=not is_last))
     return BlockResult(linears, loss_after if loss_before is None else loss_before, loss_after)
 
 
-def _make_stepper(job: BlockJob, block: nn.Module) -> Stepper:
+def _bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
+    """The bench for blocks of this kind; compiled if this is the first of them."""
+    key = (loaded.module, tuple(linear_names))
+    if key not in job.benches:
+        start = time.perf_counter()
+        with job.events.span("compile", block=loaded.index):
+            bench = job.benches[key] = _make_bench(job, loaded.module, linear_names)
+            if bench.stepper is not None:
+                _rehearse(job, bench, loaded, arguments)
+        if job.optimize.compile == "on":
+            job.display.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+    return job.benches[key]
+
+
+def _make_bench(job: BlockJob, module: nn.Module, linear_names: list[str]) -> Bench:
+    optimize = job.optimize
+    kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
+    # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
+    is_whole = optimize.micro_batch * job.ranks.world_size >= optimize.batch_size
+    dtype = optimize.dtype if is_whole else torch.float32
+    quantizer = BlockQuantizer(module, linear_names, job.spec, job.method, kernels, dtype)
+    stepper = _make_stepper(job, quantizer) if next(quantizer.parameters(), None) is not None else None
+    return Bench(quantizer, stepper, job.compiled(block_loss, False))
+
+
+def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
+    """One forward and backward without a step, so that compiling happens, and is timed, here."""
+    samples = list(job.activations.samples[: job.optimize.micro_batch])
+    hidden_NTD = job.activations.load("fp", loaded.index, samples)
+    bench.quantizer.start(loaded.source)
+    accumulate(_loss_of(job, bench, loaded, arguments), bench.quantizer, hidden_NTD, hidden_NTD, len(samples))
+    torch.autograd.backward(*bench.quantizer.collected())
+    bench.quantizer.zero_grad()
+
+
+def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
     if job.ranks.world_size == 1:
-        return LocalStepper(block, job.optimize)
-    return AllReduceStepper(block, job.optimize, job.ranks)
+        return LocalStepper(quantizer, job.optimize)
+    return AllReduceStepper(quantizer, job.optimize, job.ranks)
+
+
+def block_loss(
+    block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype
+) -> Tensor:
+    """Training loss of a block: what is compiled, forward and backward, as one piece."""
+    with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1])):
+        return distillation_loss(run_block(block, inputs_NTD, args, kwargs, dtype), targets_NTD)
+
+
+def _loss_of(
+    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss_of(inputs_NTD: Tensor, targets_NTD: Tensor) -> Tensor:
+        return bench.loss(loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype)
+
+    return loss_of
 
 
 def _training_batches(job: BlockJob, block_index: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,7 +190,7 @@ def _training_batches(job: BlockJob, block_index: int) -> Iterator[tuple[Tensor,
     steps = step_samples(
         job.num_samples, optimize.batch_size, optimize.iterations, job.ranks.rank, job.ranks.world_size
     )
-    return (batch for _, batch in lookahead(load, steps))
+    return (batch for _, batch in activations.ahead(load, steps))
 
 
 def _agreed_loss(job: BlockJob, block_index: int, sums: ErrorSums) -> float:

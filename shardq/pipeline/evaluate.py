@@ -2,24 +2,27 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import load_tokens
 from shardq.config import EvaluateConfig, check_evaluate
 from shardq.logs import Display, peak_rss_bytes
-from shardq.model.ends import block_forward, epilogue, prologue, record_arguments
+from shardq.model.ends import epilogue, prologue, record_arguments, run_block
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.model.weights import stream_blocks
-from shardq.optimize.attach import attach, fold
+from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.parallel.collectives import max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, make_plan
+from shardq.quant.adascale import Kernels
 
 LOGITS_TOKENS = 256  # positions whose logits are in memory at once
 
@@ -73,27 +76,46 @@ def _through_blocks(
         arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
         embed_samples(activations, tokens_NT, embed)
     with display.bars(plan.num_blocks, 0, 0):
-        for block_index, block in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
-            _round_to_nearest(block, plan.linears[block_index], config)
-            advance(activations, "fp", block_index, block_forward(block, arguments[block_index]))
-            activations.drop(block_index)
+        for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
+            _round_to_nearest(loaded, plan.linears[loaded.index], config)
+            given = arguments[loaded.index]
+            forward = partial(run_block, loaded.module, args=given.args, kwargs=given.kwargs, dtype=torch.float32)
+            advance(activations, "fp", loaded.index, forward)
+            activations.drop(loaded.index)
             display.advance_block()
+            del loaded, forward  # its source must not stay in memory while the block after the next is read
 
 
-def _round_to_nearest(block: nn.Module, linear_names: list[str], config: EvaluateConfig) -> None:
-    attach(block, linear_names, config.quant.spec, "rtn")
-    fold(block, linear_names, stored=lambda weight: weight)
+def _round_to_nearest(loaded: LoadedBlock, linear_names: list[str], config: EvaluateConfig) -> None:
+    quantizer = BlockQuantizer(loaded.module, linear_names, config.quant.spec, "rtn", Kernels(), torch.float32)
+    quantizer.start(loaded.source)
+    quantizer.fold(stored=lambda weight: weight)
 
 
 def _summed_loss(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, num_blocks: int) -> float:
-    """Negative log-likelihood summed over this rank's predicted tokens, in nats."""
-    total = 0.0
-    with epilogue(skeleton, activations.device) as to_logits:
-        for sample in activations.samples:
-            hidden_NTD = activations.load("fp", num_blocks, [sample])
-            targets_T = tokens_NT[sample, 1:].to(activations.device)
-            for first in range(0, len(targets_T), LOGITS_TOKENS):
-                targets = targets_T[first : first + LOGITS_TOKENS]
-                logits = to_logits(hidden_NTD[:, first : first + len(targets)])[0].float()
-                total += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-    return total
+    """Negative log-likelihood summed over this rank's predicted tokens, in nats.
+
+    The vocabulary comes in slices, each for all samples: the logarithm of the exponentials' sum and the target's
+    logit are put together from them.
+    """
+    targets_NT = tokens_NT[:, 1:].to(activations.device)
+    log_sums_NT = torch.full(targets_NT.shape, -torch.inf, device=activations.device)
+    logits_NT = torch.zeros_like(log_sums_NT)
+    with epilogue(skeleton, activations.device) as vocabulary_slices:
+        for first_token, to_logits in vocabulary_slices:
+            for sample in activations.samples:
+                hidden_NTD = activations.load("fp", num_blocks, [sample])
+                for start in range(0, targets_NT.shape[1], LOGITS_TOKENS):
+                    where = (sample, slice(start, min(start + LOGITS_TOKENS, targets_NT.shape[1])))
+                    logits_TV = to_logits(hidden_NTD[:, where[1]])[0].float()
+                    log_sums_NT[where] = torch.logaddexp(log_sums_NT[where], logits_TV.logsumexp(1))
+                    logits_NT[where] += _target_logits(logits_TV, targets_NT[where] - first_token)
+    samples = list(activations.samples)
+    return (log_sums_NT - logits_NT)[samples].sum(dtype=torch.float64).item()
+
+
+def _target_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Each target's logit, 0 for a target outside the slice."""
+    inside_T = (targets_T >= 0) & (targets_T < logits_TV.shape[1])
+    chosen_T = logits_TV.gather(1, torch.where(inside_T, targets_T, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(inside_T, chosen_T, 0.0)

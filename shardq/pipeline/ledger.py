@@ -23,6 +23,7 @@ NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache")  # may diff
 def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str, world_size: int) -> dict:
     """Everything that decides the bytes of a run's result."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
+    del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     manifest = {
         "shardq": __version__,
         "world_size": world_size,

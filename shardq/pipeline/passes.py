@@ -1,40 +1,57 @@
 """Passes without training: a stream's activations through one block, many samples at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from shardq.background import behind, lookahead
 from shardq.cache.store import ActivationStore, Stream
 from shardq.calib.partition import chunks
-from shardq.lookahead import lookahead
+from shardq.devices import mark_ready, to_device, to_host
 from shardq.optimize.loss import ErrorSums, error_sums
 
-PASS_TOKENS = (
-    4096  # enough to keep matrix multiplies busy; activations of a pass stay far below a block's training state
-)
+# Enough to keep matrix multiplies busy; the activations of a pass stay far below a block's training state.
+PASS_TOKENS = 4096
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """This rank's samples, where their activations are kept, and the device that computes."""
+    """This rank's samples, where their activations are kept, and the device that computes.
+
+    `waiting`, given `input` or `output`, is entered while the computation waits for the store.
+    """
 
     store: ActivationStore
     samples: range
     sequence_length: int
     device: torch.device
+    waiting: Callable[[str], AbstractContextManager] = nullcontext
 
     def load(self, stream: Stream, generation: int, samples: list[int]) -> Tensor:
         """Hidden states [N, T, D] of some samples, on the device."""
-        return torch.stack([self.store.read(stream, generation, sample) for sample in samples]).to(self.device)
+        hidden_NTD = torch.stack([self.store.read(stream, generation, sample) for sample in samples])
+        return to_device(hidden_NTD, self.device)
 
-    def keep(self, stream: Stream, generation: int, samples: list[int], hidden_NTD: Tensor) -> None:
-        """Write hidden states [N, T, D] of some samples to the store."""
-        for sample, hidden_TD in zip(samples, hidden_NTD, strict=True):
-            self.store.write(stream, generation, sample, hidden_TD)
+    def ahead(self, load: Callable, keys: Iterable) -> Iterator:
+        """`(key, load(key))` in order, each loaded while the one before is in use."""
+        return lookahead(load, keys, partial(self.waiting, "input"))
+
+    @contextmanager
+    def keeping(self, stream: Stream, generation: int) -> Iterator[Callable[[list[int], Tensor], None]]:
+        """Yield a function that writes hidden states [N, T, D] of some samples to the store, in the background."""
+
+        def write(samples: list[int], hidden_NTD: Tensor, ready: torch.cuda.Event | None) -> None:
+            for sample, hidden_TD in zip(samples, to_host(hidden_NTD, ready), strict=True):
+                self.store.write(stream, generation, sample, hidden_TD)
+
+        with behind(write, partial(self.waiting, "output")) as write_later:
+            yield lambda samples, hidden_NTD: write_later(samples, hidden_NTD, mark_ready(hidden_NTD))
 
     def chunks(self) -> list[list[int]]:
         """This rank's samples in the groups that a pass computes at once."""
@@ -52,15 +69,21 @@ class Activations:
 @torch.no_grad()
 def embed_samples(activations: Activations, tokens_NT: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
     """Write generation 0: the hidden states that enter block 0."""
-    for samples in activations.chunks():
-        activations.keep("fp", 0, samples, embed(tokens_NT[samples]))
+    with activations.keeping("fp", 0) as keep:
+        for samples in activations.chunks():
+            keep(samples, embed(tokens_NT[samples]))
 
 
 @torch.no_grad()
 def advance(activations: Activations, stream: Stream, generation: int, forward: Forward) -> None:
     """Take a stream through a block: read its generation, write the next."""
-    for samples, hidden_NTD in lookahead(lambda some: activations.load(stream, generation, some), activations.chunks()):
-        activations.keep(stream, generation + 1, samples, forward(hidden_NTD))
+
+    def load(samples: list[int]) -> Tensor:
+        return activations.load(stream, generation, samples)
+
+    with activations.keeping(stream, generation + 1) as keep:
+        for samples, hidden_NTD in activations.ahead(load, activations.chunks()):
+            keep(samples, forward(hidden_NTD))
 
 
 @torch.no_grad()
@@ -75,9 +98,10 @@ def compare(activations: Activations, generation: int, forward: Forward, keep: b
         return activations.load("quant", generation, samples), activations.load("fp", generation + 1, samples)
 
     total = ErrorSums()
-    for samples, (hidden_NTD, target_NTD) in lookahead(load, activations.chunks()):
-        output_NTD = forward(hidden_NTD)
-        total += error_sums(output_NTD, target_NTD)
-        if keep:
-            activations.keep("quant", generation + 1, samples, output_NTD)
+    with activations.keeping("quant", generation + 1) as keep_output:
+        for samples, (hidden_NTD, target_NTD) in activations.ahead(load, activations.chunks()):
+            output_NTD = forward(hidden_NTD)
+            if keep:
+                keep_output(samples, output_NTD)
+            total += error_sums(output_NTD, target_NTD)
     return total

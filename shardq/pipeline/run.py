@@ -4,28 +4,32 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import digest, load_tokens
+from shardq.compiling import compiler, eager, why_not
 from shardq.config import QuantizeConfig, check_quantize
+from shardq.devices import multiplies_bf16, spare_bytes
 from shardq.errors import ConfigError
 from shardq.formats.shards import Index, read_header, read_tensor
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
-from shardq.model.ends import BlockArguments, block_forward, prologue, record_arguments
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
+from shardq.model.ends import BlockArguments, prologue, record_arguments, run_block
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.model.weights import stream_blocks
-from shardq.optimize.options import resolved
+from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.pipeline.memory import choose_micro_batch
 from shardq.pipeline.passes import Activations, advance, compare, embed_samples
 from shardq.pipeline.plan import Plan, make_plan
 
@@ -38,6 +42,7 @@ class Run:
     output: Path
     skeleton: Skeleton
     plan: Plan
+    arguments: list[BlockArguments]
     tokens_NT: Tensor
     finished: list[dict]
     ranks: Ranks
@@ -54,14 +59,17 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
     """
-    start = time.perf_counter()
+    start, started = time.perf_counter(), seconds_since_process_start()
     display = Display(ranks.rank)
     run = prepare(config, ranks, display)
     events = Events(run.output / "events.jsonl", ranks.rank)
     entries = run.finished
     if len(entries) <= run.plan.num_blocks:
-        with events.span("run"):
-            entries = _finish(run, events)
+        # No file to write to before the checks have passed.
+        events.record("start-up", started)
+        events.record("prepare", time.perf_counter() - start)
+        entries = _finish(run, events)
+        events.record("run", started + time.perf_counter() - start)
     blocks = entries[: run.plan.num_blocks]
     summary = {
         "output": str(run.output),
@@ -77,38 +85,70 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
-    config = replace(config, optimize=resolved(config.optimize, ranks.world_size))
+    optimize = resolved(config.optimize, ranks.world_size, multiplies_bf16(ranks.device))
+    config = replace(config, optimize=optimize)
     together(ranks, lambda: check_quantize(config, ranks.world_size))
     folder = on_rank_zero(ranks, lambda: local_folder(config.model))
     output = Path(config.output or _default_output(config))
 
-    def open_and_plan() -> tuple[Skeleton, Plan]:
+    def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments]]:
         skeleton = open_skeleton(folder)
         _check_length(skeleton, config.calib.sequence_length)
-        return skeleton, make_plan(skeleton, config.quant)
+        plan = make_plan(skeleton, config.quant)
+        with prologue(skeleton, ranks.device) as embed:
+            return skeleton, plan, record_arguments(skeleton, embed, config.calib.sequence_length)
 
-    def begin() -> tuple[Tensor, list[dict]]:
+    def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        manifest = ledger.make_manifest(config, skeleton.index, folder, digest(tokens_NT), ranks.world_size)
-        return tokens_NT, ledger.open_run(output, manifest, config.resume)
+        chosen = replace(config, optimize=_fitted(config, skeleton, plan, arguments, ranks))
+        manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT), ranks.world_size)
+        return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
-    skeleton, plan = together(ranks, open_and_plan)
-    tokens_NT, finished = on_rank_zero(ranks, begin)
-    display.line(
-        f"{config.model}: {plan.num_blocks} blocks, {sum(map(len, plan.linears))} linears to quantize "
-        f"({config.quant.method}, {config.quant.bits} bits) on {ranks.world_size} rank(s), {ranks.device.type}"
-    )
+    skeleton, plan, arguments = together(ranks, open_and_plan)
+    tokens_NT, finished, config = on_rank_zero(ranks, begin)
+    run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ranks, display)
+    _say_what_will_be_done(run)
+    return run
+
+
+def _fitted(
+    config: QuantizeConfig, skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], ranks: Ranks
+) -> OptimizeOptions:
+    """Options with the micro-batch and whether to compile decided for this model and machine."""
     optimize = config.optimize
-    display.line(
-        f"calibration: {len(tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
+    if optimize.micro_batch is None:
+        spare = spare_bytes(ranks.device, ranks.local_world_size)
+        length = config.calib.sequence_length
+        micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, ranks.world_size, spare)
+        optimize = replace(optimize, micro_batch=micro_batch)
+    if optimize.compile == "off" or config.quant.method == "rtn":
+        return replace(optimize, compile="off")
+    missing = why_not(ranks.device)
+    if missing and optimize.compile == "on":
+        raise ConfigError(f"optimize.compile: on is asked for, but there is {missing}; use auto or off")
+    return replace(optimize, compile="off" if missing else "on")
+
+
+def _say_what_will_be_done(run: Run) -> None:
+    config, optimize, line = run.config, run.config.optimize, run.display.line
+    line(
+        f"{config.model}: {run.plan.num_blocks} blocks, {sum(map(len, run.plan.linears))} linears to quantize "
+        f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
+    )
+    line(
+        f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
     )
-    if finished:
-        display.line(
-            f"resuming in {output}: {min(len(finished), plan.num_blocks)} of {plan.num_blocks} blocks are done"
+    missing = why_not(run.ranks.device)
+    how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
+    if config.quant.method != "rtn":
+        line(
+            f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
         )
-    return Run(config, output, skeleton, plan, tokens_NT, finished, ranks, display)
+    if run.finished:
+        done = min(len(run.finished), run.plan.num_blocks)
+        line(f"resuming in {run.output}: {done} of {run.plan.num_blocks} blocks are done")
 
 
 def _default_output(config: QuantizeConfig) -> str:
@@ -129,54 +169,61 @@ def _finish(run: Run, events: Events) -> list[dict]:
     cache = run.output / "cache"
     store = open_store(config.cache, cache)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
-    activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device)
+    activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     job = BlockJob(
         config.seed, config.quant.method, config.quant.spec, config.optimize, len(run.tokens_NT),
         rounding_to(dtype), activations, ranks, events, run.display,
+        compiler(run.display.line) if config.optimize.compile == "on" else eager,
     )  # fmt: skip
     with events.span("prepare activations"):
-        arguments = together(ranks, lambda: _prepare_activations(run, activations))
+        together(ranks, lambda: _prepare_activations(run, activations))
     entries = list(run.finished)
     with run.display.bars(plan.num_blocks, len(entries), config.optimize.iterations):
-        for block_index, block in _agreed_blocks(run, len(entries)):
-            entries.append(_quantize_and_commit(run, job, block_index, block, arguments[block_index], dtype))
+        for loaded in _agreed_blocks(run, len(entries), events):
+            entries.append(_quantize_and_commit(run, job, loaded, dtype))
+            del loaded  # its source must not stay in memory while the block after the next is read
     with events.span("export"):
         on_rank_zero(ranks, lambda: _complete(run, cache, dtype))
     return entries
 
 
-def _agreed_blocks(run: Run, first: int) -> Iterator[tuple[int, nn.Module]]:
+def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock]:
     """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
-    blocks = stream_blocks(run.skeleton, range(first, run.plan.num_blocks), run.ranks.device)
-    for _ in range(first, run.plan.num_blocks):
-        yield together(run.ranks, lambda: next(blocks))
+    indices = range(first, run.plan.num_blocks)
+    blocks = stream_blocks(run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"))
+    for block_index in indices:
+        with events.span("load", block=block_index):
+            loaded = together(run.ranks, lambda: next(blocks))
+        yield loaded
+        del loaded
 
 
-def _prepare_activations(run: Run, activations: Activations) -> list[BlockArguments]:
-    """Bring the cache to the first unfinished block, and give every block's arguments.
+def _prepare_activations(run: Run, activations: Activations) -> None:
+    """Bring the cache to the first unfinished block.
 
     A cache that is lost is computed again: the embeddings, then both streams through the finished blocks.
     """
-    first, device = len(run.finished), run.ranks.device
-    first = min(first, run.plan.num_blocks)
+    first, device = min(len(run.finished), run.plan.num_blocks), run.ranks.device
+    if first > 0 and (first == run.plan.num_blocks or activations.holds(first)):
+        return
     with prologue(run.skeleton, device) as embed:
-        arguments = record_arguments(run.skeleton, embed, run.tokens_NT.shape[1])
-        if first > 0 and (first == run.plan.num_blocks or activations.holds(first)):
-            return arguments
         embed_samples(activations, run.tokens_NT, embed)
     if first:
         run.display.line(f"no cached activations for block {first + 1}: computing them again")
     written = _finished_weights(run, first)
-    for block_index, block in stream_blocks(run.skeleton, range(first), device):
-        forward = block_forward(block, arguments[block_index])
+    for loaded in stream_blocks(run.skeleton, range(first), device):
+        block_index, given = loaded.index, run.arguments[loaded.index]
+        forward = partial(
+            run_block, loaded.module, args=given.args, kwargs=given.kwargs, dtype=run.config.optimize.dtype
+        )
         advance(activations, "fp", block_index, forward)
         for name in run.plan.linears[block_index]:
             info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
-            block.get_submodule(name).weight.copy_(read_tensor(info))
+            loaded.module.get_submodule(name).weight.copy_(read_tensor(info))
         compare(activations, block_index, forward, keep=True)
         activations.drop(block_index)
-    return arguments
+        del loaded
 
 
 def _finished_weights(run: Run, num_finished: int) -> Index:
@@ -184,14 +231,12 @@ def _finished_weights(run: Run, num_finished: int) -> Index:
     return {name: info for shard in shards for name, info in read_header(shard).items()}
 
 
-def _quantize_and_commit(
-    run: Run, job: BlockJob, block_index: int, block: nn.Module, arguments: BlockArguments, dtype: torch.dtype
-) -> dict:
+def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
     """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger entry."""
-    start = time.perf_counter()
+    start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    result = quantize_block(job, block_index, block, run.plan.linears[block_index], arguments, is_last)
+    result = quantize_block(job, loaded, run.plan.linears[block_index], run.arguments[block_index], is_last)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
         losses = {"loss_before": result.loss_before, "loss_after": result.loss_after}

@@ -9,15 +9,14 @@ clipping); the combination and its logarithmic parameters are AIMET's AdaScale. 
 is symmetric only. Shapes as in `shardq.quant.affine`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shardq.quant import affine
 from shardq.quant.spec import QuantSpec
-
-CACHED_ELEMENTS = 1 << 18  # 1 MiB of float32: of 2^15 to 2^18 the fastest on CPUs with 1 MiB of cache a core
 
 
 def learned_grid(
@@ -35,72 +34,88 @@ def learned_grid(
 
 
 def divided_weight(rows_Rg: Tensor, s2_Rg: Tensor | None, s3_R1: Tensor | None) -> Tensor:
-    """The weight that is rounded, `W / exp(s2) / exp(s3)`; the weight itself where both are None."""
+    """The weight that is rounded, `W / exp(s2) / exp(s3)` in float32; the weight itself where both are None."""
     if s2_Rg is None:
-        return rows_Rg
+        return rows_Rg.float()
     # Two divisions, not one by the product: the float32 result is then AIMET's to the bit.
-    return (rows_Rg / s2_Rg.exp()).div_(s3_R1.exp())
+    return rows_Rg.float() / s2_Rg.exp() / s3_R1.exp()
+
+
+def fake_quantized(
+    rows_Rg: Tensor,
+    s2_Rg: Tensor | None,
+    s3_R1: Tensor | None,
+    scale_R1: Tensor,
+    zero_point_R1: Tensor,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`W^` of the module docstring [R, g], computed in float32 and rounded to `dtype` at the end."""
+    codes_Rg = (divided_weight(rows_Rg, s2_Rg, s3_R1) / scale_R1).round()
+    codes_Rg = torch.clamp(codes_Rg, spec.qmin - zero_point_R1, spec.qmax - zero_point_R1)
+    return (codes_Rg * scale_R1).to(dtype)
+
+
+def fake_quantized_gradients(
+    grad_Rg: Tensor,
+    rows_Rg: Tensor,
+    s2_Rg: Tensor | None,
+    s3_R1: Tensor | None,
+    scale_R1: Tensor,
+    zero_point_R1: Tensor,
+    spec: QuantSpec,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of s2, s3, scale and zero point from that of `W^`, float32, with straight-through rounding.
+
+    Inside the grid the rounded value passes dW^ on to U and (round - U/s) on to s; outside it U gets nothing and s
+    gets the distance of the grid's end from the zero point.
+    """
+    grad_Rg = grad_Rg.float()
+    divided_Rg = divided_weight(rows_Rg, s2_Rg, s3_R1)
+    steps_Rg = divided_Rg / scale_R1
+    rounded_Rg = steps_Rg.round()
+    clamped_Rg = torch.clamp(rounded_Rg, spec.qmin - zero_point_R1, spec.qmax - zero_point_R1)
+    passed_Rg = grad_Rg * (clamped_Rg == rounded_Rg)
+    grad_zero_point_R1 = (passed_Rg - grad_Rg).sum(1, keepdim=True) * scale_R1
+    # clamped - U/s inside and clamped outside, written without a branch.
+    grad_scale_R1 = (clamped_Rg * grad_Rg - steps_Rg * passed_Rg).sum(1, keepdim=True)
+    if s2_Rg is None:
+        return None, None, grad_scale_R1, grad_zero_point_R1
+    grad_s2_Rg = -(divided_Rg * passed_Rg)
+    return grad_s2_Rg, grad_s2_Rg.sum(1, keepdim=True), grad_scale_R1, grad_zero_point_R1
+
+
+class Kernels(NamedTuple):
+    """The two functions above as they are called: compiled into one pass over the weight each, or plain."""
+
+    forward: Callable[..., Tensor] = fake_quantized
+    backward: Callable[..., tuple] = fake_quantized_gradients
 
 
 class FakeQuantize(torch.autograd.Function):
-    """`W^` of the module docstring with straight-through rounding, in float32.
+    """`W^` as a function that autograd can differentiate, without a plain graph's temporaries.
 
-    Saves only its inputs for backward and recomputes the rest: a plain autograd graph keeps three more tensors of
-    the weight's size. Gradients reach s2, s3, scale and zero point; the weight is frozen. On a CPU both directions
-    work on a few rows at a time, whose temporaries stay in the cache.
+    Saves only its inputs for backward, 6 bytes a weight with a 16-bit checkpoint (a plain graph: 13 and more), and
+    recomputes the rest. Gradients reach s2, s3, scale and zero point; the weight is frozen.
     """
 
     @staticmethod
-    def forward(ctx, rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1, spec):
-        """Return the fake-quantized rows [R, g]."""
+    def forward(ctx, rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1, spec, dtype, kernels):
+        """Return the fake-quantized rows [R, g] in `dtype`."""
         ctx.save_for_backward(rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1)
-        ctx.spec = spec
-        output_Rg = torch.empty_like(rows_Rg)
-        for some in _row_slices(rows_Rg):
-            scale_r1, zero_point_r1 = scale_R1[some], zero_point_R1[some]
-            codes_rg = torch.div(_divided(rows_Rg, s2_Rg, s3_R1, some), scale_r1, out=output_Rg[some])
-            codes_rg.round_().clamp_(spec.qmin - zero_point_r1, spec.qmax - zero_point_r1).mul_(scale_r1)
-        return output_Rg
+        ctx.spec, ctx.kernels = spec, kernels
+        return kernels.forward(*_plain(rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1), spec, dtype)
 
     @staticmethod
     def backward(ctx, grad_Rg):
-        """Gradients by the formulas of the straight-through estimator.
-
-        Inside the grid the rounded value passes dW^ on to U and (round - U/s) on to s; outside it U gets
-        nothing and s gets the distance of the grid's end from the zero point.
-        """
-        rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1 = ctx.saved_tensors
-        spec = ctx.spec
-        grad_s2_Rg = None if s2_Rg is None else torch.empty_like(s2_Rg)
-        grad_s3_R1 = None if s3_R1 is None else torch.empty_like(s3_R1)
-        grad_scale_R1, grad_zero_point_R1 = torch.empty_like(scale_R1), torch.empty_like(scale_R1)
-        for some in _row_slices(rows_Rg):
-            grad_rg, scale_r1, zero_point_r1 = grad_Rg[some], scale_R1[some], zero_point_R1[some]
-            divided_rg = _divided(rows_Rg, s2_Rg, s3_R1, some)
-            steps_rg = divided_rg / scale_r1
-            rounded_rg = steps_rg.round()
-            clamped_rg = rounded_rg.clamp(spec.qmin - zero_point_r1, spec.qmax - zero_point_r1)
-            passed_rg = grad_rg * (clamped_rg == rounded_rg)
-            grad_zero_point_R1[some] = (passed_rg - grad_rg).sum(1, keepdim=True) * scale_r1
-            # clamped - U/s inside and clamped outside, written without a branch.
-            grad_scale_R1[some] = clamped_rg.mul_(grad_rg).sub_(steps_rg.mul_(passed_rg)).sum(1, keepdim=True)
-            if s2_Rg is not None:
-                torch.mul(divided_rg, passed_rg, out=grad_s2_Rg[some]).neg_()
-                grad_s3_R1[some] = grad_s2_Rg[some].sum(1, keepdim=True)
-        return None, grad_s2_Rg, grad_s3_R1, grad_scale_R1, grad_zero_point_R1, None
+        """Gradients of the inputs that have one."""
+        gradients = ctx.kernels.backward(grad_Rg, *_plain(*ctx.saved_tensors), ctx.spec)
+        return None, *gradients, None, None, None
 
 
-def _divided(rows_Rg: Tensor, s2_Rg: Tensor | None, s3_R1: Tensor | None, some: slice) -> Tensor:
-    if s2_Rg is None:
-        return rows_Rg[some]
-    return divided_weight(rows_Rg[some], s2_Rg[some], s3_R1[some])
-
-
-def _row_slices(rows_Rg: Tensor) -> Iterator[slice]:
-    """Slices over rows: whole on a GPU, of about CACHED_ELEMENTS on a CPU."""
-    num_rows = len(rows_Rg)
-    step = num_rows if rows_Rg.is_cuda else max(1, CACHED_ELEMENTS // rows_Rg.shape[1])
-    return (slice(first, first + step) for first in range(0, num_rows, step))
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, none an nn.Parameter: torch.compile makes code for one size only of a parameter."""
+    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def fold(

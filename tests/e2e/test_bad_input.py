@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,6 +111,11 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
         (["--optimize.iterations", 0], errors.ConfigError, "optimize.iterations: 0"),
         (["--optimize.batch_size", 9], errors.ConfigError, "optimize.batch_size: 9"),
         (["--optimize.grid_lr", 0], errors.ConfigError, "optimize.grid_lr: 0"),
+        (["--optimize.micro_batch", 0], errors.ConfigError, "optimize.micro_batch: 0"),
+        (["--optimize.batch_size", 4, "--optimize.micro_batch", 3], errors.ConfigError, "optimize.micro_batch: 3"),
+        (["--optimize.micro_batch", 4], errors.ConfigError, "optimize.micro_batch: 4"),
+        (["--optimize.memory_gib", 0], errors.ConfigError, "optimize.memory_gib: 0"),
+        (["--optimize.memory_gib", 1e-4], errors.ConfigError, "optimize.memory_gib: 0.0001 is too little"),
         (["--optimize.fp_mix", 1.5], errors.ConfigError, "optimize.fp_mix: 1.5"),
         (["--calib.samples", 9], errors.CalibrationError, "gives 8 sequences"),
         (["--calib.sequence_length", 65], errors.CalibrationError, "sequences of 64 tokens are shorter"),
@@ -125,6 +131,20 @@ def test_options_that_cannot_work_are_refused(llama, token_file, tmp_path, more,
         run_quantize(llama, token_file, tmp_path / "out", *more)
     check_one_line(error, named)
     assert not (tmp_path / "out").exists()
+
+
+def test_compiling_that_is_asked_for_needs_a_compiler(llama, token_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("shardq.pipeline.run.why_not", lambda device: "no C++ compiler")
+    with pytest.raises(errors.ConfigError) as error:
+        run_quantize(llama, token_file, tmp_path / "out", "--optimize.compile", "on")
+    check_one_line(error, "optimize.compile: on is asked for, but there is no C++ compiler")
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_goes_on_uncompiled_where_compiling_is_optional(llama, token_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shardq.pipeline.run.why_not", lambda device: "no C++ compiler")
+    run_quantize(llama, token_file, tmp_path / "out", "--optimize.compile", "auto", "--optimize.iterations", 1)
+    assert "not compiled: no C++ compiler" in capsys.readouterr().out
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(llama, tmp_path):
@@ -168,6 +188,9 @@ def test_evaluation_on_disk_needs_a_folder(llama, token_file):
         (["--model", "x", "--quant.bit", "3"], "--quant.bit"),
         (["--model", "x", "--quant.bits", "four"], "quant.bits: Expected a <class 'int'>"),
         (["--model", "x", "--optimize.preset", "fastest"], "optimize.preset"),
+        (["--model", "x", "--optimize.precision", "int8"], "optimize.precision"),
+        (["--model", "x", "--optimize.compile", "maybe"], "optimize.compile"),
+        (["--model", "x", "--optimize.micro_batch", "1.5"], "optimize.micro_batch"),
         (["--model", "x", "--config", "absent.yaml"], "absent.yaml"),
         ([], "model"),
     ],
@@ -176,6 +199,15 @@ def test_options_that_do_not_exist_or_fit_are_named(arguments, named):
     with pytest.raises(errors.ConfigError) as error:
         parse("quantize", arguments)
     check_one_line(error, named)
+
+
+def test_bad_option_ends_the_command_with_code_2_and_one_line(llama, token_file, tmp_path):
+    arguments = quantize_arguments(llama, token_file, tmp_path / "out", "--optimize.micro_batch", 3)
+    finished = subprocess.run([sys.executable, LAUNCH / "quantize.py", *arguments], capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "shardq: optimize.micro_batch: 3 is not allowed, it must be a divisor of a rank's 2 sample(s) of a batch\n"
+    )
 
 
 def failing_launch(arguments):

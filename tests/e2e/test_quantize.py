@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from runs import LAUNCH, last_json, quantize_arguments, result_files, run_evaluate, run_quantize
+from runs import LAUNCH, last_json, result_files, run_evaluate, run_quantize
 from shardq.formats.block_file import read_block
+from shardq.model import ends, weights
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,24 @@ def test_evaluation_agrees_with_the_whole_model(run, llama, token_file):
         assert run_evaluate(folder, token_file)["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [299, 64, 7])
+def test_evaluation_in_slices_of_the_vocabulary_agrees_with_the_whole_model(llama, token_file, monkeypatch, rows):
+    whole = run_evaluate(llama, token_file)["perplexity"]
+    monkeypatch.setattr(ends, "HEAD_SLICE_BYTES", rows * 64 * 4)
+    sliced = run_evaluate(llama, token_file)["perplexity"]
+    assert sliced == pytest.approx(whole, rel=1e-6)
+    assert sliced == pytest.approx(whole_model_perplexity(llama, token_file), rel=1e-5)
+
+
+def test_evaluation_of_long_sequences_agrees_with_the_whole_model(tmp_path):
+    """Longer than the positions whose logits are in memory at once."""
+    folder = tiny.save_llama(tmp_path / "model", max_position_embeddings=600)
+    tokens = tiny.save_tokens(tmp_path / "tokens.safetensors", num=2, length=600)
+    measured = run_evaluate(folder, tokens, "--eval.sequence_length", 600)
+    assert measured["tokens"] == 2 * 599
+    assert measured["perplexity"] == pytest.approx(whole_model_perplexity(folder, tokens), rel=1e-5)
+
+
 def test_evaluation_rounds_to_nearest_as_a_plain_rounding_does(llama, token_file):
     expected = whole_model_perplexity(llama, token_file, round_linears_to_nearest)
     measured = run_evaluate(llama, token_file, "--quant.method", "rtn")
@@ -148,31 +168,73 @@ def test_source_dtype_checkpoint_is_the_grid_rounded_to_it(llama, token_file, tm
     assert torch.equal(weight, (linear.codes_OI.float() * linear.scale_OG).bfloat16())
 
 
-def test_two_ranks_give_the_result_of_one(run, llama, token_file, tmp_path):
-    arguments = quantize_arguments(llama, token_file, tmp_path / "out")
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
-    assert finished.returncode == 0, finished.stderr
-    summary, (output, single) = last_json(finished.stdout), run
-    assert "48 samples a block" in finished.stdout
-    # Sums over ranks round differently from sums over a batch; a code in a hundred may fall on the other side.
-    assert summary["loss_after"] == pytest.approx(single["loss_after"], rel=0.01)
+def assert_nearly_equal(output, reference):
+    """Sums in another order round differently; a code in a hundred may fall on the other side."""
     for number in range(3):
         ours, theirs = (read_block(folder / "blocks" / f"block-{number:05d}.safetensors") for folder in
-                        (tmp_path / "out", output))  # fmt: skip
+                        (output, reference))  # fmt: skip
+        assert len(ours) == 7
         for name in ours:
             assert torch.allclose(ours[name].scale_OG, theirs[name].scale_OG, rtol=1e-2)
             assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > 0.99
-    evaluated = tiny.torchrun(2, [LAUNCH / "evaluate.py", "--model", tmp_path / "out", "--eval.dataset", token_file,
+
+
+def test_two_ranks_give_the_result_of_one(run, two_ranks, token_file):
+    output, printed = two_ranks
+    assert "48 samples a block" in printed
+    assert last_json(printed)["loss_after"] == pytest.approx(run[1]["loss_after"], rel=0.01)
+    assert_nearly_equal(output, run[0])
+    evaluated = tiny.torchrun(2, [LAUNCH / "evaluate.py", "--model", output, "--eval.dataset", token_file,
                                   "--eval.sequence_length", "64"])  # fmt: skip
-    expected = whole_model_perplexity(tmp_path / "out", token_file)
+    expected = whole_model_perplexity(output, token_file)
     assert last_json(evaluated.stdout)["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_spans_account_for_the_run(llama, token_file, tmp_path):
-    """Outside the spans is only what imports and bookkeeping take."""
-    run_quantize(llama, token_file, tmp_path / "out")
-    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
-    whole = next(event["seconds"] for event in events if event["span"] == "run")
-    parts = sum(event["seconds"] for event in events if event["span"] != "run")
-    assert {event["block"] for event in events if event["span"] == "train"} == {0, 1, 2}
-    assert 0.5 * whole < parts <= whole * 1.001
+def test_micro_batches_give_the_result_of_the_whole_batch(run, llama, token_file, tmp_path):
+    """The run beside it takes both samples of a batch through the block at once."""
+    manifest = json.loads((run[0] / "manifest.json").read_text())
+    assert manifest["options"]["optimize"]["micro_batch"] == 2
+    summary = run_quantize(llama, token_file, tmp_path / "out", "--optimize.micro_batch", 1)
+    assert summary["loss_before"] == pytest.approx(run[1]["loss_before"], rel=1e-6)
+    assert summary["loss_after"] == pytest.approx(run[1]["loss_after"], rel=1e-3)
+    assert_nearly_equal(tmp_path / "out", run[0])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_bf16_lowers_the_loss_about_as_far(run, llama, token_file, tmp_path, micro_batch):
+    more = ["--optimize.precision", "bf16", "--optimize.micro_batch", micro_batch]
+    summary = run_quantize(llama, token_file, tmp_path / "out", *more)
+    assert summary["loss_after"] < 0.9 * summary["loss_before"]
+    assert summary["loss_after"] == pytest.approx(run[1]["loss_after"], rel=0.1)
+    assert summary["loss_after"] != run[1]["loss_after"], "nothing was computed in bf16"
+    expected = whole_model_perplexity(tmp_path / "out", token_file)
+    assert run_evaluate(tmp_path / "out", token_file)["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("command", [run_quantize, run_evaluate], ids=["quantize", "evaluate"])
+def test_stored_weights_of_no_more_than_two_blocks_are_in_memory(tmp_path, token_file, monkeypatch, command):
+    """The block in use and the one that is read ahead; checked at every tensor that is read."""
+    read_weight, held, most = weights.read_weight, [], []
+
+    def noted(info):
+        tensor = read_weight(info)
+        if ".layers." in info.name:
+            held.append((info.name.split(".")[2], weakref.ref(tensor)))
+            most.append({block for block, reference in held if reference() is not None})
+        return tensor
+
+    monkeypatch.setattr(weights, "read_weight", noted)
+    folder = tiny.save_llama(tmp_path / "model", num_blocks=5)
+    command(*([folder, token_file, tmp_path / "out"] if command is run_quantize else [folder, token_file]))
+    assert len(most) == 5 * 9
+    assert [blocks for blocks in most if len(blocks) > 2] == []
+
+
+def test_what_was_chosen_for_the_machine_is_part_of_the_run(llama, token_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("shardq.pipeline.run.multiplies_bf16", lambda device: True)
+    more = ["--optimize.memory_gib", 1, "--optimize.batch_size", 4, "--optimize.iterations", 1,
+            "--optimize.precision", "auto"]  # fmt: skip
+    run_quantize(llama, token_file, tmp_path / "out", *more)
+    chosen = json.loads((tmp_path / "out" / "manifest.json").read_text())["options"]["optimize"]
+    assert (chosen["precision"], chosen["compile"], chosen["micro_batch"]) == ("bf16", "off", 4)
+    assert "memory_gib" not in chosen

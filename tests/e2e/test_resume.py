@@ -93,6 +93,8 @@ def test_finished_run_is_left_as_it_is(uninterrupted, llama, token_file):
         (["--seed", 7], "seed (was 0, is 7)"),
         (["--optimize.grid_lr", 0.01], "optimize.grid_lr (was 0.001, is 0.01)"),
         (["--calib.samples", 6], "calib.samples (was 8, is 6)"),
+        (["--optimize.micro_batch", 1], "optimize.micro_batch (was 2, is 1)"),
+        (["--optimize.precision", "bf16"], "optimize.precision (was float32, is bf16)"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )

@@ -223,3 +223,48 @@ def test_weight_that_is_not_finite_names_value_and_place(tmp_path, value: str, d
     info = shards.read_header(tmp_path / "a.safetensors")["q_proj.weight"]
     message = message_of(CheckpointError, shards.read_weight, info)
     assert f"q_proj.weight holds {value} at [1, 2]" in message and str(info.file) in message
+
+
+def rows_file(folder: Path, weight: torch.Tensor) -> shards.TensorInfo:
+    """A weight in a file, other tensors before and behind it."""
+    tensors = {"a": torch.ones(3), "weight": weight, "z": torch.full((50,), 7.0)}
+    save_file(tensors, folder / "rows.safetensors")
+    return shards.read_header(folder / "rows.safetensors")["weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "rows", [[], [0], [9], [3, 4, 5], [0, 2, 4, 9], [0, 1, 5, 6, 7, 9], list(range(10))], ids=lambda rows: str(rows)
+)
+def test_rows_are_those_of_the_whole_tensor(tmp_path, rows: list[int], dtype: torch.dtype):
+    weight = torch.randn(10, 4).to(dtype)
+    read = shards.read_weight_rows(rows_file(tmp_path, weight), rows)
+    assert read.dtype == dtype and torch.equal(read, weight[rows])
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 2, 3)], ids=str)
+def test_rows_may_have_any_number_of_dimensions(tmp_path, shape: tuple[int, ...]):
+    weight = torch.randn(shape)
+    assert torch.equal(shards.read_weight_rows(rows_file(tmp_path, weight), [1, 2, 8]), weight[[1, 2, 8]])
+
+
+def test_rows_that_are_not_asked_for_are_not_read(tmp_path):
+    weight = torch.randn(10, 4)
+    weight[[0, 5, 9]] = torch.nan
+    read = shards.read_weight_rows(rows_file(tmp_path, weight), [1, 4, 6, 8])
+    assert torch.equal(read, weight[[1, 4, 6, 8]])
+
+
+def test_row_that_is_not_finite_is_named_with_its_place_in_the_whole_tensor(tmp_path):
+    weight = torch.randn(10, 4)
+    weight[6, 2] = torch.inf
+    message = message_of(CheckpointError, shards.read_weight_rows, rows_file(tmp_path, weight), [1, 6])
+    assert "rows.safetensors: tensor weight holds inf at [6, 2]" in message
+
+
+def test_rows_of_a_shard_that_shrank_name_the_tensor(tmp_path):
+    info = rows_file(tmp_path, torch.randn(10, 4))
+    os.truncate(info.file, info.offset + 5 * 16 + 3)
+    assert torch.isfinite(shards.read_weight_rows(info, [0, 4])).all()
+    message = message_of(CheckpointError, shards.read_weight_rows, info, [0, 5])
+    assert "truncated inside tensor weight" in message and str(info.file) in message

@@ -12,18 +12,22 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 import tiny
-from shardq.model.ends import BlockArguments, block_forward, epilogue, prologue, record_arguments
+from shardq.errors import CheckpointError
+from shardq.model import ends
+from shardq.model.ends import epilogue, prologue, record_arguments, run_block
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
 
@@ -40,15 +44,23 @@ ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "f
 GEMMA = GATED | ALTERNATING | {"head_dim": 12}
 NEOX = SHAPE | {"intermediate_size": 80, "initializer_range": 0.2}
 LLAMA = LlamaConfig(**GATED, tie_word_embeddings=True)
+# 211 rows in slices of 50: four whole ones and a rest.
+SLICE_ROWS = 50
 
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "llama-untied": LlamaConfig(**GATED, tie_word_embeddings=False),
     "llama-scaled-rope": LlamaConfig(
         **GATED, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     ),
+    "llama-late-padding": LlamaConfig(**GATED | {"pad_token_id": VOCAB - 1}),
     "mistral-sliding": MistralConfig(**GATED, sliding_window=WINDOW),
     "gemma2": Gemma2Config(**GEMMA),
     "gemma3": Gemma3TextConfig(**GEMMA),
+    "gemma4-two-shapes": Gemma4TextConfig(
+        **GATED | {"num_hidden_layers": 4}, head_dim=12, global_head_dim=24, hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "phi-head-bias": PhiConfig(**GATED),
     "qwen2-biases": Qwen2Config(**GATED),
     "qwen2-sliding": Qwen2Config(**GATED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "qwen3": Qwen3Config(**GATED, head_dim=12),
@@ -57,7 +69,11 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "opt-projected": OPTConfig(**SHAPE, ffn_dim=80, word_embed_proj_dim=32, init_std=0.2, do_layer_norm_before=False),
     "gpt-neox": GPTNeoXConfig(**NEOX),
     "gpt-neox-sequential": GPTNeoXConfig(**NEOX, use_parallel_residual=False),
-}
+    # As many positions as tokens, so that the two embeddings have equal shapes.
+    "opt-positions-as-tokens": OPTConfig(
+        **SHAPE | {"max_position_embeddings": VOCAB - 2}, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2
+    ),
+}  # fmt: skip
 
 
 def random_tokens(num: int) -> Tensor:
@@ -78,17 +94,31 @@ def streamed_hidden(skeleton: Skeleton, tokens_NT: Tensor) -> Tensor:
     with prologue(skeleton, CPU) as embed:
         arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
         hidden_NTD = embed(tokens_NT)
-    for block_index, block in stream_blocks(skeleton, range(len(skeleton.blocks)), CPU):
-        hidden_NTD = block_forward(block, arguments[block_index])(hidden_NTD)
+    for loaded in stream_blocks(skeleton, range(len(skeleton.blocks)), CPU):
+        given = arguments[loaded.index]
+        hidden_NTD = run_block(loaded.module, hidden_NTD, given.args, given.kwargs, torch.float32)
     return hidden_NTD
+
+
+def logits_of(skeleton: Skeleton, hidden_NTD: Tensor) -> Tensor:
+    """Logits of the whole vocabulary, its slices joined where each says that it begins."""
+    logits_NTV = torch.full((*hidden_NTD.shape[:2], VOCAB), torch.nan)
+    with epilogue(skeleton, CPU) as slices:
+        for first, to_logits in slices:
+            part_NTV = to_logits(hidden_NTD)
+            logits_NTV[..., first : first + part_NTV.shape[2]] = part_NTV
+    return logits_NTV
 
 
 def streamed_logits(folder: Path, tokens_NT: Tensor) -> Tensor:
     """What is tested: prologue, blocks, epilogue."""
     skeleton = open_skeleton(folder)
-    hidden_NTD = streamed_hidden(skeleton, tokens_NT)
-    with epilogue(skeleton, CPU) as to_logits:
-        return to_logits(hidden_NTD)
+    return logits_of(skeleton, streamed_hidden(skeleton, tokens_NT))
+
+
+def use_slices(monkeypatch: pytest.MonkeyPatch, head_channels: int = 48) -> None:
+    """Have the epilogue hold no more than SLICE_ROWS rows of a float32 head."""
+    monkeypatch.setattr(ends, "HEAD_SLICE_BYTES", SLICE_ROWS * head_channels * 4)
 
 
 def assert_streams_exactly(folder: Path) -> None:
@@ -101,9 +131,37 @@ def assert_streams_exactly(folder: Path) -> None:
         torch.testing.assert_close(streamed_logits(folder, tokens_NT), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole-head", "sliced-head"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_streamed_logits_are_those_of_the_whole_model(tmp_path: Path, name: str):
-    assert_streams_exactly(tiny.save_model(tmp_path, ARCHITECTURES[name], max_shard_size="20KB"))
+def test_streamed_logits_are_those_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sliced: bool
+):
+    config = ARCHITECTURES[name]
+    if sliced:
+        use_slices(monkeypatch, getattr(config, "word_embed_proj_dim", 48))
+    assert_streams_exactly(tiny.save_model(tmp_path, config, max_shard_size="20KB"))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config, PhiConfig, OPTConfig, GPTNeoXConfig])
+def test_head_tied_or_not_is_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, tied: bool):
+    own = {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.2} if kind is OPTConfig else GATED
+    use_slices(monkeypatch)
+    folder = tiny.save_model(tmp_path, kind(**SHAPE | own, tie_word_embeddings=tied), max_shard_size="20KB")
+    head = AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings()
+    assert (head.bias is not None) == (kind is PhiConfig)
+    assert_streams_exactly(folder)
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "gemma3", "gpt-neox", "opt", "opt-projected", "phi-head-bias"])
+def test_prologue_gives_what_enters_the_first_block(tmp_path: Path, name: str):
+    folder = tiny.save_model(tmp_path, ARCHITECTURES[name], max_shard_size="20KB")
+    tokens_NT = random_tokens(2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(tokens_NT, output_hidden_states=True).hidden_states[0]
+    with prologue(open_skeleton(folder), CPU) as embed:
+        assert torch.equal(embed(tokens_NT), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -120,10 +178,67 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_of_any_slice_of_positions_are_those_of_the_whole(folder: Path):
     skeleton = open_skeleton(folder)
     hidden_NTD = streamed_hidden(skeleton, random_tokens(2))
-    with epilogue(skeleton, CPU) as to_logits:
-        whole, some, one = to_logits(hidden_NTD), to_logits(hidden_NTD[:, 5:9]), to_logits(hidden_NTD[1:, -1:])
-    torch.testing.assert_close(some, whole[:, 5:9])
-    torch.testing.assert_close(one, whole[1:, -1:])
+    whole = logits_of(skeleton, hidden_NTD)
+    torch.testing.assert_close(logits_of(skeleton, hidden_NTD[:, 5:9]), whole[:, 5:9])
+    torch.testing.assert_close(logits_of(skeleton, hidden_NTD[1:, -1:]), whole[1:, -1:])
+
+
+def test_slices_cover_the_vocabulary_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    use_slices(monkeypatch)
+    with epilogue(open_skeleton(folder), CPU) as slices:
+        found = [(first, to_logits(torch.zeros(1, 1, 48)).shape[2]) for first, to_logits in slices]
+    assert found == [(0, 50), (50, 50), (100, 50), (150, 50), (200, 11)]
+
+
+def test_no_more_than_a_slice_of_the_head_is_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    use_slices(monkeypatch)
+    skeleton = open_skeleton(folder)
+    with epilogue(skeleton, CPU) as slices:
+        for _ in slices:
+            tables = (skeleton.model.lm_head.weight, skeleton.model.model.embed_tokens.weight)
+            assert sum(table.untyped_storage().nbytes() for table in tables) <= (SLICE_ROWS + 1) * 48 * 4
+
+
+def test_slice_may_be_a_single_token(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ends, "HEAD_SLICE_BYTES", 1)
+    with epilogue(open_skeleton(folder), CPU) as slices:
+        assert [first for first, _ in slices] == list(range(VOCAB))
+
+
+def damaged(folder: Path, name: str, row: int) -> Path:
+    """A checkpoint of one shard in which a row of a tensor holds a NaN at place 3."""
+    tiny.save_model(folder, ARCHITECTURES["llama-untied"], max_shard_size="10MB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][row, 3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_embeddings_of_tokens_that_do_not_occur_are_not_read(tmp_path: Path):
+    folder = damaged(tmp_path, "model.embed_tokens.weight", row=77)
+    tokens_NT = random_tokens(2)
+    tokens_NT[tokens_NT == 77] = 78
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings()(tokens_NT)
+    with prologue(open_skeleton(folder), CPU) as embed:
+        assert torch.equal(embed(tokens_NT), expected)
+
+
+def test_damaged_embedding_of_a_token_that_occurs_is_named(tmp_path: Path):
+    folder = damaged(tmp_path, "model.embed_tokens.weight", row=77)
+    with prologue(open_skeleton(folder), CPU) as embed, pytest.raises(CheckpointError) as caught:
+        embed(torch.tensor([[5, 77, 80]]))
+    message = str(caught.value)
+    assert f"{folder / 'model.safetensors'}: tensor model.embed_tokens.weight holds nan" in message
+    assert "[77, 3]" in message and "\n" not in message, message
+
+
+def test_damaged_head_is_named_when_its_slice_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    use_slices(monkeypatch)
+    folder = damaged(tmp_path, "lm_head.weight", row=120)
+    with epilogue(open_skeleton(folder), CPU) as slices:
+        assert [next(slices)[0], next(slices)[0]] == [0, 50]
+        with pytest.raises(CheckpointError, match=r"tensor lm_head.weight holds nan at \[120, 3\]"):
+            next(slices)
 
 
 @pytest.mark.parametrize("end", [prologue, epilogue])
@@ -145,8 +260,9 @@ def test_embedded_hidden_states_are_let_go_after_the_prologue(folder: Path):
 def test_final_hidden_states_are_let_go_after_the_epilogue(folder: Path):
     hidden_NTD = torch.randn(1, LENGTH, 48)
     kept = weakref.ref(hidden_NTD)
-    with epilogue(open_skeleton(folder), CPU) as to_logits:
-        to_logits(hidden_NTD)
+    with epilogue(open_skeleton(folder), CPU) as slices:
+        for _, to_logits in slices:
+            to_logits(hidden_NTD)
     del hidden_NTD
     assert kept() is None
 
@@ -157,13 +273,37 @@ def test_tokens_may_be_embedded_in_parts(folder: Path):
         assert torch.equal(torch.cat([embed(tokens_NT[:1]), embed(tokens_NT[1:])]), embed(tokens_NT))
 
 
-def test_block_that_returns_more_than_hidden_states_gives_only_those():
-    class Talkative(nn.Module):
-        def forward(self, hidden: Tensor, factor: int) -> tuple[Tensor, str]:
-            return hidden * factor, "attention weights"
+class TestRunBlock:
+    def test_block_that_returns_more_than_hidden_states_gives_only_those(self):
+        class Talkative(nn.Module):
+            def forward(self, hidden: Tensor, factor: int) -> tuple[Tensor, str]:
+                return hidden * factor, "attention weights"
 
-    forward = block_forward(Talkative(), BlockArguments(args=(), kwargs={"factor": 3}))
-    assert torch.equal(forward(torch.ones(1, 2, 3)), torch.full((1, 2, 3), 3.0))
+        given = torch.ones(1, 2, 3)
+        assert torch.equal(run_block(Talkative(), given, (), {"factor": 3}, torch.float32), given * 3)
+        assert torch.equal(run_block(Talkative(), given, (4,), {}, torch.float32), given * 4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_matrix_multiplies_alone_are_in_the_dtype(self, dtype: torch.dtype):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+            def forward(self, hidden: Tensor) -> Tensor:
+                self.multiplied = self.linear(hidden)
+                self.normed = self.norm(hidden)
+                return self.multiplied + hidden
+
+        block, hidden_NTD = Block(), torch.randn(2, 4, 8)
+        output_NTD = run_block(block, hidden_NTD, (), {}, dtype)
+        product = hidden_NTD.to(dtype) @ block.linear.weight.to(dtype).T + block.linear.bias.to(dtype)
+        assert (block.multiplied.dtype, block.normed.dtype, output_NTD.dtype) == (dtype, torch.float32, torch.float32)
+        torch.testing.assert_close(output_NTD, product.float() + hidden_NTD, rtol=1e-2, atol=1e-2)
+
+    def test_output_of_a_block_that_leaves_in_bfloat16_is_float32(self):
+        output_NTD = run_block(nn.Linear(8, 8), torch.randn(1, 2, 8), (), {}, torch.bfloat16)
+        assert output_NTD.dtype == torch.float32
 
 
 def test_head_stored_beside_the_embedding_is_not_tied_although_the_config_says_so(tmp_path: Path):

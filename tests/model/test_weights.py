@@ -3,21 +3,30 @@
 import shutil
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
+import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.shards import TensorInfo, read_weight
 from shardq.model import weights
-from shardq.model.skeleton import open_skeleton
-from shardq.model.weights import fill, materialised, stream_blocks
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.weights import LoadedBlock, fill, materialised, stream_blocks
 
 CPU = torch.device("cpu")
+# Sliding attention with heads of 8 channels, full attention with heads of 16.
+TWO_KINDS = Gemma4TextConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)  # fmt: skip
 
 
 def is_on_meta(module: nn.Module) -> bool:
@@ -31,38 +40,102 @@ def copied(llama: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama, tmp_path / "model")
 
 
+def streamed(skeleton: Skeleton, block_indices: range) -> Iterator[tuple[LoadedBlock, dict[str, Tensor]]]:
+    """Each block with a copy of what its module holds, which lasts beyond the next block."""
+    for loaded in stream_blocks(skeleton, block_indices, CPU):
+        yield loaded, {name: tensor.clone() for name, tensor in loaded.module.state_dict().items()}
+
+
 class TestStreamBlocks:
     def test_blocks_hold_the_stored_weights_in_float32(self, llama: Path):
         reference = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).state_dict()
         seen = {}
-        for block_index, block in stream_blocks(open_skeleton(llama), range(3), CPU):
-            seen |= {f"model.layers.{block_index}.{name}": tensor for name, tensor in block.state_dict().items()}
+        for loaded, state in streamed(open_skeleton(llama), range(3)):
+            seen |= {f"model.layers.{loaded.index}.{name}": tensor for name, tensor in state.items()}
         expected = {name: tensor for name, tensor in reference.items() if ".layers." in name}
         assert seen.keys() == expected.keys()
         assert all(tensor.dtype == torch.float32 for tensor in seen.values())
         assert [name for name in seen if not torch.equal(seen[name], expected[name])] == []
 
+    def test_source_is_what_is_stored_in_its_dtype(self, llama: Path):
+        stored = {name: tensor for file in llama.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU):
+            prefix = f"model.layers.{loaded.index}."
+            assert {prefix + name for name in loaded.source} == {name for name in stored if name.startswith(prefix)}
+            for name, tensor in loaded.source.items():
+                assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, stored[prefix + name])
+
     def test_only_the_asked_blocks_come_in_the_asked_order(self, llama: Path):
-        assert [number for number, _ in stream_blocks(open_skeleton(llama), [2, 0], CPU)] == [2, 0]
+        assert [loaded.index for loaded in stream_blocks(open_skeleton(llama), [2, 0], CPU)] == [2, 0]
 
     def test_weights_are_frozen(self, llama: Path):
-        _, block = next(stream_blocks(open_skeleton(llama), range(1), CPU))
-        assert not any(parameter.requires_grad for parameter in block.parameters())
+        for loaded in stream_blocks(open_skeleton(llama), range(2), CPU):
+            assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
 
-    def test_one_block_is_in_memory_at_a_time(self, llama: Path):
+    def test_blocks_that_are_alike_share_one_module_and_its_storage(self, llama: Path):
+        modules, storages = [], []
+        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU):
+            modules.append(loaded.module)
+            storages.append({name: tensor.data_ptr() for name, tensor in loaded.module.named_parameters()})
+        assert modules[0] is modules[1] is modules[2]
+        assert storages[0] == storages[1] == storages[2] and len(set(storages[0].values())) == 9
+
+    def test_shared_module_has_the_attributes_of_the_block_that_it_is(self, llama: Path):
         skeleton = open_skeleton(llama)
-        for block_index, _ in stream_blocks(skeleton, range(3), CPU):
-            assert [not is_on_meta(block) for block in skeleton.blocks] == [n == block_index for n in range(3)]
-        assert all(is_on_meta(block) for block in skeleton.blocks)
+        for loaded in stream_blocks(skeleton, [2, 0, 1], CPU):
+            assert loaded.module.self_attn.layer_idx == loaded.index
+        assert [block.self_attn.layer_idx for block in skeleton.blocks] == [0, 1, 2]
 
-    def test_memory_of_a_used_block_is_freed(self, llama: Path):
-        blocks = stream_blocks(open_skeleton(llama), range(2), CPU)
-        _, block = next(blocks)
-        used = [weakref.ref(parameter.untyped_storage()) for parameter in block.parameters()]
-        used_parameters = [weakref.ref(parameter) for parameter in block.parameters()]
-        next(blocks)
-        assert [ref() for ref in used_parameters] == [None] * len(used_parameters)
-        assert [ref() for ref in used] == [None] * len(used)
+    def test_skeletons_own_blocks_stay_without_weights(self, llama: Path):
+        skeleton = open_skeleton(llama)
+        for _ in stream_blocks(skeleton, range(3), CPU):
+            assert all(is_on_meta(block) for block in skeleton.blocks)
+
+    def test_what_was_done_to_a_block_is_gone_in_the_next(self, llama: Path):
+        expected = [state for _, state in streamed(open_skeleton(llama), range(3))]
+        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU):
+            state = loaded.module.state_dict()
+            assert [name for name in state if not torch.equal(state[name], expected[loaded.index][name])] == []
+            for parameter in loaded.module.parameters():
+                parameter.data.fill_(torch.nan)
+
+    def test_source_of_a_used_block_is_freed_before_the_next_is_waited_for(self, llama: Path):
+        used: list[weakref.ref] = []
+        left = []
+
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            left.append(sum(reference() is not None for reference in used))
+            yield
+
+        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU, waiting):
+            used += [weakref.ref(tensor) for tensor in loaded.source.values()]
+            del loaded
+        assert len(used) == 27 and left == [0, 0, 0]
+
+    def test_blocks_of_other_shapes_have_a_module_of_their_own(self, tmp_path: Path):
+        skeleton = open_skeleton(tiny.save_model(tmp_path, TWO_KINDS))
+        modules, channels = [], []
+        for loaded in stream_blocks(skeleton, range(4), CPU):
+            modules.append(loaded.module)
+            channels.append(loaded.module.self_attn.q_proj.out_features)
+            stored = {name: read_weight(info).float() for name, info in skeleton.block_tensors(loaded.index).items()}
+            state = loaded.module.state_dict()
+            assert state.keys() == stored.keys()
+            assert [name for name in stored if not torch.equal(state[name], stored[name])] == []
+        assert channels == [32, 64, 32, 64]
+        assert modules[0] is modules[2] and modules[1] is modules[3] and modules[0] is not modules[1]
+
+    def test_waiting_is_entered_once_a_block(self, llama: Path):
+        entered = []
+
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            entered.append(len(entered))
+            yield
+
+        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU, waiting):
+            assert entered == list(range(loaded.index + 1))
 
     def test_next_block_is_read_while_one_is_in_use(self, llama: Path, monkeypatch: pytest.MonkeyPatch):
         skeleton = open_skeleton(llama)
@@ -90,7 +163,7 @@ class TestStreamBlocks:
         with open(info.file, "r+b") as file:
             file.truncate(info.offset + 10)
         blocks = stream_blocks(skeleton, range(3), CPU)
-        assert [next(blocks)[0], next(blocks)[0]] == [0, 1]
+        assert [next(blocks).index, next(blocks).index] == [0, 1]
         with pytest.raises(CheckpointError) as caught:
             next(blocks)
         assert str(info.file) in str(caught.value) and "truncated inside tensor model.layers.2." in str(caught.value)
@@ -141,6 +214,19 @@ class TestFill:
         tensors = {name: read_weight(info) for name, info in skeleton.block_tensors(0).items()}
         fill(skeleton.model, skeleton.blocks[0], tensors, CPU)
         assert tensors == {} and not is_on_meta(skeleton.blocks[0])
+
+    def test_storage_that_is_there_is_overwritten_in_place(self, llama: Path):
+        skeleton = open_skeleton(llama)
+        first, second = (
+            {name: read_weight(info) for name, info in skeleton.block_tensors(number).items()} for number in (0, 1)
+        )
+        fill(skeleton.model, skeleton.blocks[0], first, CPU)
+        before = {name: tensor.data_ptr() for name, tensor in skeleton.blocks[0].named_parameters()}
+        expected = {name: tensor.float() for name, tensor in second.items()}
+        fill(skeleton.model, skeleton.blocks[0], second, CPU)
+        assert second == {}
+        assert {name: tensor.data_ptr() for name, tensor in skeleton.blocks[0].named_parameters()} == before
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in skeleton.blocks[0].named_parameters())
 
     def test_integer_buffer_keeps_its_dtype(self, llama: Path):
         module = nn.Module()

@@ -5,20 +5,27 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardq.optimize.attach import attach
+from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
-from shardq.optimize.linear import Method
+from shardq.optimize.linear_quantizer import Method
+from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper
+from shardq.quant.adascale import Kernels, fake_quantized
 from shardq.quant.spec import QuantSpec
 
 METHODS = ("adascale", "flexround", "lwc")
 STEPS, GRID_LR, WEIGHT_LR = 20, 5e-3, 2e-3
+NAMES = ["0", "2"]
+OPTIONS = OptimizeOptions(iterations=STEPS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR)
 SPECS = [
     QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
     for bits, symmetric, group_size in ((2, True, None), (3, True, None), (3, False, 8), (4, True, 8), (4, False, None))
 ]
+
+PLAIN = Kernels()
 
 Parameters = dict[str, Tensor]
 
@@ -28,9 +35,9 @@ def make_block() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)).requires_grad_(False)
 
 
-def make_batches(block: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Inputs [2, 10, 16] with the unquantized block's outputs on slightly different ones as targets."""
-    inputs = torch.randn(STEPS, 2, 10, 16)
+def make_batches(block: nn.Module, num_samples: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """Inputs [N, 10, 16] with the unquantized block's outputs on slightly different ones as targets."""
+    inputs = torch.randn(STEPS, num_samples, 10, 16)
     return [(some, block(some + 0.05 * torch.randn_like(some))) for some in inputs]
 
 
@@ -93,12 +100,40 @@ def trained_of(linear: NaiveLinear) -> Parameters:
     return {name: linear.parameters[name].detach() for name in linear.trained}
 
 
-def train_with_distill(block: nn.Sequential, batches: list, spec: QuantSpec, method: Method) -> dict[str, Parameters]:
-    """What is tested; trained parameters by the name of their linear."""
-    attach(block, ["0", "2"], spec, method)
-    options = OptimizeOptions(iterations=STEPS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR)
-    distill(block, LocalStepper(block, options), batches, on_step=lambda: None)
-    return {name: {key: value.detach() for key, value in block[int(name)].named_parameters()} for name in ("0", "2")}
+class Trainer:
+    """What is tested, on a block whose weights are not yet quantized."""
+
+    def __init__(self, block: nn.Module, spec: QuantSpec, method: Method, kernels: Kernels = PLAIN):
+        self.block = block
+        self.quantizer = BlockQuantizer(block, NAMES, spec, method, kernels, torch.float32)
+        self.stepper = LocalStepper(self.quantizer, OPTIONS)
+
+    def train(self, source: dict[str, Tensor], batches: list, micro_batch: int = 2) -> dict[str, Parameters]:
+        """Train for the weights in `source` from the start; parameters by the name of their linear."""
+        self.losses: list[Tensor] = []
+        self.quantizer.start(source)
+        self.stepper.start()
+        distill(self.loss_of, self.quantizer, self.stepper, batches, micro_batch, self.losses.append)
+        return {name: dict(linear.named_parameters()) for name, linear in self.linears()}
+
+    def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return distillation_loss(self.block(inputs), targets)
+
+    def linears(self) -> list[tuple[str, nn.Module]]:
+        return list(zip(NAMES, self.quantizer.quantizers, strict=True))
+
+    def storage(self) -> dict[tuple, int]:
+        """Addresses of the trained parameters, their grids and Adam's moments."""
+        addresses = {name: tensor.data_ptr() for name, tensor in self.quantizer.state_dict().items()}
+        states = self.stepper._optimizer.state.values()
+        moments = {(i, name): value.data_ptr() for i, state in enumerate(states) for name, value in state.items()}
+        assert len(moments) == 3 * len(list(self.quantizer.parameters())), "two moments and a count each"
+        return addresses | moments
+
+
+def weights_of(block: nn.Module) -> dict[str, Tensor]:
+    """A copy of the block's tensors."""
+    return {name: tensor.clone() for name, tensor in block.state_dict().items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,40 +142,175 @@ def test_training_gives_the_parameters_of_the_naive_loop(spec: QuantSpec, method
     block = make_block()
     batches = make_batches(block)
     expected = train_naively(copy.deepcopy(block), batches, spec, method)
-    trained = train_with_distill(block, batches, spec, method)
+    trained = Trainer(block, spec, method).train(weights_of(block), batches)
     for linear in expected:
         assert trained[linear].keys() == expected[linear].keys()
         for name, parameter in expected[linear].items():
             assert parameter.abs().max() > WEIGHT_LR, f"{name} has hardly moved, so nothing is compared"
-            torch.testing.assert_close(trained[linear][name], parameter, rtol=1e-3, atol=1e-5, msg=f"{linear}.{name}")
+            torch.testing.assert_close(
+                trained[linear][name].detach(), parameter, rtol=1e-3, atol=1e-5, msg=f"{linear}.{name}"
+            )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_micro_batches_change_neither_parameters_nor_losses(micro_batch: int):
+    block = make_block()
+    source, batches = weights_of(block), make_batches(block, num_samples=4)
+    whole, parts = (Trainer(copy.deepcopy(block), QuantSpec(bits=4), "adascale") for _ in range(2))
+    expected, actual = whole.train(source, batches[:8], 4), parts.train(source, batches[:8], micro_batch)
+    for linear in NAMES:
+        for name, parameter in expected[linear].items():
+            torch.testing.assert_close(actual[linear][name], parameter, rtol=1e-4, atol=1e-6, msg=f"{linear}.{name}")
+    torch.testing.assert_close(torch.stack(parts.losses), torch.stack(whole.losses), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_weights_are_quantized_once_a_step(micro_batch: int):
+    calls: list[torch.Size] = []
+
+    def counting(rows_Rg: Tensor, *others) -> Tensor:
+        calls.append(rows_Rg.shape)
+        return fake_quantized(rows_Rg, *others)
+
+    block = make_block()
+    batches = make_batches(block, num_samples=4)[:3]
+    kernels = PLAIN._replace(forward=counting)
+    Trainer(block, QuantSpec(bits=4), "adascale", kernels).train(weights_of(block), batches, micro_batch)
+    assert calls == [(24, 16), (16, 24)] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_brings_the_output_nearer_to_the_target(method: Method):
+def test_training_for_a_second_block_is_that_of_a_fresh_trainer_in_the_same_memory(method: Method):
+    spec, first, second = QuantSpec(bits=3, symmetric=False, group_size=8), make_block(), make_block()
+    (first_source, second_source), batches = map(weights_of, (first, second)), make_batches(second)
+    reused = Trainer(copy.deepcopy(first), spec, method)
+    reused.train(first_source, make_batches(first))
+    storage = reused.storage()
+    reused.quantizer.fold(lambda weight: weight)
+    for tensor, value in zip(reused.block.state_dict().values(), second_source.values(), strict=True):
+        tensor.copy_(value)
+    actual = reused.train(second_source, batches)
+    fresh = Trainer(second, spec, method)
+    expected = fresh.train(second_source, batches)
+    assert reused.storage() == storage
+    for linear in NAMES:
+        assert all(torch.equal(actual[linear][name], value) for name, value in expected[linear].items())
+    assert torch.equal(torch.stack(reused.losses), torch.stack(fresh.losses))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, method: Method):
     block = make_block()
-    inputs = torch.randn(4, 32, 16)
+    inputs, source = torch.randn(4, 32, 16), weights_of(block)
     targets = block(inputs)
-    attach(block, ["0", "2"], QuantSpec(bits=2), method)
-    before = (block(inputs) - targets).square().mean().item()
-    options = OptimizeOptions(iterations=100, grid_lr=5e-3, weight_lr=5e-3)
-    distill(block, LocalStepper(block, options), [(inputs, targets)] * 100, on_step=lambda: None)
-    assert (block(inputs) - targets).square().mean().item() < 0.8 * before
+    quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=2), method, PLAIN, dtype)
+    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=100, grid_lr=5e-3, weight_lr=5e-3))
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = block(inputs)
+        return distillation_loss(outputs.float(), targets)
+
+    quantizer.start(source)
+    quantizer.requantize()
+    before = loss_of(inputs, targets).item()
+    distill(loss_of, quantizer, stepper, [(inputs, targets)] * 100, 4, on_step=lambda loss: None)
+    assert block[0].weight.dtype == dtype
+    quantizer.fold(lambda weight: weight)
+    assert loss_of(inputs, targets).item() < 0.8 * before
 
 
 def test_every_batch_is_one_step_and_is_reported_after_it():
     block = make_block()
-    batches = make_batches(block)[:3]
-    attach(block, ["0"], QuantSpec(bits=4), "lwc")
+    trainer = Trainer(block, QuantSpec(bits=4), "lwc")
+    trainer.quantizer.start(weights_of(block))
+    beta = trainer.quantizer.quantizers[0].beta
     seen = []
-    options = OptimizeOptions(iterations=3, grid_lr=GRID_LR, weight_lr=WEIGHT_LR)
-    distill(block, LocalStepper(block, options), iter(batches), lambda: seen.append(block[0].beta[0].item()))
+    batches = iter(make_batches(block)[:3])
+    distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 1, lambda loss: seen.append(beta[0].item()))
     assert len(seen) == len(set(seen)) == 3 and 0.0 not in seen
+
+
+def test_loss_that_is_reported_is_the_batchs_before_its_step():
+    block = make_block()
+    trainer, source = Trainer(block, QuantSpec(bits=2), "adascale"), weights_of(block)
+    inputs, targets = make_batches(block)[0]
+    trainer.train(source, [(inputs, targets)], micro_batch=1)
+    trainer.quantizer.start(source)
+    trainer.quantizer.requantize()
+    expected = (block(inputs).detach().double() - targets).square().mean() * inputs.shape[1]
+    assert trainer.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_frozen_tensors_are_left_alone():
     block = make_block()
-    batches = make_batches(block)
-    kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    train_with_distill(block, batches, QuantSpec(bits=4), "adascale")
-    assert torch.equal(block[0].rows, kept["0.weight"]) and torch.equal(block[2].rows, kept["2.weight"])
+    kept, source = weights_of(block), weights_of(block)
+    Trainer(block, QuantSpec(bits=4), "adascale").train(source, make_batches(block))
+    assert all(torch.equal(source[name], tensor) for name, tensor in kept.items())
     assert torch.equal(block[0].bias, kept["0.bias"]) and torch.equal(block[2].bias, kept["2.bias"])
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: values read from it, tensors moved off it."""
+
+    WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero, torch.ops.aten.equal}
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.seen.add(func.overloadpacket)
+        is_move = (
+            func.overloadpacket is torch.ops.aten._to_copy and kwargs.get("device", args[0].device) != args[0].device
+        )
+        if is_move or func.overloadpacket in self.WAITS:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [Tensor.item, bool, lambda some: torch.equal(some, some), lambda some: some.to("meta")],
+    ids=["item", "bool", "equal", "to"],
+)
+def test_waiting_would_be_seen(wait):
+    with NeverWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        wait(torch.ones(()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_no_step_waits_for_the_device(symmetric: bool, method: Method):
+    block = make_block()
+    source, batches = weights_of(block), make_batches(block)[:3]
+    trainer = Trainer(block, QuantSpec(bits=4, symmetric=symmetric), method)
+    with NeverWaiting() as mode:
+        trainer.train(source, batches, micro_batch=1)
+    assert len(trainer.losses) == 3
+    # Forward, the quantizer's own backward and the optimizer have all been watched.
+    assert {torch.ops.aten.gelu, torch.ops.aten.eq, torch.ops.aten._fused_adam_} <= mode.seen
+
+
+def test_linear_that_no_sample_reaches_is_left_at_its_start():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.requires_grad_(False)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.used(hidden)
+
+    block = Block()
+    quantizer = BlockQuantizer(block, ["used", "idle"], QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
+    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=3, grid_lr=1e-3, weight_lr=1e-3))
+    inputs = torch.randn(2, 4, 8)
+    batches = [(inputs, torch.randn(2, 4, 8))] * 3
+    distill(lambda some, wanted: (block(some) - wanted).square().mean(), quantizer, stepper, batches, 2, lambda _: None)
+    used, idle = quantizer.quantizers
+    assert all(parameter.any() for parameter in used.parameters())
+    assert not any(parameter.any() for parameter in idle.parameters())

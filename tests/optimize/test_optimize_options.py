@@ -3,12 +3,19 @@
 import dataclasses
 
 import pytest
+import torch
 
 from shardq.optimize.options import OptimizeOptions, resolved
 
-# AIMET's own defaults for AdaScale, and one sample a rank.
-AIMET = {"iterations": 1500, "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5, "batch_size": 1}
-GIVEN = {"iterations": 7, "grid_lr": 0.5, "weight_lr": 0.25, "fp_mix": 0.0, "batch_size": 6}
+# AIMET's own defaults for AdaScale, one sample a rank, and what a device without bfloat16 computes in.
+AIMET = {
+    "iterations": 1500, "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5, "batch_size": 1, "precision": "float32",
+}  # fmt: skip
+OPEN = {"micro_batch": None, "memory_gib": None, "compile": "auto"}  # decided where model and machine are known
+GIVEN = {
+    "iterations": 7, "grid_lr": 0.5, "weight_lr": 0.25, "fp_mix": 0.0, "batch_size": 6, "micro_batch": 3,
+    "memory_gib": 1.5, "precision": "bf16", "compile": "off",
+}  # fmt: skip
 
 
 def values(options: OptimizeOptions) -> dict:
@@ -17,29 +24,42 @@ def values(options: OptimizeOptions) -> dict:
 
 
 def test_preset_fills_in_everything_that_is_missing():
-    assert values(resolved(OptimizeOptions(), world_size=1)) == AIMET
+    assert values(resolved(OptimizeOptions(), world_size=1, has_bf16=False)) == AIMET | OPEN
 
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_given_value_is_kept_and_the_rest_filled_in(name: str):
-    options = resolved(OptimizeOptions(**{name: GIVEN[name]}), world_size=1)
-    assert values(options) == AIMET | {name: GIVEN[name]}
+    options = resolved(OptimizeOptions(**{name: GIVEN[name]}), world_size=1, has_bf16=False)
+    assert values(options) == AIMET | OPEN | {name: GIVEN[name]}
 
 
 def test_nothing_is_changed_where_everything_is_given():
-    assert values(resolved(OptimizeOptions(**GIVEN), world_size=2)) == GIVEN
+    assert values(resolved(OptimizeOptions(**GIVEN), world_size=2, has_bf16=False)) == GIVEN
 
 
 def test_batch_holds_one_sample_a_rank():
-    assert resolved(OptimizeOptions(), world_size=8).batch_size == 8
+    assert resolved(OptimizeOptions(), world_size=8, has_bf16=False).batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "dtype"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("bf16", False, torch.bfloat16),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_dtype_is_the_devices_unless_it_is_given(precision: str, has_bf16: bool, dtype: torch.dtype):
+    assert resolved(OptimizeOptions(precision=precision), world_size=1, has_bf16=has_bf16).dtype == dtype
 
 
 def test_resolving_again_changes_nothing():
-    once = resolved(OptimizeOptions(iterations=3), world_size=4)
-    assert resolved(once, world_size=2) == once
+    once = resolved(OptimizeOptions(iterations=3), world_size=4, has_bf16=True)
+    assert resolved(once, world_size=2, has_bf16=False) == once
 
 
 def test_given_options_stay_as_they_were():
     options = OptimizeOptions()
-    resolved(options, world_size=2)
+    resolved(options, world_size=2, has_bf16=True)
     assert options == OptimizeOptions()

@@ -15,7 +15,7 @@ GRID, WEIGHT = ("beta", "gamma", "step"), ("s2", "s3")
 
 
 class Quantizer(nn.Module):
-    """Named parameters as quantizers have them, and a frozen one."""
+    """Named parameters as a linear's quantizer has them, and a frozen one."""
 
     def __init__(self, *names: str):
         super().__init__()
@@ -31,9 +31,10 @@ def make_block(*names: str) -> nn.Module:
     return block
 
 
-def summed(block: nn.Module) -> Tensor:
-    """A loss whose gradient is 1 for every trained element."""
-    return sum(parameter.sum() for parameter in block.parameters() if parameter.requires_grad)
+def collect(stepper: LocalStepper, block: nn.Module, factor: float = 1.0) -> None:
+    """Give the stepper a tensor and its gradient; each trained element's own gradient is `factor`."""
+    doubled = [2 * parameter for parameter in block.parameters() if parameter.requires_grad]
+    stepper.backward(doubled, [torch.full_like(tensor, factor / 2) for tensor in doubled])
 
 
 def test_grid_and_weight_parameters_are_told_apart_and_frozen_ones_left_out():
@@ -48,7 +49,7 @@ def test_learning_rates_fall_from_their_start_to_zero_along_a_cosine():
     stepper = LocalStepper(block, OPTIONS)
     expected = {"beta": 0.0, "s2": 0.0}
     for iteration in range(ITERATIONS):
-        stepper.backward(summed(block))
+        collect(stepper, block)
         stepper.step()
         # Adam moves by its learning rate where the gradient is the same at every step.
         for name, lr in (("beta", GRID_LR), ("s2", WEIGHT_LR)):
@@ -60,7 +61,7 @@ def test_learning_rates_fall_from_their_start_to_zero_along_a_cosine():
 def test_any_selection_of_parameters_is_trained(names: tuple[str, ...]):
     block = make_block(*names)
     stepper = LocalStepper(block, OPTIONS)
-    stepper.backward(summed(block))
+    collect(stepper, block)
     stepper.step()
     for name in names:
         lr = GRID_LR if name in GRID else WEIGHT_LR
@@ -74,7 +75,7 @@ def stepped(weights_of_losses: list[list[float]]) -> Tensor:
     stepper = LocalStepper(block, OPTIONS)
     for factors in weights_of_losses:
         for factor in factors:
-            stepper.backward(factor * summed(block))
+            collect(stepper, block, factor)
         stepper.step()
     return block.linear.s2.detach()
 
@@ -87,6 +88,23 @@ def test_gradients_are_cleared_by_the_step():
     assert not torch.allclose(stepped([[5.0], [3.0]]), stepped([[5.0], [8.0]]), rtol=1e-3, atol=0)
     block = make_block("s2")
     stepper = LocalStepper(block, OPTIONS)
-    stepper.backward(summed(block))
+    collect(stepper, block)
     stepper.step()
     assert block.linear.s2.grad is None or not block.linear.s2.grad.any()
+
+
+def test_start_forgets_moments_and_schedule():
+    block = make_block("beta", "s2")
+    stepper = LocalStepper(block, OPTIONS)
+    for _ in range(ITERATIONS - 1):
+        collect(stepper, block, factor=-100.0)
+        stepper.step()
+    with torch.no_grad():
+        block.linear.beta.zero_()
+        block.linear.s2.zero_()
+    stepper.start()
+    collect(stepper, block)
+    stepper.step()
+    # Adam's very first step is its whole learning rate, against the gradient's sign.
+    torch.testing.assert_close(block.linear.beta, torch.full((3,), -GRID_LR), rtol=1e-4, atol=0)
+    torch.testing.assert_close(block.linear.s2, torch.full((3,), -WEIGHT_LR), rtol=1e-4, atol=0)

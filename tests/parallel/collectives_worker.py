@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shardq.errors import ConfigError, ShardQError, StorageError
-from shardq.optimize.attach import attach
+from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
+from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
@@ -29,18 +30,20 @@ from shardq.parallel.collectives import (
     together,
 )
 from shardq.parallel.ranks import Ranks, started
+from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3)
 LATE_SECONDS = 0.5
 
 
-def make_block() -> nn.Sequential:
-    """Two quantizers at their start, the same in every process."""
+def make_block() -> tuple[nn.Sequential, BlockQuantizer]:
+    """Two linears and their quantizers at their start, the same in every process."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)).requires_grad_(False)
-    attach(block, ["0", "2"], QuantSpec(bits=3), "adascale")
-    return block
+    quantizer = BlockQuantizer(block, ["0", "2"], QuantSpec(bits=3), "adascale", Kernels(), torch.float32)
+    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    return block, quantizer
 
 
 def make_batches() -> list[tuple[Tensor, Tensor]]:
@@ -50,10 +53,17 @@ def make_batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(inputs, targets, strict=True))
 
 
-def train(block: nn.Module, stepper: Stepper, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Train and give the parameters."""
-    distill(block, stepper, batches, on_step=lambda: None)
-    return {name: parameter.detach() for name, parameter in block.named_parameters() if parameter.requires_grad}
+def train(
+    block: nn.Module, quantizer: BlockQuantizer, stepper: Stepper, batches: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Train with one sample at a time and give the parameters."""
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return distillation_loss(block(inputs), targets)
+
+    stepper.start()
+    distill(loss_of, quantizer, stepper, batches, micro_batch=1, on_step=lambda loss: None)
+    return {name: parameter.detach() for name, parameter in quantizer.named_parameters()}
 
 
 def outcome(work: Callable[[], object]) -> dict:
@@ -103,10 +113,9 @@ def check_training(ranks: Ranks, folder: Path) -> None:
     """Data-parallel training on this rank's half of each batch."""
     mine = slice(ranks.rank, None, ranks.world_size)
     batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches()]
-    block = make_block()
-    save_file(
-        train(block, AllReduceStepper(block, OPTIONS, ranks), batches), folder / f"trained-{ranks.rank}.safetensors"
-    )
+    block, quantizer = make_block()
+    parameters = train(block, quantizer, AllReduceStepper(quantizer, OPTIONS, ranks), batches)
+    save_file(parameters, folder / f"trained-{ranks.rank}.safetensors")
 
 
 def check_lost_peer(ranks: Ranks, note: dict) -> None:

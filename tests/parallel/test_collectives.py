@@ -98,8 +98,8 @@ def test_lost_rank_is_reported_in_one_line(notes: list[dict], doing: str):
 
 class TestAllReduceStepper:
     def test_two_ranks_train_as_one_does_on_the_joined_batch(self, folder: Path):
-        block = worker.make_block()
-        expected = worker.train(block, LocalStepper(block, worker.OPTIONS), worker.make_batches())
+        block, quantizer = worker.make_block()
+        expected = worker.train(block, quantizer, LocalStepper(quantizer, worker.OPTIONS), worker.make_batches())
         trained = load_file(folder / "trained-0.safetensors")
         assert trained.keys() == expected.keys() and len(expected) == 8
         for name, parameter in expected.items():

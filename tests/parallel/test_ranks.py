@@ -11,7 +11,7 @@ from shardq.parallel.ranks import started
 @pytest.fixture(autouse=True)
 def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what a launcher around the tests may have set."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,6 +37,17 @@ def test_plain_process_is_rank_0_of_1_without_a_process_group():
     with started("cpu") as ranks:
         assert (ranks.rank, ranks.world_size, ranks.device) == (0, 1, torch.device("cpu"))
         assert not dist.is_initialized()
+
+
+def test_plain_process_has_its_host_for_itself():
+    with started("cpu") as ranks:
+        assert ranks.local_world_size == 1
+
+
+def test_number_of_ranks_on_the_host_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with started("cpu") as ranks:
+        assert (ranks.world_size, ranks.local_world_size) == (1, 3)
 
 
 def test_ranks_cannot_be_changed():

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
 from shardq.config import QuantizeConfig, QuantOptions
 from shardq.errors import ResumeError
 from shardq.formats.shards import open_index
+from shardq.optimize.options import OptimizeOptions
 from shardq.pipeline.ledger import commit, make_manifest, open_run
 
 MANIFEST = {"shardq": "1.0", "world_size": 2, "options": {"seed": 0, "quant": {"bits": 4, "group_size": None}}}
@@ -201,7 +203,12 @@ class TestMakeManifest:
         assert json.dumps(self.manifest(elsewhere, moved)) == json.dumps(first)
         assert str(llama) not in json.dumps(first)
 
-    @pytest.mark.parametrize("change", [{"resume": "require"}, {"device": "cpu"}], ids=str)
+    @pytest.mark.parametrize(
+        "change",
+        [{"resume": "require"}, {"device": "cpu"}, {"cache": CacheOptions(placement="cpu")},
+         {"optimize": OptimizeOptions(memory_gib=3.5)}],
+        ids=str,
+    )  # fmt: skip
     def test_options_that_do_not_change_the_result_may_differ(self, llama: Path, change: dict):
         assert self.manifest(llama, dataclasses.replace(self.CONFIG, **change)) == self.manifest(llama)
 
@@ -210,6 +217,10 @@ class TestMakeManifest:
         [
             ({"config": dataclasses.replace(CONFIG, seed=5)}, "seed (was 0, is 5)"),
             ({"config": dataclasses.replace(CONFIG, quant=QuantOptions(bits=3))}, "quant.bits (was 4, is 3)"),
+            (
+                {"config": dataclasses.replace(CONFIG, optimize=OptimizeOptions(micro_batch=4))},
+                "optimize.micro_batch (was None, is 4)",
+            ),
             ({"world_size": 2}, "world_size (was 1, is 2)"),
             ({"digest": "e"}, "calibration_tokens (was d, is e)"),
         ],

@@ -1,0 +1,70 @@
+"""Fused kernels from plain functions: `torch.compile` where a compiler is present, the function itself where not.
+
+Torch's compiler is imported by the functions that need it: the import takes seconds and 150 MB.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable)
+Compile = Callable[[Function, bool], Function]
+"""Takes a function and whether its sizes vary; gives the function that is to be called in its place."""
+
+RECOMPILE_LIMIT = 64
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device here; None if it can."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "no working triton for this GPU"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler (install g++ or clang)"
+    return None
+
+
+def keep_between_runs() -> None:
+    """Have compiled kernels stay on the disk for later processes, unless the environment says where already."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "shardq" / "compiled"))
+
+
+def eager(function: Function, varying: bool) -> Function:
+    """Leave a function as it is."""
+    return function
+
+
+def compiler(say: Callable[[str], None]) -> Compile:
+    """What compiles functions whole, without a graph break.
+
+    A function that cannot be compiled so runs as it is, and `say` is told once.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError
+
+    def compiled(function: Function, varying: bool) -> Function:
+        chosen = [torch.compile(function, fullgraph=True, dynamic=varying, recompile_limit=RECOMPILE_LIMIT)]
+
+        def call(*args):
+            try:
+                return chosen[-1](*args)
+            except (TorchDynamoException, CppCompileError) as error:
+                if len(chosen) > 1:
+                    raise
+                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                say(f"{function.__name__} cannot be compiled ({reason}); it runs uncompiled, which is slower")
+                chosen.append(function)
+                return function(*args)
+
+        return call
+
+    return compiled

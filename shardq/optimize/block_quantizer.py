@@ -1,0 +1,98 @@
+"""The quantizers of a block's linears, and how their weights get into the block and out of it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from shardq.errors import QuantizationError
+from shardq.optimize.linear_quantizer import LinearQuantizer, Method
+from shardq.quant.adascale import Kernels
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+
+class BlockQuantizer(nn.Module):
+    """One LinearQuantizer for each named linear of a block; made once, started anew for each block's weights.
+
+    The block stays what it is: its linears' weights are overwritten, first with fake-quantized ones that collect
+    gradients, in the end with the ones that are served. Thereby a forward and a backward through the block are the
+    model's own, the same compiled code for every block, and the weights are quantized once per optimizer step however
+    many micro-batches go through.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linear_names: list[str],
+        spec: QuantSpec,
+        method: Method,
+        kernels: Kernels,
+        dtype: torch.dtype,
+    ):
+        """Allocate for the named linears of a block, whose weights will be in `dtype` while they are trained."""
+        super().__init__()
+        self.names = linear_names
+        self.quantizers = nn.ModuleList(
+            LinearQuantizer(block.get_submodule(name).weight, spec, method) for name in linear_names
+        )
+        # In a tuple: not submodules, whose parameters would be counted as trainable.
+        self._linears = tuple(block.get_submodule(name) for name in linear_names)
+        self._kernels, self._dtype = kernels, dtype
+        self._quantized: list[Tensor] = []
+
+    def start(self, source: dict[str, Tensor]) -> None:
+        """Go to the start, round-to-nearest, for the weights `NAME.weight` in `source`, of any float dtype."""
+        for name, quantizer in zip(self.names, self.quantizers, strict=True):
+            quantizer.start(source[f"{name}.weight"])
+
+    def requantize(self) -> None:
+        """Write the fake-quantized weights into the block; gradients that reach them are collected there."""
+        self._quantized = [quantizer(self._dtype, self._kernels) for quantizer in self.quantizers]
+        for linear, weight_OI in zip(self._linears, self._quantized, strict=True):
+            linear.weight.data = weight_OI.detach()
+            linear.weight.requires_grad_(True)
+            linear.weight.grad = None
+
+    def collected(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Fake-quantized weights of the last `requantize`, and the gradients collected since: where to go on back."""
+        weights, self._quantized = self._quantized, []
+        gradients = []
+        for linear in self._linears:
+            # A linear that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
+            gradients.append(torch.zeros_like(linear.weight) if linear.weight.grad is None else linear.weight.grad)
+            linear.weight.grad = None
+        return weights, gradients
+
+    @torch.no_grad()
+    def fold(self, stored: Callable[[Tensor], Tensor]) -> dict[str, QuantizedLinear]:
+        """Write the quantized weights into the block, let go of the source, and give the linears by name.
+
+        Args:
+            stored: rounds a dequantized weight to what the output checkpoint stores, so that the block computes with
+                the weights that are served; with bf16 matrix multiplies they are then rounded to that.
+
+        Raises:
+            QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to 0.
+        """
+        quantized = {}
+        self._quantized = []
+        for name, quantizer, linear in zip(self.names, self.quantizers, self._linears, strict=True):
+            quantized[name] = _checked(name, quantizer)
+            linear.weight.requires_grad_(False)
+            linear.weight.grad = None
+            linear.weight.data.copy_(stored(quantized[name].dequantized()))
+            quantizer.release()
+        return quantized
+
+
+def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
+    folded = quantizer.folded()
+    values = dict(quantizer.named_parameters()) | {"scale": folded.scale_OG}
+    wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
+    if wrong or not (folded.scale_OG > 0).all():
+        raise QuantizationError(
+            f"{name}: {', '.join(wrong) or 'scale'} is not finite and positive after training; "
+            "lower optimize.grid_lr and optimize.weight_lr"
+        )
+    return folded

@@ -1,0 +1,87 @@
+"""The trainable quantizer of one linear's weight."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from shardq.quant import adascale, affine
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+Method = Literal["adascale", "flexround", "lwc", "rtn"]
+
+
+class LinearQuantizer(nn.Module):
+    """AdaScale's parameters for one weight, allocated once and reused for each block's weight of that shape.
+
+    The method chooses what is trained: `adascale` beta, gamma, s2, s3; `flexround` s2, s3 and `step`, one logarithm
+    for both ends of the grid; `lwc` beta and gamma; `rtn` nothing. Parameters are float32. The frozen weight is held
+    in its stored dtype, and only between `start` and `release`.
+    """
+
+    def __init__(self, weight_OI: Tensor, spec: QuantSpec, method: Method):
+        """Allocate for weights of the shape, and on the device, of `weight_OI`."""
+        super().__init__()
+        self.spec = spec
+        self.rows: Tensor | None = None
+        self.shape = weight_OI.shape
+        rows_Rg = affine.to_rows(weight_OI, spec)
+        row_R1 = rows_Rg[:, :1]
+        self.register_buffer("min", _zeros(row_R1))
+        self.register_buffer("max", _zeros(row_R1))
+        trains_weight, trains_ends = method in ("adascale", "flexround"), method in ("adascale", "lwc")
+        self.s2 = nn.Parameter(_zeros(rows_Rg)) if trains_weight else None
+        self.s3 = nn.Parameter(_zeros(row_R1)) if trains_weight else None
+        self.step = nn.Parameter(_zeros(row_R1)) if method == "flexround" else None
+        self.beta = nn.Parameter(_zeros(row_R1)) if trains_ends else None
+        self.gamma = nn.Parameter(_zeros(row_R1)) if trains_ends else None
+
+    @torch.no_grad()
+    def start(self, weight_OI: Tensor) -> None:
+        """Take a weight of any float dtype and go to the start, round-to-nearest on its min-max grid; in place."""
+        self.rows = affine.to_rows(weight_OI, self.spec)
+        min_R1, max_R1 = affine.start_range(self.rows.float(), self.spec)
+        self.min.copy_(min_R1)
+        self.max.copy_(max_R1)
+        for parameter in self.parameters():
+            parameter.zero_()
+            parameter.grad = None
+
+    def release(self) -> None:
+        """Let go of the weight."""
+        self.rows = None
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point [R, 1] as trained so far; differentiable."""
+        if self.step is not None:
+            return adascale.learned_grid(self.min, self.max, self.step, self.step, self.spec)
+        if self.beta is not None:
+            return adascale.learned_grid(self.min, self.max, self.beta, self.gamma, self.spec)
+        scale_R1 = affine.scale_of(self.min, self.max, self.spec)
+        return scale_R1, affine.zero_point_of(self.min, scale_R1, self.spec)
+
+    def forward(self, dtype: torch.dtype, kernels: adascale.Kernels) -> Tensor:
+        """The fake-quantized weight [O, I] in `dtype`; differentiable."""
+        scale_R1, zero_point_R1 = self.grid()
+        rows_Rg = adascale.FakeQuantize.apply(
+            self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.spec, dtype, kernels
+        )
+        return rows_Rg.view(self.shape)
+
+    @torch.no_grad()
+    def folded(self) -> QuantizedLinear:
+        """Codes and grid that the trained quantizer becomes."""
+        scale_R1, zero_point_R1 = self.grid()
+        codes_Rg = adascale.fold(self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.spec)
+        num_outputs = self.shape[0]
+        return QuantizedLinear(
+            codes_Rg.view(self.shape),
+            scale_R1.reshape(num_outputs, -1),
+            zero_point_R1.reshape(num_outputs, -1),
+            self.spec,
+        )
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)

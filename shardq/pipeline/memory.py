@@ -1,0 +1,88 @@
+"""What training a block takes, and the micro-batch that fits."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
+
+from shardq.errors import ConfigError
+from shardq.model.ends import BlockArguments, run_block
+from shardq.model.skeleton import Skeleton
+from shardq.optimize.options import OptimizeOptions
+from shardq.pipeline.plan import Plan
+
+# A weight while it is trained, beside its source dtype (once for this block, once for the next): fake-quantized
+# weight and its gradient in the matrix multiplies' dtype, s2 and its gradient, Adam's two moments in float32.
+FLOAT32_VALUES_A_WEIGHT = 4
+
+
+def choose_micro_batch(
+    skeleton: Skeleton,
+    plan: Plan,
+    arguments: list[BlockArguments],
+    sequence_length: int,
+    options: OptimizeOptions,
+    world_size: int,
+    spare_bytes: int,
+) -> int:
+    """The largest divisor of a rank's part of a batch whose training fits the memory; at least 1.
+
+    Args:
+        options: resolved but for the micro-batch.
+        spare_bytes: what the device has to spare, if the options set no limit.
+
+    Raises:
+        ConfigError: the options set a limit that one sample exceeds.
+    """
+    limit = int(options.memory_gib * 2**30) if options.memory_gib else spare_bytes
+    hidden_size = skeleton.model.get_input_embeddings().embedding_dim
+    largest = max(
+        range(plan.num_blocks), key=lambda number: _num_weights(skeleton.blocks[number], plan.linears[number])
+    )
+    state = state_bytes(skeleton, plan, largest, options.dtype)
+    sample = saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
+    part = options.batch_size // world_size
+    fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
+    if not fitting and options.memory_gib:
+        raise ConfigError(
+            f"optimize.memory_gib: {options.memory_gib} is too little for one sample: {plan.names[largest]} needs "
+            f"{state / 2**30:.2f} GiB and {sample / 2**30:.2f} GiB a sample; raise it or lower calib.sequence_length"
+        )
+    return max(fitting, default=1)
+
+
+def _num_weights(block: nn.Module, linear_names: list[str]) -> int:
+    return sum(block.get_submodule(name).weight.numel() for name in linear_names)
+
+
+def state_bytes(skeleton: Skeleton, plan: Plan, block_index: int, dtype: torch.dtype) -> int:
+    """Memory of a block that is being trained, without activations."""
+    source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
+    num_weights = _num_weights(skeleton.blocks[block_index], plan.linears[block_index])
+    return 2 * source + num_weights * (4 * FLOAT32_VALUES_A_WEIGHT + 2 * dtype.itemsize)
+
+
+def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:
+    """Bytes that a block's forward keeps for its backward, counted without computing anything.
+
+    An upper bound: for float32, and for code that is not compiled.
+
+    Args:
+        block: on the meta device; left as it is.
+        hidden_shape: samples, tokens, channels.
+    """
+    block = copy.deepcopy(block).requires_grad_(True)
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (arguments.args, arguments.kwargs))
+    kept: dict[int, Tensor] = {}  # by storage: views of one tensor count once
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        run_block(block, torch.empty(hidden_shape, device="meta"), args, kwargs, torch.float32)
+    for parameter in block.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

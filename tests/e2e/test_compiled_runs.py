@@ -1,0 +1,91 @@
+"""Runs whose training step is compiled: blocks after the first of a kind compile nothing and take no memory."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import Gemma2Config
+
+import tiny
+from runs import LAUNCH, last_json, quantize_arguments, run_quantize
+from shardq.compiling import why_not
+from shardq.logs import Display
+
+pytestmark = pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Notes:
+    """What had been compiled, and what was in memory, after each block of a run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.graphs: list[int] = []
+        self.resident: list[int] = []
+        self.lines: list[str] = []
+        monkeypatch.setattr(Display, "advance_block", lambda display: self.note())
+        monkeypatch.setattr(Display, "line", lambda display, text: self.lines.append(text))
+
+    def note(self) -> None:
+        self.graphs.append(counters["stats"]["unique_graphs"])
+        self.resident.append(resident_bytes())
+
+    def assert_compiled(self) -> None:
+        """Everything was compiled, and whole."""
+        assert sum(", compiled" in line for line in self.lines) == 1
+        assert not any("cannot be compiled" in line for line in self.lines), self.lines
+        assert dict(counters["graph_break"]) == {}
+        assert self.graphs[0] > 0
+
+
+def quantize_compiled(folder: Path, tokens: Path, output: Path, *more: object) -> dict:
+    """A run whose training step is compiled."""
+    return run_quantize(folder, tokens, output, "--optimize.compile", "on", "--optimize.iterations", 8, *more)
+
+
+GEMMA2 = Gemma2Config(
+    vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2, sliding_window=9,
+    layer_types=["sliding_attention", "full_attention"] * 3,
+)  # fmt: skip
+
+
+def test_blocks_after_the_first_compile_nothing_and_take_no_memory(tmp_path, token_file, monkeypatch):
+    notes = Notes(monkeypatch)
+    folder = tiny.save_llama(tmp_path / "model", num_blocks=12)
+    summary = quantize_compiled(folder, token_file, tmp_path / "out")
+    notes.assert_compiled()
+    assert len(notes.graphs) == 12 and len(set(notes.graphs)) == 1, notes.graphs
+    assert notes.resident[11] < 1.03 * notes.resident[2], notes.resident
+    assert summary["loss_after"] < summary["loss_before"]
+
+
+def test_each_kind_of_attention_is_compiled_once(tmp_path, token_file, monkeypatch):
+    notes = Notes(monkeypatch)
+    folder = tiny.save_model(tmp_path / "model", GEMMA2)
+    summary = quantize_compiled(folder, token_file, tmp_path / "out")
+    notes.assert_compiled()
+    assert len(notes.graphs) == 6 and len(set(notes.graphs[1:])) == 1, notes.graphs
+    assert summary["loss_after"] < summary["loss_before"]
+
+
+@pytest.mark.slow
+def test_two_ranks_compile(llama, token_file, tmp_path):
+    arguments = quantize_arguments(llama, token_file, tmp_path / "out", "--optimize.compile", "on")
+    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    assert finished.returncode == 0, finished.stderr
+    assert ", compiled" in finished.stdout and "cannot be compiled" not in finished.stdout
+    summary = last_json(finished.stdout)
+    assert summary["blocks"] == 3 and summary["loss_after"] < 0.9 * summary["loss_before"]

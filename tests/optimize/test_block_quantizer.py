@@ -1,0 +1,193 @@
+"""Fake-quantized weights into a block and quantized linears out of it, the rest of the block untouched."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardq.errors import QuantizationError
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.linear_quantizer import Method
+from shardq.quant.adascale import Kernels
+from shardq.quant.spec import QuantSpec
+
+NAMES = ["mlp.up", "mlp.down"]
+METHODS = ("adascale", "flexround", "lwc", "rtn")
+
+
+class Block(nn.Module):
+    """A residual block with linears at two depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.mlp = nn.Module()
+        self.mlp.up = nn.Linear(16, 32)
+        self.mlp.down = nn.Linear(32, 16, bias=False)
+        self.out = nn.Linear(16, 16)
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.out(self.mlp.down(nn.functional.silu(self.mlp.up(self.norm(hidden)))))
+
+
+def started(block: Block, spec: QuantSpec, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
+    """Quantizers of the block's named linears, at the start for its weights."""
+    quantizer = BlockQuantizer(block, NAMES, spec, method, Kernels(), dtype)
+    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    return quantizer
+
+
+def trained(block: Block, spec: QuantSpec, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
+    """Quantizers that are no longer at their start, their weights in the block."""
+    quantizer = started(block, spec, method, dtype)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.uniform_(-0.2, 0.2)
+    quantizer.requantize()
+    return quantizer
+
+
+def unchanged(weight: Tensor) -> Tensor:
+    """Stores a weight as it is."""
+    return weight
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_block_starts_with_its_weights_rounded_to_the_nearest(method: Method):
+    block = Block()
+    block.mlp.up.weight[0, :4] = torch.tensor([-4.0, -1.6, 0.4, 2.6])  # 3 bits: the step is 1
+    started(block, QuantSpec(bits=3), method).requantize()
+    assert block.mlp.up.weight[0, :4].tolist() == [-4, -2, 0, 3]
+    assert not block.mlp.up.weight[0, 4:].any()  # a fresh linear's weights are at most 1/4
+
+
+def test_only_the_named_linears_weights_are_overwritten():
+    block = Block()
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    modules = dict(block.named_modules())
+    quantizer = trained(block, QuantSpec(bits=2), "adascale")
+    (block(torch.randn(2, 6, 16)) ** 2).sum().backward()
+    assert dict(block.named_modules()) == modules
+    assert {name for name, parameter in block.named_parameters() if parameter.grad is not None} == {
+        f"{name}.weight" for name in NAMES
+    }
+    quantizer.fold(unchanged)
+    changed = {name for name, tensor in block.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{name}.weight" for name in NAMES}
+    assert list(block.state_dict()) == list(before)
+
+
+def test_weights_of_the_block_are_no_parameters_of_the_quantizer():
+    trained_names = {name for name, _ in trained(Block(), QuantSpec(bits=4), "lwc").named_parameters()}
+    assert trained_names == {f"quantizers.{i}.{name}" for i in (0, 1) for name in ("beta", "gamma")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_gradients_of_several_passes_add_up_in_the_weights(method: Method, dtype: torch.dtype):
+    block = Block()
+    quantizer = trained(block, QuantSpec(bits=4), method, dtype)
+    leaves = {f"{name}.weight": block.get_submodule(name).weight.detach().clone().requires_grad_() for name in NAMES}
+    passes = torch.randn(2, 3, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for inputs in passes:
+            block(inputs).square().sum().backward()
+        losses = [torch.func.functional_call(block, leaves, inputs).square().sum() for inputs in passes]
+    weights, gradients = quantizer.collected()
+    expected = torch.autograd.grad(sum(losses), leaves.values())
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, weight, gradient, exact in zip(NAMES, weights, gradients, expected, strict=True):
+        assert torch.equal(weight, leaves[f"{name}.weight"]) and gradient.dtype == dtype
+        torch.testing.assert_close(gradient, exact, rtol=rounding, atol=rounding * exact.abs().max().item())
+        assert block.get_submodule(name).weight.grad is None, "it would be counted again in the next step"
+
+
+def test_gradients_not_collected_are_dropped_by_quantizing_anew():
+    block = Block()
+    quantizer = trained(block, QuantSpec(bits=4), "adascale")
+    block(torch.randn(3, 16)).square().sum().backward()
+    quantizer.requantize()
+    inputs = torch.randn(3, 16)
+    block(inputs).square().sum().backward()
+    _, actual = quantizer.collected()
+    quantizer.requantize()
+    block(inputs).square().sum().backward()
+    _, expected = quantizer.collected()
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def test_weights_in_bfloat16_give_float32_gradients():
+    block = Block()
+    quantizer = trained(block, QuantSpec(bits=4, group_size=8), "adascale", torch.bfloat16)
+    assert all(block.get_submodule(name).weight.dtype == torch.bfloat16 for name in NAMES)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(3, 16)).square().sum().backward()
+    torch.autograd.backward(*quantizer.collected())
+    for name, parameter in quantizer.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.any() and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_folded_block_computes_what_the_trained_one_did(method: Method, symmetric: bool):
+    block = Block()
+    quantizer = trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), method)
+    inputs = torch.randn(2, 6, 16)
+    expected = block(inputs).detach()
+    quantizer.fold(unchanged)
+    assert torch.equal(block(inputs), expected)
+
+
+def test_folded_block_is_frozen_and_keeps_nothing_of_its_training():
+    block = Block()
+    quantizer = trained(block, QuantSpec(bits=4), "adascale")
+    block(torch.randn(3, 16)).sum().backward()
+    quantizer.fold(unchanged)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in block.parameters())
+    assert all(linear.rows is None for linear in quantizer.quantizers), "the source weight is still held"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_folded_weights_lie_on_the_returned_grid(symmetric: bool):
+    block = Block()
+    quantized = trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), "adascale").fold(unchanged)
+    assert list(quantized) == NAMES
+    for name, linear in quantized.items():
+        weight_OI = block.get_submodule(name).weight
+        scale_OI = linear.scale_OG.repeat_interleave(8, dim=1)
+        zero_point_OI = linear.zero_point_OG.repeat_interleave(8, dim=1)
+        codes_OI = weight_OI / scale_OI + zero_point_OI
+        torch.testing.assert_close(codes_OI, linear.codes_OI.float(), rtol=0, atol=1e-4)
+        assert linear.codes_OI.unique().numel() > 4, "hardly a grid"
+
+
+def test_block_computes_with_the_weights_as_they_are_stored():
+    block = Block()
+    quantized = trained(block, QuantSpec(bits=4), "adascale").fold(lambda weight: weight.to(torch.bfloat16))
+    for name in NAMES:
+        weight_OI = block.get_submodule(name).weight
+        assert weight_OI.dtype == torch.float32
+        assert torch.equal(weight_OI, quantized[name].dequantized().bfloat16().float())
+        assert not torch.equal(weight_OI, quantized[name].dequantized()), "the grid is exact in bfloat16 anyway"
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1000.0], ids=["nan", "overflow"])
+def test_scale_that_is_not_finite_is_refused_by_name(value: float):
+    quantizer = trained(Block(), QuantSpec(bits=4), "adascale")
+    with torch.no_grad():
+        quantizer.quantizers[NAMES.index("mlp.down")].gamma[3] = value
+    with pytest.raises(QuantizationError) as caught:
+        quantizer.fold(unchanged)
+    message = str(caught.value)
+    assert message.startswith("mlp.down: ") and "scale is not finite and positive" in message and "\n" not in message
+    assert "optimize.grid_lr" in message
+
+
+@pytest.mark.parametrize("name", ["s2", "s3"])
+def test_divisor_that_is_not_a_number_is_refused_by_name(name: str):
+    quantizer = trained(Block(), QuantSpec(bits=4), "adascale")
+    with torch.no_grad():
+        getattr(quantizer.quantizers[NAMES.index("mlp.down")], name)[3, 0] = torch.nan
+    with pytest.raises(QuantizationError, match="^mlp.down: "):
+        quantizer.fold(unchanged)

@@ -1,0 +1,167 @@
+"""What training a block takes, against a count of what autograd really keeps; and the micro-batch that fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Gemma2Config, Gemma4TextConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+
+import tiny
+from shardq.config import QuantOptions
+from shardq.errors import ConfigError
+from shardq.model.ends import BlockArguments, prologue, record_arguments, run_block
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.weights import stream_blocks
+from shardq.optimize.options import OptimizeOptions
+from shardq.pipeline.memory import choose_micro_batch, saved_bytes, state_bytes
+from shardq.pipeline.plan import Plan, make_plan
+
+CPU = torch.device("cpu")
+HIDDEN, LENGTH = 48, 32
+SHAPE = {"vocab_size": 60, "hidden_size": HIDDEN, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0}  # fmt: skip
+GATED = SHAPE | {"num_key_value_heads": 2}
+KINDS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**GATED),
+    "gemma2": Gemma2Config(**GATED, head_dim=12, sliding_window=7),
+    "gpt-neox": GPTNeoXConfig(**SHAPE),
+}
+TWO_KINDS = Gemma4TextConfig(
+    **GATED, head_dim=8, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    layer_types=["sliding_attention", "full_attention"],
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is ready to be quantized."""
+
+    skeleton: Skeleton
+    plan: Plan
+    arguments: list[BlockArguments]
+
+    def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
+        return choose_micro_batch(self.skeleton, self.plan, self.arguments, LENGTH, options, world_size, spare_bytes)
+
+
+def opened(folder: Path, config: PretrainedConfig, length: int = LENGTH, ignore: str = "") -> Model:
+    skeleton = open_skeleton(tiny.save_model(folder, config))
+    with prologue(skeleton, CPU) as embed:
+        arguments = record_arguments(skeleton, embed, length)
+    return Model(skeleton, make_plan(skeleton, QuantOptions(ignore=ignore)), arguments)
+
+
+@pytest.fixture(scope="module")
+def llama_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return opened(tmp_path_factory.mktemp("model"), KINDS["llama"])
+
+
+def options_for(batch_size: int, memory_gib: float | None = None, precision: str = "float32") -> OptimizeOptions:
+    return OptimizeOptions(batch_size=batch_size, memory_gib=memory_gib, precision=precision)
+
+
+def really_saved(block: nn.Module, arguments: BlockArguments, hidden_NTD: Tensor) -> int:
+    """Bytes that autograd keeps, beside the weights, while a block with real weights computes."""
+    kept: dict[int, Tensor] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    block.requires_grad_(True)
+    with sdpa_kernel(SDPBackend.MATH), saved_tensors_hooks(count, lambda tensor: tensor):
+        run_block(block, hidden_NTD, arguments.args, arguments.kwargs, torch.float32)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
+
+
+class TestSavedBytes:
+    @pytest.mark.parametrize("num", [1, 3])
+    @pytest.mark.parametrize("length", [16, 128])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_count_without_computing_is_what_autograd_keeps(self, tmp_path: Path, kind: str, length: int, num: int):
+        model = opened(tmp_path, KINDS[kind], length)
+        shape = (num, length, HIDDEN)
+        counted = saved_bytes(model.skeleton.blocks[1], model.arguments[1], shape)
+        [loaded] = stream_blocks(model.skeleton, [1], CPU)
+        kept = really_saved(loaded.module, model.arguments[1], torch.randn(shape))
+        assert kept <= counted <= 1.05 * kept
+
+    def test_block_stays_as_it_was(self, llama_model: Model):
+        block = llama_model.skeleton.blocks[0]
+        saved_bytes(block, llama_model.arguments[0], (2, LENGTH, HIDDEN))
+        assert all(parameter.is_meta and not parameter.requires_grad for parameter in block.parameters())
+        assert not llama_model.arguments[0].kwargs["position_embeddings"][0].is_meta
+
+
+@pytest.mark.parametrize(("dtype", "bytes_a_weight"), [(torch.float32, 24), (torch.bfloat16, 20)], ids=str)
+def test_state_is_counted_by_the_weight(llama_model: Model, dtype: torch.dtype, bytes_a_weight: int):
+    """s2, its gradient and Adam's moments: 16 bytes; the quantized weight and its gradient: 8, or 4 in bf16."""
+    attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
+    source = 2 * (attention + mlp + norms)
+    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, dtype)
+    assert counted == 2 * source + bytes_a_weight * (attention + mlp)
+
+
+def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
+    model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
+    attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
+    source = 2 * (attention + mlp + norms)
+    assert state_bytes(model.skeleton, model.plan, 0, torch.float32) == 2 * source + 24 * attention
+
+
+class TestChoice:
+    @staticmethod
+    def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
+        """Memory for a block's training with some samples at once."""
+        state = state_bytes(model.skeleton, model.plan, block_index, torch.float32)
+        sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
+        return int(state + num_samples * sample)
+
+    @pytest.mark.parametrize(
+        ("fitting", "expected"),
+        [(1, 1), (1.99, 1), (2, 2), (3.5, 3), (4, 4), (5.9, 4), (6, 6), (11.99, 6), (12, 12), (1000, 12)],
+    )
+    def test_largest_divisor_of_the_batch_that_fits_is_chosen(self, llama_model: Model, fitting: float, expected: int):
+        assert llama_model.choose(options_for(12), self.bytes_for(llama_model, fitting)) == expected
+
+    @pytest.mark.parametrize(("world_size", "expected"), [(1, 6), (2, 6), (3, 4), (6, 2), (12, 1)])
+    def test_only_a_ranks_part_of_the_batch_counts(self, llama_model: Model, world_size: int, expected: int):
+        assert llama_model.choose(options_for(12), self.bytes_for(llama_model, 7), world_size) == expected
+
+    @pytest.mark.parametrize("spare_bytes", [0, 1000])
+    def test_one_sample_is_tried_where_nothing_fits(self, llama_model: Model, spare_bytes: int):
+        assert llama_model.choose(options_for(12), spare_bytes) == 1
+
+    def test_limit_goes_before_what_there_is_to_spare(self, llama_model: Model):
+        limit = (self.bytes_for(llama_model, 3) + 1) / 2**30
+        assert llama_model.choose(options_for(12, limit), 1 << 40) == 3
+        assert llama_model.choose(options_for(12, limit), 0) == 3
+
+    def test_limit_that_one_sample_exceeds_is_refused(self, llama_model: Model):
+        limit = (self.bytes_for(llama_model, 1) - 1) / 2**30
+        with pytest.raises(ConfigError) as caught:
+            llama_model.choose(options_for(12, limit), 1 << 40)
+        message = str(caught.value)
+        assert message.startswith("optimize.memory_gib: ") and "model.layers." in message and "\n" not in message
+
+    def test_bf16_leaves_more_room(self, llama_model: Model):
+        spare = self.bytes_for(llama_model, 3.99)
+        narrow = llama_model.choose(options_for(12, precision="bf16"), spare)
+        assert llama_model.choose(options_for(12), spare) == 3 < narrow
+
+    def test_largest_block_decides(self, tmp_path: Path):
+        model = opened(tmp_path, TWO_KINDS)
+        small, large = (self.bytes_for(model, 4, number) for number in (0, 1))
+        assert small < large
+        assert model.choose(options_for(4), small) < 4
+        assert model.choose(options_for(4), large) == 4
+
+    def test_block_with_more_to_train_is_the_largest(self, tmp_path: Path):
+        model = opened(tmp_path, KINDS["llama"], ignore="model.layers.1.mlp.*")
+        with pytest.raises(ConfigError, match="model.layers.0 needs"):
+            model.choose(options_for(1, 1e-9), 0)

@@ -1,0 +1,124 @@
+"""Compiling functions: what cannot be compiled still runs, and says so."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from shardq.compiling import compiler, eager, keep_between_runs, why_not
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(why_not(CPU) is not None, reason=f"there is {why_not(CPU)}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def scaled(values, factor):
+    """A function that can be compiled."""
+    return values.sin() * factor + 1
+
+
+def reads_a_value(values, factor):
+    """A function whose path depends on a value that is known only when it runs."""
+    if values.sum().item() > 0:
+        return values * factor
+    return values - factor
+
+
+def prints(values, factor):
+    """A function that does what no kernel can."""
+    print("called")
+    return values * factor
+
+
+def graphs() -> int:
+    """Number of graphs that dynamo has made since the test began."""
+    return counters["stats"]["unique_graphs"]
+
+
+class TestEager:
+    @pytest.mark.parametrize("varying", [True, False])
+    def test_function_stays_what_it_is(self, varying: bool):
+        assert eager(scaled, varying) is scaled
+
+
+@needs_compiler
+class TestCompiler:
+    def test_compiled_function_gives_what_the_plain_one_gives(self):
+        said = []
+        compiled = compiler(said.append)(scaled, False)
+        values = torch.randn(7, 5, requires_grad=True)
+        torch.testing.assert_close(compiled(values, 3.0), scaled(values, 3.0))
+        [gradient] = torch.autograd.grad(compiled(values, 3.0).sum(), values)
+        torch.testing.assert_close(gradient, 3 * values.cos())
+        assert said == [] and graphs() == 1
+
+    def test_varying_sizes_are_compiled_once(self):
+        compiled = compiler(lambda text: None)(scaled, True)
+        for size in (5, 6, 7, 8, 9):
+            values = torch.randn(size, 3)
+            torch.testing.assert_close(compiled(values, 2.0), scaled(values, 2.0))
+        assert graphs() == 1
+
+    @pytest.mark.parametrize("function", [reads_a_value, prints], ids=lambda function: function.__name__)
+    def test_function_that_cannot_be_compiled_whole_runs_as_it_is_and_says_so_once(self, function):
+        said = []
+        compiled = compiler(said.append)(function, False)
+        for values in (torch.ones(3), -torch.ones(3), torch.ones(4)):
+            assert torch.equal(compiled(values, 2.0), function(values, 2.0))
+        assert len(said) == 1 and "\n" not in said[0]
+        assert said[0].startswith(f"{function.__name__} cannot be compiled (") and "uncompiled" in said[0]
+
+    def test_one_function_that_cannot_be_compiled_does_not_stop_another(self):
+        said = []
+        compile_it = compiler(said.append)
+        broken, fine = compile_it(prints, False), compile_it(scaled, False)
+        broken(torch.ones(3), 2.0)
+        fine(torch.ones(3), 2.0)
+        assert graphs() == 1 and len(said) == 1
+
+    def test_error_of_the_function_itself_is_raised(self):
+        said = []
+        with pytest.raises(RuntimeError):
+            compiler(said.append)(torch.mm, False)(torch.ones(2, 3), torch.ones(2, 3))
+
+
+class TestWhyNot:
+    @needs_compiler
+    def test_nothing_is_wrong_where_there_is_a_compiler(self):
+        assert why_not(CPU) is None
+
+    @pytest.mark.parametrize("compiler_path", ["/nonexistent/g++"])
+    def test_missing_compiler_is_named(self, compiler_path: str, tmp_path: Path):
+        """In a process of its own: torch looks for the compiler once."""
+        command = "import torch; from shardq.compiling import why_not; print(why_not(torch.device('cpu')))"
+        environment = os.environ | {"CXX": compiler_path, "PATH": str(tmp_path)}
+        child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
+        assert "no C++ compiler" in child.stdout and "g++" in child.stdout, child.stderr
+
+    @pytest.mark.parametrize("works", [True, False])
+    def test_gpu_needs_triton(self, monkeypatch: pytest.MonkeyPatch, works: bool):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda: works)
+        reason = why_not(torch.device("cuda"))
+        assert reason is None if works else "triton" in reason
+
+
+class TestKeepBetweenRuns:
+    def test_folder_is_in_the_users_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        keep_between_runs()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "shardq" / "compiled")
+
+    def test_folder_that_the_environment_gives_is_kept(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+        keep_between_runs()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"

@@ -1,0 +1,83 @@
+"""What differs between CPU and GPU; here the CPU's half, and what is asked of the system."""
+
+import psutil
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from shardq.devices import mark_ready, multiplies_bf16, spare_bytes, to_device, to_host, training_attention
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, False),
+        ({"avx2": True, "avx512_f": True}, False),
+        ({"avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
+        ({"arm_bf16": True}, True),
+    ],
+    ids=str,
+)
+def test_cpu_multiplies_bf16_only_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict, expected: bool
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert multiplies_bf16(CPU) is expected
+
+
+def test_names_of_the_instructions_are_those_that_torch_uses():
+    """On x86 torch names all of them, present or not; on ARM its own."""
+    known = torch.cpu.get_capabilities()
+    names = {"x86_64": {"avx2"}, "aarch64": {"arm_bf16"}}.get(known.get("architecture", "x86_64"), set())
+    assert names <= known.keys()
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpu_multiplies_bf16_from_ampere_on(monkeypatch: pytest.MonkeyPatch, capability: tuple, expected: bool):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_bf16(GPU) is expected
+
+
+def test_plain_attention_is_for_short_sequences_on_a_cpu_alone():
+    assert training_attention(CPU, 1024) == [SDPBackend.MATH]
+    for kernels in (training_attention(CPU, 1025), training_attention(GPU, 1024), training_attention(GPU, 4096)):
+        assert kernels[0] == SDPBackend.FLASH_ATTENTION
+        assert kernels[-1] == SDPBackend.MATH, "nothing is left for what no fused kernel takes"
+
+
+def test_on_a_cpu_nothing_moves():
+    tensor = torch.randn(3)
+    assert to_device(tensor, CPU) is tensor
+    assert mark_ready(tensor) is None
+    assert to_host(tensor, None) is tensor
+
+
+@pytest.mark.parametrize("local_world_size", [1, 2, 8])
+def test_ranks_of_a_host_share_half_of_what_is_available(monkeypatch: pytest.MonkeyPatch, local_world_size: int):
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=64 << 30))
+    assert spare_bytes(CPU, local_world_size) == (32 << 30) // local_world_size
+
+
+def test_gpu_is_not_shared(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert spare_bytes(GPU, 4) == 900
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGpu:
+    def test_tensor_comes_back_as_it_went(self):
+        tensor = torch.randn(1000, 1000)
+        moved = to_device(tensor, GPU)
+        assert moved.is_cuda and torch.equal(to_host(moved, mark_ready(moved)), tensor)
+
+    def test_what_comes_back_is_what_was_still_being_computed(self):
+        factor = torch.eye(4096, device=GPU) * 2
+        product = factor
+        for _ in range(20):
+            product = product @ factor
+        assert torch.equal(to_host(product, mark_ready(product)), torch.eye(4096) * 2**21)
