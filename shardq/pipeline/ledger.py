@@ -65,6 +65,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
+def stored_option(output: Path, section: str, name: str) -> object:
+    """An option of the run in a folder, None where there is no run: for what is chosen by the state of the machine."""
+    path = output / MANIFEST
+    return _read_json(path).get("options", {}).get(section, {}).get(name) if path.exists() else None
+
+
 def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
     """Begin a run in a folder, or find what an unfinished run there has done.
 

@@ -101,7 +101,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = replace(config, optimize=_fitted(config, skeleton, plan, arguments, ranks))
+        chosen = replace(config, optimize=_fitted(config, output, skeleton, plan, arguments, ranks))
         manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT), ranks.world_size)
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
@@ -113,14 +113,22 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
 
 
 def _fitted(
-    config: QuantizeConfig, skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], ranks: Ranks
+    config: QuantizeConfig,
+    output: Path,
+    skeleton: Skeleton,
+    plan: Plan,
+    arguments: list[BlockArguments],
+    ranks: Ranks,
 ) -> OptimizeOptions:
     """Options with the micro-batch and whether to compile decided for this model and machine."""
     optimize = config.optimize
     if optimize.micro_batch is None:
-        spare = spare_bytes(ranks.device, ranks.local_world_size)
-        length = config.calib.sequence_length
-        micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, ranks.world_size, spare)
+        # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
+        micro_batch = ledger.stored_option(output, "optimize", "micro_batch")
+        if micro_batch is None:
+            spare = spare_bytes(ranks.device, ranks.local_world_size)
+            length = config.calib.sequence_length
+            micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, ranks.world_size, spare)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
         return replace(optimize, compile="off")

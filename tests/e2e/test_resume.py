@@ -130,3 +130,13 @@ def test_resume_refuses_a_damaged_block(uninterrupted, llama, token_file, tmp_pa
     file.write_bytes(content)
     with pytest.raises(ResumeError, match=r"block-00001\.safetensors: changed"):
         run_quantize(llama, token_file, tmp_path / "out")
+
+
+def test_run_keeps_its_micro_batch_whatever_memory_is_free(llama, token_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as crowded:
+        crowded.setattr("shardq.pipeline.run.spare_bytes", lambda device, ranks: 0)
+        run_quantize(llama, token_file, tmp_path / "out")
+    files = result_files(tmp_path / "out")
+    assert b'"micro_batch": 1' in files["manifest.json"]
+    run_quantize(llama, token_file, tmp_path / "out")  # with today's memory it would be 2, another run
+    assert result_files(tmp_path / "out") == files

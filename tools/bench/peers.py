@@ -163,7 +163,8 @@ def shardq_row(bench: Bench, name: str) -> dict:
         "--output", output, *options.shardq_options,
     ]  # fmt: skip
     summary, cost = bench.run(name, command, options.checkout)
-    facts = {"peak_rss_bytes": summary["peak_rss_bytes"], "dtype": summary.get("dtype")}
+    chosen = json.loads((output / "manifest.json").read_text())["options"]["optimize"]
+    facts = {"peak_rss_bytes": summary["peak_rss_bytes"], "dtype": chosen["precision"]}
     facts |= train_statistics((output / "events.jsonl").read_text().splitlines())
     return {"name": name} | facts | cost
 

@@ -31,6 +31,13 @@ from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 
 SHAPES = {"smollm2": "576x1536x9x3", "llama3-8b": "4096x14336x32x8", "llama3-70b": "8192x28672x64x8"}
+PROFILED_STEPS = 10
+PROFILE_KINDS = {  # pattern of an operation's name -> what it is called in the profile
+    r"^aten::(mm|addmm)$": "matrix multiplies of linears",
+    r"^aten::(bmm|baddbmm|_scaled_dot_product.*)$": "matrix multiplies of attention",
+    r"CompiledFxGraph": "fused kernels",
+    r"[Aa]dam": "Adam",
+}
 SQUARE = 4096  # size of the matrices whose product counts as the peak, beside the block's own shapes
 
 
@@ -151,6 +158,17 @@ def saved_bytes(quantizer: BlockQuantizer, shape: Shape) -> dict[str, float]:
     }
 
 
+def profile_shares(work: Callable[[], None]) -> dict[str, dict[str, float]]:
+    """Where the CPU's time goes, in milliseconds a step, by kind of operation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    kinds = dict.fromkeys(PROFILE_KINDS.values(), 0.0) | {"other": 0.0}
+    for event in profiler.key_averages():
+        kind = next((kind for pattern, kind in PROFILE_KINDS.items() if re.search(pattern, event.key)), "other")
+        kinds[kind] += event.self_cpu_time_total / 1e3 / PROFILED_STEPS
+    return {"profile_ms": {kind: round(milliseconds, 2) for kind, milliseconds in kinds.items()}}
+
+
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     """Run the steps and give the figures."""
     shape, tokens = arguments.shape, arguments.tokens
@@ -187,7 +205,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     warm_up = time.perf_counter() - start
     times.clear()
     train(arguments.iterations)
-    steps = sorted(after - before for before, after in zip(times, times[1:], strict=False))
+    measured = list(times)
+    shares = profile_shares(lambda: train(PROFILED_STEPS)) if arguments.profile else {}
+    steps = sorted(after - before for before, after in zip(measured, measured[1:], strict=False))
     median = steps[len(steps) // 2]
     flop = arguments.batch_size * shape.step_flop(tokens)
     peak = matmul_peak(shape, tokens, options.dtype, device)
@@ -204,6 +224,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
         "warm_up_seconds": round(warm_up, 1),
         "peak_bytes": peak_device_bytes(device),
         "threads": torch.get_num_threads(),
+        **shares,
     }
 
 
@@ -220,6 +241,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=-1)
+    parser.add_argument("--profile", action="store_true", help="also show where a step's time goes")
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     keep_between_runs()

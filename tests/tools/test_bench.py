@@ -1,0 +1,91 @@
+"""The benchmarks' arithmetic: operations of a step, spans that add up to a run."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.quant.adascale import Kernels
+from shardq.quant.spec import QuantSpec
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+
+def load(name: str) -> ModuleType:
+    """A script of tools/bench as a module."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+step, run = load("step"), load("run")
+
+
+def test_operations_of_a_smollm2_step_are_those_counted_by_hand():
+    shape = step.parse_shape("smollm2")
+    # q, o: 576 x 576; k, v: 192 x 576; gate, up, down: 576 x 1536.
+    assert shape.num_weights == 2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536
+    linears = 2 * 512 * (3 * shape.num_weights - (576 + 2 * 192) * 576)  # no gradient of the block's input
+    attention = 6 * 2 * 512 * 512 * 576
+    assert shape.step_flop(512) == linears + attention
+    assert round(linears / 1e9, 2) == 10.31 and round(attention / 1e9, 2) == 1.81
+
+
+def test_named_shapes_have_the_weights_of_their_blocks():
+    assert step.parse_shape("llama3-8b").num_weights == 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 14336
+    assert round(step.parse_shape("llama3-70b").num_weights / 1e6) == 856
+
+
+@pytest.mark.parametrize("text", ["llama", "64x128x4", "64x128x5x5", "64x128x4x3"])
+def test_shape_that_makes_no_block_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        step.parse_shape(text)
+
+
+def test_weight_and_scales_are_what_is_saved():
+    shape = step.parse_shape("64x128x4x2")
+    block, source, _ = step.make_block(shape, 8, torch.device("cpu"))
+    quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
+    quantizer.start(source)
+    saved = step.saved_bytes(quantizer, shape)
+    assert saved["saved_bytes_per_weight"] == 6  # bfloat16 weight, float32 s2
+    assert 12 <= saved["saved_bytes_per_row"] <= 64  # s3, scale, zero point, and what clipping needs
+
+
+SPANS = [
+    {"span": "start-up", "seconds": 1.0},
+    {"span": "train", "seconds": 6.0, "iterations": 20, "waiting_for_input": 0.5},
+    {"span": "fp pass", "seconds": 1.0, "waiting_for_output": 0.25},
+    {"span": "train", "seconds": 10.0, "iterations": 20},
+    {"span": "run", "seconds": 20.0},
+]
+
+
+def test_spans_of_one_name_are_added_up_and_the_rest_is_named():
+    rows = {row["span"]: row for row in run.span_table(SPANS)}
+    assert list(rows) == ["train", "unaccounted", "start-up", "fp pass"]
+    assert rows["train"]["seconds"] == 16 and rows["train"]["count"] == 2 and rows["train"]["share"] == 0.8
+    assert rows["unaccounted"]["seconds"] == 2
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+
+
+def test_summary_gives_the_step_and_the_shares():
+    summary = run.summarize(SPANS)
+    assert summary["ms_per_step"] == 400
+    assert summary["share_outside_training"] == 0.2
+    assert summary["share_waiting_for_input"] == 0.025 and summary["share_waiting_for_output"] == 0.0125
+
+
+def test_spans_are_those_of_the_asked_rank(tmp_path: Path):
+    events = tmp_path / "events.jsonl"
+    lines = [{"rank": rank, **span} for span in SPANS for rank in (0, 1)]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [event["span"] for event in run.read_spans(events, 1)] == [span["span"] for span in SPANS]
