@@ -256,6 +256,7 @@ def _started(monkeypatch) -> list[list[str]]:
             output.mkdir()
             event = {"span": "train", "rank": 0, "seconds": 2.0, "iterations": 4}
             (output / "events.jsonl").write_text(json.dumps(event) + "\n")
+            (output / "manifest.json").write_text(json.dumps({"options": {"optimize": {"precision": "bf16"}}}))
         return json.dumps(facts), peers_process.Cost(10.0, 15.0, 2**30, 0.25)
 
     monkeypatch.setattr(peers, "run_process", run)
@@ -277,6 +278,7 @@ def test_all_run_on_the_same_model_samples_and_iterations(llama, ids, started, c
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
     assert [row["name"] for row in result["rows"]] == ["float", "aimet", "shardq"]
+    assert result["rows"][2]["dtype"] == "bf16"
     assert result["ratios"] == {"aimet": {"step": 2.0, "wall": 1.0, "peak_rss": 1.0}}
     assert "autoround: failed: autoround_tuning.py: exit code 1: out of memory" in captured.err
     assert "aimet: 25% of the processor went to other work" in captured.err
