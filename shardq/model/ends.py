@@ -7,6 +7,7 @@ final norms and logit caps are the model's, whatever its architecture.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, d
     with in_dtype:
         output = block(hidden_NTD, *args, **kwargs)
     return (output[0] if isinstance(output, tuple) else output).float()
+
+
+def block_forward(block: nn.Module, arguments: BlockArguments, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Function from the hidden states [N, T, D] that enter a block to those that leave it, float32."""
+    return partial(run_block, block, args=arguments.args, kwargs=arguments.kwargs, dtype=dtype)
 
 
 @contextmanager

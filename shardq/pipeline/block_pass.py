@@ -14,7 +14,7 @@ from shardq.compiling import Compile
 from shardq.devices import training_attention
 from shardq.errors import QuantizationError
 from shardq.logs import Display, Events
-from shardq.model.ends import BlockArguments, run_block
+from shardq.model.ends import BlockArguments, block_forward, run_block
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import accumulate, distill
@@ -82,10 +82,7 @@ def quantize_block(
     """
     block_index, activations = loaded.index, job.activations
     span = partial(job.events.span, block=block_index)
-
-    def forward(hidden_NTD: Tensor) -> Tensor:
-        return run_block(loaded.module, hidden_NTD, arguments.args, arguments.kwargs, job.optimize.dtype)
-
+    forward = block_forward(loaded.module, arguments, job.optimize.dtype)
     # 1. The fp stream moves on: its output is the target now and the next block's input.
     with span("fp pass"):
         advance(activations, "fp", block_index, forward)

@@ -2,7 +2,6 @@
 
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import load_tokens
 from shardq.config import EvaluateConfig, check_evaluate
 from shardq.logs import Display, peak_rss_bytes
-from shardq.model.ends import epilogue, prologue, record_arguments, run_block
+from shardq.model.ends import block_forward, epilogue, prologue, record_arguments
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -78,8 +77,7 @@ def _through_blocks(
     with display.bars(plan.num_blocks, 0, 0):
         for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
             _round_to_nearest(loaded, plan.linears[loaded.index], config)
-            given = arguments[loaded.index]
-            forward = partial(run_block, loaded.module, args=given.args, kwargs=given.kwargs, dtype=torch.float32)
+            forward = block_forward(loaded.module, arguments[loaded.index], torch.float32)
             advance(activations, "fp", loaded.index, forward)
             activations.drop(loaded.index)
             display.advance_block()

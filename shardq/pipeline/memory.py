@@ -1,6 +1,7 @@
 """What training a block takes, and the micro-batch that fits."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +76,21 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
     """
     block = copy.deepcopy(block).requires_grad_(True)
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (arguments.args, arguments.kwargs))
-    kept: dict[int, Tensor] = {}  # by storage: views of one tensor count once
+    hidden_NTD = torch.empty(hidden_shape, device="meta")
+    kept = saved_tensors(lambda: run_block(block, hidden_NTD, args, kwargs, torch.float32))
+    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    storages = [tensor.untyped_storage() for tensor in kept]
+    return sum(storage.nbytes() for storage in storages if storage._cdata not in parameters)
+
+
+def saved_tensors(work: Callable[[], object]) -> list[Tensor]:
+    """What `work` keeps for backward on any device, one tensor for each storage: views of one count once."""
+    kept: dict[int, Tensor] = {}
 
     def count(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with saved_tensors_hooks(count, lambda tensor: tensor):
-        run_block(block, torch.empty(hidden_shape, device="meta"), args, kwargs, torch.float32)
-    for parameter in block.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        work()
+    return list(kept.values())

@@ -19,7 +19,7 @@ from shardq.devices import multiplies_bf16, spare_bytes
 from shardq.errors import ConfigError
 from shardq.formats.shards import Index, read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
-from shardq.model.ends import BlockArguments, prologue, record_arguments, run_block
+from shardq.model.ends import BlockArguments, block_forward, prologue, record_arguments
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -148,9 +148,10 @@ def _say_what_will_be_done(run: Run) -> None:
         f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
     )
-    missing = why_not(run.ranks.device)
-    how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
     if config.quant.method != "rtn":
+        # Asked only where it is not compiled: the answer takes an import of seconds.
+        missing = why_not(run.ranks.device) if optimize.compile == "off" else None
+        how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
         line(
             f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
         )
@@ -221,10 +222,8 @@ def _prepare_activations(run: Run, activations: Activations) -> None:
         run.display.line(f"no cached activations for block {first + 1}: computing them again")
     written = _finished_weights(run, first)
     for loaded in stream_blocks(run.skeleton, range(first), device):
-        block_index, given = loaded.index, run.arguments[loaded.index]
-        forward = partial(
-            run_block, loaded.module, args=given.args, kwargs=given.kwargs, dtype=run.config.optimize.dtype
-        )
+        block_index = loaded.index
+        forward = block_forward(loaded.module, run.arguments[block_index], run.config.optimize.dtype)
         advance(activations, "fp", block_index, forward)
         for name in run.plan.linears[block_index]:
             info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -27,6 +26,7 @@ from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.optimize.stepper import LocalStepper
 from shardq.pipeline.block_pass import block_loss
+from shardq.pipeline.memory import saved_tensors
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 
@@ -132,22 +132,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def saved_tensors(work: Callable[[], object]) -> list[Tensor]:
-    """What `work` saves for backward, each storage once."""
-    kept: dict[int, Tensor] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        work()
-    return list(kept.values())
-
-
 def saved_bytes(quantizer: BlockQuantizer, shape: Shape) -> dict[str, float]:
     """Bytes that quantizing the weights saves for backward: a weight's own, and those that its row shares."""
-    sizes = {size for linear in quantizer.quantizers for size in [linear.rows.numel()]}
+    sizes = {linear.rows.numel() for linear in quantizer.quantizers}
     saved = saved_tensors(quantizer.requantize)
     of_weights = sum(tensor.untyped_storage().nbytes() for tensor in saved if tensor.numel() in sizes)
     of_all = sum(tensor.untyped_storage().nbytes() for tensor in saved)
@@ -245,7 +232,8 @@ def main() -> None:
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     keep_between_runs()
-    print(json.dumps(measure(parser.parse_args(), torch.device(parser.parse_args().device))))
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments, torch.device(arguments.device))))
 
 
 if __name__ == "__main__":
