@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+WATCHED = 8  # samples that show how far a block is off; every one is a forward through it
+
 
 def owned_samples(num_samples: int, rank: int, world_size: int) -> range:
     """Samples of a rank: every `world_size`-th. It keeps them, so activations never cross the network."""
@@ -19,6 +21,11 @@ def step_samples(
     for iteration in range(num_iterations):
         batch = [(iteration * batch_size + number) % num_samples for number in range(batch_size)]
         yield iteration, [sample for sample in batch if sample % world_size == rank]
+
+
+def watched_samples(num_samples: int, rank: int, world_size: int) -> list[int]:
+    """This rank's part of the few samples on which a block's loss is measured: the last ones."""
+    return [sample for sample in range(max(0, num_samples - WATCHED), num_samples) if sample % world_size == rank]
 
 
 def chunks(samples: range, size: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from shardq.calib.partition import step_samples
+from shardq.calib.partition import step_samples, watched_samples
 from shardq.compiling import Compile
 from shardq.devices import training_attention
 from shardq.errors import QuantizationError
@@ -63,7 +63,7 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Quantized linears by name within the block, and the relative loss over all ranks' samples."""
+    """Quantized linears by name within the block, and the relative loss over the watched samples."""
 
     linears: dict[str, QuantizedLinear]
     loss_before: float
@@ -93,8 +93,8 @@ def quantize_block(
     loss_before = None
     if bench.stepper is not None:
         bench.quantizer.requantize()
-        with span("loss before"):
-            loss_before = _agreed_loss(job, block_index, compare(activations, block_index, forward, keep=False))
+        with span("loss"):
+            loss_before = _agreed_loss(job, block_index, forward)
         # 3. Train its quantizers.
         with span("train", iterations=job.optimize.iterations):
             bench.stepper.start()
@@ -104,9 +104,12 @@ def quantize_block(
     # 4. Fold them into codes and grid.
     with span("fold"):
         linears = bench.quantizer.fold(job.stored)
+    with span("loss"):
+        loss_after = _agreed_loss(job, block_index, forward)
     # 5. The quantized stream moves on through the weights as they are served.
-    with span("quant pass"):
-        loss_after = _agreed_loss(job, block_index, compare(activations, block_index, forward, keep=not is_last))
+    if not is_last:
+        with span("quant pass"):
+            advance(activations, "quant", block_index, forward)
     return BlockResult(linears, loss_after if loss_before is None else loss_before, loss_after)
 
 
@@ -190,7 +193,11 @@ def _training_batches(job: BlockJob, block_index: int) -> Iterator[tuple[Tensor,
     return (batch for _, batch in activations.ahead(load, steps))
 
 
-def _agreed_loss(job: BlockJob, block_index: int, sums: ErrorSums) -> float:
+@torch.no_grad()
+def _agreed_loss(job: BlockJob, block_index: int, forward: Callable[[Tensor], Tensor]) -> float:
+    """Relative loss of the block as it is now, over all ranks' watched samples."""
+    samples = watched_samples(job.num_samples, job.ranks.rank, job.ranks.world_size)
+    sums = compare(job.activations, block_index, samples, forward)
     total = ErrorSums(*sum_over_ranks(job.ranks, [sums.squared_error, sums.target_power]))
     if not torch.isfinite(torch.tensor(total.relative_loss)):
         error = QuantizationError(

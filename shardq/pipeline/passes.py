@@ -11,11 +11,8 @@ from torch import Tensor
 from shardq.background import behind, lookahead
 from shardq.cache.store import ActivationStore, Stream
 from shardq.calib.partition import chunks
-from shardq.devices import mark_ready, to_device, to_host
+from shardq.devices import mark_ready, pass_tokens, to_device, to_host
 from shardq.optimize.loss import ErrorSums, error_sums
-
-# Enough to keep matrix multiplies busy; the activations of a pass stay far below a block's training state.
-PASS_TOKENS = 4096
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -55,7 +52,7 @@ class Activations:
 
     def chunks(self) -> list[list[int]]:
         """This rank's samples in the groups that a pass computes at once."""
-        return chunks(self.samples, max(1, PASS_TOKENS // self.sequence_length))
+        return chunks(self.samples, max(1, pass_tokens(self.device) // self.sequence_length))
 
     def holds(self, generation: int) -> bool:
         """Whether both streams of all samples are there."""
@@ -87,21 +84,11 @@ def advance(activations: Activations, stream: Stream, generation: int, forward: 
 
 
 @torch.no_grad()
-def compare(activations: Activations, generation: int, forward: Forward, keep: bool) -> ErrorSums:
-    """Error of a block on the quantized stream against the fp stream's next generation, over this rank's samples.
+def compare(activations: Activations, generation: int, samples: list[int], forward: Forward) -> ErrorSums:
+    """Error of a block on some samples' quantized stream against the fp stream's next generation."""
 
-    Args:
-        keep: write the outputs as the quantized stream's next generation.
-    """
+    def load(sample: int) -> tuple[Tensor, Tensor]:
+        return activations.load("quant", generation, [sample]), activations.load("fp", generation + 1, [sample])
 
-    def load(samples: list[int]) -> tuple[Tensor, Tensor]:
-        return activations.load("quant", generation, samples), activations.load("fp", generation + 1, samples)
-
-    total = ErrorSums()
-    with activations.keeping("quant", generation + 1) as keep_output:
-        for samples, (hidden_NTD, target_NTD) in activations.ahead(load, activations.chunks()):
-            output_NTD = forward(hidden_NTD)
-            if keep:
-                keep_output(samples, output_NTD)
-            total += error_sums(output_NTD, target_NTD)
-    return total
+    pairs = (pair for _, pair in activations.ahead(load, samples))
+    return sum((error_sums(forward(hidden_NTD), target_NTD) for hidden_NTD, target_NTD in pairs), ErrorSums())

@@ -30,7 +30,7 @@ from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
 from shardq.pipeline.memory import choose_micro_batch
-from shardq.pipeline.passes import Activations, advance, compare, embed_samples
+from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, make_plan
 
 
@@ -228,7 +228,7 @@ def _prepare_activations(run: Run, activations: Activations) -> None:
         for name in run.plan.linears[block_index]:
             info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
             loaded.module.get_submodule(name).weight.copy_(read_tensor(info))
-        compare(activations, block_index, forward, keep=True)
+        advance(activations, "quant", block_index, forward)
         activations.drop(block_index)
         del loaded
 

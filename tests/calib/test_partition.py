@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardq.calib.partition import chunks, owned_samples, step_samples
+from shardq.calib.partition import chunks, owned_samples, step_samples, watched_samples
 
 LAYOUTS = [
     # samples, batch, world size
@@ -61,3 +61,12 @@ def test_chunks_are_all_samples_in_order(size: int):
     assert [sample for part in parts for sample in part] == [1, 3, 5, 7, 9]
     assert all(len(part) == size for part in parts[:-1])
     assert all(1 <= len(part) <= size for part in parts)
+
+
+def test_watched_samples_are_the_last_ones_whatever_the_number_of_ranks():
+    for num_samples in (3, 8, 30):
+        for world_size in (1, 2, 4):
+            parts = [watched_samples(num_samples, rank, world_size) for rank in range(world_size)]
+            assert sorted(sum(parts, [])) == list(range(num_samples))[-8:]
+            owned = [owned_samples(num_samples, rank, world_size) for rank in range(world_size)]
+            assert all(set(part) <= set(own) for part, own in zip(parts, owned, strict=True))

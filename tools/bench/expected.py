@@ -18,7 +18,7 @@ COMPUTE_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 WEIGHT_BYTES_A_STEP = 8 + 12 + 28
 # An activation's bytes forward and backward with fused norms, rotary, SiLU and residuals: values read or written.
 HIDDEN_VALUES, INTERMEDIATE_VALUES, ACTIVATION_BYTES = 24, 12, 3  # between 2 (bf16) and 4 (float32) bytes a value
-PASSES = 3  # fp pass, loss before, quant pass
+PASSES = 2  # fp pass, quant pass
 
 
 @dataclass(frozen=True)
