@@ -23,9 +23,13 @@ def step_samples(
         yield iteration, [sample for sample in batch if sample % world_size == rank]
 
 
-def watched_samples(num_samples: int, rank: int, world_size: int) -> list[int]:
-    """This rank's part of the few samples on which a block's loss is measured: the last ones."""
-    return [sample for sample in range(max(0, num_samples - WATCHED), num_samples) if sample % world_size == rank]
+def watched_samples(num_samples: int, num_held_out: int, rank: int, world_size: int) -> list[int]:
+    """This rank's part of the samples on which a block's loss is measured: the last ones.
+
+    Those that are held out of training, or a few of the others where none is.
+    """
+    first = num_samples - (num_held_out or min(WATCHED, num_samples))
+    return [sample for sample in range(first, num_samples) if sample % world_size == rank]
 
 
 def chunks(samples: range, size: int) -> list[list[int]]:

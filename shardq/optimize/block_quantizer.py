@@ -41,10 +41,14 @@ class BlockQuantizer(nn.Module):
         self._kernels, self._dtype = kernels, dtype
         self._quantized: list[Tensor] = []
 
-    def start(self, source: dict[str, Tensor]) -> None:
-        """Go to the start, round-to-nearest, for the weights `NAME.weight` in `source`, of any float dtype."""
+    def start(self, source: dict[str, Tensor], importance: dict[str, Tensor] | None = None) -> None:
+        """Go to the start, round-to-nearest, for the weights `NAME.weight` in `source`, of any float dtype.
+
+        Args:
+            importance: by linear's name of its input channels [I]; the start grid is searched with it.
+        """
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
-            quantizer.start(source[f"{name}.weight"])
+            quantizer.start(source[f"{name}.weight"], importance and importance[name])
 
     def requantize(self) -> None:
         """Write the fake-quantized weights into the block; gradients that reach them are collected there."""
@@ -64,26 +68,32 @@ class BlockQuantizer(nn.Module):
             linear.weight.grad = None
         return weights, gradients
 
-    @torch.no_grad()
-    def fold(self, stored: Callable[[Tensor], Tensor]) -> dict[str, QuantizedLinear]:
-        """Write the quantized weights into the block, let go of the source, and give the linears by name.
-
-        Args:
-            stored: rounds a dequantized weight to what the output checkpoint stores, so that the block computes with
-                the weights that are served; with bf16 matrix multiplies they are then rounded to that.
+    def folded(self) -> dict[str, QuantizedLinear]:
+        """The quantized linears by name that the quantizers stand for now.
 
         Raises:
             QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to 0.
         """
-        quantized = {}
+        return {name: _checked(name, quantizer) for name, quantizer in zip(self.names, self.quantizers, strict=True)}
+
+    @torch.no_grad()
+    def serve(self, linears: dict[str, QuantizedLinear], stored: Callable[[Tensor], Tensor]) -> None:
+        """Write quantized weights into the block, as they will be served.
+
+        Args:
+            stored: rounds a dequantized weight to what the output checkpoint stores; with bf16 matrix multiplies the
+                weights are then rounded to that.
+        """
         self._quantized = []
-        for name, quantizer, linear in zip(self.names, self.quantizers, self._linears, strict=True):
-            quantized[name] = _checked(name, quantizer)
+        for name, linear in zip(self.names, self._linears, strict=True):
             linear.weight.requires_grad_(False)
             linear.weight.grad = None
-            linear.weight.data.copy_(stored(quantized[name].dequantized()))
+            linear.weight.data.copy_(stored(linears[name].dequantized()))
+
+    def release(self) -> None:
+        """Let go of the source."""
+        for quantizer in self.quantizers:
             quantizer.release()
-        return quantized
 
 
 def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:

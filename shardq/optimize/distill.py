@@ -16,6 +16,7 @@ def distill(
     batches: Iterable[tuple[Tensor, Tensor]],
     micro_batch: int,
     on_step: Callable[[Tensor], None],
+    goes_on: Callable[[int], bool] = lambda done: True,
 ) -> None:
     """Train in place, one optimizer step a batch. Nothing in a step waits for the device.
 
@@ -24,12 +25,15 @@ def distill(
         batches: this rank's inputs and targets, both [N, T, D], one pair an iteration.
         micro_batch: samples that go through the block at once.
         on_step: called after each step with the batch's loss, a tensor on the device, for progress.
+        goes_on: called after each step with the number of steps done; training ends where it is false.
     """
-    for inputs_NTD, targets_NTD in batches:
+    for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
         loss = accumulate(loss_of, quantizer, inputs_NTD, targets_NTD, micro_batch)
         stepper.backward(*quantizer.collected())
         stepper.step()
         on_step(loss)
+        if not goes_on(done):
+            break
 
 
 def accumulate(

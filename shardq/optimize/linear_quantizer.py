@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from shardq.quant import adascale, affine
+from shardq.quant import adascale, affine, search
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -38,10 +38,17 @@ class LinearQuantizer(nn.Module):
         self.gamma = nn.Parameter(_zeros(row_R1)) if trains_ends else None
 
     @torch.no_grad()
-    def start(self, weight_OI: Tensor) -> None:
-        """Take a weight of any float dtype and go to the start, round-to-nearest on its min-max grid; in place."""
+    def start(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> None:
+        """Take a weight of any float dtype and go to the start, round-to-nearest; in place.
+
+        Args:
+            importance_I: of each input channel: the start grid is searched with it (`quant/search.py`). None: min-max.
+        """
         self.rows = affine.to_rows(weight_OI, self.spec)
         min_R1, max_R1 = affine.start_range(self.rows.float(), self.spec)
+        if importance_I is not None:
+            importance_Gg = importance_I.view(-1, self.rows.shape[1])
+            min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.spec)
         self.min.copy_(min_R1)
         self.max.copy_(max_R1)
         for parameter in self.parameters():

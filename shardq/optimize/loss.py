@@ -1,17 +1,26 @@
 """How far a quantized block's output is from the fp block's."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Loss = Literal["squared", "token"]
 
-def distillation_loss(output_NTD: Tensor, target_NTD: Tensor) -> Tensor:
+
+def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> Tensor:
     """Training loss: squared error summed over the sequence, mean over samples and channels.
 
-    Source: AIMET's AdaScale. Adam does not see the loss's size but for its eps, which this size keeps negligible.
+    `squared` is AIMET's AdaScale's. `token` divides each position's error by the target's mean square there. Adam does
+    not see the loss's size but for its eps, which these sizes keep negligible.
     """
-    return (output_NTD - target_NTD).square().sum(1).mean()
+    return _errors(output_NTD, target_NTD, kind).sum(1).mean()
+
+
+def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
+    squared_NTD = (output_NTD - target_NTD).square()
+    return squared_NTD if kind == "squared" else squared_NTD / target_NTD.square().mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class ErrorSums:
         return self.squared_error / max(self.target_power, torch.finfo(torch.float32).tiny)
 
 
-def error_sums(output_NTD: Tensor, target_NTD: Tensor) -> ErrorSums:
-    """Error and power of one pass, summed in float64."""
-    squared_error = (output_NTD - target_NTD).square().sum(dtype=torch.float64)
-    return ErrorSums(squared_error.item(), target_NTD.square().sum(dtype=torch.float64).item())
+def error_sums(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> ErrorSums:
+    """Error and power of one pass, summed in float64; `token`: relative error of each position, 1 for its power."""
+    error = _errors(output_NTD, target_NTD, kind).sum(dtype=torch.float64)
+    power = target_NTD.square().sum(dtype=torch.float64) if kind == "squared" else target_NTD.numel()
+    return ErrorSums(float(error), float(power))

@@ -27,6 +27,20 @@ class OptimizeOptions:
     in hardware, float32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step into fused kernels: `auto` where a compiler is found; `on` stops where none is."""
+    start: Literal["minmax", "search"] | None = None
+    """Grid that training starts from: `minmax` holds every weight; `search` draws the ends in to where the rounding
+    error, weighted by the input channels' mean square, is least (preset aimet: minmax)."""
+    loss: Literal["squared", "token"] | None = None
+    """Error of a block's output: `squared`, or `token`, where each position's is relative to the target's power there
+    (preset aimet: squared)."""
+    optimizer: Literal["adam", "sign"] | None = None
+    """`adam`; or `sign`, descent by the gradient's sign, which keeps no state: half the memory (preset aimet: adam)."""
+    held_out: int | None = None
+    """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
+    included. 0: the last iterate is kept (preset aimet: 0)."""
+    patience: int | None = None
+    """Stop a block once so many looks at the held-out samples in a row, ten in all, have found nothing better
+    (default: never)."""
     grid_lr: float | None = None
     """Learning rate of the grid's parameters, beta and gamma or the step (preset aimet: 1e-3)."""
     weight_lr: float | None = None
@@ -41,7 +55,12 @@ class OptimizeOptions:
         return {"float32": torch.float32, "bf16": torch.bfloat16}[self.precision]
 
 
-PRESETS = {"aimet": {"iterations": 1500, "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5}}
+PRESETS = {
+    "aimet": {
+        "iterations": 1500, "start": "minmax", "loss": "squared", "held_out": 0, "optimizer": "adam",
+        "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5,
+    },
+}  # fmt: skip
 
 
 def resolved(options: OptimizeOptions, world_size: int, has_bf16: bool) -> OptimizeOptions:

@@ -25,17 +25,19 @@ class Stepper(Protocol):
 
 
 class LocalStepper:
-    """Adam with a cosine learning rate to 0, on one rank."""
+    """Adam, or descent by the gradient's sign, with a cosine learning rate to 0, on one rank."""
 
     def __init__(self, module: nn.Module, options: OptimizeOptions):
         grid, weight = trainable(module)
         groups = [{"params": grid, "lr": options.grid_lr}, {"params": weight, "lr": options.weight_lr}]
-        self._optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+        groups = [group for group in groups if group["params"]]
+        self._by_sign = options.optimizer == "sign"
+        self._optimizer = (torch.optim.SGD if self._by_sign else torch.optim.Adam)(groups, fused=True)
         self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._iterations, self._done = options.iterations, 0
 
     def start(self) -> None:
-        """Zero Adam's moments and step counts in place, and go to the start of the schedule."""
+        """Zero the optimizer's moments and step counts in place, and go to the start of the schedule."""
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
@@ -46,10 +48,12 @@ class LocalStepper:
         torch.autograd.backward(tensors, gradients)
 
     def step(self) -> None:
-        """Adam step at the current learning rate, `lr * (1 + cos(pi * step / iterations)) / 2`."""
+        """One step at the current learning rate, `lr * (1 + cos(pi * step / iterations)) / 2`."""
         factor = 0.5 * (1 + math.cos(math.pi * self._done / self._iterations))
         for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
             group["lr"] = start_lr * factor
+            if self._by_sign:
+                torch._foreach_sign_([parameter.grad for parameter in group["params"]])
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done += 1

@@ -55,6 +55,14 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
     return tensor.item()
 
 
+def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over ranks, in place."""
+    if ranks.world_size > 1:
+        with _contact("adding up statistics"):
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+
 def average_gradients(ranks: Ranks, gradients: list[torch.Tensor]) -> None:
     """Replace each gradient by its mean over ranks, in place."""
     with _contact("averaging gradients"):

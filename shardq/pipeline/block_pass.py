@@ -1,5 +1,6 @@
 """One decoder block, from its weights and the activations that enter it to its quantized linears."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,19 +17,23 @@ from shardq.errors import QuantizationError
 from shardq.logs import Display, Events
 from shardq.model.ends import BlockArguments, block_forward, run_block
 from shardq.model.weights import LoadedBlock
+from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.channel_power import channel_power
 from shardq.optimize.distill import accumulate, distill
 from shardq.optimize.inputs import generator_for, mixed
-from shardq.optimize.loss import ErrorSums, distillation_loss
+from shardq.optimize.loss import ErrorSums, Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
-from shardq.parallel.collectives import sum_over_ranks
+from shardq.parallel.collectives import add_over_ranks, sum_over_ranks
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.passes import Activations, advance, compare
 from shardq.quant import adascale
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
+
+LOOKS = 10  # times that a block's training looks at the held-out samples
 
 
 @dataclass(frozen=True)
@@ -84,33 +89,57 @@ def quantize_block(
     span = partial(job.events.span, block=block_index)
     forward = block_forward(loaded.module, arguments, job.optimize.dtype)
     # 1. The fp stream moves on: its output is the target now and the next block's input.
-    with span("fp pass"):
+    searched = linear_names if job.optimize.start == "search" else []
+    with span("fp pass"), channel_power(loaded.module, searched) as power:
         advance(activations, "fp", block_index, forward)
+    add_over_ranks(job.ranks, list(power.values()))
     bench = _bench(job, loaded, linear_names, arguments)
     # 2. The block starts as round-to-nearest; how far is it off?
     with span("start"):
-        bench.quantizer.start(loaded.source)
-    loss_before = None
-    if bench.stepper is not None:
-        bench.quantizer.requantize()
-        with span("loss"):
-            loss_before = _agreed_loss(job, block_index, forward)
-        # 3. Train its quantizers.
-        with span("train", iterations=job.optimize.iterations):
-            bench.stepper.start()
-            batches, on_step = _training_batches(job, block_index), job.display.advance_iteration
-            distill(_loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, batches,
-                    job.optimize.micro_batch, on_step)  # fmt: skip
-    # 4. Fold them into codes and grid.
-    with span("fold"):
-        linears = bench.quantizer.fold(job.stored)
+        bench.quantizer.start(loaded.source, power or None)
+        linears = bench.quantizer.folded()
+        bench.quantizer.serve(linears, job.stored)
     with span("loss"):
-        loss_after = _agreed_loss(job, block_index, forward)
+        loss_before = loss_after = _agreed_loss(job, block_index, forward)
+    if bench.stepper is not None:
+        # 3. Train its quantizers.
+        with span("train") as facts:
+            best = BestIterate(linears, loss_before)
+            facts["iterations"] = _train(job, bench, loaded, arguments, best)
+        # 4. They become codes and grid.
+        with span("fold"):
+            linears = best.linears if job.optimize.held_out else bench.quantizer.folded()
+            bench.quantizer.serve(linears, job.stored)
+        with span("loss"):
+            loss_after = _agreed_loss(job, block_index, forward)
+    bench.quantizer.release()
     # 5. The quantized stream moves on through the weights as they are served.
     if not is_last:
         with span("quant pass"):
             advance(activations, "quant", block_index, forward)
-    return BlockResult(linears, loss_after if loss_before is None else loss_before, loss_after)
+    return BlockResult(linears, loss_before, loss_after)
+
+
+def _train(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, best: BestIterate) -> int:
+    """Train the block's quantizers, with held-out samples looking for the best iterate; gives the number of steps."""
+    optimize, num_done = job.optimize, 0
+    forward = block_forward(loaded.module, arguments, optimize.dtype)
+    interval = math.ceil(optimize.iterations / LOOKS)
+
+    def goes_on(done: int) -> bool:
+        nonlocal num_done
+        num_done = done
+        if optimize.held_out and (done % interval == 0 or done == optimize.iterations):
+            linears = bench.quantizer.folded()
+            bench.quantizer.serve(linears, job.stored)
+            best.offer(linears, _agreed_loss(job, loaded.index, forward))
+        return optimize.patience is None or best.num_stale < optimize.patience
+
+    bench.stepper.start()
+    batches, on_step = _training_batches(job, loaded.index), job.display.advance_iteration
+    distill(_loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, batches, optimize.micro_batch,
+            on_step, goes_on)  # fmt: skip
+    return num_done
 
 
 def _bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
@@ -155,18 +184,27 @@ def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
 
 
 def block_loss(
-    block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype
+    block: nn.Module,
+    inputs_NTD: Tensor,
+    targets_NTD: Tensor,
+    args: tuple,
+    kwargs: dict,
+    dtype: torch.dtype,
+    kind: Loss = "squared",
 ) -> Tensor:
     """Training loss of a block: what is compiled, forward and backward, as one piece."""
     with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1])):
-        return distillation_loss(run_block(block, inputs_NTD, args, kwargs, dtype), targets_NTD)
+        return distillation_loss(run_block(block, inputs_NTD, args, kwargs, dtype), targets_NTD, kind)
 
 
 def _loss_of(
     job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments
 ) -> Callable[[Tensor, Tensor], Tensor]:
     def loss_of(inputs_NTD: Tensor, targets_NTD: Tensor) -> Tensor:
-        return bench.loss(loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype)
+        return bench.loss(
+            loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype,
+            job.optimize.loss,
+        )  # fmt: skip
 
     return loss_of
 
@@ -187,17 +225,16 @@ def _training_batches(job: BlockJob, block_index: int) -> Iterator[tuple[Tensor,
             quant_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
         return quant_NTD, activations.load("fp", block_index + 1, samples)
 
-    steps = step_samples(
-        job.num_samples, optimize.batch_size, optimize.iterations, job.ranks.rank, job.ranks.world_size
-    )
+    num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
+    steps = step_samples(num_trained, optimize.batch_size, optimize.iterations, ranks.rank, ranks.world_size)
     return (batch for _, batch in activations.ahead(load, steps))
 
 
 @torch.no_grad()
 def _agreed_loss(job: BlockJob, block_index: int, forward: Callable[[Tensor], Tensor]) -> float:
     """Relative loss of the block as it is now, over all ranks' watched samples."""
-    samples = watched_samples(job.num_samples, job.ranks.rank, job.ranks.world_size)
-    sums = compare(job.activations, block_index, samples, forward)
+    samples = watched_samples(job.num_samples, job.optimize.held_out, job.ranks.rank, job.ranks.world_size)
+    sums = compare(job.activations, block_index, samples, forward, job.optimize.loss)
     total = ErrorSums(*sum_over_ranks(job.ranks, [sums.squared_error, sums.target_power]))
     if not torch.isfinite(torch.tensor(total.relative_loss)):
         error = QuantizationError(

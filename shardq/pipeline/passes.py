@@ -12,7 +12,7 @@ from shardq.background import behind, lookahead
 from shardq.cache.store import ActivationStore, Stream
 from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, to_device, to_host
-from shardq.optimize.loss import ErrorSums, error_sums
+from shardq.optimize.loss import ErrorSums, Loss, error_sums
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -84,11 +84,13 @@ def advance(activations: Activations, stream: Stream, generation: int, forward: 
 
 
 @torch.no_grad()
-def compare(activations: Activations, generation: int, samples: list[int], forward: Forward) -> ErrorSums:
+def compare(
+    activations: Activations, generation: int, samples: list[int], forward: Forward, kind: Loss = "squared"
+) -> ErrorSums:
     """Error of a block on some samples' quantized stream against the fp stream's next generation."""
 
     def load(sample: int) -> tuple[Tensor, Tensor]:
         return activations.load("quant", generation, [sample]), activations.load("fp", generation + 1, [sample])
 
     pairs = (pair for _, pair in activations.ahead(load, samples))
-    return sum((error_sums(forward(hidden_NTD), target_NTD) for hidden_NTD, target_NTD in pairs), ErrorSums())
+    return sum((error_sums(forward(hidden_NTD), target_NTD, kind) for hidden_NTD, target_NTD in pairs), ErrorSums())

@@ -63,10 +63,14 @@ def test_chunks_are_all_samples_in_order(size: int):
     assert all(1 <= len(part) <= size for part in parts)
 
 
-def test_watched_samples_are_the_last_ones_whatever_the_number_of_ranks():
-    for num_samples in (3, 8, 30):
-        for world_size in (1, 2, 4):
-            parts = [watched_samples(num_samples, rank, world_size) for rank in range(world_size)]
-            assert sorted(sum(parts, [])) == list(range(num_samples))[-8:]
-            owned = [owned_samples(num_samples, rank, world_size) for rank in range(world_size)]
-            assert all(set(part) <= set(own) for part, own in zip(parts, owned, strict=True))
+@pytest.mark.parametrize(("num_held_out", "expected"), [(0, 8), (4, 4), (12, 12)])
+def test_watched_samples_are_the_last_ones_whatever_the_number_of_ranks(num_held_out: int, expected: int):
+    for world_size in (1, 2, 4):
+        parts = [watched_samples(30, num_held_out, rank, world_size) for rank in range(world_size)]
+        assert sorted(sum(parts, [])) == list(range(30))[-expected:]
+        owned = [owned_samples(30, rank, world_size) for rank in range(world_size)]
+        assert all(set(part) <= set(own) for part, own in zip(parts, owned, strict=True))
+
+
+def test_few_samples_are_all_watched():
+    assert watched_samples(3, 0, 0, 1) == [0, 1, 2]

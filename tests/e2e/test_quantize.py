@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from runs import LAUNCH, last_json, result_files, run_evaluate, run_quantize
+from runs import LAUNCH, last_json, quantize_arguments, result_files, run_evaluate, run_quantize
 from shardq.formats.block_file import read_block
 from shardq.model import ends, weights
 
@@ -141,6 +141,10 @@ def test_cache_placement_does_not_change_the_result(run, llama, token_file, tmp_
         ["--quant.method", "lwc"],
         ["--quant.bits", 8],
         ["--optimize.fp_mix", 0],
+        ["--optimize.start", "search", "--quant.bits", 3],
+        ["--optimize.start", "search", "--quant.group_size", 32, "--quant.symmetric", "false", "--quant.bits", 2],
+        ["--optimize.loss", "token"],
+        ["--optimize.optimizer", "sign"],
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
@@ -149,6 +153,39 @@ def test_every_grid_and_method_improves_on_its_start_and_loads(llama, token_file
     assert summary["loss_after"] < summary["loss_before"]
     expected = whole_model_perplexity(tmp_path / "out", token_file)
     assert run_evaluate(tmp_path / "out", token_file)["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_searched_start_is_nearer_and_the_same_on_two_ranks(run, llama, token_file, tmp_path):
+    more = ["--optimize.start", "search", "--quant.method", "rtn", "--quant.bits", 3]
+    plain = run_quantize(llama, token_file, tmp_path / "plain", *more[2:])
+    searched = run_quantize(llama, token_file, tmp_path / "searched", *more)
+    assert searched["loss_after"] < 0.9 * plain["loss_after"]
+    tiny.torchrun(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, tmp_path / "two", *more)])
+    assert_nearly_equal(tmp_path / "two", tmp_path / "searched")
+
+
+def test_no_iterate_worse_than_the_start_is_kept(llama, token_file, tmp_path):
+    destructive = ["--optimize.weight_lr", 3, "--optimize.grid_lr", 1]
+    last = run_quantize(llama, token_file, tmp_path / "last", *destructive)
+    held_out = ["--optimize.held_out", 2, "--optimize.patience", 2]
+    best = run_quantize(llama, token_file, tmp_path / "best", *destructive, *held_out)
+    start = run_quantize(llama, token_file, tmp_path / "start", "--quant.method", "rtn", "--optimize.held_out", 2)
+    assert last["loss_after"] > 2 * start["loss_after"], "training was meant to destroy"
+    assert best["loss_after"] == best["loss_before"] == start["loss_after"]
+    codes, expected = (read_block(tmp_path / name / "blocks" / "block-00002.safetensors") for name in ("best", "start"))
+    assert all(torch.equal(codes[name].codes_OI, expected[name].codes_OI) for name in expected)
+    trained = [event for event in map(json.loads, (tmp_path / "best" / "events.jsonl").read_text().splitlines())
+               if event["span"] == "train"]  # fmt: skip
+    assert [event["iterations"] for event in trained] == [6, 6, 6], "two looks, one every three of 24 iterations"
+
+
+def test_best_iterate_is_the_same_on_two_ranks(llama, token_file, tmp_path):
+    more = ["--optimize.held_out", 4]
+    one = run_quantize(llama, token_file, tmp_path / "one", *more)
+    assert one["loss_after"] < 0.99 * one["loss_before"]
+    arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
+    two = last_json(tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).stdout)
+    assert two["loss_after"] == pytest.approx(one["loss_after"], rel=0.01)
 
 
 def test_ignored_linears_stay_as_they_are(llama, token_file, tmp_path):

@@ -1,5 +1,7 @@
 """Fake-quantized weights into a block and quantized linears out of it, the rest of the block untouched."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from shardq.errors import QuantizationError
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.linear_quantizer import Method
 from shardq.quant.adascale import Kernels
+from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 NAMES = ["mlp.up", "mlp.down"]
@@ -52,6 +55,14 @@ def unchanged(weight: Tensor) -> Tensor:
     return weight
 
 
+def served(quantizer: BlockQuantizer, stored: Callable[[Tensor], Tensor] = unchanged) -> dict[str, QuantizedLinear]:
+    """What training has made of the linears, written into the block."""
+    linears = quantizer.folded()
+    quantizer.serve(linears, stored)
+    quantizer.release()
+    return linears
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_block_starts_with_its_weights_rounded_to_the_nearest(method: Method):
     block = Block()
@@ -71,7 +82,7 @@ def test_only_the_named_linears_weights_are_overwritten():
     assert {name for name, parameter in block.named_parameters() if parameter.grad is not None} == {
         f"{name}.weight" for name in NAMES
     }
-    quantizer.fold(unchanged)
+    served(quantizer)
     changed = {name for name, tensor in block.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{name}.weight" for name in NAMES}
     assert list(block.state_dict()) == list(before)
@@ -135,7 +146,7 @@ def test_folded_block_computes_what_the_trained_one_did(method: Method, symmetri
     quantizer = trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), method)
     inputs = torch.randn(2, 6, 16)
     expected = block(inputs).detach()
-    quantizer.fold(unchanged)
+    served(quantizer)
     assert torch.equal(block(inputs), expected)
 
 
@@ -143,7 +154,7 @@ def test_folded_block_is_frozen_and_keeps_nothing_of_its_training():
     block = Block()
     quantizer = trained(block, QuantSpec(bits=4), "adascale")
     block(torch.randn(3, 16)).sum().backward()
-    quantizer.fold(unchanged)
+    served(quantizer)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in block.parameters())
     assert all(linear.rows is None for linear in quantizer.quantizers), "the source weight is still held"
 
@@ -151,7 +162,7 @@ def test_folded_block_is_frozen_and_keeps_nothing_of_its_training():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_folded_weights_lie_on_the_returned_grid(symmetric: bool):
     block = Block()
-    quantized = trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), "adascale").fold(unchanged)
+    quantized = served(trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), "adascale"))
     assert list(quantized) == NAMES
     for name, linear in quantized.items():
         weight_OI = block.get_submodule(name).weight
@@ -164,7 +175,7 @@ def test_folded_weights_lie_on_the_returned_grid(symmetric: bool):
 
 def test_block_computes_with_the_weights_as_they_are_stored():
     block = Block()
-    quantized = trained(block, QuantSpec(bits=4), "adascale").fold(lambda weight: weight.to(torch.bfloat16))
+    quantized = served(trained(block, QuantSpec(bits=4), "adascale"), lambda weight: weight.to(torch.bfloat16))
     for name in NAMES:
         weight_OI = block.get_submodule(name).weight
         assert weight_OI.dtype == torch.float32
@@ -178,7 +189,7 @@ def test_scale_that_is_not_finite_is_refused_by_name(value: float):
     with torch.no_grad():
         quantizer.quantizers[NAMES.index("mlp.down")].gamma[3] = value
     with pytest.raises(QuantizationError) as caught:
-        quantizer.fold(unchanged)
+        quantizer.folded()
     message = str(caught.value)
     assert message.startswith("mlp.down: ") and "scale is not finite and positive" in message and "\n" not in message
     assert "optimize.grid_lr" in message
@@ -190,4 +201,42 @@ def test_divisor_that_is_not_a_number_is_refused_by_name(name: str):
     with torch.no_grad():
         getattr(quantizer.quantizers[NAMES.index("mlp.down")], name)[3, 0] = torch.nan
     with pytest.raises(QuantizationError, match="^mlp.down: "):
-        quantizer.fold(unchanged)
+        quantizer.folded()
+
+
+def test_weights_that_were_served_in_between_do_not_disturb_training():
+    block, source = Block(), None
+    source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    quantizer = started(block, QuantSpec(bits=3), "adascale")
+    served_linears = quantizer.folded()
+    with torch.no_grad():
+        quantizer.quantizers[0].s2.uniform_(-0.5, 0.5)
+    quantizer.requantize()
+    expected = [block.get_submodule(name).weight.detach().clone() for name in NAMES]
+    quantizer.serve(served_linears, unchanged)
+    assert not torch.equal(block.get_submodule(NAMES[0]).weight, expected[0])
+    quantizer.requantize()
+    for name, weight in zip(NAMES, expected, strict=True):
+        linear = block.get_submodule(name)
+        assert torch.equal(linear.weight, weight) and linear.weight.requires_grad
+    assert torch.equal(quantizer.quantizers[0].rows, source[f"{NAMES[0]}.weight"])
+
+
+def test_start_is_searched_where_importance_is_given():
+    spec, importance = QuantSpec(bits=3, group_size=8), {"mlp.up": torch.rand(16), "mlp.down": torch.rand(32)}
+    block = Block()
+    source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    quantizer = BlockQuantizer(block, NAMES, spec, "adascale", Kernels(), torch.float32)
+
+    def errors() -> dict[str, Tensor]:
+        folded = quantizer.folded()
+        return {
+            name: ((folded[name].dequantized() - source[f"{name}.weight"]).square() * importance[name]).sum()
+            for name in NAMES
+        }
+
+    quantizer.start(source)
+    plain = errors()
+    quantizer.start(source, importance)
+    for name, error in errors().items():
+        assert error < 0.9 * plain[name], name

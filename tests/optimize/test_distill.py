@@ -186,7 +186,8 @@ def test_training_for_a_second_block_is_that_of_a_fresh_trainer_in_the_same_memo
     reused = Trainer(copy.deepcopy(first), spec, method)
     reused.train(first_source, make_batches(first))
     storage = reused.storage()
-    reused.quantizer.fold(lambda weight: weight)
+    reused.quantizer.serve(reused.quantizer.folded(), lambda weight: weight)
+    reused.quantizer.release()
     for tensor, value in zip(reused.block.state_dict().values(), second_source.values(), strict=True):
         tensor.copy_(value)
     actual = reused.train(second_source, batches)
@@ -217,7 +218,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
     before = loss_of(inputs, targets).item()
     distill(loss_of, quantizer, stepper, [(inputs, targets)] * 100, 4, on_step=lambda loss: None)
     assert block[0].weight.dtype == dtype
-    quantizer.fold(lambda weight: weight)
+    quantizer.serve(quantizer.folded(), lambda weight: weight)
     assert loss_of(inputs, targets).item() < 0.8 * before
 
 
@@ -314,3 +315,17 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
     used, idle = quantizer.quantizers
     assert all(parameter.any() for parameter in used.parameters())
     assert not any(parameter.any() for parameter in idle.parameters())
+
+
+def test_training_ends_where_it_is_told_to():
+    block = make_block()
+    trainer, seen = Trainer(block, QuantSpec(bits=3), "adascale"), []
+    trainer.quantizer.start(weights_of(block))
+    losses = []
+
+    def goes_on(done: int) -> bool:
+        seen.append(done)
+        return done < 3
+
+    distill(trainer.loss_of, trainer.quantizer, trainer.stepper, make_batches(block), 2, losses.append, goes_on)
+    assert seen == [1, 2, 3] and len(losses) == 3

@@ -62,3 +62,14 @@ def test_many_small_errors_are_not_lost_beside_a_large_one():
     output[0, 0, 0] = 1e3
     # In float32 the small squares, 1e-6 each, would vanish beside 1e6.
     assert error_sums(output, target).squared_error - 1e6 == pytest.approx((target.numel() - 1) * 1e-6, rel=1e-3)
+
+
+def test_token_loss_weighs_each_position_by_the_power_of_its_target():
+    output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3) * torch.logspace(-2, 2, 5)[:, None]
+    total = 0.0
+    for sample in range(2):
+        for position in range(5):
+            error = (output[sample, position] - target[sample, position]).square()
+            total += (error / target[sample, position].square().mean()).sum().item()
+    assert distillation_loss(output, target, "token").item() == pytest.approx(total / (2 * 3), rel=1e-5)
+    assert error_sums(output, target, "token").relative_loss == pytest.approx(total / (2 * 5 * 3), rel=1e-5)

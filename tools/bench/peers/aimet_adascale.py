@@ -1,4 +1,4 @@
-"""AIMET's AdaScale on the decoder linears of a Hugging Face model: 4 bits, symmetric, per-channel; run by `peers.py`.
+"""AIMET's AdaScale on the decoder linears of a Hugging Face model, symmetric; run by `peers.py` and `accuracy.py`.
 
 The last line of standard output is JSON.
 """
@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-BITS = 4
-
 
 class LogitsModel(nn.Module):
     """A causal language model from token ids alone to logits, as AIMET's tracing needs it."""
@@ -46,10 +44,12 @@ class LogitsModel(nn.Module):
 def main() -> None:
     """Tune, write the checkpoint, report."""
     options = make_parser(__doc__.splitlines()[0]).parse_args()
+    if options.group_size != -1:
+        raise SystemExit("aimet_adascale: AIMET's AdaScale runs per channel only; leave --group-size at -1")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     samples = read_samples(options.ids, options.column, options.samples)
-    sim, linears = simulate(options.model, samples[0])
+    sim, linears = simulate(options.model, samples[0], options.bits)
     with StepClock("Adam") as clock:
         tune(sim, samples, options)
     clock.check(sim.model.causal_lm.config.num_hidden_layers, options.iterations)
@@ -60,10 +60,10 @@ def main() -> None:
     report(facts | {"version": version("aimet-torch")} | step_statistics(clock.blocks))
 
 
-def simulate(folder: Path, ids_BT: Tensor) -> tuple[QuantizationSimModel, dict[str, nn.Linear]]:
+def simulate(folder: Path, ids_BT: Tensor, bits: int) -> tuple[QuantizationSimModel, dict[str, nn.Linear]]:
     """AIMET's simulation of a model whose decoder linears alone are quantized, and these by checkpoint name."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sim = QuantizationSimModel(LogitsModel(model), ids_BT, default_param_bw=BITS, in_place=True)
+    sim = QuantizationSimModel(LogitsModel(model), ids_BT, default_param_bw=bits, in_place=True)
     linears = linears_of(sim.model.causal_lm.model.layers, "model.layers")
     quantized = {id(linear) for linear in linears.values()}
     for module in sim.model.modules():

@@ -1,4 +1,4 @@
-"""AutoRound on the decoder linears of a Hugging Face model: 4 bits, symmetric, per-channel; run by `peers.py`.
+"""AutoRound on the decoder linears of a Hugging Face model, symmetric; run by `peers.py` and `accuracy.py`.
 
 The last line of standard output is JSON.
 """
@@ -19,8 +19,6 @@ from peer_worker import (
     write_checkpoint,
 )
 from transformers import AutoTokenizer
-
-BITS = 4
 
 
 def main() -> None:
@@ -50,8 +48,8 @@ def make_tuner(options: argparse.Namespace) -> AutoRound:
     return AutoRound(
         str(options.model),
         AutoTokenizer.from_pretrained(options.model),
-        bits=BITS,
-        group_size=-1,
+        bits=options.bits,
+        group_size=options.group_size,
         sym=True,
         iters=options.iterations,
         nsamples=len(samples),

@@ -28,6 +28,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--column", required=True, help="the file's tensor of calibration ids")
     parser.add_argument("--samples", type=int, required=True, help="calibration samples")
     parser.add_argument("--iterations", type=int, required=True, help="optimizer steps a block, of one sample each")
+    parser.add_argument("--bits", type=int, default=4, help="bits a weight (default 4)")
+    parser.add_argument("--group-size", type=int, default=-1, help="input channels a scale; -1: per-channel (default)")
     parser.add_argument("--threads", type=int, required=True, help="threads of torch")
     parser.add_argument("--output", type=Path, required=True, help="folder for the fake-quantized checkpoint")
     return parser

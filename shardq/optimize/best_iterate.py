@@ -1,0 +1,27 @@
+"""The best of what training passes through, so that a block is never worse than its start."""
+
+from dataclasses import dataclass
+
+from shardq.quant.quantized import QuantizedLinear
+
+
+@dataclass
+class BestIterate:
+    """Quantized linears with the lowest loss on samples that training does not see; begins with the start.
+
+    Attributes:
+        linears: by name; the codes as they would be written, a byte a weight.
+        loss: theirs.
+        num_stale: how many iterates in a row have been no better.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    loss: float
+    num_stale: int = 0
+
+    def offer(self, linears: dict[str, QuantizedLinear], loss: float) -> None:
+        """Take these if their loss is lower."""
+        if loss < self.loss:
+            self.linears, self.loss, self.num_stale = linears, loss, 0
+        else:
+            self.num_stale += 1

@@ -1,0 +1,79 @@
+"""A start grid better than min-max: the ends of each row drawn in as far as its rounding error asks for.
+
+Source: the idea of `opt_rtn` in AutoRound and of AIMET's SeqMSE, on AdaScale's own grid; the weighting by the input
+channels' mean square is the diagonal of GPTQ's Hessian (arXiv 2210.17323).
+"""
+
+import torch
+from torch import Tensor
+
+from shardq.quant import affine
+from shardq.quant.spec import QuantSpec
+
+BOTH, LOW, HIGH = (1, 1), (1, 0), (0, 1)
+# Which ends are moved, by which step of their factors, and the multiples of it that are tried: each time around the
+# best so far, first far, then near.
+SYMMETRIC = ((BOTH, 0.05, range(-15, 0)), (BOTH, 0.01, range(-4, 5)))
+ASYMMETRIC = (
+    (BOTH, 0.05, range(-15, 0)), (LOW, 0.05, range(-15, 16)), (HIGH, 0.05, range(-15, 16)), (LOW, 0.01, range(-4, 5)),
+    (HIGH, 0.01, range(-4, 5)),
+)  # fmt: skip
+CHUNK = 1 << 18  # values at once, so that the many passes over them stay in a CPU's cache
+
+
+def searched_range(
+    rows_Rg: Tensor, importance_Gg: Tensor, min_R1: Tensor, max_R1: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """Ends of each row's grid, between which the weighted squared rounding error is least among the factors tried.
+
+    Symmetric: one factor on both ends. Asymmetric: then one on each, so that scale and zero point are both searched.
+
+    Args:
+        importance_Gg: weight of the error in each of an output channel's G * g input channels, such as their mean
+            square; all zero counts as all equal.
+        min_R1, max_R1: ends of the min-max grid (`affine.start_range`).
+    """
+    num_groups, group = importance_Gg.shape
+    importance_Gg = torch.where(importance_Gg.any(), importance_Gg, 1.0)
+    outputs = max(1, CHUNK // (num_groups * group))
+    ends = [
+        _searched_chunk(rows_Rg[start : start + outputs * num_groups].float(), importance_Gg, low_R1, high_R1, spec)
+        for start, low_R1, high_R1 in zip(
+            range(0, len(rows_Rg), outputs * num_groups),
+            min_R1.split(outputs * num_groups),
+            max_R1.split(outputs * num_groups),
+            strict=True,
+        )
+    ]
+    return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+
+
+def _searched_chunk(
+    rows_Rg: Tensor, importance_Gg: Tensor, min_R1: Tensor, max_R1: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    def error(low_R1: Tensor, high_R1: Tensor) -> Tensor:
+        return _weighted_error(rows_Rg, importance_Gg, low_R1 * min_R1, high_R1 * max_R1, spec)
+
+    low_R1, high_R1 = torch.ones_like(min_R1), torch.ones_like(max_R1)
+    least_R1 = error(low_R1, high_R1)
+    for (on_low, on_high), step, multiples in SYMMETRIC if spec.symmetric else ASYMMETRIC:
+        from_low_R1, from_high_R1 = low_R1, high_R1
+        for multiple in multiples:
+            # The ways in and out add up to more than the whole range.
+            tried_low_R1 = (from_low_R1 + on_low * step * multiple).clamp(0.01, 1.05)
+            tried_high_R1 = (from_high_R1 + on_high * step * multiple).clamp(0.01, 1.05)
+            error_R1 = error(tried_low_R1, tried_high_R1)
+            better_R1 = error_R1 < least_R1
+            least_R1 = torch.where(better_R1, error_R1, least_R1)
+            low_R1 = torch.where(better_R1, tried_low_R1, low_R1)
+            high_R1 = torch.where(better_R1, tried_high_R1, high_R1)
+    return low_R1 * min_R1, high_R1 * max_R1
+
+
+def _weighted_error(rows_Rg: Tensor, importance_Gg: Tensor, min_R1: Tensor, max_R1: Tensor, spec: QuantSpec) -> Tensor:
+    scale_R1 = affine.scale_of(min_R1, max_R1, spec)
+    zero_point_R1 = affine.zero_point_of(min_R1, scale_R1, spec)
+    codes_Rg = (rows_Rg / scale_R1).round_().add_(zero_point_R1).clamp_(spec.qmin, spec.qmax)
+    error_Rg = codes_Rg.sub_(zero_point_R1).mul_(scale_R1).sub_(rows_Rg).square_()
+    weighted_OGg = error_Rg.view(-1, *importance_Gg.shape).mul_(importance_Gg)
+    return weighted_OGg.sum(2).view(-1, 1)

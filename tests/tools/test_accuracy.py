@@ -1,0 +1,107 @@
+"""The accuracy benchmark: agreement against torch's own losses, and the command lines of its cells."""
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of tools/bench as a module, which finds its neighbours."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A tiny model and one with other weights in its blocks."""
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(config).eval()
+    changed = copy.deepcopy(reference)
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            if "proj" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return changed, reference
+
+
+def test_agreement_is_what_torch_computes(models, monkeypatch):
+    model, reference = models
+    ids = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
+    found = load("agreement", monkeypatch).agreement(model, reference, ids)
+    with torch.no_grad():
+        logits, wanted = (m(ids).logits[:, :-1].reshape(-1, 50) for m in (model, reference))
+    targets = ids[:, 1:].reshape(-1)
+    assert found["perplexity"] == pytest.approx(functional.cross_entropy(logits, targets).exp().item(), rel=1e-4)
+    expected = functional.cross_entropy(wanted, targets).exp().item()
+    assert found["reference_perplexity"] == pytest.approx(expected, rel=1e-4)
+    kl = functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert found["kl"] == pytest.approx(kl.item(), rel=1e-3) and found["kl"] > 0.01
+    same = (logits.argmax(-1) == wanted.argmax(-1)).double().mean().item()
+    assert found["top1"] == pytest.approx(same) and 0.2 < same < 1 and found["tokens"] == 57
+
+
+def test_model_agrees_with_itself(models, monkeypatch):
+    found = load("agreement", monkeypatch).agreement(models[1], models[1], torch.arange(40).view(2, 20))
+    assert found["kl"] == 0 and found["top1"] == 1 and found["perplexity"] == found["reference_perplexity"]
+
+
+def test_variants_are_names_and_options(monkeypatch, tmp_path):
+    accuracy = load("accuracy", monkeypatch)
+    assert accuracy.variant("mix=--optimize.fp_mix 0.5") == ("mix", ["--optimize.fp_mix", "0.5"])
+    assert accuracy.variant("default=") == ("default", [])
+    with pytest.raises(Exception, match="NAME=OPTIONS"):
+        accuracy.variant("--optimize.fp_mix")
+
+
+def test_every_cell_is_run_compared_and_printed(monkeypatch, tmp_path, capsys):
+    accuracy = load("accuracy", monkeypatch)
+    ids = tmp_path / "ids.safetensors"
+    save_file(
+        {"calib_ids": torch.zeros(4, 8, dtype=torch.int32), "eval_ids": torch.zeros(2, 8, dtype=torch.int32)}, ids
+    )
+    seen = []
+
+    def run(bench, name, command, folder=None):
+        seen.append([str(part) for part in command])
+        if name.endswith("-agreement"):
+            return {"perplexity": 12.0, "kl": 0.25, "top1": 0.5}, {}
+        if name == "autoround" and "3" in seen[-1]:
+            raise accuracy.ProcessFailed("out of memory")
+        return {"peak_rss_bytes": 7}, {"wall_seconds": 3.0, "other_cpu_share": 0.0}
+
+    monkeypatch.setattr(accuracy.Bench, "run", run)
+    arguments = ["accuracy.py", "--model", str(tmp_path), "--ids", str(ids), "--bits", "4", "3", "--group-size", "64",
+                 "--samples", "4", "--variant", "ours=--optimize.fp_mix 0.5", "--autoround", "AR"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        accuracy.main()
+    printed = capsys.readouterr()
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(row["method"], row["bits"], row["group_size"]) for row in rows] == [
+        ("ours", 4, 64), ("autoround", 4, 64), ("ours", 3, 64),
+    ]  # fmt: skip
+    assert rows[0]["perplexity"] == 12 and rows[0]["kl"] == 0.25 and rows[0]["seconds"] == 3
+    assert ended.value.code == 1 and "out of memory" in printed.err
+    assert [command[command.index("--optimize.fp_mix") + 1] for command in seen if "--optimize.fp_mix" in command] == [
+        "0.5", "0.5",
+    ]  # fmt: skip
+    peers = [command for command in seen if command[0] == "AR"]
+    assert [command[command.index("--bits") + 1] for command in peers] == ["4", "3"]
