@@ -23,7 +23,7 @@ class QuantOptions:
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
-    nothing (round to nearest); `none` leaves the model as it is (evaluate only)."""
+    nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
     ignore: tuple[str, ...] | str = DEFAULT_IGNORE
     """Linears to leave as they are: names or patterns (`*.down_proj`, `re:...`), separated by commas. Embeddings and
     head are never quantized."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Loss = Literal["squared", "token"]
+POWER_FLOOR = 1e-12  # a position whose target is all zeros must not make the loss infinite
 
 
 def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> Tensor:
@@ -20,7 +21,9 @@ def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squa
 
 def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
     squared_NTD = (output_NTD - target_NTD).square()
-    return squared_NTD if kind == "squared" else squared_NTD / target_NTD.square().mean(-1, keepdim=True)
+    if kind == "squared":
+        return squared_NTD
+    return squared_NTD / target_NTD.square().mean(-1, keepdim=True).clamp(min=POWER_FLOOR)
 
 
 @dataclass(frozen=True)

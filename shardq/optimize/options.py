@@ -10,10 +10,10 @@ import torch
 class OptimizeOptions:
     """Blockwise distillation. What is not given comes from the preset."""
 
-    preset: Literal["aimet"] = "aimet"
-    """Set of defaults. `aimet`: 1500 iterations, learning rates 1e-3 (grid) and 5e-4 (weight), fp_mix 0.5, as AIMET."""
+    preset: Literal["default", "light", "aimet"] = "default"
+    """Set of defaults: `default`, `light` with half its iterations, `aimet` as AIMET's AdaScale trains."""
     iterations: int | None = None
-    """Optimizer steps a block, at any number of ranks (preset aimet: 1500)."""
+    """Optimizer steps a block, at any number of ranks (presets: 200, light 100, aimet 1500)."""
     batch_size: int | None = None
     """Samples an optimizer step over all ranks together, a multiple of the number of ranks (default: one a rank)."""
     micro_batch: int | None = None
@@ -29,25 +29,25 @@ class OptimizeOptions:
     """Compile the training step into fused kernels: `auto` where a compiler is found; `on` stops where none is."""
     start: Literal["minmax", "search"] | None = None
     """Grid that training starts from: `minmax` holds every weight; `search` draws the ends in to where the rounding
-    error, weighted by the input channels' mean square, is least (preset aimet: minmax)."""
+    error, weighted by the input channels' mean square, is least (presets: search, aimet minmax)."""
     loss: Literal["squared", "token"] | None = None
     """Error of a block's output: `squared`, or `token`, where each position's is relative to the target's power there
-    (preset aimet: squared)."""
+    (presets: token, aimet squared)."""
     optimizer: Literal["adam", "sign"] | None = None
-    """`adam`; or `sign`, descent by the gradient's sign, which keeps no state: half the memory (preset aimet: adam)."""
+    """`adam`; or `sign`, descent by the gradient's sign, which keeps no state: half the memory (all presets: adam)."""
     held_out: int | None = None
     """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
-    included. 0: the last iterate is kept (preset aimet: 0)."""
+    included. 0: the last iterate is kept (all presets: 0)."""
     patience: int | None = None
     """Stop a block once so many looks at the held-out samples in a row, ten in all, have found nothing better
     (default: never)."""
     grid_lr: float | None = None
-    """Learning rate of the grid's parameters, beta and gamma or the step (preset aimet: 1e-3)."""
+    """Learning rate of the grid's parameters, beta and gamma or the step (presets: 5e-3, aimet 1e-3)."""
     weight_lr: float | None = None
-    """Learning rate of the weight's parameters, s2 and s3 (preset aimet: 5e-4)."""
+    """Learning rate of the weight's parameters, s2 and s3 (presets: 4e-3, light 6e-3, aimet 5e-4)."""
     fp_mix: float | None = None
     """Probability, for each element of the block's input, of the fp stream's value in place of the quantized stream's
-    (preset aimet: 0.5)."""
+    (presets: 0, aimet 0.5)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +56,14 @@ class OptimizeOptions:
 
 
 PRESETS = {
+    "default": {
+        "iterations": 200, "start": "search", "loss": "token", "held_out": 0, "optimizer": "adam",
+        "grid_lr": 5e-3, "weight_lr": 4e-3, "fp_mix": 0.0,
+    },
+    "light": {
+        "iterations": 100, "start": "search", "loss": "token", "held_out": 0, "optimizer": "adam",
+        "grid_lr": 5e-3, "weight_lr": 6e-3, "fp_mix": 0.0,
+    },
     "aimet": {
         "iterations": 1500, "start": "minmax", "loss": "squared", "held_out": 0, "optimizer": "adam",
         "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5,

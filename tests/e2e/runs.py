@@ -17,8 +17,9 @@ ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 def quantize_arguments(model: Path, tokens: Path, output: Path, *more: object) -> list[str]:
     """Arguments of a short run on the tiny model and token file, the same on every machine; later ones win."""
     fixed = ["--model", model, "--output", output, "--calib.dataset", tokens, "--calib.samples", 8,
-             "--calib.sequence_length", 64, "--optimize.iterations", 24, "--optimize.batch_size", 2,
-             "--optimize.weight_lr", 3e-3, "--optimize.compile", "off", "--optimize.precision", "float32"]  # fmt: skip
+             "--calib.sequence_length", 64, "--optimize.preset", "aimet", "--optimize.iterations", 24,
+             "--optimize.batch_size", 2, "--optimize.weight_lr", 3e-3, "--optimize.compile", "off",
+             "--optimize.precision", "float32"]  # fmt: skip
     return [str(argument) for argument in (*fixed, *more)]
 
 

@@ -64,6 +64,12 @@ def test_many_small_errors_are_not_lost_beside_a_large_one():
     assert error_sums(output, target).squared_error - 1e6 == pytest.approx((target.numel() - 1) * 1e-6, rel=1e-3)
 
 
+def test_token_loss_of_a_position_without_power_is_finite():
+    output, target = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)
+    output[0, 0], target[0, 1] = 1e-3, 1.0
+    assert torch.isfinite(distillation_loss(output, target, "token"))
+
+
 def test_token_loss_weighs_each_position_by_the_power_of_its_target():
     output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3) * torch.logspace(-2, 2, 5)[:, None]
     total = 0.0

@@ -1,11 +1,12 @@
 """Presets: they fill in what was not given and nothing else."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.optimize.options import PRESETS, OptimizeOptions, resolved
 
 # AIMET's own defaults for AdaScale, one sample a rank, and what a device without bfloat16 computes in.
 AIMET = {
@@ -26,12 +27,27 @@ def values(options: OptimizeOptions) -> dict:
 
 
 def test_preset_fills_in_everything_that_is_missing():
-    assert values(resolved(OptimizeOptions(), world_size=1, has_bf16=False)) == AIMET | OPEN
+    assert values(resolved(OptimizeOptions(preset="aimet"), world_size=1, has_bf16=False)) == AIMET | OPEN
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_leaves_open_only_what_the_machine_decides(preset: str):
+    filled = values(resolved(OptimizeOptions(preset=preset), world_size=2, has_bf16=False))
+    assert {name for name, value in filled.items() if value is None} == {"micro_batch", "memory_gib", "patience"}
+
+
+def test_presets_are_those_that_can_be_asked_for():
+    assert get_args(get_type_hints(OptimizeOptions)["preset"]) == tuple(PRESETS)
+
+
+def test_light_differs_from_the_default_in_iterations_and_the_rate_they_need():
+    differing = {name for name, value in PRESETS["default"].items() if PRESETS["light"][name] != value}
+    assert differing == {"iterations", "weight_lr"}
 
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_given_value_is_kept_and_the_rest_filled_in(name: str):
-    options = resolved(OptimizeOptions(**{name: GIVEN[name]}), world_size=1, has_bf16=False)
+    options = resolved(OptimizeOptions(preset="aimet", **{name: GIVEN[name]}), world_size=1, has_bf16=False)
     assert values(options) == AIMET | OPEN | {name: GIVEN[name]}
 
 

@@ -16,12 +16,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
+
+POSITIONS = 64  # whose logits are in memory at once: small enough for the allocator to use the memory again
 
 
 def load_model(folder: Path) -> nn.Module:
     """A checkpoint as transformers loads it, in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if getattr(model.config, "final_logit_softcapping", None):
+        raise SystemExit(f"agreement: {folder}: caps its logits behind the head, which is not supported here")
+    return model
 
 
 def load_ids(path: Path, column: str, samples: int | None) -> Tensor:
@@ -35,14 +41,14 @@ def agreement(model: nn.Module, reference: nn.Module, ids_NT: Tensor) -> dict:
     """The figures of the module's docstring, each sequence by itself."""
     total = torch.zeros(4, dtype=torch.float64)
     for ids_T in ids_NT:
-        targets_T1 = ids_T[1:, None]
-        log_p, log_q = (m(ids_T[None]).logits[0, :-1].log_softmax(-1) for m in (reference, model))
-        total += torch.stack([
-            -log_q.gather(1, targets_T1).sum(dtype=torch.float64),
-            -log_p.gather(1, targets_T1).sum(dtype=torch.float64),
-            (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64),
-            (log_p.argmax(-1) == log_q.argmax(-1)).sum(dtype=torch.float64),
-        ])  # fmt: skip
+        hidden = [m.base_model(ids_T[None]).last_hidden_state[0, :-1].split(POSITIONS) for m in (reference, model)]
+        for reference_PD, model_PD, targets_P in zip(*hidden, ids_T[1:].split(POSITIONS), strict=True):
+            log_p = reference.get_output_embeddings()(reference_PD).log_softmax(-1)
+            log_q = model.get_output_embeddings()(model_PD).log_softmax(-1)
+            same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+            nats, reference_nats = (-logs.gather(1, targets_P[:, None]).sum() for logs in (log_q, log_p))
+            kl = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            total += torch.stack([nats, reference_nats, kl, same]).double()
     num_tokens = ids_NT.shape[0] * (ids_NT.shape[1] - 1)
     model_nats, reference_nats, kl, same = (total / num_tokens).tolist()
     return {
