@@ -102,13 +102,14 @@ def quantize_block(
     with span("loss"):
         loss_before = loss_after = _agreed_loss(job, block_index, forward)
     if bench.stepper is not None:
-        # 3. Train its quantizers.
+        # 3. Train its quantizers; the start is kept only where it may turn out the best.
+        best = BestIterate(linears, loss_before) if job.optimize.held_out else None
+        del linears
         with span("train") as facts:
-            best = BestIterate(linears, loss_before)
             facts["iterations"] = _train(job, bench, loaded, arguments, best)
         # 4. They become codes and grid.
         with span("fold"):
-            linears = best.linears if job.optimize.held_out else bench.quantizer.folded()
+            linears = best.linears if best else bench.quantizer.folded()
             bench.quantizer.serve(linears, job.stored)
         with span("loss"):
             loss_after = _agreed_loss(job, block_index, forward)
@@ -120,8 +121,10 @@ def quantize_block(
     return BlockResult(linears, loss_before, loss_after)
 
 
-def _train(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, best: BestIterate) -> int:
-    """Train the block's quantizers, with held-out samples looking for the best iterate; gives the number of steps."""
+def _train(
+    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, best: BestIterate | None
+) -> int:
+    """Train the block's quantizers, looking for the best iterate where that is kept; gives the number of steps."""
     optimize, num_done = job.optimize, 0
     forward = block_forward(loaded.module, arguments, optimize.dtype)
     interval = math.ceil(optimize.iterations / LOOKS)
@@ -129,7 +132,9 @@ def _train(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArg
     def goes_on(done: int) -> bool:
         nonlocal num_done
         num_done = done
-        if optimize.held_out and (done % interval == 0 or done == optimize.iterations):
+        if best is None:
+            return True
+        if done % interval == 0 or done == optimize.iterations:
             linears = bench.quantizer.folded()
             bench.quantizer.serve(linears, job.stored)
             best.offer(linears, _agreed_loss(job, loaded.index, forward))
@@ -218,9 +223,7 @@ def _training_batches(job: BlockJob, block_index: int) -> Iterator[tuple[Tensor,
         quant_NTD = activations.load("quant", block_index, samples)
         if optimize.fp_mix > 0:
             fp_NTD = activations.load("fp", block_index, samples)
-            generators = [
-                generator_for(activations.device, job.seed, block_index, iteration, sample) for sample in samples
-            ]
+            generators = [generator_for(job.seed, block_index, iteration, sample) for sample in samples]
             pairs = zip(quant_NTD, fp_NTD, generators, strict=True)
             quant_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
         return quant_NTD, activations.load("fp", block_index + 1, samples)

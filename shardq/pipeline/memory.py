@@ -42,7 +42,7 @@ def choose_micro_batch(
     largest = max(
         range(plan.num_blocks), key=lambda number: _num_weights(skeleton.blocks[number], plan.linears[number])
     )
-    state = state_bytes(skeleton, plan, largest, options.dtype)
+    state = state_bytes(skeleton, plan, largest, options)
     sample = saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
     part = options.batch_size // world_size
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
@@ -58,11 +58,12 @@ def _num_weights(block: nn.Module, linear_names: list[str]) -> int:
     return sum(block.get_submodule(name).weight.numel() for name in linear_names)
 
 
-def state_bytes(skeleton: Skeleton, plan: Plan, block_index: int, dtype: torch.dtype) -> int:
-    """Memory of a block that is being trained, without activations."""
+def state_bytes(skeleton: Skeleton, plan: Plan, block_index: int, options: OptimizeOptions) -> int:
+    """Memory of a block that is being trained, without activations; the best iterate's codes are a byte a weight."""
     source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
     num_weights = _num_weights(skeleton.blocks[block_index], plan.linears[block_index])
-    return 2 * source + num_weights * (4 * FLOAT32_VALUES_A_WEIGHT + 2 * dtype.itemsize)
+    best = 1 if options.held_out else 0
+    return 2 * source + num_weights * (4 * FLOAT32_VALUES_A_WEIGHT + 2 * options.dtype.itemsize + best)
 
 
 def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:

@@ -164,6 +164,19 @@ def test_searched_start_is_nearer_and_the_same_on_two_ranks(run, llama, token_fi
     assert_nearly_equal(tmp_path / "two", tmp_path / "searched")
 
 
+def test_default_preset_is_nearer_to_the_float_model_than_aimets(run, llama, token_file, tmp_path):
+    """Perplexity says nothing on random weights: the last hidden states and logits do."""
+    run_quantize(llama, token_file, tmp_path / "default", "--optimize.preset", "default", "--quant.bits", 3)
+    run_quantize(llama, token_file, tmp_path / "aimet", "--quant.bits", 3)
+    ids = load_file(token_file)["tokens"][:4, :64]
+    with torch.no_grad():
+        wanted, default, aimet = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            for folder in (llama, tmp_path / "default", tmp_path / "aimet")
+        )
+    assert (default - wanted).square().mean() < 0.9 * (aimet - wanted).square().mean()
+
+
 def test_no_iterate_worse_than_the_start_is_kept(llama, token_file, tmp_path):
     destructive = ["--optimize.weight_lr", 3, "--optimize.grid_lr", 1]
     last = run_quantize(llama, token_file, tmp_path / "last", *destructive)

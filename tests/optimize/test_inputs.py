@@ -1,19 +1,19 @@
 """The mix of two streams: which share comes from each, and what the draw depends on."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from shardq.optimize.inputs import generator_for, mixed
 
-CPU = torch.device("cpu")
 KEY = (0, 3, 250, 7)  # seed, block, iteration, sample
 QUANT_TD, FP_TD = torch.zeros(128, 64), torch.ones(128, 64)
 
 
 def drawn(fp_mix: float, *key: object) -> Tensor:
     """1 where the fp stream was taken, 0 where the quantized one was."""
-    return mixed(QUANT_TD, FP_TD, fp_mix, generator_for(CPU, *key))
+    return mixed(QUANT_TD, FP_TD, fp_mix, generator_for(*key))
 
 
 def test_share_zero_takes_the_quantized_stream_alone():
@@ -36,7 +36,7 @@ def test_share_is_kept_over_all_positions_and_channels(share: float):
 
 def test_every_element_is_one_of_the_two():
     quant_TD, fp_TD = torch.randn(32, 16), torch.randn(32, 16)
-    chosen_TD = mixed(quant_TD, fp_TD, 0.5, generator_for(CPU, *KEY))
+    chosen_TD = mixed(quant_TD, fp_TD, 0.5, generator_for(*KEY))
     assert ((chosen_TD == quant_TD) | (chosen_TD == fp_TD)).all()
 
 
@@ -49,9 +49,10 @@ def test_same_key_gives_the_same_mix_whatever_was_drawn_before():
 
 
 def test_drawing_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
     drawn(0.5, *KEY)
     assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == before_numpy).all()
 
 
 @pytest.mark.parametrize("part", range(len(KEY)), ids=["seed", "block", "iteration", "sample"])

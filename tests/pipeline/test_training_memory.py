@@ -98,12 +98,17 @@ class TestSavedBytes:
         assert not llama_model.arguments[0].kwargs["position_embeddings"][0].is_meta
 
 
-@pytest.mark.parametrize(("dtype", "bytes_a_weight"), [(torch.float32, 24), (torch.bfloat16, 20)], ids=str)
-def test_state_is_counted_by_the_weight(llama_model: Model, dtype: torch.dtype, bytes_a_weight: int):
-    """s2, its gradient and Adam's moments: 16 bytes; the quantized weight and its gradient: 8, or 4 in bf16."""
+@pytest.mark.parametrize(
+    ("precision", "held_out", "bytes_a_weight"), [("float32", 0, 24), ("bf16", 0, 20), ("float32", 4, 25)]
+)
+def test_state_is_counted_by_the_weight(llama_model: Model, precision: str, held_out: int, bytes_a_weight: int):
+    """s2, its gradient and Adam's moments: 16 bytes; the quantized weight and its gradient: 8, or 4 in bf16; the best
+    iterate's code: 1.
+    """
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
-    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, dtype)
+    options = OptimizeOptions(precision=precision, held_out=held_out)
+    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options)
     assert counted == 2 * source + bytes_a_weight * (attention + mlp)
 
 
@@ -111,14 +116,14 @@ def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
     model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
-    assert state_bytes(model.skeleton, model.plan, 0, torch.float32) == 2 * source + 24 * attention
+    assert state_bytes(model.skeleton, model.plan, 0, options_for(1)) == 2 * source + 24 * attention
 
 
 class TestChoice:
     @staticmethod
     def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
         """Memory for a block's training with some samples at once."""
-        state = state_bytes(model.skeleton, model.plan, block_index, torch.float32)
+        state = state_bytes(model.skeleton, model.plan, block_index, options_for(1))
         sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
         return int(state + num_samples * sample)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Expected time of a run on a class of GPU, from its FLOPs and bytes: prints a table in Markdown.
 
-    python tools/bench/expected.py --iterations 1500 --samples 128 --tokens 2048
+    python tools/bench/expected.py --iterations 200 --samples 128 --tokens 2048
 
 Nothing here is measured: a step's matrix multiplies at a share of the data sheet's dense bf16 rate, its elementwise
 passes over the weights and activations at a share of the memory bandwidth, one after the other.
@@ -65,7 +65,7 @@ def state_gigabytes(shape: Shape) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=1500)
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2048)
     arguments = parser.parse_args()
