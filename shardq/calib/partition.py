@@ -29,7 +29,7 @@ def watched_samples(num_samples: int, num_held_out: int, rank: int, world_size: 
     Those that are held out of training, or a few of the others where none is.
     """
     first = num_samples - (num_held_out or min(WATCHED, num_samples))
-    return [sample for sample in range(first, num_samples) if sample % world_size == rank]
+    return [sample for sample in owned_samples(num_samples, rank, world_size) if sample >= first]
 
 
 def chunks(samples: range, size: int) -> list[list[int]]:

@@ -45,10 +45,10 @@ class BlockQuantizer(nn.Module):
         """Go to the start, round-to-nearest, for the weights `NAME.weight` in `source`, of any float dtype.
 
         Args:
-            importance: by linear's name of its input channels [I]; the start grid is searched with it.
+            importance: by linear's name, of its input channels [I]; the start grid of those named is searched with it.
         """
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
-            quantizer.start(source[f"{name}.weight"], importance and importance[name])
+            quantizer.start(source[f"{name}.weight"], (importance or {}).get(name))
 
     def requantize(self) -> None:
         """Write the fake-quantized weights into the block; gradients that reach them are collected there."""

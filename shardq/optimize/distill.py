@@ -17,8 +17,8 @@ def distill(
     micro_batch: int,
     on_step: Callable[[Tensor], None],
     goes_on: Callable[[int], bool] = lambda done: True,
-) -> None:
-    """Train in place, one optimizer step a batch. Nothing in a step waits for the device.
+) -> int:
+    """Train in place, one optimizer step a batch; gives the number of steps. Nothing in a step waits for the device.
 
     Args:
         loss_of: mean loss over the samples of a micro-batch, from the block's inputs and targets [N, T, D].
@@ -27,6 +27,7 @@ def distill(
         on_step: called after each step with the batch's loss, a tensor on the device, for progress.
         goes_on: called after each step with the number of steps done; training ends where it is false.
     """
+    done = 0
     for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
         loss = accumulate(loss_of, quantizer, inputs_NTD, targets_NTD, micro_batch)
         stepper.backward(*quantizer.collected())
@@ -34,6 +35,7 @@ def distill(
         on_step(loss)
         if not goes_on(done):
             break
+    return done
 
 
 def accumulate(

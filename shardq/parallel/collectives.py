@@ -55,21 +55,19 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
     return tensor.item()
 
 
-def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, in place."""
+def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor], doing: str = "adding up statistics") -> None:
+    """Replace each tensor by its sum over ranks, in place; an error's message says what that was for."""
     if ranks.world_size > 1:
-        with _contact("adding up statistics"):
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        with _contact(doing):
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
 
 
 def average_gradients(ranks: Ranks, gradients: list[torch.Tensor]) -> None:
     """Replace each gradient by its mean over ranks, in place."""
-    with _contact("averaging gradients"):
-        pending = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
-        for gradient, work in zip(gradients, pending, strict=True):
-            work.wait()
-            gradient.div_(ranks.world_size)
+    add_over_ranks(ranks, gradients, "averaging gradients")
+    for gradient in gradients:
+        gradient.div_(ranks.world_size)
 
 
 def barrier(ranks: Ranks) -> None:

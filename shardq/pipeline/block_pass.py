@@ -92,11 +92,11 @@ def quantize_block(
     searched = linear_names if job.optimize.start == "search" else []
     with span("fp pass"), channel_power(loaded.module, searched) as power:
         advance(activations, "fp", block_index, forward)
-    add_over_ranks(job.ranks, list(power.values()))
+        add_over_ranks(job.ranks, list(power.values()))
     bench = _bench(job, loaded, linear_names, arguments)
     # 2. The block starts as round-to-nearest; how far is it off?
     with span("start"):
-        bench.quantizer.start(loaded.source, power or None)
+        bench.quantizer.start(loaded.source, power)
         linears = bench.quantizer.folded()
         bench.quantizer.serve(linears, job.stored)
     with span("loss"):
@@ -106,13 +106,13 @@ def quantize_block(
         best = BestIterate(linears, loss_before) if job.optimize.held_out else None
         del linears
         with span("train") as facts:
-            facts["iterations"] = _train(job, bench, loaded, arguments, best)
+            facts["iterations"] = _train(job, bench, loaded, arguments, forward, best)
         # 4. They become codes and grid.
         with span("fold"):
             linears = best.linears if best else bench.quantizer.folded()
             bench.quantizer.serve(linears, job.stored)
         with span("loss"):
-            loss_after = _agreed_loss(job, block_index, forward)
+            loss_after = best.loss if best else _agreed_loss(job, block_index, forward)
     bench.quantizer.release()
     # 5. The quantized stream moves on through the weights as they are served.
     if not is_last:
@@ -122,16 +122,18 @@ def quantize_block(
 
 
 def _train(
-    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, best: BestIterate | None
+    job: BlockJob,
+    bench: Bench,
+    loaded: LoadedBlock,
+    arguments: BlockArguments,
+    forward: Callable[[Tensor], Tensor],
+    best: BestIterate | None,
 ) -> int:
     """Train the block's quantizers, looking for the best iterate where that is kept; gives the number of steps."""
-    optimize, num_done = job.optimize, 0
-    forward = block_forward(loaded.module, arguments, optimize.dtype)
+    optimize = job.optimize
     interval = math.ceil(optimize.iterations / LOOKS)
 
     def goes_on(done: int) -> bool:
-        nonlocal num_done
-        num_done = done
         if best is None:
             return True
         if done % interval == 0 or done == optimize.iterations:
@@ -142,9 +144,8 @@ def _train(
 
     bench.stepper.start()
     batches, on_step = _training_batches(job, loaded.index), job.display.advance_iteration
-    distill(_loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, batches, optimize.micro_batch,
-            on_step, goes_on)  # fmt: skip
-    return num_done
+    return distill(_loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, batches,
+                   optimize.micro_batch, on_step, goes_on)  # fmt: skip
 
 
 def _bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:

@@ -7,7 +7,7 @@ channels' mean square is the diagonal of GPTQ's Hessian (arXiv 2210.17323).
 import torch
 from torch import Tensor
 
-from shardq.quant import affine
+from shardq.quant import adascale, affine
 from shardq.quant.spec import QuantSpec
 
 BOTH, LOW, HIGH = (1, 1), (1, 0), (0, 1)
@@ -73,7 +73,7 @@ def _searched_chunk(
 def _weighted_error(rows_Rg: Tensor, importance_Gg: Tensor, min_R1: Tensor, max_R1: Tensor, spec: QuantSpec) -> Tensor:
     scale_R1 = affine.scale_of(min_R1, max_R1, spec)
     zero_point_R1 = affine.zero_point_of(min_R1, scale_R1, spec)
-    codes_Rg = (rows_Rg / scale_R1).round_().add_(zero_point_R1).clamp_(spec.qmin, spec.qmax)
-    error_Rg = codes_Rg.sub_(zero_point_R1).mul_(scale_R1).sub_(rows_Rg).square_()
+    rounded_Rg = adascale.fake_quantized(rows_Rg, None, None, scale_R1, zero_point_R1, spec, torch.float32)
+    error_Rg = rounded_Rg.sub_(rows_Rg).square_()
     weighted_OGg = error_Rg.view(-1, *importance_Gg.shape).mul_(importance_Gg)
     return weighted_OGg.sum(2).view(-1, 1)

@@ -22,6 +22,7 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.collectives import (
+    add_over_ranks,
     average_gradients,
     barrier,
     max_over_ranks,
@@ -125,6 +126,7 @@ def check_lost_peer(ranks: Ranks, note: dict) -> None:
         "comparing results": lambda: together(ranks, lambda: None),
         "adding up losses": lambda: sum_over_ranks(ranks, [1.0]),
         "comparing memory": lambda: max_over_ranks(ranks, 1.0),
+        "adding up statistics": lambda: add_over_ranks(ranks, [torch.ones(2)]),
         "averaging gradients": lambda: average_gradients(ranks, [torch.ones(2)]),
     }
     note["lost"] = {doing: outcome(call) for doing, call in calls.items()}

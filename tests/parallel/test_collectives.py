@@ -87,7 +87,14 @@ def test_nobody_leaves_a_barrier_before_the_last_has_come(notes: list[dict]):
 
 @pytest.mark.parametrize(
     "doing",
-    ["waiting for rank 0", "comparing results", "adding up losses", "comparing memory", "averaging gradients"],
+    [
+        "waiting for rank 0",
+        "comparing results",
+        "adding up losses",
+        "comparing memory",
+        "adding up statistics",
+        "averaging gradients",
+    ],
 )
 def test_lost_rank_is_reported_in_one_line(notes: list[dict], doing: str):
     outcome = notes[0]["lost"][doing]

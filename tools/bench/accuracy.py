@@ -19,10 +19,18 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-from peers import CALIB_COLUMN, EVAL_COLUMN, HERE, Bench, length_of, say
+from peers import (
+    EVAL_COLUMN,
+    HERE,
+    WORKERS,
+    Bench,
+    make_parser,
+    peer_command,
+    say,
+    shardq_command,
+    with_paths,
+)
 from peers_process import ProcessFailed
-
-WORKERS = {"aimet": "aimet_adascale.py", "autoround": "autoround_tuning.py"}
 
 
 def variant(text: str) -> tuple[str, list[str]]:
@@ -34,49 +42,26 @@ def variant(text: str) -> tuple[str, list[str]]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the float model")
-    parser.add_argument("--ids", type=Path, required=True, help="safetensors file of token ids")
+    """Options from the command line, paths made absolute."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--iterations", type=int, default=200, help="optimizer steps a block (default 200)")
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--group-size", type=int, nargs="+", default=[-1], help="-1: per-channel")
-    parser.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
-    parser.add_argument("--iterations", type=int, default=200, help="optimizer steps a block (default 200)")
     parser.add_argument("--variant", type=variant, action="append", default=[], help="NAME=OPTIONS of ours; repeatable")
-    parser.add_argument("--aimet", type=Path, help="python that has aimet-torch; not given: left out")
-    parser.add_argument("--autoround", type=Path, help="python that has auto-round; not given: left out")
-    parser.add_argument("--eval-samples", type=int, help="sequences to evaluate on (default: all)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each run (default 2)")
-    options = parser.parse_args(arguments)
-    options.model, options.ids = options.model.resolve(), options.ids.resolve()
-    return options
+    return with_paths(parser.parse_args(arguments))
 
 
-def our_command(options: argparse.Namespace, bits: int, group_size: int, more: list[str]) -> list[object]:
-    """Command line of a run of shardq, without its output folder."""
-    return [
-        sys.executable, HERE.parents[1] / "launch" / "quantize.py", "--model", options.model,
-        "--calib.dataset", options.ids, "--calib.column", CALIB_COLUMN, "--calib.samples", options.samples,
-        "--calib.sequence_length", length_of(options.ids, CALIB_COLUMN), "--quant.bits", bits,
-        "--quant.group_size", group_size, "--optimize.iterations", options.iterations, "--optimize.batch_size", 1,
-        *more,
-    ]  # fmt: skip
-
-
-def peer_command(options: argparse.Namespace, bits: int, group_size: int, name: str) -> list[object]:
-    """Command line of a peer's worker, without its output folder."""
-    return [
-        getattr(options, name), HERE / "peers" / WORKERS[name], "--model", options.model, "--ids", options.ids,
-        "--column", CALIB_COLUMN, "--samples", options.samples, "--iterations", options.iterations,
-        "--threads", options.threads, "--bits", bits, "--group-size", group_size,
-    ]  # fmt: skip
-
-
-def cell(bench: Bench, name: str, command: list[object]) -> dict:
-    """Quantize, compare with the float model, and forget the checkpoint."""
-    options, output = bench.options, bench.folder / "output"
+def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
+    """Quantize with one method, compare with the float model, and forget the checkpoint."""
+    options, output, variants = bench.options, bench.folder / "output", dict(bench.options.variant)
     try:
-        facts, cost = bench.run(name, [*command, "--output", output])
+        if name in variants:
+            grid = ["--quant.bits", bits, "--quant.group_size", group_size]
+            command = [*shardq_command(bench, output), *grid, *variants[name]]
+            facts, cost = bench.run(name, command, options.checkout)
+        else:
+            grid = ["--bits", bits, "--group-size", group_size]
+            facts, cost = bench.run(name, [*peer_command(bench, name, output), *grid])
         compared = [
             sys.executable, HERE / "agreement.py", "--reference", options.model, "--ids", options.ids,
             "--column", EVAL_COLUMN, output,
@@ -99,21 +84,17 @@ def cell(bench: Bench, name: str, command: list[object]) -> dict:
 def main() -> None:
     """Run every cell and print it; exit code 1 if one failed."""
     options, failed = parse(), False
+    methods = [*dict(options.variant), *(name for name in WORKERS if getattr(options, name))]
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         bench = Bench(options, options.model, Path(folder))
-        for bits, group_size in product(options.bits, options.group_size):
-            commands = {name: our_command(options, bits, group_size, more) for name, more in options.variant}
-            for name in WORKERS:
-                if getattr(options, name):
-                    commands[name] = peer_command(options, bits, group_size, name)
-            for name, command in commands.items():
-                facts = {"method": name, "bits": bits, "group_size": group_size, "samples": options.samples,
-                         "iterations": options.iterations}  # fmt: skip
-                try:
-                    print(json.dumps(facts | cell(bench, name, command)), flush=True)
-                except ProcessFailed as error:
-                    failed = True
-                    say(f"{name}, {bits} bits, group size {group_size}: {error}")
+        for bits, group_size, name in product(options.bits, options.group_size, methods):
+            facts = {"method": name, "bits": bits, "group_size": group_size, "samples": options.samples,
+                     "iterations": options.iterations}  # fmt: skip
+            try:
+                print(json.dumps(facts | cell(bench, name, bits, group_size)), flush=True)
+            except ProcessFailed as error:
+                failed = True
+                say(f"{name}, {bits} bits, group size {group_size}: {error}")
     sys.exit(1 if failed else 0)
 
 

@@ -30,6 +30,7 @@ from peers_truncate import graft, read_headers, truncate
 
 HERE = Path(__file__).resolve().parent
 CALIB_COLUMN, EVAL_COLUMN = "calib_ids", "eval_ids"
+WORKERS = {"aimet": "aimet_adascale.py", "autoround": "autoround_tuning.py"}  # of the peers, in the folder peers/
 RATIOS = {"step": "seconds_per_step_median", "wall": "wall_seconds", "peak_rss": "peak_rss_bytes"}
 MIB = 1 << 20
 MAX_OTHER_SHARE = 0.05  # beyond it times say little: a step beside another job has taken eight times as long
@@ -72,12 +73,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Options from the command line, paths made absolute."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
+    parser.add_argument("--iterations", type=int, required=True, help="optimizer steps a block, of one sample each")
+    parser.add_argument("--blocks", type=int, help="only the first K decoder blocks (default: all)")
+    parser.add_argument("--shardq-options", type=shlex.split, default=[], help="more options of launch/quantize.py")
+    parser.add_argument("--skip-eval", action="store_true", help="no perplexities")
+    parser.add_argument("--output", type=Path, help="new folder for checkpoints and logs (default: none are kept)")
+    return with_paths(parser.parse_args(arguments))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every comparison: model, tokens, threads, environments."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the float model")
     parser.add_argument("--ids", type=Path, required=True, help="safetensors file of token ids")
-    parser.add_argument("--iterations", type=int, required=True, help="optimizer steps a block, of one sample each")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
-    parser.add_argument("--blocks", type=int, help="only the first K decoder blocks (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each run (default 2)")
     parser.add_argument("--aimet", type=Path, help="python that has aimet-torch; not given: AIMET is left out")
     parser.add_argument("--autoround", type=Path, help="python that has auto-round; not given: AutoRound is left out")
@@ -85,14 +95,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--autoround-dtype", choices=("default", "float32"), default="default",
         help="default: what AutoRound chooses, bfloat16 where the processor has it",
     )  # fmt: skip
-    parser.add_argument("--shardq-options", type=shlex.split, default=[], help="more options of launch/quantize.py")
     parser.add_argument(
         "--checkout", type=Path, default=HERE.parents[1], help="shardq that is measured and evaluates (default: this)"
     )
-    parser.add_argument("--skip-eval", action="store_true", help="no perplexities")
-    parser.add_argument("--eval-samples", type=int, help="sequences for the perplexities (default: all in the file)")
-    parser.add_argument("--output", type=Path, help="new folder for checkpoints and logs (default: none are kept)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--eval-samples", type=int, help="sequences to evaluate on (default: all in the file)")
+    return parser
+
+
+def with_paths(options: argparse.Namespace) -> argparse.Namespace:
+    """The same options with absolute paths, that exist."""
     for name in ("model", "ids", "checkout"):
         setattr(options, name, getattr(options, name).resolve())
         if not getattr(options, name).exists():
@@ -137,32 +148,39 @@ def float_row(bench: Bench, name: str) -> dict:
     return {"name": name}
 
 
-def peer_row(bench: Bench, name: str) -> dict:
-    """Run a peer's worker in its environment."""
-    options, output = bench.options, bench.folder / name
-    script = {"aimet": "aimet_adascale.py", "autoround": "autoround_tuning.py"}[name]
+def peer_command(bench: Bench, name: str, output: Path) -> list[object]:
+    """Command line of a peer's worker in its environment; more of the worker's options may follow."""
+    options = bench.options
     command = [
-        getattr(options, name), HERE / "peers" / script, "--model", bench.model, "--ids", options.ids,
+        getattr(options, name), HERE / "peers" / WORKERS[name], "--model", bench.model, "--ids", options.ids,
         "--column", CALIB_COLUMN, "--samples", options.samples, "--iterations", options.iterations,
         "--threads", options.threads, "--output", output,
     ]  # fmt: skip
-    if name == "autoround":
-        command += ["--dtype", options.autoround_dtype]
-    facts, cost = bench.run(name, command)
+    return [*command, "--dtype", options.autoround_dtype] if name == "autoround" else command
+
+
+def peer_row(bench: Bench, name: str) -> dict:
+    """Run a peer's worker in its environment."""
+    facts, cost = bench.run(name, peer_command(bench, name, bench.folder / name))
     return {"name": name} | facts | cost
 
 
-def shardq_row(bench: Bench, name: str) -> dict:
-    """Run launch/quantize.py on one rank in this environment."""
-    options, output = bench.options, bench.folder / name
-    command = [
+def shardq_command(bench: Bench, output: Path) -> list[object]:
+    """Command line of launch/quantize.py on one rank in this environment; more of its options may follow."""
+    options = bench.options
+    return [
         sys.executable, "launch/quantize.py", "--model", bench.model,
         "--calib.dataset", options.ids, "--calib.column", CALIB_COLUMN, "--calib.samples", options.samples,
         "--calib.sequence_length", length_of(options.ids, CALIB_COLUMN),
         "--optimize.iterations", options.iterations, "--optimize.batch_size", 1,
-        "--output", output, *options.shardq_options,
+        "--output", output,
     ]  # fmt: skip
-    summary, cost = bench.run(name, command, options.checkout)
+
+
+def shardq_row(bench: Bench, name: str) -> dict:
+    """Run launch/quantize.py and read what it says of itself."""
+    options, output = bench.options, bench.folder / name
+    summary, cost = bench.run(name, [*shardq_command(bench, output), *options.shardq_options], options.checkout)
     chosen = json.loads((output / "manifest.json").read_text())["options"]["optimize"]
     facts = {"peak_rss_bytes": summary["peak_rss_bytes"], "dtype": chosen["precision"]}
     facts |= train_statistics((output / "events.jsonl").read_text().splitlines())
