@@ -42,9 +42,10 @@ def test_gpu_multiplies_bf16_from_ampere_on(monkeypatch: pytest.MonkeyPatch, cap
     assert multiplies_bf16(GPU) is expected
 
 
-def test_plain_attention_is_for_short_sequences_on_a_cpu_alone():
-    assert training_attention(CPU, 1024) == [SDPBackend.MATH]
-    for kernels in (training_attention(CPU, 1025), training_attention(GPU, 1024), training_attention(GPU, 4096)):
+def test_plain_attention_is_for_short_float32_sequences_on_a_cpu_alone():
+    assert training_attention(CPU, 1024, torch.float32) == [SDPBackend.MATH]
+    others = [(CPU, 1025, torch.float32), (CPU, 512, torch.bfloat16), (GPU, 1024, torch.float32)]
+    for kernels in [training_attention(*other) for other in others]:
         assert kernels[0] == SDPBackend.FLASH_ATTENTION
         assert kernels[-1] == SDPBackend.MATH, "nothing is left for what no fused kernel takes"
 

@@ -199,7 +199,7 @@ def block_loss(
     kind: Loss = "squared",
 ) -> Tensor:
     """Training loss of a block: what is compiled, forward and backward, as one piece."""
-    with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1])):
+    with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1], dtype)):
         return distillation_loss(run_block(block, inputs_NTD, args, kwargs, dtype), targets_NTD, kind)
 
 

@@ -15,8 +15,8 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.pipeline.plan import Plan
 
 # A weight while it is trained, beside its source dtype (once for this block, once for the next): fake-quantized
-# weight and its gradient in the matrix multiplies' dtype, s2 and its gradient, Adam's two moments in float32.
-FLOAT32_VALUES_A_WEIGHT = 4
+# weight and its gradient in the matrix multiplies' dtype, s2 and its gradient and the optimizer's moments in float32.
+MOMENTS = {"adam": 2, "sign": 0}
 
 
 def choose_micro_batch(
@@ -63,7 +63,8 @@ def state_bytes(skeleton: Skeleton, plan: Plan, block_index: int, options: Optim
     source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
     num_weights = _num_weights(skeleton.blocks[block_index], plan.linears[block_index])
     best = 1 if options.held_out else 0
-    return 2 * source + num_weights * (4 * FLOAT32_VALUES_A_WEIGHT + 2 * options.dtype.itemsize + best)
+    in_float32 = 2 + MOMENTS[options.optimizer]
+    return 2 * source + num_weights * (4 * in_float32 + 2 * options.dtype.itemsize + best)
 
 
 def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:

@@ -99,15 +99,22 @@ class TestSavedBytes:
 
 
 @pytest.mark.parametrize(
-    ("precision", "held_out", "bytes_a_weight"), [("float32", 0, 24), ("bf16", 0, 20), ("float32", 4, 25)]
+    ("chosen", "bytes_a_weight"),
+    [
+        ({"precision": "float32"}, 24),
+        ({"precision": "bf16"}, 20),
+        ({"precision": "float32", "held_out": 4}, 25),
+        ({"precision": "float32", "optimizer": "sign"}, 16),
+    ],
+    ids=str,
 )
-def test_state_is_counted_by_the_weight(llama_model: Model, precision: str, held_out: int, bytes_a_weight: int):
-    """s2, its gradient and Adam's moments: 16 bytes; the quantized weight and its gradient: 8, or 4 in bf16; the best
-    iterate's code: 1.
+def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_a_weight: int):
+    """s2 and its gradient: 8 bytes; Adam's moments: 8; the quantized weight and its gradient: 8, or 4 in bf16; the
+    best iterate's code: 1.
     """
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
-    options = OptimizeOptions(precision=precision, held_out=held_out)
+    options = OptimizeOptions(**chosen)
     counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options)
     assert counted == 2 * source + bytes_a_weight * (attention + mlp)
 
