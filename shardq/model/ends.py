@@ -92,8 +92,13 @@ def record_arguments(
 
     Args:
         embed: what `prologue` yields; called once on one sequence.
+
+    Raises:
+        UnsupportedModelError: a block's arguments hold for one sequence alone.
     """
     embed(torch.zeros(1, sequence_length, dtype=torch.long))
+    for stand_in in skeleton.stand_ins:
+        stand_in.on_meta(times=2)
     return [BlockArguments(stand_in.seen[1], stand_in.seen[2]) for stand_in in skeleton.stand_ins]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -28,8 +29,9 @@ DEFAULT_IGNORE = ("lm_head", "*embed*")
 class StandIn(nn.Module):
     """Takes a block's place in the model: records what the model passes, returns the hidden states unchanged.
 
-    Plain attributes of the block are copied, because some models read them (such as `attention_type`). If `injected`
-    is set, that is returned instead: so the model's own code turns given hidden states into logits.
+    They are returned as the block would return them, alone or first of a tuple. Plain attributes of the block are
+    copied, because some models read them (such as `attention_type`). If `injected` is set, that is returned instead:
+    so the model's own code turns given hidden states into logits.
     """
 
     def __init__(self, block: nn.Module):
@@ -38,11 +40,36 @@ class StandIn(nn.Module):
         self.__dict__.update({k: v for k, v in vars(block).items() if not k.startswith("_") and k not in own})
         self.injected: Tensor | None = None
         self.seen: tuple[Tensor, tuple, dict] | None = None
+        self._block = (block,)  # in a tuple: not a submodule, whose weights the model would expect
+        self._returns_tuple: bool | None = None
 
     def forward(self, hidden, *args, **kwargs):
         """Record the call."""
         self.seen = (hidden, args, kwargs)
-        return hidden if self.injected is None else self.injected
+        if self._returns_tuple is None:
+            self._returns_tuple = isinstance(self.on_meta(), tuple)
+        returned = hidden if self.injected is None else self.injected
+        return (returned,) if self._returns_tuple else returned
+
+    @torch.no_grad()
+    def on_meta(self, times: int = 1) -> object:
+        """What the block returns for the call that was seen: structure and shapes, without computing.
+
+        Args:
+            times: how many times as many sequences to pass, with the arguments of the call.
+
+        Raises:
+            UnsupportedModelError: the block does not take that.
+        """
+        block = self._block[0]
+        hidden, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), self.seen)
+        try:
+            return block(hidden.repeat(times, 1, 1), *args, **kwargs)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{type(block).__name__}: a decoder block must take any number of sequences with the arguments that "
+                f"the model passes it for one; it does not take {times} ({_first_line(error)})"
+            ) from error
 
 
 @dataclass(frozen=True)

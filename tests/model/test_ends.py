@@ -10,22 +10,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    XGLMConfig,
 )
 
 import tiny
-from shardq.errors import CheckpointError
+from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.model import ends
 from shardq.model.ends import epilogue, prologue, record_arguments, run_block
 from shardq.model.skeleton import Skeleton, open_skeleton
@@ -69,6 +76,12 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "opt-projected": OPTConfig(**SHAPE, ffn_dim=80, word_embed_proj_dim=32, init_std=0.2, do_layer_norm_before=False),
     "gpt-neox": GPTNeoXConfig(**NEOX),
     "gpt-neox-sequential": GPTNeoXConfig(**NEOX, use_parallel_residual=False),
+    # Models that expect a block to return a tuple.
+    "gptj": GPTJConfig(**SHAPE, rotary_dim=8, initializer_range=0.2),
+    "codegen": CodeGenConfig(**SHAPE, rotary_dim=8, initializer_range=0.2),
+    "gpt-neo": GPTNeoConfig(**SHAPE, attention_types=[[["global", "local", "global"], 1]], window_size=WINDOW),
+    "falcon": FalconConfig(**SHAPE, initializer_range=0.2),
+    "mpt": MptConfig(**SHAPE),
     # As many positions as tokens, so that the two embeddings have equal shapes.
     "opt-positions-as-tokens": OPTConfig(
         **SHAPE | {"max_position_embeddings": VOCAB - 2}, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2
@@ -140,6 +153,18 @@ def test_streamed_logits_are_those_of_the_whole_model(
     if sliced:
         use_slices(monkeypatch, getattr(config, "word_embed_proj_dim", 48))
     assert_streams_exactly(tiny.save_model(tmp_path, config, max_shard_size="20KB"))
+
+
+@pytest.mark.parametrize(
+    "config", [BloomConfig(**SHAPE), XGLMConfig(**SHAPE, ffn_dim=80, attention_heads=4, num_layers=3, d_model=48)],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_arguments_that_hold_for_one_sequence_alone_are_refused(tmp_path: Path, config: PretrainedConfig):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+    with prologue(skeleton, CPU) as embed, pytest.raises(UnsupportedModelError) as caught:
+        record_arguments(skeleton, embed, LENGTH)
+    message = str(caught.value)
+    assert type(skeleton.blocks[0]).__name__ in message and "does not take 2" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

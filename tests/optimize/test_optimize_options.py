@@ -40,9 +40,12 @@ def test_presets_are_those_that_can_be_asked_for():
     assert get_args(get_type_hints(OptimizeOptions)["preset"]) == tuple(PRESETS)
 
 
-def test_light_differs_from_the_default_in_iterations_and_the_rate_they_need():
-    differing = {name for name, value in PRESETS["default"].items() if PRESETS["light"][name] != value}
-    assert differing == {"iterations", "weight_lr"}
+@pytest.mark.parametrize(("preset", "times"), [("light", 0.5), ("best", 4)])
+def test_budgets_differ_from_the_default_in_iterations_and_the_rate_they_need(preset: str, times: float):
+    default, budget = PRESETS["default"], PRESETS[preset]
+    assert {name for name, value in default.items() if budget[name] != value} == {"iterations", "weight_lr"}
+    assert budget["iterations"] == times * default["iterations"]
+    assert (budget["weight_lr"] < default["weight_lr"]) == (times > 1), "more steps take a lower rate"
 
 
 @pytest.mark.parametrize("name", GIVEN)
