@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -62,7 +63,7 @@ class StandIn(nn.Module):
             UnsupportedModelError: the block does not take that.
         """
         block = self._block[0]
-        hidden, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), self.seen)
+        hidden, args, kwargs = to_meta(self.seen)
         try:
             return block(hidden.repeat(times, 1, 1), *args, **kwargs)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -70,6 +71,11 @@ class StandIn(nn.Module):
                 f"{type(block).__name__}: a decoder block must take any number of sequences with the arguments that "
                 f"the model passes it for one; it does not take {times} ({_first_line(error)})"
             ) from error
+
+
+def to_meta(values: Any) -> Any:
+    """The same tuples and dicts with every tensor in them on the meta device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), values)
 
 
 @dataclass(frozen=True)

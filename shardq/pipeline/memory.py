@@ -6,11 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map_only
 
 from shardq.errors import ConfigError
 from shardq.model.ends import BlockArguments, run_block
-from shardq.model.skeleton import Skeleton
+from shardq.model.skeleton import Skeleton, to_meta
 from shardq.optimize.options import OptimizeOptions
 from shardq.pipeline.plan import Plan
 
@@ -77,7 +76,7 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
         hidden_shape: samples, tokens, channels.
     """
     block = copy.deepcopy(block).requires_grad_(True)
-    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (arguments.args, arguments.kwargs))
+    args, kwargs = to_meta((arguments.args, arguments.kwargs))
     hidden_NTD = torch.empty(hidden_shape, device="meta")
     kept = saved_tensors(lambda: run_block(block, hidden_NTD, args, kwargs, torch.float32))
     parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
