@@ -29,7 +29,7 @@ def check(command, num_ranks, config):
     if command == "evaluate":
         check_evaluate(config)
     else:
-        check_quantize(replace(config, optimize=resolved(config.optimize, num_ranks, has_bf16=False)), num_ranks)
+        check_quantize(replace(config, optimize=resolved(config.optimize, 4, num_ranks, has_bf16=False)), num_ranks)
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

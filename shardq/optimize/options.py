@@ -45,7 +45,8 @@ class OptimizeOptions:
     grid_lr: float | None = None
     """Learning rate of the grid's parameters, beta and gamma or the step (presets: 5e-3, aimet 1e-3)."""
     weight_lr: float | None = None
-    """Learning rate of the weight's parameters, s2 and s3 (presets: 4e-3, light 6e-3, best 3e-3, aimet 5e-4)."""
+    """Learning rate of the weight's parameters, s2 and s3 (presets at 4 bits and more: 4e-3, light 6e-3, best 3e-3;
+    at 3 bits 2 times, at 2 bits 2.5 times that; aimet 5e-4 at any)."""
     fp_mix: float | None = None
     """Probability, for each element of the block's input, of the fp stream's value in place of the quantized stream's
     (presets: 0, aimet 0.5)."""
@@ -67,17 +68,22 @@ PRESETS = {
         "iterations": 1500, "start": "minmax", "loss": "squared", "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5,
     },
 }  # fmt: skip
+# A coarser grid asks for larger changes of the weight: what the presets' weight rates are multiplied by (measured).
+COARSE_GRID_RATE = {2: 2.5, 3: 2.0}
 
 
-def resolved(options: OptimizeOptions, world_size: int, has_bf16: bool) -> OptimizeOptions:
-    """Options with every value that was not given filled in from the preset, the number of ranks and the device.
+def resolved(options: OptimizeOptions, bits: int, world_size: int, has_bf16: bool) -> OptimizeOptions:
+    """Options with every value that was not given filled in from the preset, the grid, the ranks and the device.
 
     The micro-batch is left open: it depends on the model.
 
     Args:
+        bits: of the grid.
         has_bf16: the device multiplies bfloat16 in hardware.
     """
     defaults = PRESETS[options.preset] | {"batch_size": world_size}
+    if options.preset != "aimet":
+        defaults["weight_lr"] *= COARSE_GRID_RATE.get(bits, 1.0)
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     if options.precision == "auto":
         missing["precision"] = "bf16" if has_bf16 else "float32"

@@ -85,7 +85,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
-    optimize = resolved(config.optimize, ranks.world_size, multiplies_bf16(ranks.device))
+    optimize = resolved(config.optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
     config = replace(config, optimize=optimize)
     together(ranks, lambda: check_quantize(config, ranks.world_size))
     folder = on_rank_zero(ranks, lambda: local_folder(config.model))

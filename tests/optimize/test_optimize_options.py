@@ -27,17 +27,30 @@ def values(options: OptimizeOptions) -> dict:
 
 
 def test_preset_fills_in_everything_that_is_missing():
-    assert values(resolved(OptimizeOptions(preset="aimet"), world_size=1, has_bf16=False)) == AIMET | OPEN
+    assert values(resolved(OptimizeOptions(preset="aimet"), bits=4, world_size=1, has_bf16=False)) == AIMET | OPEN
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_leaves_open_only_what_the_machine_decides(preset: str):
-    filled = values(resolved(OptimizeOptions(preset=preset), world_size=2, has_bf16=False))
+    filled = values(resolved(OptimizeOptions(preset=preset), bits=4, world_size=2, has_bf16=False))
     assert {name for name, value in filled.items() if value is None} == {"micro_batch", "memory_gib", "patience"}
 
 
 def test_presets_are_those_that_can_be_asked_for():
     assert get_args(get_type_hints(OptimizeOptions)["preset"]) == tuple(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_weight_rate_rises_as_the_grid_gets_coarser_except_as_aimet_trains(preset: str):
+    rates = [resolved(OptimizeOptions(preset=preset), bits, 1, has_bf16=False).weight_lr for bits in (8, 4, 3, 2)]
+    if preset == "aimet":
+        assert rates == [5e-4] * 4
+    else:
+        assert rates[0] == rates[1] == PRESETS[preset]["weight_lr"] < rates[2] < rates[3]
+
+
+def test_a_given_weight_rate_holds_at_any_bits():
+    assert resolved(OptimizeOptions(weight_lr=1e-3), 2, 1, has_bf16=False).weight_lr == 1e-3
 
 
 @pytest.mark.parametrize(("preset", "times"), [("light", 0.5), ("best", 4)])
@@ -50,16 +63,16 @@ def test_budgets_differ_from_the_default_in_iterations_and_the_rate_they_need(pr
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_given_value_is_kept_and_the_rest_filled_in(name: str):
-    options = resolved(OptimizeOptions(preset="aimet", **{name: GIVEN[name]}), world_size=1, has_bf16=False)
+    options = resolved(OptimizeOptions(preset="aimet", **{name: GIVEN[name]}), bits=4, world_size=1, has_bf16=False)
     assert values(options) == AIMET | OPEN | {name: GIVEN[name]}
 
 
 def test_nothing_is_changed_where_everything_is_given():
-    assert values(resolved(OptimizeOptions(**GIVEN), world_size=2, has_bf16=False)) == GIVEN
+    assert values(resolved(OptimizeOptions(**GIVEN), bits=4, world_size=2, has_bf16=False)) == GIVEN
 
 
 def test_batch_holds_one_sample_a_rank():
-    assert resolved(OptimizeOptions(), world_size=8, has_bf16=False).batch_size == 8
+    assert resolved(OptimizeOptions(), bits=4, world_size=8, has_bf16=False).batch_size == 8
 
 
 @pytest.mark.parametrize(
@@ -72,15 +85,15 @@ def test_batch_holds_one_sample_a_rank():
     ],
 )
 def test_dtype_is_the_devices_unless_it_is_given(precision: str, has_bf16: bool, dtype: torch.dtype):
-    assert resolved(OptimizeOptions(precision=precision), world_size=1, has_bf16=has_bf16).dtype == dtype
+    assert resolved(OptimizeOptions(precision=precision), bits=4, world_size=1, has_bf16=has_bf16).dtype == dtype
 
 
 def test_resolving_again_changes_nothing():
-    once = resolved(OptimizeOptions(iterations=3), world_size=4, has_bf16=True)
-    assert resolved(once, world_size=2, has_bf16=False) == once
+    once = resolved(OptimizeOptions(iterations=3), bits=4, world_size=4, has_bf16=True)
+    assert resolved(once, bits=4, world_size=2, has_bf16=False) == once
 
 
 def test_given_options_stay_as_they_were():
     options = OptimizeOptions()
-    resolved(options, world_size=2, has_bf16=True)
+    resolved(options, bits=4, world_size=2, has_bf16=True)
     assert options == OptimizeOptions()

@@ -160,7 +160,10 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     """Run the steps and give the figures."""
     shape, tokens = arguments.shape, arguments.tokens
     options = resolved(
-        OptimizeOptions(iterations=arguments.iterations, precision=arguments.precision), 1, multiplies_bf16(device)
+        OptimizeOptions(iterations=arguments.iterations, precision=arguments.precision),
+        arguments.bits,
+        1,
+        multiplies_bf16(device),
     )
     compiled = eager if arguments.compile == "off" or why_not(device) else compiler(print)
     block, source, kwargs = make_block(shape, tokens, device)
