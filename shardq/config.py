@@ -19,6 +19,9 @@ class QuantOptions:
     """Bits a weight, 2 to 8."""
     symmetric: bool = True
     """Symmetric grid (no zero point), or an asymmetric one."""
+    full_range: bool = False
+    """Let scales of a symmetric grid be negative where a row reaches further above 0 than below, so that no code is
+    idle; encodings then describe an asymmetric grid, as AIMET's scales are positive."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
@@ -32,7 +35,7 @@ class QuantOptions:
     def spec(self) -> QuantSpec:
         """The grid that these options describe."""
         group_size = None if self.group_size in (None, -1) else self.group_size
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size)
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size, full_range=self.full_range)
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -143,6 +146,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
     _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
     _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")
+    _require(quant.symmetric or not quant.full_range, "quant.full_range", quant.full_range,
+             "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
     size = quant.group_size
     _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
 

@@ -1,7 +1,8 @@
 """AIMET encodings of weights as JSON: version 1.0.0, and the body of `_torch.encodings` (version 0.6.1 entries).
 
 Names are torch names and lists run in [out, in] order. `offset` belongs to the unsigned code in both layouts:
--2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one.
+-2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one. Scales here are positive: a full-range grid is
+written as the asymmetric one that it equals, of offset 1 - 2^(b-1) where its scale is negative.
 """
 
 import json
@@ -9,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from shardq import __version__
 from shardq.files import write_whole
 from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
 
 PRODUCER = {"package": "shardq", "version": __version__}
 
@@ -20,13 +23,14 @@ PRODUCER = {"package": "shardq", "version": __version__}
 def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
     """One weight's entry of `param_encodings` in version 1.0.0."""
     spec = linear.spec
+    scale_OG, offset_OG = _positive_grid(linear)
     entry = {
         "name": name,
         "dtype": "INT",
         "bw": spec.bits,
-        "is_sym": spec.symmetric,
-        "scale": linear.scale_OG.flatten().tolist(),
-        "offset": _unsigned_offsets(linear),
+        "is_sym": _is_symmetric(spec),
+        "scale": scale_OG.flatten().tolist(),
+        "offset": offset_OG.flatten().tolist(),
         "enc_type": "PER_BLOCK" if spec.group_size else "PER_CHANNEL",
     }
     return entry | ({"block_size": spec.group_size} if spec.group_size else {})
@@ -37,21 +41,28 @@ def encoding_torch(linear: QuantizedLinear) -> list[dict]:
 
     AIMET reads `min` and `max` back, not `scale` and `offset`, so they are the float32 ends of the grid in full.
     """
-    spec, scale_OG = linear.spec, linear.scale_OG.float()
-    lows = ((spec.qmin - linear.zero_point_OG) * scale_OG).flatten().tolist()
-    highs = ((spec.qmax - linear.zero_point_OG) * scale_OG).flatten().tolist()
-    rows = zip(lows, highs, scale_OG.flatten().tolist(), _unsigned_offsets(linear), strict=True)
+    spec = linear.spec
+    scale_OG, offset_OG = _positive_grid(linear)
+    columns = (offset_OG * scale_OG, (offset_OG + spec.num_steps) * scale_OG, scale_OG, offset_OG)
+    rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
     return [
         {
             "min": low, "max": high, "scale": scale, "offset": offset,
-            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(spec.symmetric),
+            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(_is_symmetric(spec)),
         }
         for low, high, scale, offset in rows
     ]  # fmt: skip
 
 
-def _unsigned_offsets(linear: QuantizedLinear) -> list[int]:
-    return (linear.spec.qmin - linear.zero_point_OG).to(torch.int64).flatten().tolist()
+def _is_symmetric(spec: QuantSpec) -> bool:
+    return spec.symmetric and not spec.full_range
+
+
+def _positive_grid(linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
+    """Scale, float32, and offset of the unsigned code, int64, of the same grid points in rising order."""
+    spec, scale_OG = linear.spec, linear.scale_OG.float()
+    offset_OG = torch.where(scale_OG < 0, -spec.qmax, spec.qmin - linear.zero_point_OG)
+    return scale_OG.abs(), offset_OG.to(torch.int64)
 
 
 def write_v1(path: Path, entries: Iterable[dict]) -> None:

@@ -100,9 +100,9 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
     folded = quantizer.folded()
     values = dict(quantizer.named_parameters()) | {"scale": folded.scale_OG}
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
-    if wrong or not (folded.scale_OG > 0).all():
+    if wrong or not (folded.scale_OG != 0).all():
         raise QuantizationError(
-            f"{name}: {', '.join(wrong) or 'scale'} is not finite and positive after training; "
+            f"{name}: {', '.join(wrong) or 'scale'} is not finite and nonzero after training; "
             "lower optimize.grid_lr and optimize.weight_lr"
         )
     return folded

@@ -21,11 +21,11 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Ends of the min-max grid of each row, the frozen start that learnable clipping scales.
 
     Symmetric: the smallest step at which `qmin * step` and `qmax * step` enclose the row, as AIMET's min-max
-    calibration gives it. Asymmetric: the row's
-    own ends, widened to hold 0.
+    calibration gives it. Full-range: the step at which `qmin * step` is the row's value furthest from 0, whatever its
+    sign (AutoRound's symmetric grid). Asymmetric: the row's own ends, widened to hold 0.
 
     Returns:
-        min_R1 <= 0 and max_R1 > 0 in weight units.
+        min_R1 <= 0 and max_R1 > 0 in weight units; both negated in full-range rows that reach further above 0.
     """
     lowest_R1 = rows_Rg.amin(1, keepdim=True).clamp(max=0)
     highest_R1 = rows_Rg.amax(1, keepdim=True).clamp(min=0)
@@ -34,6 +34,9 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     lowest_R1, highest_R1 = lowest_R1 + spec.qmin * widen_R1, highest_R1 + spec.qmax * widen_R1
     if not spec.symmetric:
         return lowest_R1, highest_R1
+    if spec.full_range:
+        step_R1 = torch.where(highest_R1 > -lowest_R1, highest_R1, lowest_R1) / spec.qmin
+        return spec.qmin * step_R1, spec.qmax * step_R1
     # At 2 bits AIMET lets the positive end be clipped by one step: {-2, -1, 0, 1} would waste half of the range.
     positive_steps = spec.qmax if spec.bits > 2 else 2
     step_R1 = torch.maximum(highest_R1 / positive_steps, lowest_R1 / spec.qmin)
@@ -41,8 +44,11 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec) -> Tensor:
-    """Step of the grid between two ends, in weight units per code; differentiable."""
-    return ((max_R1 - min_R1) / spec.num_steps).clamp(min=SCALE_FLOOR)
+    """Step of the grid between two ends, in weight units per code; differentiable. Its sign is that of `max - min`."""
+    step_R1 = (max_R1 - min_R1) / spec.num_steps
+    if spec.full_range:
+        return torch.where(step_R1 < 0, step_R1.clamp(max=-SCALE_FLOOR), step_R1.clamp(min=SCALE_FLOOR))
+    return step_R1.clamp(min=SCALE_FLOOR)
 
 
 def zero_point_of(min_R1: Tensor, scale_R1: Tensor, spec: QuantSpec) -> Tensor:

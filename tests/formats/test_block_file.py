@@ -78,8 +78,8 @@ def test_header_describes_every_linear(tmp_path):
     assert json.loads(metadata["shardq"]) == {
         "version": 1,
         "linears": {
-            NAME: {"bits": 3, "symmetric": False, "group_size": 8, "in_features": 24},
-            "other": {"bits": 4, "symmetric": True, "group_size": None, "in_features": 24},
+            NAME: {"bits": 3, "full_range": False, "symmetric": False, "group_size": 8, "in_features": 24},
+            "other": {"bits": 4, "full_range": False, "symmetric": True, "group_size": None, "in_features": 24},
         },
     }
 

@@ -188,3 +188,23 @@ def test_entries_are_asked_for_one_at_a_time(tmp_path, linears):
     total = (tmp_path / "a.encodings").stat().st_size
     assert asked[0] == 0
     assert asked[-1] > total / 2
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_full_range_grid_is_the_asymmetric_one_of_the_same_points(bits: int, group_size: int | None):
+    spec = QuantSpec(bits=bits, group_size=group_size, full_range=True)
+    rows = affine.to_rows(torch.randn(6, 32), spec)
+    scale = affine.scale_of(*affine.start_range(rows, spec), spec)
+    codes = affine.quantize(rows, scale, torch.zeros_like(scale), spec).reshape(6, 32)
+    linear = QuantizedLinear(codes, scale.reshape(6, -1), torch.zeros_like(scale).reshape(6, -1), spec)
+    v1 = encodings.encoding_v1("l.weight", linear)
+    found = encodings.encoding_torch(linear)
+    assert (scale < 0).any() and min(v1["scale"]) > 0 and v1["is_sym"] is False and found[0]["is_symmetric"] == "False"
+    for row, row_scale, positive, offset in zip(
+        found, scale.flatten().tolist(), v1["scale"], v1["offset"], strict=True
+    ):
+        points = torch.arange(spec.qmin, spec.qmax + 1) * row_scale
+        described = (torch.arange(2**bits) + offset) * positive
+        assert torch.equal(described, points.sort().values)
+        assert (row["min"], row["max"]) == (points.min().item(), points.max().item())

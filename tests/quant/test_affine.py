@@ -195,3 +195,39 @@ def test_dequantized_linear_is_that_of_a_loop_over_its_elements(symmetric: bool)
         for i in range(12):
             expected = (codes[o, i].item() - zero_point[o, i // 3].item()) * scale[o, i // 3].item()
             assert weight[o, i].item() == pytest.approx(expected, rel=1e-6)
+
+
+FULL_RANGE = [QuantSpec(bits=bits, full_range=True, group_size=size) for bits in (2, 3, 4, 8) for size in (None, 16)]
+
+
+@pytest.mark.parametrize("spec", FULL_RANGE, ids=str)
+def test_full_range_grid_ends_at_the_value_furthest_from_zero(spec: QuantSpec):
+    rows = affine.to_rows(torch.randn(12, 32), spec)
+    scale, zero_point = start_grid(rows, spec)
+    furthest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    torch.testing.assert_close(spec.qmin * scale, furthest)
+    assert (scale < 0).any() and (scale > 0).any() and not zero_point.any()
+    codes = affine.quantize(rows, scale, zero_point, spec)
+    nearest = ((torch.arange(spec.qmin, spec.qmax + 1) * scale)[:, None] - rows[..., None]).abs().amin(-1)
+    error = (affine.dequantize(codes, scale, zero_point) - rows).abs()
+    torch.testing.assert_close(error, nearest, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", FULL_RANGE, ids=str)
+def test_full_range_grid_of_the_negated_weight_is_the_negated_grid(spec: QuantSpec):
+    rows = affine.to_rows(torch.randn(12, 32), spec)
+    (scale, zero_point), (negated, _) = start_grid(rows, spec), start_grid(-rows, spec)
+    assert torch.equal(negated, -scale)
+    assert torch.equal(affine.quantize(rows, scale, zero_point, spec), affine.quantize(-rows, -scale, zero_point, spec))
+
+
+def test_full_range_step_is_finer_than_the_symmetric_one_where_the_upper_end_is_further():
+    rows = torch.tensor([[-1.0, 2.0], [-2.0, 1.0]])
+    full, usual = (start_grid(rows, QuantSpec(bits=3, full_range=flag))[0] for flag in (True, False))
+    assert full.flatten().tolist() == [-0.5, 0.5]
+    torch.testing.assert_close(usual.flatten(), torch.tensor([2 / 3, 0.5]))
+
+
+def test_full_range_row_of_zeros_has_a_scale():
+    scale, _ = start_grid(torch.zeros(3, 8), QuantSpec(bits=4, full_range=True))
+    assert (scale == affine.SCALE_FLOOR).all()
