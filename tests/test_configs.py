@@ -29,7 +29,8 @@ def check(command, num_ranks, config):
     if command == "evaluate":
         check_evaluate(config)
     else:
-        check_quantize(replace(config, optimize=resolved(config.optimize, 4, num_ranks, has_bf16=False)), num_ranks)
+        optimize = resolved(config.optimize, config.quant.bits, num_ranks, has_bf16=False)
+        check_quantize(replace(config, optimize=optimize), num_ranks)
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

@@ -72,7 +72,8 @@ class BlockQuantizer(nn.Module):
         """The quantized linears by name that the quantizers stand for now.
 
         Raises:
-            QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to 0.
+            QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to one
+                that its grid does not have.
         """
         return {name: _checked(name, quantizer) for name, quantizer in zip(self.names, self.quantizers, strict=True)}
 
@@ -100,9 +101,11 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
     folded = quantizer.folded()
     values = dict(quantizer.named_parameters()) | {"scale": folded.scale_OG}
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
-    if wrong or not (folded.scale_OG != 0).all():
+    full_range = folded.spec.full_range
+    if wrong or not ((folded.scale_OG.abs() if full_range else folded.scale_OG) > 0).all():
+        sign = "nonzero" if full_range else "positive"
         raise QuantizationError(
-            f"{name}: {', '.join(wrong) or 'scale'} is not finite and nonzero after training; "
+            f"{name}: {', '.join(wrong) or 'scale'} is not finite and {sign} after training; "
             "lower optimize.grid_lr and optimize.weight_lr"
         )
     return folded

@@ -57,19 +57,20 @@ class OptimizeOptions:
         return {"float32": torch.float32, "bf16": torch.bfloat16}[self.precision]
 
 
+# weight_lr by bits: 2, 3, 4 and more. A coarser grid asks for larger changes of the weight (measured).
 DEFAULT = {
-    "iterations": 200, "start": "search", "loss": "token", "grid_lr": 5e-3, "weight_lr": 4e-3, "fp_mix": 0.0,
+    "iterations": 200, "start": "search", "loss": "token", "grid_lr": 5e-3, "weight_lr": (1e-2, 8e-3, 4e-3),
+    "fp_mix": 0.0,
 }  # fmt: skip
 PRESETS = {
     "default": DEFAULT,
-    "light": DEFAULT | {"iterations": 100, "weight_lr": 6e-3},
-    "best": DEFAULT | {"iterations": 800, "weight_lr": 3e-3},
+    "light": DEFAULT | {"iterations": 100, "weight_lr": (1.5e-2, 1.2e-2, 6e-3)},
+    "best": DEFAULT | {"iterations": 800, "weight_lr": (7.5e-3, 6e-3, 3e-3)},
     "aimet": {
-        "iterations": 1500, "start": "minmax", "loss": "squared", "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5,
+        "iterations": 1500, "start": "minmax", "loss": "squared", "grid_lr": 1e-3, "weight_lr": (5e-4, 5e-4, 5e-4),
+        "fp_mix": 0.5,
     },
 }  # fmt: skip
-# A coarser grid asks for larger changes of the weight: what the presets' weight rates are multiplied by (measured).
-COARSE_GRID_RATE = {2: 2.5, 3: 2.0}
 
 
 def resolved(options: OptimizeOptions, bits: int, world_size: int, has_bf16: bool) -> OptimizeOptions:
@@ -82,8 +83,7 @@ def resolved(options: OptimizeOptions, bits: int, world_size: int, has_bf16: boo
         has_bf16: the device multiplies bfloat16 in hardware.
     """
     defaults = PRESETS[options.preset] | {"batch_size": world_size}
-    if options.preset != "aimet":
-        defaults["weight_lr"] *= COARSE_GRID_RATE.get(bits, 1.0)
+    defaults["weight_lr"] = defaults["weight_lr"][min(max(bits, 2), 4) - 2]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     if options.precision == "auto":
         missing["precision"] = "bf16" if has_bf16 else "float32"

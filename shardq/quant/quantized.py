@@ -14,7 +14,8 @@ class QuantizedLinear:
 
     Attributes:
         codes_OI: int8, output and input channels.
-        scale_OG: float32, weight units per code; G groups of I / G input channels, G = 1 per channel.
+        scale_OG: float32, weight units per code, positive but on a full-range grid; G groups of I / G input channels,
+            G = 1 per channel.
         zero_point_OG: float32 holding integers, 0 on a symmetric grid.
     """
 

@@ -103,6 +103,8 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
     [
         (["--quant.bits", 1], errors.ConfigError, "quant.bits: 1"),
         (["--quant.bits", 9], errors.ConfigError, "quant.bits: 9"),
+        (["--quant.bits", -9], errors.ConfigError, "quant.bits: -9"),
+        (["--quant.full_range", "true", "--quant.symmetric", "false"], errors.ConfigError, "quant.full_range: True"),
         (["--quant.group_size", 48], errors.ConfigError, "48 does not divide the 64 input channels"),
         (["--quant.group_size", 0], errors.ConfigError, "quant.group_size: 0"),
         (["--quant.ignore", "nothing_like_it"], errors.ConfigError, "'nothing_like_it' matches no linear"),

@@ -161,9 +161,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     shape, tokens = arguments.shape, arguments.tokens
     options = resolved(
         OptimizeOptions(iterations=arguments.iterations, precision=arguments.precision),
-        arguments.bits,
-        1,
-        multiplies_bf16(device),
+        bits=arguments.bits,
+        world_size=1,
+        has_bf16=multiplies_bf16(device),
     )
     compiled = eager if arguments.compile == "off" or why_not(device) else compiler(print)
     block, source, kwargs = make_block(shape, tokens, device)
