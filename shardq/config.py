@@ -19,9 +19,10 @@ class QuantOptions:
     """Bits a weight, 2 to 8."""
     symmetric: bool = True
     """Symmetric grid (no zero point), or an asymmetric one."""
-    full_range: bool = False
+    full_range: bool | None = None
     """Let scales of a symmetric grid be negative where a row reaches further above 0 than below, so that no code is
-    idle; encodings then describe an asymmetric grid, as AIMET's scales are positive."""
+    idle; encodings then describe an asymmetric grid, as AIMET's scales are positive (default: at 2 bits, where a code
+    is a quarter of the grid)."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
@@ -35,7 +36,8 @@ class QuantOptions:
     def spec(self) -> QuantSpec:
         """The grid that these options describe."""
         group_size = None if self.group_size in (None, -1) else self.group_size
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size, full_range=self.full_range)
+        full_range = self.bits == 2 and self.symmetric if self.full_range is None else self.full_range
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size, full_range=full_range)
 
     @property
     def ignored(self) -> tuple[str, ...]:

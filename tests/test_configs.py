@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardq.cli import COMMANDS, parse
-from shardq.config import check_evaluate, check_quantize
+from shardq.config import QuantOptions, check_evaluate, check_quantize
 from shardq.optimize.options import resolved
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,12 @@ def test_readme_shows_both_commands():
 def test_readme_commands_parse(command, num_ranks, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     check(command, num_ranks, parse(command, arguments))
+
+
+@pytest.mark.parametrize("bits, symmetric, full_range", [(2, True, True), (2, False, False), (3, True, False)])
+def test_grid_is_full_range_by_default_at_2_symmetric_bits_alone(bits, symmetric, full_range):
+    assert QuantOptions(bits=bits, symmetric=symmetric).spec.full_range is full_range
+    assert QuantOptions(bits=bits, full_range=not full_range).spec.full_range is not full_range
 
 
 def test_later_options_win_over_recipes(tmp_path):

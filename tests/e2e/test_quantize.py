@@ -146,6 +146,7 @@ def test_cache_placement_does_not_change_the_result(run, llama, token_file, tmp_
         ["--optimize.loss", "token"],
         ["--optimize.optimizer", "sign"],
         ["--quant.bits", 3, "--quant.full_range", "true"],
+        ["--quant.bits", 2],
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
