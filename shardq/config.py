@@ -8,6 +8,8 @@ from shardq.calib.options import TextOptions
 from shardq.errors import ConfigError
 from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions
+from shardq.parallel.deepspeed_stepper import deepspeed_settings
+from shardq.parallel.options import ParallelOptions
 from shardq.quant.spec import QuantSpec
 
 
@@ -73,6 +75,7 @@ class QuantizeConfig:
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
 
@@ -110,6 +113,7 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
     _check_text("calib", config.calib)
     optimize = config.optimize
+    _check_parallel(config.parallel, optimize.optimizer, world_size)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
     for name in ("grid_lr", "weight_lr"):
@@ -131,6 +135,19 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
              f"a divisor of a rank's {part} sample(s) of a batch")  # fmt: skip
     _require(optimize.batch_size <= samples - held_out, "optimize.batch_size", optimize.batch_size,
              f"at most the samples that are trained on ({samples - held_out})")  # fmt: skip
+
+
+def _check_parallel(parallel: ParallelOptions, optimizer: str, world_size: int) -> None:
+    engine, zero = parallel.engine, "a ZeRO engine (zero1, zero2, zero3)"
+    _require(engine != "local" or world_size == 1, "parallel.engine", engine, "allreduce or zero* on several ranks")
+    _require(engine != "allreduce" or world_size > 1, "parallel.engine", engine, "local or zero* on one rank")
+    _require(not parallel.zero_stage or optimizer == "adam", "optimize.optimizer", optimizer,
+             f"adam beside parallel.engine {engine}")  # fmt: skip
+    _require(not parallel.offload or parallel.zero_stage, "parallel.offload", parallel.offload, f"false without {zero}")
+    _require(parallel.deepspeed is None or parallel.zero_stage, "parallel.deepspeed", parallel.deepspeed,
+             f"left out without {zero}")  # fmt: skip
+    if parallel.zero_stage:
+        deepspeed_settings(parallel)  # a file that cannot be used is refused before any work
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

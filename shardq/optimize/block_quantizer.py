@@ -1,6 +1,7 @@
 """The quantizers of a block's linears, and how their weights get into the block and out of it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,13 @@ from shardq.optimize.linear_quantizer import LinearQuantizer, Method
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
+
+Gathered = Callable[..., AbstractContextManager]
+
+
+def whole(module: nn.Module, changed: bool = False) -> AbstractContextManager:
+    """A stepper's `gathered` where every rank holds all parameters."""
+    return nullcontext()
 
 
 class BlockQuantizer(nn.Module):
@@ -41,25 +49,36 @@ class BlockQuantizer(nn.Module):
         self._kernels, self._dtype = kernels, dtype
         self._quantized: list[Tensor] = []
 
-    def start(self, source: dict[str, Tensor], importance: dict[str, Tensor] | None = None) -> None:
+    def start(
+        self,
+        source: dict[str, Tensor],
+        importance: dict[str, Tensor] | None = None,
+        gathered: Gathered = whole,
+    ) -> None:
         """Go to the start, round-to-nearest, for the weights `NAME.weight` in `source`, of any float dtype.
 
         Args:
             importance: by linear's name, of its input channels [I]; the start grid of those named is searched with it.
+            gathered: the stepper's, where there is one.
         """
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
-            quantizer.start(source[f"{name}.weight"], (importance or {}).get(name))
+            with gathered(quantizer, True):
+                quantizer.start(source[f"{name}.weight"], (importance or {}).get(name))
 
-    def requantize(self) -> None:
-        """Write the fake-quantized weights into the block; gradients that reach them are collected there."""
-        self._quantized = [quantizer(self._dtype, self._kernels) for quantizer in self.quantizers]
+    def forward(self) -> list[Tensor]:
+        """The fake-quantized weights [O, I], in the order of the names; differentiable."""
+        return [quantizer(self._dtype, self._kernels) for quantizer in self.quantizers]
+
+    def load(self, quantized: list[Tensor]) -> None:
+        """Write fake-quantized weights into the block; gradients that reach them are collected there."""
+        self._quantized = quantized
         for linear, weight_OI in zip(self._linears, self._quantized, strict=True):
             linear.weight.data = weight_OI.detach()
             linear.weight.requires_grad_(True)
             linear.weight.grad = None
 
     def collected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Fake-quantized weights of the last `requantize`, and the gradients collected since: where to go on back."""
+        """Fake-quantized weights of the last `load`, and the gradients collected since: where to go on back."""
         weights, self._quantized = self._quantized, []
         gradients = []
         for linear in self._linears:
@@ -68,14 +87,21 @@ class BlockQuantizer(nn.Module):
             linear.weight.grad = None
         return weights, gradients
 
-    def folded(self) -> dict[str, QuantizedLinear]:
+    def folded(self, gathered: Gathered = whole) -> dict[str, QuantizedLinear]:
         """The quantized linears by name that the quantizers stand for now.
+
+        Args:
+            gathered: the stepper's, where there is one.
 
         Raises:
             QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to one
                 that its grid does not have.
         """
-        return {name: _checked(name, quantizer) for name, quantizer in zip(self.names, self.quantizers, strict=True)}
+        linears = {}
+        for name, quantizer in zip(self.names, self.quantizers, strict=True):
+            with gathered(quantizer):
+                linears[name] = _checked(name, quantizer)
+        return linears
 
     @torch.no_grad()
     def serve(self, linears: dict[str, QuantizedLinear], stored: Callable[[Tensor], Tensor]) -> None:
@@ -99,7 +125,9 @@ class BlockQuantizer(nn.Module):
 
 def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
     folded = quantizer.folded()
-    values = dict(quantizer.named_parameters()) | {"scale": folded.scale_OG}
+    values = {name: value for name, value in quantizer.named_parameters() if value.requires_grad} | {
+        "scale": folded.scale_OG
+    }
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
     full_range = folded.spec.full_range
     if wrong or not ((folded.scale_OG.abs() if full_range else folded.scale_OG) > 0).all():

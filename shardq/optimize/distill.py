@@ -29,7 +29,8 @@ def distill(
     """
     done = 0
     for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
-        loss = accumulate(loss_of, quantizer, inputs_NTD, targets_NTD, micro_batch)
+        quantizer.load(stepper.forward())
+        loss = accumulate(loss_of, inputs_NTD, targets_NTD, micro_batch)
         stepper.backward(*quantizer.collected())
         stepper.step()
         on_step(loss)
@@ -40,13 +41,11 @@ def distill(
 
 def accumulate(
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    quantizer: BlockQuantizer,
     inputs_NTD: Tensor,
     targets_NTD: Tensor,
     micro_batch: int,
 ) -> Tensor:
-    """Quantize the weights once, and collect the gradient of a batch's mean loss in them; gives that loss."""
-    quantizer.requantize()
+    """Collect the gradient of a batch's mean loss in the block's weights; gives that loss."""
     total = torch.zeros((), device=inputs_NTD.device)
     for inputs, targets in zip(inputs_NTD.split(micro_batch), targets_NTD.split(micro_batch), strict=True):
         loss = loss_of(inputs, targets) * (len(inputs) / len(inputs_NTD))

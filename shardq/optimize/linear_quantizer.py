@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from shardq.errors import QuantizationError
 from shardq.quant import adascale, affine, search
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -44,7 +45,7 @@ class LinearQuantizer(nn.Module):
         Args:
             importance_I: of each input channel: the start grid is searched with it (`quant/search.py`). None: min-max.
         """
-        self.rows = affine.to_rows(weight_OI, self.spec)
+        self._hold(affine.to_rows(weight_OI, self.spec))
         min_R1, max_R1 = affine.start_range(self.rows.float(), self.spec)
         if importance_I is not None:
             importance_Gg = importance_I.view(-1, self.rows.shape[1])
@@ -52,12 +53,28 @@ class LinearQuantizer(nn.Module):
         self.min.copy_(min_R1)
         self.max.copy_(max_R1)
         for parameter in self.parameters():
-            parameter.zero_()
-            parameter.grad = None
+            if parameter.requires_grad:
+                parameter.zero_()
+                parameter.grad = None
 
     def release(self) -> None:
         """Let go of the weight."""
-        self.rows = None
+        self._hold(None)
+
+    def make_shardable(self) -> None:
+        """Have the frozen weight as a parameter from here on: what holds a module's parameters may shard it."""
+        self.rows = nn.Parameter(self.rows, requires_grad=False)
+
+    def _hold(self, rows_Rg: Tensor | None) -> None:
+        if not isinstance(self.rows, nn.Parameter):
+            self.rows = rows_Rg
+        elif rows_Rg is not None:  # a shard's memory is kept for the next block
+            if rows_Rg.dtype != self.rows.dtype:
+                raise QuantizationError(
+                    f"a weight in {rows_Rg.dtype} follows one in {self.rows.dtype}, which sharded weights cannot; "
+                    "use parallel.engine zero2 or allreduce"
+                )
+            self.rows.data = rows_Rg
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point [R, 1] as trained so far; differentiable."""

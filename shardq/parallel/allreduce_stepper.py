@@ -1,5 +1,7 @@
 """Data-parallel stepper: every rank holds the whole state and steps by the mean gradient."""
 
+from contextlib import AbstractContextManager
+
 from torch import Tensor, nn
 
 from shardq.optimize.options import OptimizeOptions
@@ -19,6 +21,14 @@ class AllReduceStepper:
     def start(self) -> None:
         """Start the optimizer anew."""
         self._local.start()
+
+    def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
+        """Nothing to do: they are whole."""
+        return self._local.gathered(module, changed)
+
+    def forward(self) -> list[Tensor]:
+        """The quantizers' own forward."""
+        return self._local.forward()
 
     def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
         """Accumulate this rank's gradient."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from shardq.logs import Display, Events
 from shardq.model.ends import BlockArguments, block_forward, run_block
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.best_iterate import BestIterate
-from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.block_quantizer import BlockQuantizer, whole
 from shardq.optimize.channel_power import channel_power
 from shardq.optimize.distill import accumulate, distill
 from shardq.optimize.inputs import generator_for, mixed
@@ -27,6 +27,8 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.collectives import add_over_ranks, sum_over_ranks
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.passes import Activations, advance, compare
 from shardq.quant import adascale
@@ -56,6 +58,7 @@ class BlockJob:
     method: str
     spec: QuantSpec
     optimize: OptimizeOptions
+    parallel: ParallelOptions
     num_samples: int
     stored: Callable[[Tensor], Tensor]
     activations: Activations
@@ -96,8 +99,10 @@ def quantize_block(
     bench = _bench(job, loaded, linear_names, arguments)
     # 2. The block starts as round-to-nearest; how far is it off?
     with span("start"):
-        bench.quantizer.start(loaded.source, power)
-        linears = bench.quantizer.folded()
+        gathered = bench.stepper.gathered if bench.stepper else whole
+        bench.quantizer.start(loaded.source, power, gathered)
+        loaded.source.clear()  # the quantizers hold it, or their shard of it
+        linears = bench.quantizer.folded(gathered)
         bench.quantizer.serve(linears, job.stored)
     with span("loss"):
         loss_before = loss_after = _agreed_loss(job, block_index, forward)
@@ -109,7 +114,7 @@ def quantize_block(
             facts["iterations"] = _train(job, bench, loaded, arguments, forward, best)
         # 4. They become codes and grid.
         with span("fold"):
-            linears = best.linears if best else bench.quantizer.folded()
+            linears = best.linears if best else bench.quantizer.folded(gathered)
             bench.quantizer.serve(linears, job.stored)
         with span("loss"):
             loss_after = best.loss if best else _agreed_loss(job, block_index, forward)
@@ -137,7 +142,7 @@ def _train(
         if best is None:
             return True
         if done % interval == 0 or done == optimize.iterations:
-            linears = bench.quantizer.folded()
+            linears = bench.quantizer.folded(bench.stepper.gathered)
             bench.quantizer.serve(linears, job.stored)
             best.offer(linears, _agreed_loss(job, loaded.index, forward))
         return optimize.patience is None or best.num_stale < optimize.patience
@@ -154,23 +159,24 @@ def _bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], argument
     if key not in job.benches:
         start = time.perf_counter()
         with job.events.span("compile", block=loaded.index):
-            bench = job.benches[key] = _make_bench(job, loaded.module, linear_names)
-            if bench.stepper is not None:
-                _rehearse(job, bench, loaded, arguments)
+            job.benches[key] = _make_bench(job, loaded, linear_names, arguments)
         if job.optimize.compile == "on":
             job.display.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     return job.benches[key]
 
 
-def _make_bench(job: BlockJob, module: nn.Module, linear_names: list[str]) -> Bench:
+def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
     # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
     is_whole = optimize.micro_batch * job.ranks.world_size >= optimize.batch_size
     dtype = optimize.dtype if is_whole else torch.float32
-    quantizer = BlockQuantizer(module, linear_names, job.spec, job.method, kernels, dtype)
-    stepper = _make_stepper(job, quantizer) if next(quantizer.parameters(), None) is not None else None
-    return Bench(quantizer, stepper, job.compiled(block_loss, False))
+    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
+    bench = Bench(quantizer, None, job.compiled(block_loss, False))
+    if job.method == "rtn":
+        return bench
+    _rehearse(job, bench, loaded, arguments)
+    return replace(bench, stepper=_make_stepper(job, quantizer))
 
 
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
@@ -178,13 +184,16 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     samples = list(job.activations.samples[: job.optimize.micro_batch])
     hidden_NTD = job.activations.load("fp", loaded.index, samples)
     bench.quantizer.start(loaded.source)
-    accumulate(_loss_of(job, bench, loaded, arguments), bench.quantizer, hidden_NTD, hidden_NTD, len(samples))
+    bench.quantizer.load(bench.quantizer())
+    accumulate(_loss_of(job, bench, loaded, arguments), hidden_NTD, hidden_NTD, len(samples))
     torch.autograd.backward(*bench.quantizer.collected())
     bench.quantizer.zero_grad()
 
 
 def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
-    if job.ranks.world_size == 1:
+    if job.parallel.zero_stage:
+        return DeepSpeedStepper(quantizer, job.optimize, job.parallel, job.ranks)
+    if job.parallel.engine == "local":
         return LocalStepper(quantizer, job.optimize)
     return AllReduceStepper(quantizer, job.optimize, job.ranks)
 

@@ -2,19 +2,24 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.ends import BlockArguments, run_block
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.optimize.options import OptimizeOptions
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks
 from shardq.pipeline.plan import Plan
 
 # A weight while it is trained, beside its source dtype (once for this block, once for the next): fake-quantized
 # weight and its gradient in the matrix multiplies' dtype, s2 and its gradient and the optimizer's moments in float32.
+# ZeRO adds a float32 copy of s2, sharded like the moments.
 MOMENTS = {"adam": 2, "sign": 0}
 
 
@@ -24,26 +29,22 @@ def choose_micro_batch(
     arguments: list[BlockArguments],
     sequence_length: int,
     options: OptimizeOptions,
-    world_size: int,
-    spare_bytes: int,
+    parallel: ParallelOptions,
+    ranks: Ranks,
 ) -> int:
     """The largest divisor of a rank's part of a batch whose training fits the memory; at least 1.
 
     Args:
         options: resolved but for the micro-batch.
-        spare_bytes: what the device has to spare, if the options set no limit.
+        parallel: with the engine resolved.
 
     Raises:
         ConfigError: the options set a limit that one sample exceeds.
     """
-    limit = int(options.memory_gib * 2**30) if options.memory_gib else spare_bytes
-    hidden_size = skeleton.model.get_input_embeddings().embedding_dim
-    largest = max(
-        range(plan.num_blocks), key=lambda number: _num_weights(skeleton.blocks[number], plan.linears[number])
-    )
-    state = state_bytes(skeleton, plan, largest, options)
-    sample = saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
-    part = options.batch_size // world_size
+    limit, largest = memory_limit(options, ranks), largest_block(skeleton, plan)
+    state = state_bytes(skeleton, plan, largest, options, parallel, ranks.world_size)
+    sample = sample_bytes(skeleton, plan, arguments, sequence_length)
+    part = options.batch_size // ranks.world_size
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(
@@ -53,17 +54,84 @@ def choose_micro_batch(
     return max(fitting, default=1)
 
 
+def choose_engine(
+    skeleton: Skeleton,
+    plan: Plan,
+    arguments: list[BlockArguments],
+    sequence_length: int,
+    options: OptimizeOptions,
+    parallel: ParallelOptions,
+    ranks: Ranks,
+) -> tuple[ParallelOptions, str]:
+    """The first engine whose training of one sample fits the memory, the last if none does; and why, in a sentence.
+
+    Args:
+        parallel: with the engine `auto`.
+    """
+    if ranks.world_size == 1:
+        return replace(parallel, engine="local"), "one rank"
+    limit, largest = memory_limit(options, ranks), largest_block(skeleton, plan)
+    sample = sample_bytes(skeleton, plan, arguments, sequence_length)
+    tried = []
+    for engine in ("allreduce", "zero2", "zero3") if options.optimizer == "adam" else ("allreduce",):
+        chosen = replace(parallel, engine=engine)
+        needed = sample + state_bytes(skeleton, plan, largest, options, chosen, ranks.world_size)
+        tried.append(f"{engine} takes {needed / 2**30:.2f} GiB a rank")
+        if needed <= limit:
+            break
+    return chosen, f"{', '.join(tried)}, of {limit / 2**30:.2f} GiB"
+
+
+def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
+    """Bytes that a rank may use on its device: what the options say, or what it has to spare."""
+    if options.memory_gib:
+        return int(options.memory_gib * 2**30)
+    return spare_bytes(ranks.device, ranks.local_world_size)
+
+
+def largest_block(skeleton: Skeleton, plan: Plan) -> int:
+    """Index of the block with the most weights to train."""
+    return max(range(plan.num_blocks), key=lambda number: _num_weights(skeleton.blocks[number], plan.linears[number]))
+
+
+def sample_bytes(skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int) -> int:
+    """What one sample keeps for backward in the largest block."""
+    largest = largest_block(skeleton, plan)
+    hidden_size = skeleton.model.get_input_embeddings().embedding_dim
+    return saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
+
+
 def _num_weights(block: nn.Module, linear_names: list[str]) -> int:
     return sum(block.get_submodule(name).weight.numel() for name in linear_names)
 
 
-def state_bytes(skeleton: Skeleton, plan: Plan, block_index: int, options: OptimizeOptions) -> int:
-    """Memory of a block that is being trained, without activations; the best iterate's codes are a byte a weight."""
+def state_bytes(
+    skeleton: Skeleton,
+    plan: Plan,
+    block_index: int,
+    options: OptimizeOptions,
+    parallel: ParallelOptions,
+    world_size: int,
+) -> int:
+    """A rank's memory for a block that is being trained, without activations."""
     source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
     num_weights = _num_weights(skeleton.blocks[block_index], plan.linears[block_index])
-    best = 1 if options.held_out else 0
-    in_float32 = 2 + MOMENTS[options.optimizer]
-    return 2 * source + num_weights * (4 * in_float32 + 2 * options.dtype.itemsize + best)
+    s2 = gradient = 4 * num_weights
+    sharded = 4 * MOMENTS[options.optimizer] * num_weights
+    whole = 2 * options.dtype.itemsize * num_weights + source  # of the next block, read ahead
+    if options.held_out:
+        whole += num_weights  # the best iterate's codes
+    stage = parallel.zero_stage
+    if stage:
+        sharded += s2  # DeepSpeed steps a copy
+    if parallel.offload:
+        sharded = 0
+    for part, sharded_from in ((gradient, 2), (s2, 3), (source, 3)):
+        if stage >= sharded_from:
+            sharded += part
+        else:
+            whole += part
+    return whole + sharded // (world_size if stage else 1)
 
 
 def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:

@@ -15,7 +15,7 @@ from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import digest, load_tokens
 from shardq.compiling import compiler, eager, why_not
 from shardq.config import QuantizeConfig, check_quantize
-from shardq.devices import multiplies_bf16, spare_bytes
+from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.formats.shards import Index, read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
@@ -23,13 +23,13 @@ from shardq.model.ends import BlockArguments, block_forward, prologue, record_ar
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
-from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.optimize.options import resolved
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
-from shardq.pipeline.memory import choose_micro_batch
+from shardq.pipeline.memory import choose_engine, choose_micro_batch
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, make_plan
 
@@ -101,7 +101,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = replace(config, optimize=_fitted(config, output, skeleton, plan, arguments, ranks))
+        chosen = _fitted(config, output, skeleton, plan, arguments, ranks, display)
         manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT), ranks.world_size)
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
@@ -119,23 +119,26 @@ def _fitted(
     plan: Plan,
     arguments: list[BlockArguments],
     ranks: Ranks,
-) -> OptimizeOptions:
-    """Options with the micro-batch and whether to compile decided for this model and machine."""
-    optimize = config.optimize
+    display: Display,
+) -> QuantizeConfig:
+    """Options with engine, micro-batch and whether to compile decided for this model and machine."""
+    optimize, parallel, length = config.optimize, config.parallel, config.calib.sequence_length
+    if parallel.engine == "auto":
+        parallel, reason = choose_engine(skeleton, plan, arguments, length, optimize, parallel, ranks)
+        display.line(f"parallel.engine: {parallel.engine} ({reason})")
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
         micro_batch = ledger.stored_option(output, "optimize", "micro_batch")
         if micro_batch is None:
-            spare = spare_bytes(ranks.device, ranks.local_world_size)
-            length = config.calib.sequence_length
-            micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, ranks.world_size, spare)
+            micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, parallel, ranks)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
-        return replace(optimize, compile="off")
+        return replace(config, parallel=parallel, optimize=replace(optimize, compile="off"))
     missing = why_not(ranks.device)
     if missing and optimize.compile == "on":
         raise ConfigError(f"optimize.compile: on is asked for, but there is {missing}; use auto or off")
-    return replace(optimize, compile="off" if missing else "on")
+    optimize = replace(optimize, compile="off" if missing else "on")
+    return replace(config, parallel=parallel, optimize=optimize)
 
 
 def _say_what_will_be_done(run: Run) -> None:
@@ -181,7 +184,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     job = BlockJob(
-        config.seed, config.quant.method, config.quant.spec, config.optimize, len(run.tokens_NT),
+        config.seed, config.quant.method, config.quant.spec, config.optimize, config.parallel, len(run.tokens_NT),
         rounding_to(dtype), activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
     )  # fmt: skip

@@ -214,7 +214,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
         return distillation_loss(outputs.float(), targets)
 
     quantizer.start(source)
-    quantizer.requantize()
+    quantizer.load(quantizer())
     before = loss_of(inputs, targets).item()
     distill(loss_of, quantizer, stepper, [(inputs, targets)] * 100, 4, on_step=lambda loss: None)
     assert block[0].weight.dtype == dtype
@@ -239,7 +239,7 @@ def test_loss_that_is_reported_is_the_batchs_before_its_step():
     inputs, targets = make_batches(block)[0]
     trainer.train(source, [(inputs, targets)], micro_batch=1)
     trainer.quantizer.start(source)
-    trainer.quantizer.requantize()
+    trainer.quantizer.load(trainer.quantizer())
     expected = (block(inputs).detach().double() - targets).square().mean() * inputs.shape[1]
     assert trainer.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -17,10 +17,14 @@ from shardq.model.ends import BlockArguments, prologue, record_arguments, run_bl
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
 from shardq.optimize.options import OptimizeOptions
-from shardq.pipeline.memory import choose_micro_batch, saved_bytes, state_bytes
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks
+from shardq.pipeline import memory
+from shardq.pipeline.memory import choose_engine, choose_micro_batch, sample_bytes, saved_bytes, state_bytes
 from shardq.pipeline.plan import Plan, make_plan
 
 CPU = torch.device("cpu")
+WHOLE = ParallelOptions(engine="allreduce")
 HIDDEN, LENGTH = 48, 32
 SHAPE = {"vocab_size": 60, "hidden_size": HIDDEN, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0}  # fmt: skip
@@ -45,7 +49,22 @@ class Model:
     arguments: list[BlockArguments]
 
     def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
-        return choose_micro_batch(self.skeleton, self.plan, self.arguments, LENGTH, options, world_size, spare_bytes)
+        ranks = Ranks(rank=0, world_size=world_size, device=CPU)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "spare_bytes", lambda device, local_world_size: spare_bytes)
+            return choose_micro_batch(self.skeleton, self.plan, self.arguments, LENGTH, options, WHOLE, ranks)
+
+    def engine(self, spare_bytes: int, world_size: int, **chosen: object) -> tuple[str, str]:
+        options, ranks = (
+            OptimizeOptions(batch_size=world_size, precision="float32", **chosen),
+            Ranks(0, world_size, CPU),
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "spare_bytes", lambda device, local_world_size: spare_bytes)
+            parallel, reason = choose_engine(
+                self.skeleton, self.plan, self.arguments, LENGTH, options, ParallelOptions(), ranks
+            )
+        return parallel.engine, reason
 
 
 def opened(folder: Path, config: PretrainedConfig, length: int = LENGTH, ignore: str = "") -> Model:
@@ -115,22 +134,67 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
     options = OptimizeOptions(**chosen)
-    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options)
+    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options, WHOLE, 2)
     assert counted == 2 * source + bytes_a_weight * (attention + mlp)
+
+
+@pytest.mark.parametrize(
+    ("engine", "offload", "whole", "shared"),
+    [
+        ("zero1", False, 8 + 4 + 4, 4 + 8),
+        ("zero2", False, 8 + 4, 4 + 4 + 8),
+        ("zero3", False, 8, 4 + 4 + 4 + 8),
+        ("zero2", True, 8 + 4, 4),
+    ],
+)
+def test_zero_shares_state_between_ranks(llama_model: Model, engine: str, offload: bool, whole: int, shared: int):
+    """Whole: the quantized weight and its gradient, s2, its gradient; shared: moments and the copy that is stepped."""
+    attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
+    source, num_weights = 2 * (attention + mlp + norms), attention + mlp
+    parallel = ParallelOptions(engine=engine, offload=offload)
+    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options_for(4), parallel, 4)
+    held = source + source // 4 if engine == "zero3" else 2 * source
+    assert counted == held + whole * num_weights + shared * num_weights // 4
+
+
+class TestEngine:
+    def test_one_rank_trains_alone(self, llama_model: Model):
+        assert llama_model.engine(1, 1) == ("local", "one rank")
+
+    def test_first_that_fits_is_taken_and_the_last_if_none_does(self, llama_model: Model):
+        needed = []
+        for engine in ("allreduce", "zero2", "zero3"):
+            state = state_bytes(
+                llama_model.skeleton, llama_model.plan, 0, options_for(4), ParallelOptions(engine=engine), 4
+            )
+            needed.append(state + sample_bytes(llama_model.skeleton, llama_model.plan, llama_model.arguments, LENGTH))
+        assert needed == sorted(needed, reverse=True)
+        chosen = [llama_model.engine(spare, 4)[0] for spare in (*needed, needed[0] - 1, needed[1] - 1, 1)]
+        assert chosen == ["allreduce", "zero2", "zero3", "zero2", "zero3", "zero3"]
+
+    def test_reason_names_what_each_engine_takes(self, llama_model: Model):
+        _, reason = llama_model.engine(1, 4)
+        assert [word for word in reason.split() if word in ("allreduce", "zero2", "zero3")] == [
+            "allreduce", "zero2", "zero3",
+        ]  # fmt: skip
+        assert reason.endswith("of 0.00 GiB")
+
+    def test_descent_by_sign_has_no_state_to_shard(self, llama_model: Model):
+        assert llama_model.engine(1, 4, optimizer="sign")[0] == "allreduce"
 
 
 def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
     model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
-    assert state_bytes(model.skeleton, model.plan, 0, options_for(1)) == 2 * source + 24 * attention
+    assert state_bytes(model.skeleton, model.plan, 0, options_for(1), WHOLE, 2) == 2 * source + 24 * attention
 
 
 class TestChoice:
     @staticmethod
     def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
         """Memory for a block's training with some samples at once."""
-        state = state_bytes(model.skeleton, model.plan, block_index, options_for(1))
+        state = state_bytes(model.skeleton, model.plan, block_index, options_for(1), WHOLE, 1)
         sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
         return int(state + num_samples * sample)
 

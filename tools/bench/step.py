@@ -135,7 +135,7 @@ def _synchronize(device: torch.device) -> None:
 def saved_bytes(quantizer: BlockQuantizer, shape: Shape) -> dict[str, float]:
     """Bytes that quantizing the weights saves for backward: a weight's own, and those that its row shares."""
     sizes = {linear.rows.numel() for linear in quantizer.quantizers}
-    saved = saved_tensors(quantizer.requantize)
+    saved = saved_tensors(quantizer)
     of_weights = sum(tensor.untyped_storage().nbytes() for tensor in saved if tensor.numel() in sizes)
     of_all = sum(tensor.untyped_storage().nbytes() for tensor in saved)
     num_rows = sum(len(linear.rows) for linear in quantizer.quantizers)

@@ -1,0 +1,137 @@
+"""ZeRO: a block's training state spread over ranks by DeepSpeed, which no other file knows."""
+
+import json
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardq.errors import ConfigError
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.stepper import cosine_factor, parameter_groups
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks
+
+# Elements that are reduced or gathered at once: DeepSpeed's own 500 million would take more than most blocks.
+BUCKET_SIZE = 1 << 25
+# What the run decides itself; a file that sets one of these would contradict it or be ignored.
+OWN_SETTINGS = {
+    "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping",
+}  # fmt: skip
+OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param"}
+
+
+class DeepSpeedStepper:
+    """Adam over quantizers whose state DeepSpeed shards; built once for a kind of block, reused for all of them."""
+
+    def __init__(self, module: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks):
+        """Take over the module's parameters; with ZeRO 3 they are empty from here on but while they are gathered."""
+        self._deepspeed = _imported(ranks)
+        settings = deepspeed_settings(parallel)
+        if parallel.zero_stage == 3:
+            for quantizer in module.quantizers:
+                quantizer.make_shardable()
+        adam = torch.optim.Adam(parameter_groups(module, options), fused=True)
+        self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
+            model=module, optimizer=adam, config=settings, dist_init_required=False
+        )
+        self._shards_parameters = parallel.zero_stage == 3
+        self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
+        self._iterations, self._done = options.iterations, 0
+
+    def start(self) -> None:
+        """Take the parameters' start into the shards, zero the moments, go to the start of the schedule."""
+        self._optimizer.refresh_fp32_params()
+        for state in self._optimizer.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self._done = 0
+
+    def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
+        """Have the module's parameters whole on every rank; every rank has to take part."""
+        if not self._shards_parameters:
+            return nullcontext()
+        writer = 0 if changed else None
+        return self._deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=writer)
+
+    def forward(self) -> list[Tensor]:
+        """The fake-quantized weights, gathered linear by linear."""
+        return self._engine()
+
+    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
+        """Average the gradient over ranks as it is made, each rank keeping its shard."""
+        torch.autograd.backward(tensors, gradients)
+
+    def step(self) -> None:
+        """Step each rank's shard, and give the others what changed."""
+        factor = cosine_factor(self._done, self._iterations)
+        for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
+            group["lr"] = start_lr * factor
+        self._engine.step()
+        self._done += 1
+
+
+def deepspeed_settings(parallel: ParallelOptions) -> dict:
+    """DeepSpeed's configuration for a ZeRO engine, with what the user's file adds.
+
+    Raises:
+        ConfigError: the file cannot be read, or sets what the run decides itself.
+    """
+    zero = {
+        "stage": parallel.zero_stage, "overlap_comm": False, "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
+    }  # fmt: skip
+    if parallel.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE}
+    if parallel.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    own = {
+        "train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 31, "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default it clips at 1
+        # DeepSpeed's own CPU Adam would have to be compiled; torch's is fused too.
+        "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    given = _read_settings(parallel.deepspeed) if parallel.deepspeed else {}
+    return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
+
+
+def _read_settings(path: str) -> dict:
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"parallel.deepspeed: {path} is no JSON file ({error}); give DeepSpeed's own format"
+        ) from error
+    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+        raise ConfigError(f"parallel.deepspeed: {path} holds no JSON object; give DeepSpeed's own format")
+    contradicting = sorted(OWN_SETTINGS & given.keys())
+    zero = given.get("zero_optimization", {})
+    contradicting += [f"zero_optimization.{name}" for name in sorted(OWN_ZERO_SETTINGS & zero.keys())]
+    if contradicting:
+        raise ConfigError(
+            f"parallel.deepspeed: {path} sets {', '.join(contradicting)}, which the run decides itself; remove it and "
+            "use --parallel.engine, --parallel.offload and --optimize options"
+        )
+    return given
+
+
+def _imported(ranks: Ranks) -> ModuleType:
+    """DeepSpeed, quiet, on the ranks' device, with a process group to work in."""
+    os.environ["DS_ACCELERATOR"] = ranks.device.type
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed  # takes seconds, which other engines need not wait for
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU it would compile, for a minute, a collective that only its inference uses.
+    deepspeed.ops.__compatible_ops__ = {}
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher even here
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return deepspeed

@@ -1,0 +1,25 @@
+"""How ranks share a block's training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Engine = Literal["local", "allreduce", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """What each rank holds of a block that is being trained."""
+
+    engine: Literal["auto", "local", "allreduce", "zero1", "zero2", "zero3"] = "auto"
+    """`local`: one rank alone; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
+    state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: the first of local,
+    allreduce, zero2 and zero3 that fits the memory."""
+    offload: bool = False
+    """Keep what a ZeRO engine shards of the optimizer in CPU memory."""
+    deepspeed: str | None = None
+    """JSON file of further DeepSpeed settings for a ZeRO engine, such as `zero_optimization.reduce_bucket_size`."""
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's name for the engine; 0 without DeepSpeed."""
+        return int(self.engine[4:]) if self.engine.startswith("zero") else 0
