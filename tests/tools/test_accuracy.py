@@ -79,14 +79,15 @@ def test_every_cell_is_run_compared_and_printed(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(accuracy.Bench, "run", run)
     arguments = ["accuracy.py", "--model", str(tmp_path), "--ids", str(ids), "--bits", "4", "3", "--group-size", "64",
-                 "--samples", "4", "--variant", "ours=--optimize.fp_mix 0.5", "--autoround", "AR"]  # fmt: skip
+                 "--samples", "4", "--variant", "ours=--optimize.fp_mix 0.5", "--autoround", "AR",
+                 "--llmcompressor", "LC"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
         accuracy.main()
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [(row["method"], row["bits"], row["group_size"]) for row in rows] == [
-        ("ours", 4, 64), ("autoround", 4, 64), ("ours", 3, 64),
+        ("ours", 4, 64), ("autoround", 4, 64), ("llmcompressor", 4, 64), ("ours", 3, 64), ("llmcompressor", 3, 64),
     ]  # fmt: skip
     assert rows[0]["perplexity"] == 12 and rows[0]["kl"] == 0.25 and rows[0]["seconds"] == 3
     assert ended.value.code == 1 and "out of memory" in printed.err
@@ -95,3 +96,6 @@ def test_every_cell_is_run_compared_and_printed(monkeypatch, tmp_path, capsys):
     ]  # fmt: skip
     peers = [command for command in seen if command[0] == os.path.abspath("AR")]  # the workers run in another folder
     assert [command[command.index("--bits") + 1] for command in peers] == ["4", "3"]
+    gptq = [command for command in seen if command[0] == os.path.abspath("LC")]
+    grids = [command[command.index("--bits") :] for command in gptq]
+    assert grids == [["--bits", bits, "--group-size", "64"] for bits in ("4", "3")]

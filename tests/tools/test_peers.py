@@ -37,6 +37,7 @@ def test_single_steps_have_no_duration():
     assert measured == {
         "seconds_per_step_median": None, "seconds_per_step_mean": None, "seconds_per_step_by_block": [],
     }  # fmt: skip
+    assert peer_worker.step_statistics([]) == measured  # as GPTQ reports
 
 
 def test_clock_notes_the_steps_of_one_class_by_optimizer():
@@ -217,6 +218,21 @@ def test_worker_names_a_linear_that_the_checkpoint_lacks(llama, tmp_path):
         peer_worker.write_checkpoint(llama, tmp_path, {"model.layers.9.q": torch.zeros(1)})
 
 
+# [2, 12]: in each row three groups of four values; nine in the whole row, six in its second half.
+GRIDS = torch.tensor([[0, 0.5, 1, 1.5, 0, 0.75, 1.5, 2.25, 0, 0.3, 0.6, 0.9]] * 2)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 4), (3, 6), (4, -1)])
+def test_grids_of_as_many_values_as_bits_hold_pass(bits: int, group_size: int):
+    peer_worker.check_grids({"up": GRIDS}, bits, group_size)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "found"), [(1, 4, 4), (2, 6, 6), (3, -1, 9)])
+def test_weights_with_more_values_than_bits_hold_are_said(bits: int, group_size: int, found: int):
+    with pytest.raises(SystemExit, match=f"^up: {found} values share a scale, more than {bits} bits hold"):
+        peer_worker.check_grids({"fine": torch.zeros(2, 12), "up": GRIDS}, bits, group_size)
+
+
 def test_worker_finds_the_linears_of_blocks_by_the_checkpoints_names(llama):
     model = AutoModelForCausalLM.from_pretrained(llama)
     linears = peer_worker.linears_of(model.model.layers, "model.layers")
@@ -248,7 +264,8 @@ def _started(monkeypatch) -> list[list[str]]:
 
     def run(command: list[str], log: Path, environment: dict, folder: Path) -> tuple[str, peers_process.Cost]:
         commands.append(command)
-        facts = {"peak_rss_bytes": 2**30, "perplexity": 20.0, "seconds_per_step_median": 1.0}
+        steps = None if "llmcompressor_gptq.py" in command[1] else 1.0  # GPTQ takes none
+        facts = {"peak_rss_bytes": 2**30, "perplexity": 20.0, "seconds_per_step_median": steps}
         if "autoround_tuning.py" in command[1]:
             raise peers_process.ProcessFailed("autoround_tuning.py: exit code 1: out of memory")
         if "quantize.py" in command[1]:
@@ -266,20 +283,27 @@ def _started(monkeypatch) -> list[list[str]]:
 def test_all_run_on_the_same_model_samples_and_iterations(llama, ids, started, capsys):
     fixed = ["--model", str(llama), "--ids", str(ids), "--iterations", "4", "--samples", "2"]
     with pytest.raises(SystemExit) as caught:
-        peers.main([*fixed, "--aimet", "a/python", "--autoround", "b/python", "--shardq-options", "--seed 3"])
+        pythons = ["--aimet", "a/python", "--autoround", "b/python", "--llmcompressor", "c/python"]
+        peers.main([*fixed, *pythons, "--shardq-options", "--seed 3"])
     assert caught.value.code == 1  # AutoRound failed
-    evaluation, aimet, _, autoround, shardq, _ = started
-    assert aimet[0].endswith("a/python") and autoround[0].endswith("b/python") and shardq[-2:] == ["--seed", "3"]
+    evaluation, aimet, _, autoround, gptq, _, shardq, _ = started
+    assert aimet[0].endswith("a/python") and autoround[0].endswith("b/python") and gptq[0].endswith("c/python")
+    assert all(Path(command[1]).is_file() for command in (aimet, autoround, gptq)) and shardq[-2:] == ["--seed", "3"]
     assert evaluation[evaluation.index("--eval.sequence_length") + 1] == "32"
     assert shardq[shardq.index("--calib.sequence_length") + 1] == "16"
     for command, prefix in ((aimet, ""), (autoround, ""), (shardq, "optimize.")):
         assert command[command.index("--model") + 1] == str(llama)
         assert command[command.index(f"--{prefix}iterations") + 1] == "4"
+    assert autoround[autoround.index("--dtype") + 1] == "default"
+    assert gptq[gptq.index("--samples") + 1] == "2" and "--iterations" not in gptq  # it takes no steps
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
-    assert [row["name"] for row in result["rows"]] == ["float", "aimet", "shardq"]
-    assert result["rows"][2]["dtype"] == "bf16"
-    assert result["ratios"] == {"aimet": {"step": 2.0, "wall": 1.0, "peak_rss": 1.0}}
+    assert [row["name"] for row in result["rows"]] == ["float", "aimet", "llmcompressor", "shardq"]
+    assert result["rows"][3]["dtype"] == "bf16"
+    assert result["ratios"] == {
+        "aimet": {"step": 2.0, "wall": 1.0, "peak_rss": 1.0},
+        "llmcompressor": {"step": None, "wall": 1.0, "peak_rss": 1.0},
+    }
     assert "autoround: failed: autoround_tuning.py: exit code 1: out of memory" in captured.err
     assert "aimet: 25% of the processor went to other work" in captured.err
 

@@ -2,12 +2,13 @@
 """Accuracy of shardq and its peers over bits and group sizes, on one model, from the same token ids.
 
     python tools/bench/accuracy.py --model DIR --ids FILE --bits 4 3 --group-size -1 64 --iterations 200 \\
-        --variant "default=" --variant "mix=--optimize.fp_mix 0.5" --autoround PYTHON
+        --variant "default=" --variant "mix=--optimize.fp_mix 0.5" --autoround PYTHON --llmcompressor PYTHON
 
 Symmetric grids on the decoder linears; iterations of one sample. FILE holds int tensors `calib_ids` and `eval_ids`
 [sequences, length]. One line of JSON a cell: `method`, `bits`, `group_size`, `samples`, `iterations`, `perplexity`,
 `kl`, `top1` (see agreement.py), `seconds` (the whole process), `peak_rss_bytes`, `other_cpu_share`. A variant is a name
 and options of launch/quantize.py; `rtn=--quant.method rtn` rounds to nearest. The runs follow one another.
+`iterations` is the option's, though rounding and GPTQ take none.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from pathlib import Path
 from peers import (
     EVAL_COLUMN,
     HERE,
-    WORKERS,
     Bench,
     make_parser,
     peer_command,
@@ -31,6 +31,7 @@ from peers import (
     with_paths,
 )
 from peers_process import ProcessFailed
+from peers_workers import PEERS
 
 
 def variant(text: str) -> tuple[str, list[str]]:
@@ -84,7 +85,7 @@ def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
 def main() -> None:
     """Run every cell and print it; exit code 1 if one failed."""
     options, failed = parse(), False
-    methods = [*dict(options.variant), *(name for name in WORKERS if getattr(options, name))]
+    methods = [*dict(options.variant), *(name for name in PEERS if getattr(options, name))]
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         bench = Bench(options, options.model, Path(folder))
         for bits, group_size, name in product(options.bits, options.group_size, methods):

@@ -1,12 +1,13 @@
-"""Compare shardq with AIMET's AdaScale and AutoRound: seconds a step, wall time, memory, perplexity.
+"""Compare shardq with AIMET's AdaScale, AutoRound and llm-compressor's GPTQ: step and wall times, memory, perplexity.
 
-    python tools/bench/peers.py --model DIR --ids FILE --iterations N --aimet PYTHON --autoround PYTHON
+    python tools/bench/peers.py --model DIR --ids FILE --iterations N \\
+        --aimet PYTHON --autoround PYTHON --llmcompressor PYTHON
 
 All quantize the same decoder linears (4 bits, symmetric, per-channel) from the same token ids, with the same number of
-iterations of one sample a block, one after the other, each as a process in its own environment. An environment needs
-`aimet-torch` or `auto-round` with their transformers. FILE holds int tensors `calib_ids` and `eval_ids`
-[sequences, length]. `--blocks K` quantizes the first K decoder blocks only, where steps cost what they cost anywhere;
-perplexity is then that of the whole model with these K blocks quantized.
+iterations of one sample a block (GPTQ takes none), one after the other, each as a process in its own environment. An
+environment needs `aimet-torch`, `auto-round` or `llmcompressor` with their transformers. FILE holds int tensors
+`calib_ids` and `eval_ids` [sequences, length]. `--blocks K` quantizes the first K decoder blocks only, where steps cost
+what they cost anywhere; perplexity is then that of the whole model with these K blocks quantized.
 
 Kernels are compiled anew in every run: wall times hold compilation, seconds a step do not. The last line of standard
 output is JSON. Other work on the machine spoils times: see `other_cpu_share`.
@@ -27,10 +28,10 @@ from pathlib import Path
 
 from peers_process import ProcessFailed, run_process
 from peers_truncate import graft, read_headers, truncate
+from peers_workers import PEERS
 
 HERE = Path(__file__).resolve().parent
 CALIB_COLUMN, EVAL_COLUMN = "calib_ids", "eval_ids"
-WORKERS = {"aimet": "aimet_adascale.py", "autoround": "autoround_tuning.py"}  # of the peers, in the folder peers/
 RATIOS = {"step": "seconds_per_step_median", "wall": "wall_seconds", "peak_rss": "peak_rss_bytes"}
 MIB = 1 << 20
 MAX_OTHER_SHARE = 0.05  # beyond it times say little: a step beside another job has taken eight times as long
@@ -89,8 +90,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--ids", type=Path, required=True, help="safetensors file of token ids")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each run (default 2)")
-    parser.add_argument("--aimet", type=Path, help="python that has aimet-torch; not given: AIMET is left out")
-    parser.add_argument("--autoround", type=Path, help="python that has auto-round; not given: AutoRound is left out")
+    for name, peer in PEERS.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"python that has {peer.package}; not given: it is left out")
     parser.add_argument(
         "--autoround-dtype", choices=("default", "float32"), default="default",
         help="default: what AutoRound chooses, bfloat16 where the processor has it",
@@ -108,7 +109,7 @@ def with_paths(options: argparse.Namespace) -> argparse.Namespace:
         setattr(options, name, getattr(options, name).resolve())
         if not getattr(options, name).exists():
             raise SystemExit(f"peers: {getattr(options, name)}: no such file or folder; check --{name}")
-    for name in ("aimet", "autoround"):  # made absolute, not resolved: a venv's python is a link
+    for name in PEERS:  # made absolute, not resolved: a venv's python is a link
         if path := getattr(options, name):
             setattr(options, name, Path(os.path.abspath(path)))
     return options
@@ -121,7 +122,8 @@ def compare(options: argparse.Namespace, folder: Path) -> list[str]:
         bench = Bench(options, folder / "truncated", folder)
         truncate(options.model, bench.model, options.blocks)
     rows, failed = [], []
-    for name, measure in {"float": float_row, "aimet": peer_row, "autoround": peer_row, "shardq": shardq_row}.items():
+    measures = {"float": float_row, **dict.fromkeys(PEERS, peer_row), "shardq": shardq_row}
+    for name, measure in measures.items():
         if measure is float_row and options.skip_eval:
             continue
         if measure is peer_row and getattr(options, name) is None:
@@ -150,13 +152,14 @@ def float_row(bench: Bench, name: str) -> dict:
 
 def peer_command(bench: Bench, name: str, output: Path) -> list[object]:
     """Command line of a peer's worker in its environment; more of the worker's options may follow."""
-    options = bench.options
+    options, peer = bench.options, PEERS[name]
     command = [
-        getattr(options, name), HERE / "peers" / WORKERS[name], "--model", bench.model, "--ids", options.ids,
-        "--column", CALIB_COLUMN, "--samples", options.samples, "--iterations", options.iterations,
-        "--threads", options.threads, "--output", output,
+        getattr(options, name), peer.worker, "--model", bench.model, "--ids", options.ids,
+        "--column", CALIB_COLUMN, "--samples", options.samples, "--threads", options.threads, "--output", output,
     ]  # fmt: skip
-    return [*command, "--dtype", options.autoround_dtype] if name == "autoround" else command
+    for option, ours in peer.options.items():
+        command += [option, getattr(options, ours)]
+    return command
 
 
 def peer_row(bench: Bench, name: str) -> dict:

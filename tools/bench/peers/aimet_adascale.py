@@ -13,7 +13,7 @@ from aimet_torch.adascale import apply_adascale
 from peer_worker import (
     StepClock,
     linears_of,
-    make_parser,
+    make_tuning_parser,
     peak_rss_bytes,
     read_samples,
     report,
@@ -43,7 +43,7 @@ class LogitsModel(nn.Module):
 
 def main() -> None:
     """Tune, write the checkpoint, report."""
-    options = make_parser(__doc__.splitlines()[0]).parse_args()
+    options = make_tuning_parser(__doc__.splitlines()[0]).parse_args()
     if options.group_size != -1:
         raise SystemExit("aimet_adascale: AIMET's AdaScale runs per channel only; leave --group-size at -1")
     torch.set_num_threads(options.threads)

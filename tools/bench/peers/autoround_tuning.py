@@ -11,7 +11,7 @@ from auto_round import AutoRound
 from peer_worker import (
     StepClock,
     linears_of,
-    make_parser,
+    make_tuning_parser,
     peak_rss_bytes,
     read_samples,
     report,
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 def main() -> None:
     """Tune, write the checkpoint, report."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_tuning_parser(__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("default", "float32"), default="default", help="default: AutoRound's own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""What the workers of `peers.py` share: their options, a clock of optimizer steps, the checkpoint and the report.
+"""What the workers of `peers.py` share: options, a clock of optimizer steps, checks, the checkpoint and the report.
 
 It runs in the environments of the peers, so it needs nothing but torch and safetensors.
 """
@@ -27,11 +27,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--ids", type=Path, required=True, help="safetensors file of token ids [samples, length]")
     parser.add_argument("--column", required=True, help="the file's tensor of calibration ids")
     parser.add_argument("--samples", type=int, required=True, help="calibration samples")
-    parser.add_argument("--iterations", type=int, required=True, help="optimizer steps a block, of one sample each")
     parser.add_argument("--bits", type=int, default=4, help="bits a weight (default 4)")
     parser.add_argument("--group-size", type=int, default=-1, help="input channels a scale; -1: per-channel (default)")
     parser.add_argument("--threads", type=int, required=True, help="threads of torch")
     parser.add_argument("--output", type=Path, required=True, help="folder for the fake-quantized checkpoint")
+    return parser
+
+
+def make_tuning_parser(description: str) -> argparse.ArgumentParser:
+    """The options of a worker that takes optimizer steps."""
+    parser = make_parser(description)
+    parser.add_argument("--iterations", type=int, required=True, help="optimizer steps a block, of one sample each")
     return parser
 
 
@@ -113,6 +119,24 @@ def linears_of(blocks: Iterable[nn.Module], prefix: str) -> dict[str, nn.Linear]
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+@torch.no_grad()
+def check_grids(linears: dict[str, Tensor], bits: int, group_size: int) -> None:
+    """Exit with one line unless the weights of every scale take at most 2**bits values.
+
+    Args:
+        linears: the fake-quantized weight [out, in] of each linear by its name.
+        group_size: input channels a scale; -1: all.
+    """
+    for name, weight_OI in linears.items():
+        groups_OGI = weight_OI.unflatten(1, (-1, weight_OI.shape[1] if group_size == -1 else group_size))
+        most = 1 + groups_OGI.sort(-1).values.diff(dim=-1).ne(0).sum(-1).max().item()
+        if most > 2**bits:
+            raise SystemExit(
+                f"{name}: {most} values share a scale, more than {bits} bits hold; the peer did not quantize it so, "
+                "or its version differs"
+            )
 
 
 @torch.no_grad()
