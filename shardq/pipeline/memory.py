@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from shardq.calib.partition import largest_part
 from shardq.errors import ConfigError
 from shardq.model.ends import BlockArguments, run_block
 from shardq.model.skeleton import Skeleton, to_meta
@@ -43,7 +44,7 @@ def choose_micro_batch(
     )
     state = state_bytes(skeleton, plan, largest, options)
     sample = saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
-    part = options.batch_size // world_size
+    part = largest_part(options.batch_size, world_size)
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(
