@@ -123,16 +123,16 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     _require(0 <= optimize.fp_mix <= 1, "optimize.fp_mix", optimize.fp_mix, "between 0 and 1")
     samples, held_out = config.calib.samples, optimize.held_out
     _require(samples is not None, "calib.samples", samples, "a number")
-    _require(0 <= held_out < samples and held_out % world_size == 0, "optimize.held_out", held_out,
-             f"below calib.samples ({samples}) and a multiple of the number of ranks ({world_size})")  # fmt: skip
+    _require(0 <= held_out < samples, "optimize.held_out", held_out, f"below calib.samples ({samples})")
     patience = optimize.patience
     _require(patience is None or (patience >= 1 and held_out), "optimize.patience", patience,
              "at least 1, beside an optimize.held_out above 0")  # fmt: skip
-    for name, value in (("optimize.batch_size", optimize.batch_size), ("calib.samples", samples)):
-        _require(value % world_size == 0, name, value, f"a multiple of the number of ranks ({world_size})")
-    micro_batch, part = optimize.micro_batch, optimize.batch_size // world_size
-    _require(micro_batch is None or (micro_batch >= 1 and part % micro_batch == 0), "optimize.micro_batch", micro_batch,
-             f"a divisor of a rank's {part} sample(s) of a batch")  # fmt: skip
+    _require(samples - held_out >= world_size, "calib.samples", samples,
+             f"at least {world_size + held_out}, one for each of the {world_size} ranks to train on beside "
+             f"optimize.held_out ({held_out}); take more samples or fewer ranks")  # fmt: skip
+    micro_batch = optimize.micro_batch
+    _require(micro_batch is None or 1 <= micro_batch <= optimize.batch_size, "optimize.micro_batch", micro_batch,
+             f"between 1 and optimize.batch_size ({optimize.batch_size})")  # fmt: skip
     _require(optimize.batch_size <= samples - held_out, "optimize.batch_size", optimize.batch_size,
              f"at most the samples that are trained on ({samples - held_out})")  # fmt: skip
 

@@ -1,12 +1,16 @@
 """Which rank owns which sample, and which samples an optimizer step sees."""
 
+import math
 from collections.abc import Iterator
 
 WATCHED = 8  # samples that show how far a block is off; every one is a forward through it
 
 
 def owned_samples(num_samples: int, rank: int, world_size: int) -> range:
-    """Samples of a rank: every `world_size`-th. It keeps them, so activations never cross the network."""
+    """Samples of a rank: every `world_size`-th. It keeps them, so activations never cross the network.
+
+    A rank has none if there are fewer samples than ranks.
+    """
     return range(rank, num_samples, world_size)
 
 
@@ -15,12 +19,20 @@ def step_samples(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield `(iteration, samples)`: this rank's part of each optimizer step's batch.
 
-    Over all ranks, a step sees `batch_size` neighbouring samples, in order and wrapping around: the same samples
-    whatever the world size, if it divides `batch_size` and `num_samples`.
+    The places of all batches, one after the other, go to the ranks in turn, and each rank fills its own with its
+    samples in order, wrapping around. So a step sees `batch_size` neighbouring samples, the same whatever the world
+    size, where it divides `num_samples`; where it does not, the ranks with one sample less come round to theirs
+    sooner. Parts are equal where the world size divides `batch_size`, else they differ by one, and may be empty.
     """
+    own = owned_samples(num_samples, rank, world_size)
     for iteration in range(num_iterations):
-        batch = [(iteration * batch_size + number) % num_samples for number in range(batch_size)]
-        yield iteration, [sample for sample in batch if sample % world_size == rank]
+        places = range(iteration * batch_size, (iteration + 1) * batch_size)
+        yield iteration, [own[place // world_size % len(own)] for place in places if place % world_size == rank]
+
+
+def largest_part(batch_size: int, world_size: int) -> int:
+    """The most samples of a step's batch that a rank has."""
+    return math.ceil(batch_size / world_size)
 
 
 def watched_samples(num_samples: int, num_held_out: int, rank: int, world_size: int) -> list[int]:

@@ -17,20 +17,23 @@ def distill(
     micro_batch: int,
     on_step: Callable[[Tensor], None],
     goes_on: Callable[[int], bool] = lambda done: True,
+    mean_over: float | None = None,
 ) -> int:
     """Train in place, one optimizer step a batch; gives the number of steps. Nothing in a step waits for the device.
 
     Args:
         loss_of: mean loss over the samples of a micro-batch, from the block's inputs and targets [N, T, D].
-        batches: this rank's inputs and targets, both [N, T, D], one pair an iteration.
+        batches: this rank's inputs and targets, both [N, T, D], one pair an iteration; N may be 0.
         micro_batch: samples that go through the block at once.
-        on_step: called after each step with the batch's loss, a tensor on the device, for progress.
+        on_step: called after each step with this rank's loss, a tensor on the device, for progress.
         goes_on: called after each step with the number of steps done; training ends where it is false.
+        mean_over: samples that a batch's loss is divided by (default: its own). The same number on all ranks, the
+            batch's mean part of a rank, makes the mean of the ranks' gradients that of the batch, however it is split.
     """
     done = 0
     for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
         quantizer.load(stepper.forward())
-        loss = accumulate(loss_of, inputs_NTD, targets_NTD, micro_batch)
+        loss = accumulate(loss_of, inputs_NTD, targets_NTD, micro_batch, mean_over or len(inputs_NTD))
         stepper.backward(*quantizer.collected())
         stepper.step()
         on_step(loss)
@@ -44,11 +47,16 @@ def accumulate(
     inputs_NTD: Tensor,
     targets_NTD: Tensor,
     micro_batch: int,
+    mean_over: float,
 ) -> Tensor:
-    """Collect the gradient of a batch's mean loss in the block's weights; gives that loss."""
+    """Collect the gradient of a batch's loss in the block's weights; gives that loss.
+
+    It is the sum over the batch's samples, divided by `mean_over`.
+    """
     total = torch.zeros((), device=inputs_NTD.device)
-    for inputs, targets in zip(inputs_NTD.split(micro_batch), targets_NTD.split(micro_batch), strict=True):
-        loss = loss_of(inputs, targets) * (len(inputs) / len(inputs_NTD))
+    for start in range(0, len(inputs_NTD), micro_batch):
+        inputs, targets = inputs_NTD[start : start + micro_batch], targets_NTD[start : start + micro_batch]
+        loss = loss_of(inputs, targets) * (len(inputs) / mean_over)
         loss.backward()
         total += loss.detach()
     return total

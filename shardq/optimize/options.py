@@ -16,10 +16,11 @@ class OptimizeOptions:
     iterations: int | None = None
     """Optimizer steps a block, at any number of ranks (presets: 200, light 100, best 800, aimet 1500)."""
     batch_size: int | None = None
-    """Samples an optimizer step over all ranks together, a multiple of the number of ranks (default: one a rank)."""
+    """Samples an optimizer step over all ranks together; some ranks wait where it is no multiple of their number
+    (default: one a rank; a run that goes on keeps its own, with any number of ranks)."""
     micro_batch: int | None = None
-    """Samples that a rank takes through the block at once, a divisor of its part of a batch (default: the largest that
-    fits the memory)."""
+    """Samples of its part of a batch that a rank takes through the block at once (default: as many as fit the memory
+    in equal pieces; a run that goes on keeps its own)."""
     memory_gib: float | None = None
     """Memory of the device that a rank may use for training, in GiB (default: 90 % of what is free on a GPU, half of
     the rank's share of what is free on a CPU)."""

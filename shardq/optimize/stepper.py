@@ -29,10 +29,10 @@ class Stepper(Protocol):
         """Fake-quantized weights of all quantizers, in order; differentiable."""
 
     def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take the gradient of this rank's mean loss from `tensors` on to the parameters they were computed from."""
+        """Take the gradient of this rank's loss from `tensors` on to the parameters they were computed from."""
 
     def step(self) -> None:
-        """Change the parameters by the gradient of the mean over ranks, and clear it."""
+        """Change the parameters by the mean of the ranks' gradients, and clear it."""
 
 
 class LocalStepper:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from shardq.calib.partition import step_samples, watched_samples
+from shardq.calib.partition import largest_part, step_samples, watched_samples
 from shardq.compiling import Compile
 from shardq.devices import training_attention
 from shardq.errors import QuantizationError
@@ -150,7 +150,7 @@ def _train(
     bench.stepper.start()
     batches, on_step = _training_batches(job, loaded.index), job.display.advance_iteration
     return distill(_loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, batches,
-                   optimize.micro_batch, on_step, goes_on)  # fmt: skip
+                   optimize.micro_batch, on_step, goes_on, optimize.batch_size / job.ranks.world_size)  # fmt: skip
 
 
 def _bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
@@ -169,7 +169,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
     # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
-    is_whole = optimize.micro_batch * job.ranks.world_size >= optimize.batch_size
+    is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
     dtype = optimize.dtype if is_whole else torch.float32
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
     bench = Bench(quantizer, None, job.compiled(block_loss, False))
@@ -181,11 +181,13 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
 
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
     """One forward and backward without a step, so that compiling happens, and is timed, here."""
-    samples = list(job.activations.samples[: job.optimize.micro_batch])
+    part = largest_part(job.optimize.batch_size, job.ranks.world_size)
+    samples = list(job.activations.samples[: min(job.optimize.micro_batch, part)])
     hidden_NTD = job.activations.load("fp", loaded.index, samples)
     bench.quantizer.start(loaded.source)
+    loss_of, size = _loss_of(job, bench, loaded, arguments), len(samples)
     bench.quantizer.load(bench.quantizer())
-    accumulate(_loss_of(job, bench, loaded, arguments), hidden_NTD, hidden_NTD, len(samples))
+    accumulate(loss_of, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
     torch.autograd.backward(*bench.quantizer.collected())
     bench.quantizer.zero_grad()
 
@@ -230,6 +232,9 @@ def _training_batches(job: BlockJob, block_index: int) -> Iterator[tuple[Tensor,
 
     def load(step: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
         iteration, samples = step
+        if not samples:  # fewer samples a step than ranks
+            nothing = torch.empty(0, device=activations.device)
+            return nothing, nothing
         quant_NTD = activations.load("quant", block_index, samples)
         if optimize.fp_mix > 0:
             fp_NTD = activations.load("fp", block_index, samples)

@@ -17,16 +17,15 @@ from shardq.files import ASIDE, append_line, sha256_of, write_json
 from shardq.formats.shards import Index, read_sample
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache")  # may differ when a run goes on
+NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "parallel")  # may differ when a run goes on
 
 
-def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str, world_size: int) -> dict:
-    """Everything that decides the bytes of a run's result."""
+def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str) -> dict:
+    """Everything that decides a run's result, but for the last bits that depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     manifest = {
         "shardq": __version__,
-        "world_size": world_size,
         "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},
         "calibration_tokens": tokens_digest,
         "options": options,
@@ -65,10 +64,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def stored_option(output: Path, section: str, name: str) -> object:
-    """An option of the run in a folder, None where there is no run: for what is chosen by the state of the machine."""
+def stored_options(output: Path, section: str) -> dict:
+    """Options of the run in a folder, empty where there is no run: for what is chosen by the machine and the ranks."""
     path = output / MANIFEST
-    return _read_json(path).get("options", {}).get(section, {}).get(name) if path.exists() else None
+    return _read_json(path).get("options", {}).get(section, {}) if path.exists() else {}
 
 
 def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from shardq.calib.partition import largest_part
 from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.ends import BlockArguments, run_block
@@ -44,7 +45,7 @@ def choose_micro_batch(
     limit, largest = memory_limit(options, ranks), largest_block(skeleton, plan)
     state = state_bytes(skeleton, plan, largest, options, parallel, ranks.world_size)
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
-    part = options.batch_size // ranks.world_size
+    part = largest_part(options.batch_size, ranks.world_size)
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(

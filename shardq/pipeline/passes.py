@@ -12,6 +12,9 @@ from shardq.background import behind, lookahead
 from shardq.cache.store import ActivationStore, Stream
 from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, to_device, to_host
+from shardq.model.ends import BlockArguments, block_forward, prologue
+from shardq.model.skeleton import Skeleton
+from shardq.model.weights import stream_blocks
 from shardq.optimize.loss import ErrorSums, Loss, error_sums
 
 Forward = Callable[[Tensor], Tensor]
@@ -81,6 +84,33 @@ def advance(activations: Activations, stream: Stream, generation: int, forward: 
     with activations.keeping(stream, generation + 1) as keep:
         for samples, hidden_NTD in activations.ahead(load, activations.chunks()):
             keep(samples, forward(hidden_NTD))
+
+
+@torch.no_grad()
+def replay(
+    activations: Activations,
+    tokens_NT: Tensor,
+    skeleton: Skeleton,
+    arguments: list[BlockArguments],
+    num_blocks: int,
+    dtype: torch.dtype,
+    written: Callable[[int], Iterable[tuple[str, Tensor]]],
+) -> None:
+    """Compute what enters block `num_blocks`: the embeddings, then both streams through the blocks before it.
+
+    Args:
+        written: gives a block's quantized weights by their linear's name.
+    """
+    with prologue(skeleton, activations.device) as embed:
+        embed_samples(activations, tokens_NT, embed)
+    for loaded in stream_blocks(skeleton, range(num_blocks), activations.device):
+        forward = block_forward(loaded.module, arguments[loaded.index], dtype)
+        advance(activations, "fp", loaded.index, forward)
+        for name, weight in written(loaded.index):
+            loaded.module.get_submodule(name).weight.copy_(weight)
+        advance(activations, "quant", loaded.index, forward)
+        activations.drop(loaded.index)
+        del loaded, forward  # its source must not stay in memory while the block after the next is read
 
 
 @torch.no_grad()

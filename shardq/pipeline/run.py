@@ -17,20 +17,20 @@ from shardq.compiling import compiler, eager, why_not
 from shardq.config import QuantizeConfig, check_quantize
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
-from shardq.formats.shards import Index, read_header, read_tensor
+from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
-from shardq.model.ends import BlockArguments, block_forward, prologue, record_arguments
+from shardq.model.ends import BlockArguments, prologue, record_arguments
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
-from shardq.optimize.options import resolved
-from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, together
+from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
 from shardq.pipeline.memory import choose_engine, choose_micro_batch
-from shardq.pipeline.passes import Activations, advance, embed_samples
+from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.plan import Plan, make_plan
 
 
@@ -85,11 +85,11 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
-    optimize = resolved(config.optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
-    config = replace(config, optimize=optimize)
+    output = Path(config.output or _default_output(config))
+    stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
+    config = replace(config, optimize=_resolved(config, stored, ranks))
     together(ranks, lambda: check_quantize(config, ranks.world_size))
     folder = on_rank_zero(ranks, lambda: local_folder(config.model))
-    output = Path(config.output or _default_output(config))
 
     def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments]]:
         skeleton = open_skeleton(folder)
@@ -101,8 +101,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = _fitted(config, output, skeleton, plan, arguments, ranks, display)
-        manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT), ranks.world_size)
+        chosen = _fitted(config, stored, skeleton, plan, arguments, ranks, display)
+        manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
     skeleton, plan, arguments = together(ranks, open_and_plan)
@@ -112,9 +112,18 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     return run
 
 
+def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:
+    """Options with every value filled in that does not depend on the model."""
+    optimize = config.optimize
+    if optimize.batch_size is None:
+        # A run that goes on keeps its batches, on however many ranks: an iteration means the same in all its blocks.
+        optimize = replace(optimize, batch_size=stored.get("batch_size"))
+    return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
+
+
 def _fitted(
     config: QuantizeConfig,
-    output: Path,
+    stored: dict,
     skeleton: Skeleton,
     plan: Plan,
     arguments: list[BlockArguments],
@@ -128,7 +137,7 @@ def _fitted(
         display.line(f"parallel.engine: {parallel.engine} ({reason})")
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
-        micro_batch = ledger.stored_option(output, "optimize", "micro_batch")
+        micro_batch = stored.get("micro_batch")
         if micro_batch is None:
             micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, parallel, ranks)
         optimize = replace(optimize, micro_batch=micro_batch)
@@ -158,9 +167,13 @@ def _say_what_will_be_done(run: Run) -> None:
         line(
             f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
         )
-    if run.finished:
-        done = min(len(run.finished), run.plan.num_blocks)
-        line(f"resuming in {run.output}: {done} of {run.plan.num_blocks} blocks are done")
+    if optimize.batch_size % run.ranks.world_size:
+        line(
+            f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
+            "in every step some ranks wait for the others"
+        )
+    if len(run.finished) > run.plan.num_blocks:
+        line(f"{run.output}: this run is finished, nothing is left to do")
 
 
 def _default_output(config: QuantizeConfig) -> str:
@@ -189,7 +202,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
     )  # fmt: skip
     with events.span("prepare activations"):
-        together(ranks, lambda: _prepare_activations(run, activations))
+        _prepare_activations(run, cache, activations)
     entries = list(run.finished)
     with run.display.bars(plan.num_blocks, len(entries), config.optimize.iterations):
         for loaded in _agreed_blocks(run, len(entries), events):
@@ -211,34 +224,37 @@ def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock
         del loaded
 
 
-def _prepare_activations(run: Run, activations: Activations) -> None:
-    """Bring the cache to the first unfinished block.
+def _prepare_activations(run: Run, cache: Path, activations: Activations) -> None:
+    """Bring every rank's samples to the first unfinished block, and say what a resume has to compute again.
 
-    A cache that is lost is computed again: the embeddings, then both streams through the finished blocks.
+    On the disk, samples are found by whichever rank owns them now.
     """
-    first, device = min(len(run.finished), run.plan.num_blocks), run.ranks.device
-    if first > 0 and (first == run.plan.num_blocks or activations.holds(first)):
-        return
-    with prologue(run.skeleton, device) as embed:
-        embed_samples(activations, run.tokens_NT, embed)
+    if run.config.cache.placement == "cpu":
+        # An earlier attempt's files: they would not belong to the blocks that are committed from now on.
+        on_rank_zero(run.ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
+    first = len(run.finished)
+    are_there = first == run.plan.num_blocks or (first > 0 and activations.holds(first))
+    num_without = int(sum_over_ranks(run.ranks, [float(not are_there)])[0])
     if first:
-        run.display.line(f"no cached activations for block {first + 1}: computing them again")
-    written = _finished_weights(run, first)
-    for loaded in stream_blocks(run.skeleton, range(first), device):
-        block_index = loaded.index
-        forward = block_forward(loaded.module, run.arguments[block_index], run.config.optimize.dtype)
-        advance(activations, "fp", block_index, forward)
-        for name in run.plan.linears[block_index]:
-            info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
-            loaded.module.get_submodule(name).weight.copy_(read_tensor(info))
-        advance(activations, "quant", block_index, forward)
-        activations.drop(block_index)
-        del loaded
+        cost = f"activations are computed again through {first} block(s) for {num_without} rank(s)"
+        run.display.line(
+            f"resuming in {run.output}: {first} of {run.plan.num_blocks} blocks are done; {run.ranks.world_size} "
+            f"rank(s), begun with {run.finished[0]['world_size']}; {cost if num_without else 'nothing is done again'}"
+        )
+
+    def compute() -> None:
+        if not are_there:
+            replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
+                   partial(_written_weights, run))  # fmt: skip
+
+    together(run.ranks, compute)
 
 
-def _finished_weights(run: Run, num_finished: int) -> Index:
-    shards = [run.output / run.plan.block_shard(block_index) for block_index in range(num_finished)]
-    return {name: info for shard in shards for name, info in read_header(shard).items()}
+def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]:
+    """A finished block's quantized weights as they are served, by their linear's name."""
+    written = read_header(run.output / run.plan.block_shard(block_index))
+    for name in run.plan.linears[block_index]:
+        yield name, read_tensor(written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name])
 
 
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
@@ -263,7 +279,7 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
 
 def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype: torch.dtype) -> None:
     files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, dtype)
-    ledger.commit(run.output, block_index, files, **losses)
+    ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **losses)
 
 
 def _complete(run: Run, cache: Path, dtype: torch.dtype) -> None:

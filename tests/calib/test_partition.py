@@ -2,12 +2,14 @@
 
 import pytest
 
-from shardq.calib.partition import chunks, owned_samples, step_samples, watched_samples
+from shardq.calib.partition import chunks, largest_part, owned_samples, step_samples, watched_samples
 
 LAYOUTS = [
     # samples, batch, world size
     (8, 4, 2), (8, 2, 2), (8, 8, 4), (12, 4, 4), (12, 6, 3), (12, 12, 2), (6, 6, 6), (10, 4, 2),
 ]  # fmt: skip
+UNEVEN_BATCHES = [(8, 3, 2), (8, 2, 4), (8, 1, 8), (12, 5, 3), (6, 4, 3)]  # a part of each step's batch may be empty
+UNEVEN_SAMPLES = [(9, 2, 2), (7, 4, 4), (7, 3, 3), (5, 5, 4), (11, 3, 8)]
 
 
 def naive_batches(num_samples: int, batch_size: int, num_iterations: int) -> list[list[int]]:
@@ -23,7 +25,7 @@ def test_one_rank_sees_neighbours_in_order_and_wraps_around(num_samples: int, ba
     assert [samples for _, samples in steps] == naive_batches(num_samples, batch_size, 20)
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS)
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS + UNEVEN_BATCHES)
 def test_ranks_together_see_the_batches_of_one_rank(num_samples: int, batch_size: int, world_size: int):
     ranks = [list(step_samples(num_samples, batch_size, 25, rank, world_size)) for rank in range(world_size)]
     for number, expected in enumerate(naive_batches(num_samples, batch_size, 25)):
@@ -33,13 +35,29 @@ def test_ranks_together_see_the_batches_of_one_rank(num_samples: int, batch_size
 
 @pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS)
 def test_every_rank_has_the_same_share_of_every_step(num_samples: int, batch_size: int, world_size: int):
-    """Otherwise the mean of the ranks' means would not be the batch's mean."""
+    """Otherwise ranks would wait for one another."""
     for rank in range(world_size):
         for _, samples in step_samples(num_samples, batch_size, 25, rank, world_size):
             assert len(samples) == batch_size // world_size
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS)
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS + UNEVEN_BATCHES + UNEVEN_SAMPLES)
+def test_parts_make_up_the_batch_and_differ_by_one_at_most(num_samples: int, batch_size: int, world_size: int):
+    ranks = [list(step_samples(num_samples, batch_size, 25, rank, world_size)) for rank in range(world_size)]
+    parts = [[len(steps[number][1]) for steps in ranks] for number in range(25)]
+    assert all(sum(sizes) == batch_size and max(sizes) - min(sizes) <= 1 for sizes in parts)
+    assert max(map(max, parts)) == largest_part(batch_size, world_size)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), UNEVEN_BATCHES + UNEVEN_SAMPLES)
+def test_a_rank_goes_through_its_samples_in_turn(num_samples: int, batch_size: int, world_size: int):
+    for rank in range(world_size):
+        seen = [s for _, samples in step_samples(num_samples, batch_size, 200, rank, world_size) for s in samples]
+        own = list(owned_samples(num_samples, rank, world_size))
+        assert seen == [own[number % len(own)] for number in range(len(seen))] and set(seen) == set(own)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "world_size"), LAYOUTS + UNEVEN_BATCHES + UNEVEN_SAMPLES)
 def test_a_rank_trains_only_on_samples_that_it_owns(num_samples: int, batch_size: int, world_size: int):
     for rank in range(world_size):
         owned = set(owned_samples(num_samples, rank, world_size))

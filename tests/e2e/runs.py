@@ -1,11 +1,18 @@
-"""Runs of the command line's own functions, in this process, as rank 0 of 1."""
+"""Runs of the command line's own functions, in this process, as rank 0 of 1, and what tests look for in a run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
 
+import tiny
 from shardq.cli import parse
+from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.run import quantize
@@ -49,3 +56,34 @@ def committed(output: Path) -> int:
     """Number of whole lines in a run's ledger."""
     ledger = output / "ledger.jsonl"
     return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+
+
+def assert_nearly_equal(output: Path, reference: Path) -> None:
+    """Sums in another order round differently; a code in a hundred may fall on the other side."""
+    for number in range(3):
+        ours, theirs = (read_block(folder / "blocks" / f"block-{number:05d}.safetensors") for folder in
+                        (output, reference))  # fmt: skip
+        assert len(ours) == 7
+        for name in ours:
+            assert torch.allclose(ours[name].scale_OG, theirs[name].scale_OG, rtol=1e-2)
+            assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > 0.99
+
+
+def start_and_kill(num_ranks: int, arguments: list[str], output: Path, after_blocks: int) -> int:
+    """Start a run with torchrun and SIGKILL its last rank as soon as some blocks are committed; give the exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
+               str(LAUNCH / "quantize.py"), *arguments]  # fmt: skip
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + tiny.LAUNCH_TIMEOUT_SECONDS
+    while committed(output) < after_blocks and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for pid in _ranks_of(process.pid)[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    return process.wait(timeout=60)
+
+
+def _ranks_of(torchrun_pid: int) -> list[int]:
+    """Process ids of the ranks that a torchrun started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun_pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]

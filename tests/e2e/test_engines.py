@@ -1,13 +1,17 @@
 """Whole runs on two ranks under DeepSpeed's ZeRO, beside the run in which every rank holds everything."""
 
-import json
-
 import pytest
 
 import tiny
-from runs import LAUNCH, committed, last_json, quantize_arguments, result_files
-from test_quantize import assert_nearly_equal
-from test_resume import start_and_kill
+from runs import (
+    LAUNCH,
+    assert_nearly_equal,
+    committed,
+    last_json,
+    quantize_arguments,
+    result_files,
+    start_and_kill,
+)
 
 
 @pytest.mark.parametrize(("engine", "more"), [("zero1", []), ("zero2", ["--parallel.offload", "true"]), ("zero3", [])])
@@ -19,13 +23,10 @@ def test_zero_gives_the_result_of_whole_ranks(two_ranks, llama, token_file, tmp_
     expected = last_json(two_ranks[1])
     assert last_json(finished.stdout)["loss_after"] == pytest.approx(expected["loss_after"], rel=0.01)
     assert_nearly_equal(output, two_ranks[0])
-    assert json.loads((output / "manifest.json").read_text())["options"]["parallel"]["engine"] == engine
 
 
 def test_ranks_hold_everything_where_that_fits_and_the_run_says_so(two_ranks):
-    output, printed = two_ranks
-    assert "parallel.engine: allreduce (allreduce takes 0.00 GiB a rank, of" in printed
-    assert json.loads((output / "manifest.json").read_text())["options"]["parallel"]["engine"] == "allreduce"
+    assert "parallel.engine: allreduce (allreduce takes 0.00 GiB a rank, of" in two_ranks[1]
 
 
 def test_best_iterate_under_zero3_and_a_resume_after_a_kill_give_the_same_bytes(llama, token_file, tmp_path):

@@ -11,7 +11,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from runs import LAUNCH, last_json, quantize_arguments, result_files, run_evaluate, run_quantize
+from runs import (
+    LAUNCH,
+    assert_nearly_equal,
+    last_json,
+    quantize_arguments,
+    result_files,
+    run_evaluate,
+    run_quantize,
+)
 from shardq.formats.block_file import read_block
 from shardq.model import ends, weights
 
@@ -218,17 +226,6 @@ def test_source_dtype_checkpoint_is_the_grid_rounded_to_it(llama, token_file, tm
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_submodule("model.layers.0.mlp.up_proj").weight
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, (linear.codes_OI.float() * linear.scale_OG).bfloat16())
-
-
-def assert_nearly_equal(output, reference):
-    """Sums in another order round differently; a code in a hundred may fall on the other side."""
-    for number in range(3):
-        ours, theirs = (read_block(folder / "blocks" / f"block-{number:05d}.safetensors") for folder in
-                        (output, reference))  # fmt: skip
-        assert len(ours) == 7
-        for name in ours:
-            assert torch.allclose(ours[name].scale_OG, theirs[name].scale_OG, rtol=1e-2)
-            assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > 0.99
 
 
 def test_two_ranks_give_the_result_of_one(run, two_ranks, token_file):

@@ -1,16 +1,11 @@
 """Interrupted runs go on and end with the bytes of an uninterrupted one."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 import tiny
-from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize
+from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
 from shardq.errors import ResumeError
 
 
@@ -19,26 +14,6 @@ def uninterrupted(llama, token_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("uninterrupted") / "out"
     run_quantize(llama, token_file, output)
     return output
-
-
-def ranks_of(torchrun_pid):
-    """Process ids of the ranks that a torchrun started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun_pid)], capture_output=True, text=True)
-    return [int(pid) for pid in listed.stdout.split()]
-
-
-def start_and_kill(num_ranks, arguments, output, after_blocks):
-    """Start a run with torchrun and SIGKILL its last rank as soon as some blocks are committed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
-               str(LAUNCH / "quantize.py"), *arguments]  # fmt: skip
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + tiny.LAUNCH_TIMEOUT_SECONDS
-    while committed(output) < after_blocks and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    for pid in ranks_of(process.pid)[-1:]:
-        os.kill(pid, signal.SIGKILL)
-    return process.wait(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +69,7 @@ def test_finished_run_is_left_as_it_is(uninterrupted, llama, token_file):
         (["--optimize.grid_lr", 0.01], "optimize.grid_lr (was 0.001, is 0.01)"),
         (["--calib.samples", 6], "calib.samples (was 8, is 6)"),
         (["--optimize.micro_batch", 1], "optimize.micro_batch (was 2, is 1)"),
+        (["--optimize.batch_size", 4], "optimize.batch_size (was 2, is 4)"),
         (["--optimize.precision", "bf16"], "optimize.precision (was float32, is bf16)"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
@@ -114,12 +90,6 @@ def test_resume_refuses_another_dataset(uninterrupted, llama, tmp_path):
     other = tiny.save_tokens(tmp_path / "other.safetensors", seed=1)
     with pytest.raises(ResumeError, match="calibration_tokens"):
         run_quantize(llama, other, uninterrupted)
-
-
-def test_resume_refuses_another_world_size(uninterrupted, llama, token_file):
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, uninterrupted)])
-    assert finished.returncode != 0
-    assert "world_size (was 1, is 2)" in finished.stderr
 
 
 def test_resume_refuses_a_damaged_block(uninterrupted, llama, token_file, tmp_path):

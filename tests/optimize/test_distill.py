@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardq.optimize.block_quantizer import BlockQuantizer
-from shardq.optimize.distill import distill
+from shardq.optimize.distill import accumulate, distill
 from shardq.optimize.linear_quantizer import Method
 from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
@@ -162,6 +162,27 @@ def test_micro_batches_change_neither_parameters_nor_losses(micro_batch: int):
         for name, parameter in expected[linear].items():
             torch.testing.assert_close(actual[linear][name], parameter, rtol=1e-4, atol=1e-6, msg=f"{linear}.{name}")
     torch.testing.assert_close(torch.stack(parts.losses), torch.stack(whole.losses), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (3, 0), (2, 2, 1)])
+def test_mean_of_the_ranks_gradients_is_the_batchs_however_it_is_split(sizes: tuple[int, ...]):
+    block = make_block()
+    trainer, source = Trainer(block, QuantSpec(bits=3), "adascale"), weights_of(block)
+    inputs, targets = make_batches(block, num_samples=sum(sizes))[0]
+    trainer.quantizer.start(source)
+
+    def gradients(inputs: Tensor, targets: Tensor, mean_over: float) -> list[Tensor]:
+        trainer.quantizer.load(trainer.quantizer())
+        accumulate(trainer.loss_of, inputs, targets, 2, mean_over)
+        return trainer.quantizer.collected()[1]
+
+    expected = gradients(inputs, targets, sum(sizes))
+    parts = zip(inputs.split(sizes), targets.split(sizes), strict=True)
+    ranks = [gradients(*part, mean_over=sum(sizes) / len(sizes)) for part in parts]
+    for number, gradient in enumerate(expected):
+        assert gradient.abs().max() > 0
+        mean = sum(rank[number] for rank in ranks) / len(sizes)
+        torch.testing.assert_close(mean, gradient, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

@@ -18,7 +18,11 @@ from shardq.formats.shards import open_index
 from shardq.optimize.options import OptimizeOptions
 from shardq.pipeline.ledger import commit, make_manifest, open_run
 
-MANIFEST = {"shardq": "1.0", "world_size": 2, "options": {"seed": 0, "quant": {"bits": 4, "group_size": None}}}
+MANIFEST = {
+    "shardq": "1.0",
+    "calibration_tokens": "d",
+    "options": {"seed": 0, "quant": {"bits": 4, "group_size": None}},
+}
 
 
 def assert_refused(output: Path, *parts: str, manifest: dict = MANIFEST, resume: str = "auto") -> None:
@@ -90,28 +94,29 @@ class TestResumeModes:
 
 class TestOtherRun:
     def test_every_difference_is_named_with_both_values(self, output: Path):
-        other = {"shardq": "1.0", "world_size": 4, "options": {"seed": 0, "quant": {"bits": 3, "group_size": 64}}}
+        options = {"seed": 0, "quant": {"bits": 3, "group_size": 64}}
+        other = {"shardq": "1.0", "calibration_tokens": "e", "options": options}
         assert_refused(
-            output, str(output), "belongs to another run", "world_size (was 2, is 4)", "quant.bits (was 4, is 3)",
-            "quant.group_size (was None, is 64)", manifest=other,
+            output, str(output), "belongs to another run", "calibration_tokens (was d, is e)",
+            "quant.bits (was 4, is 3)", "quant.group_size (was None, is 64)", manifest=other,
         )  # fmt: skip
 
     def test_what_is_equal_is_not_named(self, output: Path):
         with pytest.raises(ResumeError) as caught:
-            open_run(output, MANIFEST | {"world_size": 4}, "auto")
+            open_run(output, MANIFEST | {"calibration_tokens": "e"}, "auto")
         assert "bits" not in str(caught.value) and "seed" not in str(caught.value)
 
     def test_field_that_one_side_lacks_is_a_difference(self, output: Path):
         assert_refused(output, "new_field (was None, is 1)", manifest=MANIFEST | {"new_field": 1})
-        without = {name: value for name, value in MANIFEST.items() if name != "world_size"}
-        assert_refused(output, "world_size (was 2, is None)", manifest=without)
+        without = {name: value for name, value in MANIFEST.items() if name != "calibration_tokens"}
+        assert_refused(output, "calibration_tokens (was d, is None)", manifest=without)
 
     def test_long_values_are_cut_short(self, output: Path):
         assert_refused(output, "(was 1.0, is aaaaaaaaaaaa...)", manifest=MANIFEST | {"shardq": "a" * 64})
 
     def test_refused_run_stays_as_it_was(self, output: Path):
         before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
-        assert_refused(output, manifest=MANIFEST | {"world_size": 4})
+        assert_refused(output, manifest=MANIFEST | {"calibration_tokens": "e"})
         assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
 
     @pytest.mark.parametrize("content", [b'{"shardq": ', b"", b"\xff\xfe"])
@@ -188,8 +193,8 @@ class TestMakeManifest:
 
     CONFIG = QuantizeConfig(model="m", output="o", calib=TextOptions(dataset="text.txt"))
 
-    def manifest(self, folder: Path, config: QuantizeConfig = CONFIG, digest: str = "d", world_size: int = 1) -> dict:
-        return make_manifest(config, open_index(folder), folder, digest, world_size)
+    def manifest(self, folder: Path, config: QuantizeConfig = CONFIG, digest: str = "d") -> dict:
+        return make_manifest(config, open_index(folder), folder, digest)
 
     def test_it_survives_the_file_unchanged(self, llama: Path, tmp_path: Path):
         assert open_run(tmp_path, self.manifest(llama), "auto") == []
@@ -221,7 +226,6 @@ class TestMakeManifest:
                 {"config": dataclasses.replace(CONFIG, optimize=OptimizeOptions(micro_batch=4))},
                 "optimize.micro_batch (was None, is 4)",
             ),
-            ({"world_size": 2}, "world_size (was 1, is 2)"),
             ({"digest": "e"}, "calibration_tokens (was d, is e)"),
         ],
     )

@@ -205,7 +205,7 @@ class TestChoice:
     def test_largest_divisor_of_the_batch_that_fits_is_chosen(self, llama_model: Model, fitting: float, expected: int):
         assert llama_model.choose(options_for(12), self.bytes_for(llama_model, fitting)) == expected
 
-    @pytest.mark.parametrize(("world_size", "expected"), [(1, 6), (2, 6), (3, 4), (6, 2), (12, 1)])
+    @pytest.mark.parametrize(("world_size", "expected"), [(1, 6), (2, 6), (3, 4), (5, 3), (6, 2), (12, 1), (16, 1)])
     def test_only_a_ranks_part_of_the_batch_counts(self, llama_model: Model, world_size: int, expected: int):
         assert llama_model.choose(options_for(12), self.bytes_for(llama_model, 7), world_size) == expected
 
