@@ -173,7 +173,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     dtype = optimize.dtype if is_whole else torch.float32
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
     bench = Bench(quantizer, None, job.compiled(block_loss, False))
-    if job.method == "rtn":
+    if job.method == "rtn" or not linear_names:
         return bench
     _rehearse(job, bench, loaded, arguments)
     return replace(bench, stepper=_make_stepper(job, quantizer))

@@ -104,7 +104,7 @@ def test_resume_refuses_a_damaged_block(uninterrupted, llama, token_file, tmp_pa
 
 def test_run_keeps_its_micro_batch_whatever_memory_is_free(llama, token_file, tmp_path, monkeypatch):
     with monkeypatch.context() as crowded:
-        crowded.setattr("shardq.pipeline.run.spare_bytes", lambda device, ranks: 0)
+        crowded.setattr("shardq.pipeline.memory.spare_bytes", lambda device, ranks: 0)
         run_quantize(llama, token_file, tmp_path / "out")
     files = result_files(tmp_path / "out")
     assert b'"micro_batch": 1' in files["manifest.json"]
