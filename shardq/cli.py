@@ -13,8 +13,10 @@ import jsonargparse
 
 from shardq.compiling import keep_between_runs
 from shardq.config import EvaluateConfig, QuantizeConfig
+from shardq.devices import memory_errors
 from shardq.errors import ConfigError, ShardQError
-from shardq.parallel.ranks import Ranks, started
+from shardq.logs import print_error
+from shardq.parallel.ranks import Ranks, started, this_rank
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.run import quantize
 
@@ -27,6 +29,11 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
         "Quantize a model block by block; the last line of output is JSON.",
     ),
     "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
+}
+IF_MEMORY_IS_SHORT = {
+    "quantize": "free some and run the same command again, or begin in another --output with a smaller "
+    "--optimize.micro_batch, --optimize.memory_gib or --calib.sequence_length",
+    "evaluate": "free some and run the same command again, or lower --eval.sequence_length",
 }
 
 
@@ -42,23 +49,23 @@ def main() -> None:
 
 def run_command(verb: str, arguments: list[str]) -> None:
     """Run one command on this rank and exit with its code; an error is one line on standard error."""
-    rank = int(os.environ.get("RANK", 0))
     for library in ("huggingface_hub", "datasets", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
     _return_freed_tensors()
     keep_between_runs()
     try:
         config = parse(verb, arguments)
-        with started(config.device) as ranks:
+        with started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):
             summary = COMMANDS[verb][1](config, ranks)
             _print_summary(ranks, summary)
     except ShardQError as error:
-        if rank == 0 or not error.agreed:
-            print(f"shardq: {'' if error.agreed else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+        is_first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"  # every host has a console of its own
+        if is_first_on_host or not error.agreed:
+            print_error(str(error), error.where if error.agreed else this_rank())
         _leave(error.exit_code)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
-    sys.exit(0)
+    _leave(0)
 
 
 def _return_freed_tensors() -> None:
@@ -78,7 +85,7 @@ def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig:
     """Defaults, then --config files from left to right, then single options.
 
     Raises:
-        ConfigError: an option is unknown, missing or of the wrong type; the same on every rank.
+        ConfigError: an option is unknown, missing or of the wrong type; the same on every rank of a host.
     """
     parser = _make_parser(verb)
     try:
@@ -114,7 +121,11 @@ def _print_summary(ranks: Ranks, summary: dict) -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit at once: an orderly shutdown of a broken process group may wait for ranks that are gone."""
+    """Exit at once.
+
+    An orderly shutdown of a broken process group may wait for ranks that are gone; and at the end of a good run, a
+    thread of torch's that wakes while the interpreter is being taken down aborts the process.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

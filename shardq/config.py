@@ -86,8 +86,6 @@ class EvaluateConfig:
 
     model: str
     """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
-    output: str | None = None
-    """Folder for cached activations; needed with cache.placement disk only."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
     quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
@@ -158,8 +156,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     """
     _check_quant(config.quant, ("none", "rtn"))
     _check_text("eval", config.eval)
-    if config.cache.placement == "disk" and config.output is None:
-        raise ConfigError("cache.placement: disk needs a folder to write to; give one with --output")
+    if config.cache.placement == "disk" and config.cache.folder is None:
+        raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:

@@ -1,11 +1,18 @@
 """What differs between CPU and GPU, in one place: precision, and tensors on their way between the two."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import psutil
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from shardq.errors import MemoryShortageError
+
+# What torch's messages hold when the GPU's allocator, its libraries, or the host's allocator got no memory.
+SIGNS_OF_SHORTAGE = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -82,6 +89,19 @@ def spare_bytes(device: torch.device, local_world_size: int) -> int:
     if device.type == "cuda":
         return int(0.9 * torch.cuda.mem_get_info(device)[0])
     return psutil.virtual_memory().available // 2 // local_world_size
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn a failed allocation, on a GPU or in host memory, into one line that ends with the advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in SIGNS_OF_SHORTAGE):
+            raise
+        # Torch says first how much was asked for and how much there is, then how to tune its allocator.
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:3]) or type(error).__name__
+        raise MemoryShortageError(f"out of memory ({reason}); {advice}") from error
 
 
 @cache

@@ -4,11 +4,13 @@
 class ShardQError(Exception):
     """One line that says what is wrong, where, and what to do.
 
-    `agreed` is set once every rank raises the same error, so that only rank 0 prints it.
+    `agreed` is set once every rank raises the same error, so that one rank a host prints it; `where` is then the rank
+    that it happened on, if not on all.
     """
 
     exit_code = 1
     agreed = False
+    where = ""
 
 
 class ConfigError(ShardQError):
@@ -57,3 +59,9 @@ class RankError(ShardQError):
     """Another rank failed; its own message says why."""
 
     exit_code = 8
+
+
+class MemoryShortageError(ShardQError):
+    """The device, or the host, has less memory left than was asked for."""
+
+    exit_code = 9

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,14 @@ from torch import Tensor
 from shardq.files import storage_errors
 
 STEPS_A_LOSS = 50
+SHOW_CURSOR = "\r\033[?25h"
+
+
+def print_error(text: str, speaker: str = "") -> None:
+    """Write one line on standard error, in one piece; `speaker` is the rank that it is about, if that matters."""
+    cursor = SHOW_CURSOR if sys.stderr.isatty() else ""  # a progress bar that cannot end in order has hidden it
+    sys.stderr.write(f"{cursor}shardq: {f'[{speaker}] ' if speaker else ''}{text}\n")
+    sys.stderr.flush()
 
 
 def peak_rss_bytes() -> int:

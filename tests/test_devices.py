@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from shardq.devices import mark_ready, multiplies_bf16, spare_bytes, to_device, to_host, training_attention
+from shardq.devices import (
+    mark_ready,
+    memory_errors,
+    multiplies_bf16,
+    spare_bytes,
+    to_device,
+    to_host,
+    training_attention,
+)
+from shardq.errors import MemoryShortageError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -82,3 +91,44 @@ class TestGpu:
         for _ in range(20):
             product = product @ factor
         assert torch.equal(to_host(product, mark_ready(product)), torch.eye(4096) * 2**21)
+
+
+def allocate_too_much() -> None:
+    """An allocation that fails for real."""
+    torch.empty(1 << 50)
+
+
+def fail(error: Exception) -> None:
+    """Raise, where a lambda cannot."""
+    raise error
+
+
+CUDA_MESSAGE = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 18.32 GiB is "
+    "free. Including non-PyTorch memory, this process has 60.78 GiB memory in use. See documentation"
+)
+
+
+@pytest.mark.parametrize(
+    "work, named",
+    [
+        (allocate_too_much, "can't allocate memory: you tried to allocate 4503599627370496 bytes"),
+        (lambda: fail(torch.OutOfMemoryError(CUDA_MESSAGE)), "Tried to allocate 20.00 GiB. GPU 0 has a total capacity"),
+        (lambda: fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), "ALLOC_FAILED"),
+        (lambda: fail(MemoryError()), "MemoryError"),
+    ],
+    ids=["host", "GPU", "GPU library", "Python"],
+)
+def test_memory_that_runs_out_is_one_line_with_advice(work, named):
+    with pytest.raises(MemoryShortageError) as caught, memory_errors("buy more"):
+        work()
+    message = str(caught.value)
+    assert message.startswith("out of memory (") and message.endswith("); buy more") and named in message
+    assert "\n" not in message and "non-PyTorch" not in message
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
+def test_other_errors_than_a_failed_allocation_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, memory_errors("buy more"):
+        fail(error)
+    assert caught.value is error

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shardq.errors import StorageError
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, print_error
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -136,6 +136,20 @@ def test_events_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(StorageError) as caught, Events(path, rank=0).span("train"):
         pass
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("speaker, shown", [("", ""), ("rank 3 on gpu-7", "[rank 3 on gpu-7] ")])
+def test_error_is_one_line_on_standard_error(capsys, speaker: str, shown: str):
+    print_error("disk is full", speaker)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"shardq: {shown}disk is full\n")
+
+
+def test_error_on_a_terminal_brings_the_cursor_back(capsys, monkeypatch):
+    """A progress bar has hidden it, and a rank that is ended by another's failure cannot end the bar."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    print_error("disk is full")
+    assert capsys.readouterr().err == "\r\033[?25hshardq: disk is full\n"
 
 
 def test_rank_0_prints_lines_as_they_are(capsys):

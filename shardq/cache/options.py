@@ -9,5 +9,7 @@ class CacheOptions:
     """Activation cache."""
 
     placement: Literal["cpu", "disk"] = "disk"
-    """`disk`: files in the output folder, memory does not grow with the samples, a resume goes on at once; `cpu`: in
-    memory, faster, a resume computes the activations again."""
+    """`disk`: files, memory does not grow with the samples, a resume goes on at once; `cpu`: in memory, faster, a
+    resume computes the activations again."""
+    folder: str | None = None
+    """Where the files go: a fast disk, on each host its own if there are several (default: the output folder)."""

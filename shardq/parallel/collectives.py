@@ -1,14 +1,16 @@
 """Agreement between ranks. With one rank every function here is the plain operation."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import secrets
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from shardq.errors import RankError, ShardQError
-from shardq.parallel.ranks import Ranks
+from shardq.errors import ShardQError, StorageError
+from shardq.files import write_text
+from shardq.parallel.ranks import Ranks, contact, this_rank
 
 Result = TypeVar("Result")
 
@@ -19,7 +21,7 @@ def on_rank_zero(ranks: Ranks, work: Callable[[], Result]) -> Result:
     if ranks.rank == 0:
         outcome = _attempt(work)
     if ranks.world_size > 1:
-        with _contact("waiting for rank 0"):
+        with contact("waiting for rank 0"):
             dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     return _settled(*outcome)
 
@@ -28,11 +30,47 @@ def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
     """Run `work` on every rank; if it fails on any, every rank raises the error of the lowest failing rank."""
     result, error = _attempt(work)
     if ranks.world_size > 1:
-        errors: list[ShardQError | None] = [None] * ranks.world_size
-        with _contact("comparing results"):
-            dist.all_gather_object(errors, error)
-        error = next((found for found in errors if found is not None), None)
+        outcomes = _all_gather(ranks, (error, this_rank()))
+        failed = [(found, name) for found, name in outcomes if found is not None]
+        if failed:
+            error, name = failed[0]
+            error.where = name if len(failed) < ranks.world_size else ""
     return _settled(result, error)
+
+
+def on_every_host(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """Run `work` on the first rank of every host and give its result to the ranks of that host; it must be picklable.
+
+    If it fails on any host, every rank raises the error.
+    """
+    result = together(ranks, lambda: work() if ranks.local_rank == 0 else None)
+    return _all_gather(ranks, result)[ranks.first_on_host] if ranks.world_size > 1 else result
+
+
+def shared_by_all(ranks: Ranks, folder: Path) -> None:
+    """Make sure that a folder is one and the same for every rank: rank 0 leaves a token there that all have to read.
+
+    Raises:
+        StorageError: naming the rank, and its host, that does not find the token.
+    """
+    if ranks.world_size == 1:
+        return
+    token, author = on_rank_zero(ranks, lambda: (secrets.token_hex(16), this_rank()))
+    path = folder / f"token-{token}"  # a new name: a network disk may remember that an old one was absent
+
+    def find() -> None:
+        if not path.is_file() or path.read_text(encoding="utf-8") != token:
+            raise StorageError(
+                f"{folder}: {this_rank()} does not find there what {author} has written; "
+                "--output must be one folder that all hosts share, under the same path"
+            )
+
+    on_rank_zero(ranks, lambda: write_text(path, token))
+    try:
+        together(ranks, find)
+    finally:
+        if ranks.rank == 0:
+            path.unlink(missing_ok=True)
 
 
 def sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
@@ -40,7 +78,7 @@ def sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
     if ranks.world_size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
-    with _contact("adding up losses"):
+    with contact("adding up losses"):
         dist.all_reduce(tensor)
     return tensor.tolist()
 
@@ -50,7 +88,7 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
     if ranks.world_size == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64)
-    with _contact("comparing memory"):
+    with contact("comparing memory"):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()
 
@@ -58,7 +96,7 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
 def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor], doing: str = "adding up statistics") -> None:
     """Replace each tensor by its sum over ranks, in place; an error's message says what that was for."""
     if ranks.world_size > 1:
-        with _contact(doing):
+        with contact(doing):
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
@@ -75,6 +113,14 @@ def barrier(ranks: Ranks) -> None:
     sum_over_ranks(ranks, [0.0])
 
 
+def _all_gather(ranks: Ranks, value: object) -> list:
+    """Every rank's value, on every rank."""
+    values: list = [None] * ranks.world_size
+    with contact("comparing results"):
+        dist.all_gather_object(values, value)
+    return values
+
+
 def _attempt(work: Callable[[], Result]) -> list:
     try:
         return [work(), None]
@@ -87,13 +133,3 @@ def _settled(result: Result, error: ShardQError | None) -> Result:
         error.agreed = True
         raise error
     return result
-
-
-@contextmanager
-def _contact(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        # torch reports a lost peer as RuntimeError (gloo) or its subclasses (NCCL, time-out).
-        reason = str(error).strip().splitlines()[0]
-        raise RankError(f"lost contact with another rank while {doing} ({reason}); see that rank's message") from error

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +127,8 @@ def _imported(ranks: Ranks) -> ModuleType:
     """DeepSpeed, quiet, on the ranks' device, with a process group to work in."""
     os.environ["DS_ACCELERATOR"] = ranks.device.type
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch is about to give up, once a linear and step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # takes seconds, which other engines need not wait for
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,6 +1,8 @@
 """Who am I: rank, world size, device. Made once, passed down."""
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, RankError
+from shardq.parallel.watch import ended_together, meeting_store
 
-# Rank 0 may download a model or tokenize a large dataset while the others wait.
+# Rank 0 may download a model or tokenize a large dataset while the others wait. A rank that is gone or stopped is found
+# by the watch long before.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
@@ -19,39 +23,93 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 class Ranks:
     """This process among those that torchrun started; a plain python process is rank 0 of 1.
 
-    `local_world_size` is the number of ranks on this host, which share its memory.
+    `local_world_size` is the number of ranks on this host, which share its memory; `local_rank` is this one's number
+    among them.
     """
 
     rank: int
     world_size: int
     device: torch.device
     local_world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first_on_host(self) -> int:
+        """The rank that does what a host needs done once; torchrun numbers the ranks host by host."""
+        return self.rank - self.local_rank
+
+
+def this_rank() -> str:
+    """What lines and errors call this process: `rank 3`, on several hosts `rank 3 on HOST`; nothing if it is alone."""
+    rank, world_size, _, local_world_size = _place()
+    if world_size == 1:
+        return ""
+    return f"rank {rank}" + (f" on {socket.gethostname()}" if local_world_size < world_size else "")
 
 
 @contextmanager
 def started(device: str) -> Iterator[Ranks]:
-    """Join the other ranks for the duration of the body.
+    """Join the other ranks for the duration of the body; from then on they end together.
 
     Args:
         device: `auto` (CUDA where there is one), `cpu` or `cuda`; rank r of a host takes its GPU r.
 
     Raises:
         ConfigError: CUDA is asked for and absent, or there are fewer GPUs than ranks on this host.
+        RankError: the other ranks do not come or cannot be reached.
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size)
+    rank, world_size, local_rank, local_world_size = _place()
     if world_size == 1:
-        yield ranks
+        yield Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
         return
-    # CPU tensors and Python objects travel over gloo also where GPUs have NCCL.
-    backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    yield ranks
-    # Not in a `finally`: after an error the other ranks may be gone, and leaving in order could wait for them.
-    dist.destroy_process_group()
+    store = meeting_store(rank, world_size)
+    with ended_together(this_rank(), rank, world_size, store):
+        ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
+        # CPU tensors and Python objects travel over gloo also where GPUs have NCCL.
+        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
+        with contact("meeting it"):
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("group", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=COLLECTIVE_TIMEOUT,
+            )
+        _leave_after_tracebacks()
+        yield ranks
+        # Not in a `finally`: after an error the other ranks may be gone, and leaving in order could wait for them.
+        dist.destroy_process_group()
+
+
+@contextmanager
+def contact(doing: str) -> Iterator[None]:
+    """Turn what torch raises about other ranks into a RankError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        # torch reports a lost peer as RuntimeError (gloo) or its subclasses (NCCL, time-out).
+        reason = str(error).strip().splitlines()[0]
+        raise RankError(f"lost contact with another rank while {doing} ({reason}); see that rank's message") from error
+
+
+def _place() -> tuple[int, int, int, int]:
+    """What torchrun says: rank, world size, rank on this host, ranks on this host."""
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+
+
+def _leave_after_tracebacks() -> None:
+    """Have a fault of the program's own end this process at once, as soon as its traceback is printed.
+
+    An orderly shutdown of a broken process group may wait for ranks that are gone.
+    """
+    show = sys.excepthook  # torch's, which puts the rank before every line
+
+    def show_and_leave(*error: object) -> None:
+        show(*error)
+        os._exit(1)
+
+    sys.excepthook = show_and_leave
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -1,8 +1,10 @@
 """Perplexity of a model, block by block, in the memory of one block."""
 
 import math
+import shutil
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
-from shardq.parallel.collectives import max_over_ranks, on_rank_zero, sum_over_ranks, together
+from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, make_plan
@@ -35,18 +37,18 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
     start = time.perf_counter()
     display = Display(ranks.rank)
     together(ranks, lambda: check_evaluate(config))
-    folder = on_rank_zero(ranks, lambda: local_folder(config.model))
+    folder = on_every_host(ranks, lambda: local_folder(config.model))
     skeleton, plan = together(ranks, lambda: _open(folder, config))
     vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
     tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
     display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
-    store = open_store(config.cache, Path(config.output or "") / "cache")
-    activations = Activations(store, samples, tokens_NT.shape[1], ranks.device)
+    scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
+    activations = Activations(open_store(config.cache, scratch), samples, tokens_NT.shape[1], ranks.device)
     together(ranks, lambda: _through_blocks(config, skeleton, plan, tokens_NT, activations, display))
     loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))
-    activations.drop(plan.num_blocks)
+    shutil.rmtree(scratch, ignore_errors=True)
     num_tokens = len(tokens_NT) * (tokens_NT.shape[1] - 1)
     return {
         "perplexity": math.exp(sum_over_ranks(ranks, [loss])[0] / num_tokens),

@@ -31,21 +31,23 @@ def choose_micro_batch(
     sequence_length: int,
     options: OptimizeOptions,
     parallel: ParallelOptions,
-    ranks: Ranks,
+    limit: int,
+    world_size: int,
 ) -> int:
     """The largest divisor of a rank's part of a batch whose training fits the memory; at least 1.
 
     Args:
         options: resolved but for the micro-batch.
         parallel: with the engine resolved.
+        limit: bytes that a rank may use.
 
     Raises:
         ConfigError: the options set a limit that one sample exceeds.
     """
-    limit, largest = memory_limit(options, ranks), largest_block(skeleton, plan)
-    state = state_bytes(skeleton, plan, largest, options, parallel, ranks.world_size)
+    largest = largest_block(skeleton, plan)
+    state = state_bytes(skeleton, plan, largest, options, parallel, world_size)
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
-    part = largest_part(options.batch_size, ranks.world_size)
+    part = largest_part(options.batch_size, world_size)
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(
@@ -62,21 +64,23 @@ def choose_engine(
     sequence_length: int,
     options: OptimizeOptions,
     parallel: ParallelOptions,
-    ranks: Ranks,
+    limit: int,
+    world_size: int,
 ) -> tuple[ParallelOptions, str]:
     """The first engine whose training of one sample fits the memory, the last if none does; and why, in a sentence.
 
     Args:
         parallel: with the engine `auto`.
+        limit: bytes that a rank may use.
     """
-    if ranks.world_size == 1:
+    if world_size == 1:
         return replace(parallel, engine="local"), "one rank"
-    limit, largest = memory_limit(options, ranks), largest_block(skeleton, plan)
+    largest = largest_block(skeleton, plan)
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
     tried = []
     for engine in ("allreduce", "zero2", "zero3") if options.optimizer == "adam" else ("allreduce",):
         chosen = replace(parallel, engine=engine)
-        needed = sample + state_bytes(skeleton, plan, largest, options, chosen, ranks.world_size)
+        needed = sample + state_bytes(skeleton, plan, largest, options, chosen, world_size)
         tried.append(f"{engine} takes {needed / 2**30:.2f} GiB a rank")
         if needed <= limit:
             break

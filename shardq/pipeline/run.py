@@ -24,12 +24,21 @@ from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.options import OptimizeOptions, resolved
-from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
+from shardq.parallel.collectives import (
+    barrier,
+    max_over_ranks,
+    on_every_host,
+    on_rank_zero,
+    shared_by_all,
+    sum_over_ranks,
+    together,
+)
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
-from shardq.pipeline.memory import choose_engine, choose_micro_batch
+from shardq.pipeline.folders import cache_folder, events_file, output_folder
+from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.plan import Plan, make_plan
 
@@ -62,7 +71,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     start, started = time.perf_counter(), seconds_since_process_start()
     display = Display(ranks.rank)
     run = prepare(config, ranks, display)
-    events = Events(run.output / "events.jsonl", ranks.rank)
+    events = Events(events_file(run.output, ranks), ranks.rank)
     entries = run.finished
     if len(entries) <= run.plan.num_blocks:
         # No file to write to before the checks have passed.
@@ -85,11 +94,11 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
-    output = Path(config.output or _default_output(config))
+    output = output_folder(config)
     stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
     config = replace(config, optimize=_resolved(config, stored, ranks))
     together(ranks, lambda: check_quantize(config, ranks.world_size))
-    folder = on_rank_zero(ranks, lambda: local_folder(config.model))
+    folder = on_every_host(ranks, lambda: local_folder(config.model))
 
     def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments]]:
         skeleton = open_skeleton(folder)
@@ -101,12 +110,15 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
     def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = _fitted(config, stored, skeleton, plan, arguments, ranks, display)
+        chosen = _fitted(config, stored, skeleton, plan, arguments, limit, ranks, display)
         manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
     skeleton, plan, arguments = together(ranks, open_and_plan)
-    tokens_NT, finished, config = on_rank_zero(ranks, begin)
+    limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
+    tokens_NT, finished, chosen = on_rank_zero(ranks, begin)
+    config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
+    shared_by_all(ranks, output)
     run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ranks, display)
     _say_what_will_be_done(run)
     return run
@@ -127,19 +139,21 @@ def _fitted(
     skeleton: Skeleton,
     plan: Plan,
     arguments: list[BlockArguments],
+    limit: int,
     ranks: Ranks,
     display: Display,
 ) -> QuantizeConfig:
     """Options with engine, micro-batch and whether to compile decided for this model and machine."""
     optimize, parallel, length = config.optimize, config.parallel, config.calib.sequence_length
+    per_block = (skeleton, plan, arguments, length, optimize)
     if parallel.engine == "auto":
-        parallel, reason = choose_engine(skeleton, plan, arguments, length, optimize, parallel, ranks)
+        parallel, reason = choose_engine(*per_block, parallel, limit, ranks.world_size)
         display.line(f"parallel.engine: {parallel.engine} ({reason})")
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
         micro_batch = stored.get("micro_batch")
         if micro_batch is None:
-            micro_batch = choose_micro_batch(skeleton, plan, arguments, length, optimize, parallel, ranks)
+            micro_batch = choose_micro_batch(*per_block, parallel, limit, ranks.world_size)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
         return replace(config, parallel=parallel, optimize=replace(optimize, compile="off"))
@@ -176,12 +190,6 @@ def _say_what_will_be_done(run: Run) -> None:
         line(f"{run.output}: this run is finished, nothing is left to do")
 
 
-def _default_output(config: QuantizeConfig) -> str:
-    spec = config.quant.spec
-    group = f"-g{spec.group_size}" if spec.group_size else ""
-    return f"runs/{Path(config.model).resolve().name}-w{spec.bits}{group}"
-
-
 def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     if limit and sequence_length > limit:
@@ -191,7 +199,7 @@ def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
 def _finish(run: Run, events: Events) -> list[dict]:
     """Quantize the blocks that are left and complete the output; give the ledger's entries."""
     config, ranks, plan = run.config, run.ranks, run.plan
-    cache = run.output / "cache"
+    cache = cache_folder(config, run.output)
     store = open_store(config.cache, cache)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
@@ -209,7 +217,8 @@ def _finish(run: Run, events: Events) -> list[dict]:
             entries.append(_quantize_and_commit(run, job, loaded, dtype))
             del loaded  # its source must not stay in memory while the block after the next is read
     with events.span("export"):
-        on_rank_zero(ranks, lambda: _complete(run, cache, dtype))
+        shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
+        on_rank_zero(ranks, lambda: _complete(run, dtype))
     return entries
 
 
@@ -282,9 +291,8 @@ def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype
     ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **losses)
 
 
-def _complete(run: Run, cache: Path, dtype: torch.dtype) -> None:
+def _complete(run: Run, dtype: torch.dtype) -> None:
     files = write_run_files(run.output, run.skeleton, run.plan, dtype)
-    shutil.rmtree(cache, ignore_errors=True)
     ledger.commit(run.output, None, files)
 
 

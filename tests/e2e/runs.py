@@ -47,8 +47,8 @@ def last_json(stdout: str) -> dict:
 
 
 def result_files(output: Path) -> dict[str, bytes]:
-    """Every file of a run but the log of times, by its path within the run."""
-    files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != "events.jsonl")
+    """Every file of a run but the logs of times, by its path within the run."""
+    files = sorted(path for path in output.rglob("*") if path.is_file() and not path.match("events*.jsonl"))
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 

@@ -191,7 +191,7 @@ def test_evaluation_trains_nothing(llama, token_file):
 
 
 def test_evaluation_on_disk_needs_a_folder(llama, token_file):
-    with pytest.raises(errors.ConfigError, match="--output"):
+    with pytest.raises(errors.ConfigError, match="--cache.folder"):
         run_evaluate(llama, token_file, "--cache.placement", "disk")
 
 

@@ -20,6 +20,7 @@ from runs import (
     run_evaluate,
     run_quantize,
 )
+from shardq.cache import store
 from shardq.formats.block_file import read_block
 from shardq.model import ends, weights
 
@@ -287,3 +288,31 @@ def test_what_was_chosen_for_the_machine_is_part_of_the_run(llama, token_file, t
     chosen = json.loads((tmp_path / "out" / "manifest.json").read_text())["options"]["optimize"]
     assert (chosen["precision"], chosen["compile"], chosen["micro_batch"]) == ("bf16", "off", 4)
     assert "memory_gib" not in chosen
+
+
+@pytest.fixture
+def cached_files(monkeypatch):
+    """List into which the paths of cached activations go."""
+    written, write_tensors = [], store.write_tensors
+    monkeypatch.setattr(
+        store, "write_tensors", lambda path, tensors: written.append(path) or write_tensors(path, tensors)
+    )
+    return written
+
+
+def test_cache_may_be_on_another_disk(run, llama, token_file, tmp_path, cached_files):
+    """There it lies under a name of the run's own, and nothing else is gone in the end."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "thesis.txt").write_text("two years of work")
+    run_quantize(llama, token_file, tmp_path / "out", "--cache.folder", tmp_path / "disk")
+    assert result_files(tmp_path / "out") == result_files(run[0])
+    [folder] = {path.parents[1] for path in cached_files}
+    assert folder.parent == tmp_path / "disk" and folder.name.startswith("shardq-")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["thesis.txt"]
+
+
+def test_evaluation_on_disk_gives_the_same_and_leaves_nothing(llama, token_file, tmp_path, cached_files):
+    on_disk = run_evaluate(llama, token_file, "--cache.placement", "disk", "--cache.folder", tmp_path)
+    assert cached_files and all(path.is_relative_to(tmp_path) for path in cached_files)
+    assert list(tmp_path.iterdir()) == []
+    assert on_disk["perplexity"] == run_evaluate(llama, token_file)["perplexity"]

@@ -4,13 +4,14 @@ Run by torchrun with a folder as its only argument; `test_collectives.py` judges
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ from shardq.parallel.collectives import (
     average_gradients,
     barrier,
     max_over_ranks,
+    on_every_host,
     on_rank_zero,
+    shared_by_all,
     sum_over_ranks,
     together,
 )
@@ -72,7 +75,7 @@ def outcome(work: Callable[[], object]) -> dict:
     try:
         return {"result": work()}
     except ShardQError as error:
-        return {"error": type(error).__name__, "text": str(error), "agreed": error.agreed}
+        return {"error": type(error).__name__, "text": str(error), "agreed": error.agreed, "where": error.where}
 
 
 def fail(error: ShardQError) -> None:
@@ -91,6 +94,21 @@ def check_agreement(ranks: Ranks, note: dict) -> None:
     error = ConfigError(f"rank {ranks.rank} fails")
     note["error of rank 1"] = outcome(lambda: together(ranks, lambda: fail(error) if ranks.rank == 1 else "fine"))
     note["errors of both"] = outcome(lambda: together(ranks, lambda: fail(error)))
+
+
+def check_hosts(ranks: Ranks, note: dict, folder: Path) -> None:
+    """What is done once a host, and folders that are one for all ranks or are not."""
+    apart = replace(ranks, local_rank=0)  # as if each rank had a host of its own
+    together_here = replace(ranks, local_rank=ranks.rank)
+    for name, placed in (("one host", together_here), ("two hosts", apart)):
+        note[name] = outcome(lambda placed=placed: on_every_host(placed, lambda: f"of rank {ranks.rank}"))
+    error = StorageError("no model on the second host")
+    note["error of a host"] = outcome(lambda: on_every_host(apart, lambda: fail(error) if ranks.rank else "fine"))
+    own = folder / f"own-{ranks.rank}"
+    own.mkdir()
+    note["shared folder"] = outcome(lambda: shared_by_all(ranks, folder))
+    note["own folders"] = outcome(lambda: shared_by_all(ranks, own))
+    note["left in own folders"] = [path.name for path in own.iterdir()]
 
 
 def check_numbers(ranks: Ranks, note: dict) -> None:
@@ -120,7 +138,7 @@ def check_training(ranks: Ranks, folder: Path) -> None:
 
 
 def check_lost_peer(ranks: Ranks, note: dict) -> None:
-    """Every collective of rank 0 after rank 1 is gone."""
+    """Every collective of rank 0 after rank 1 has left the group."""
     calls = {
         "waiting for rank 0": lambda: on_rank_zero(ranks, lambda: None),
         "comparing results": lambda: together(ranks, lambda: None),
@@ -138,13 +156,16 @@ def main() -> None:
     with started("cpu") as ranks:
         note["ranks"] = [ranks.rank, ranks.world_size, str(ranks.device)]
         check_agreement(ranks, note)
+        check_hosts(ranks, note, folder)
         check_numbers(ranks, note)
         check_barrier(ranks, note)
         check_training(ranks, folder)
         if ranks.rank == 0:
             check_lost_peer(ranks, note)
+        else:
+            dist.destroy_process_group()  # its connections end in the middle of the run, though it lives
         (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(note))
-        os._exit(0)  # rank 1 vanishes in the middle of the run; rank 0 has nobody to take leave of
+        sys.exit(0)  # rank 0 has no group left to take leave of
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class TestOnRankZero:
         assert both(notes, "nothing from rank 0") == [{"result": None}] * 2
 
     def test_error_is_raised_on_every_rank_as_agreed(self, notes: list[dict]):
-        error = {"error": "StorageError", "text": "disk of rank 0 is full", "agreed": True}
+        error = {"error": "StorageError", "text": "disk of rank 0 is full", "agreed": True, "where": ""}
         assert both(notes, "error of rank 0") == [error] * 2
 
 
@@ -59,12 +59,33 @@ class TestTogether:
         assert both(notes, "own results") == [{"result": "rank 0"}, {"result": "rank 1"}]
 
     def test_error_of_one_rank_is_raised_on_every_rank_as_agreed(self, notes: list[dict]):
-        error = {"error": "ConfigError", "text": "rank 1 fails", "agreed": True}
+        error = {"error": "ConfigError", "text": "rank 1 fails", "agreed": True, "where": "rank 1"}
         assert both(notes, "error of rank 1") == [error] * 2
 
     def test_of_several_errors_the_lowest_ranks_is_raised(self, notes: list[dict]):
-        error = {"error": "ConfigError", "text": "rank 0 fails", "agreed": True}
+        error = {"error": "ConfigError", "text": "rank 0 fails", "agreed": True, "where": ""}
         assert both(notes, "errors of both") == [error] * 2
+
+
+class TestHosts:
+    def test_work_is_done_by_the_first_rank_of_each_host(self, notes: list[dict]):
+        assert both(notes, "one host") == [{"result": "of rank 0"}] * 2
+        assert both(notes, "two hosts") == [{"result": "of rank 0"}, {"result": "of rank 1"}]
+
+    def test_error_of_one_host_is_raised_on_all(self, notes: list[dict]):
+        error = {"error": "StorageError", "text": "no model on the second host", "agreed": True, "where": "rank 1"}
+        assert both(notes, "error of a host") == [error] * 2
+
+    def test_folder_that_all_ranks_see_is_shared(self, notes: list[dict], folder: Path):
+        assert both(notes, "shared folder") == [{"result": None}] * 2
+        assert list(folder.glob("token*")) == []
+
+    def test_folders_of_their_own_are_refused_by_name(self, notes: list[dict], folder: Path):
+        error = notes[0]["own folders"]
+        assert error["error"] == "StorageError" and error["agreed"]
+        assert error["text"].startswith(f"{folder}/own-1: rank 1 does not find there what rank 0 has written; --output")
+        assert both(notes, "own folders") == [error] * 2
+        assert both(notes, "left in own folders") == [[], []]
 
 
 class TestNumbers:

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from shardq.errors import ConfigError
-from shardq.parallel.ranks import started
+from shardq.parallel.ranks import Ranks, started, this_rank
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,27 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
     pretend_gpus(monkeypatch, 0)
     with started("auto") as ranks:
         assert ranks.device == torch.device("cpu")
+
+
+def test_first_rank_on_the_host_is_counted_from_the_local_number():
+    ranks = Ranks(rank=5, world_size=8, device=torch.device("cpu"), local_world_size=4, local_rank=1)
+    assert ranks.first_on_host == 4
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        ({}, ""),
+        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}, "rank 1"),
+        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}, "rank 1 on gpu-7"),
+    ],
+    ids=["alone", "one host", "several hosts"],
+)
+def test_rank_is_called_by_its_number_and_its_host_where_that_matters(monkeypatch: pytest.MonkeyPatch, place, name):
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu-7")
+    for variable, value in place.items():
+        monkeypatch.setenv(variable, str(value))
+    assert this_rank() == name
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])

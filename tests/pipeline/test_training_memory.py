@@ -20,7 +20,14 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import memory
-from shardq.pipeline.memory import choose_engine, choose_micro_batch, sample_bytes, saved_bytes, state_bytes
+from shardq.pipeline.memory import (
+    choose_engine,
+    choose_micro_batch,
+    memory_limit,
+    sample_bytes,
+    saved_bytes,
+    state_bytes,
+)
 from shardq.pipeline.plan import Plan, make_plan
 
 CPU = torch.device("cpu")
@@ -49,22 +56,22 @@ class Model:
     arguments: list[BlockArguments]
 
     def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
-        ranks = Ranks(rank=0, world_size=world_size, device=CPU)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "spare_bytes", lambda device, local_world_size: spare_bytes)
-            return choose_micro_batch(self.skeleton, self.plan, self.arguments, LENGTH, options, WHOLE, ranks)
+        limit = limit_of(options, spare_bytes)
+        return choose_micro_batch(self.skeleton, self.plan, self.arguments, LENGTH, options, WHOLE, limit, world_size)
 
     def engine(self, spare_bytes: int, world_size: int, **chosen: object) -> tuple[str, str]:
-        options, ranks = (
-            OptimizeOptions(batch_size=world_size, precision="float32", **chosen),
-            Ranks(0, world_size, CPU),
+        options = OptimizeOptions(batch_size=world_size, precision="float32", **chosen)
+        limit = limit_of(options, spare_bytes)
+        parallel, reason = choose_engine(
+            self.skeleton, self.plan, self.arguments, LENGTH, options, ParallelOptions(), limit, world_size
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "spare_bytes", lambda device, local_world_size: spare_bytes)
-            parallel, reason = choose_engine(
-                self.skeleton, self.plan, self.arguments, LENGTH, options, ParallelOptions(), ranks
-            )
         return parallel.engine, reason
+
+
+def limit_of(options: OptimizeOptions, spare_bytes: int) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "spare_bytes", lambda device, local_world_size: spare_bytes)
+        return memory_limit(options, Ranks(0, 1, CPU))
 
 
 def opened(folder: Path, config: PretrainedConfig, length: int = LENGTH, ignore: str = "") -> Model:

@@ -1,0 +1,250 @@
+"""Ranks that end together: where one fails, dies or falls silent, every other hears of it within seconds, and ends.
+
+Rank 0 keeps a connection to each other rank. Both ends send a beat a second, and their last words before they end; a
+thread of its own listens, so that a rank hears also while it is blocked in a collective or in a long computation.
+"""
+
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from shardq.errors import RankError, ShardQError
+from shardq.logs import print_error
+
+BEAT_SECONDS = 1.0
+# Counted in this process's own beats: while it was stopped itself, or the whole machine was, nobody else was silent.
+MAX_MISSED_BEATS = 20
+MEETING_SECONDS = 300.0  # importing from a cold network disk takes minutes
+SEND_SECONDS = 5.0
+MEETING_PLACE = "watch"
+
+
+@dataclass
+class Peer:
+    """The rank at the other end of a connection, and what was heard from it.
+
+    `launcher` is the process that started it, on which host; `last_words` are empty where it leaves in order.
+    """
+
+    name: str
+    pid: int
+    launcher: str
+    connection: socket.socket
+    received: bytes = b""
+    missed_beats: int = 0
+    last_words: str | None = None
+
+
+@contextmanager
+def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> Iterator[None]:
+    """During the body, the end of any rank ends this process with one line that names that rank and says why.
+
+    If this rank's body fails, the others hear its error, but for one on which all ranks agree.
+
+    Args:
+        name: what lines call this rank.
+        store: reached by all ranks.
+
+    Raises:
+        RankError: a rank has not come in time, or rank 0 cannot be reached.
+    """
+    watch = Watch(name, _gather(name, world_size, store) if rank == 0 else [_connect(name, rank, store)])
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, RankError):
+            watch.wait()  # it knows which rank failed first, and why
+        watch.leave(_last_words(error))
+        raise
+    watch.leave("")
+
+
+class Watch:
+    """Listens to the peers in a thread of its own from the start on; see `ended_together`."""
+
+    def __init__(self, name: str, peers: list[Peer]):
+        self._name, self._peers, self._leaving = name, peers, False
+        self._sending = threading.Lock()
+        self._launcher, self._parent = _launcher(), os.getppid()
+        self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Give the watch the time to find out which rank is gone; returns only if it finds none."""
+        self._thread.join((MAX_MISSED_BEATS + 5) * BEAT_SECONDS)
+
+    def leave(self, last_words: str) -> None:
+        """Tell the peers that this rank ends, and why; they act on it once it has ended."""
+        self._leaving = True
+        self._send_all("leaving", last_words)
+
+    def _listen(self) -> None:
+        due = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer.connection, selectors.EVENT_READ, peer)
+            while not self._leaving:
+                for key, _ in selector.select(max(0.0, due - time.monotonic())):
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                if time.monotonic() >= due:
+                    due = time.monotonic() + BEAT_SECONDS
+                    self._beat()
+
+    def _hear(self, peer: Peer) -> bool:
+        """Take in what a peer sent; False once it has left."""
+        reason = "it was killed, by a scheduler or for want of memory (its host's system log says)"
+        try:
+            data = peer.connection.recv(1 << 16)
+        except ConnectionError:  # the peer died with bytes unread
+            data = b""
+        except OSError as error:
+            data, reason = b"", f"its connection broke ({error.strerror or error})"
+        if not data:
+            if peer.last_words != "":
+                failed = f"failed: {peer.last_words}" if peer.last_words else f"ended without a message: {reason}"
+                self._end_all(f"{peer.name} {failed}")
+            return False
+        peer.missed_beats = 0
+        *lines, peer.received = (peer.received + data).split(b"\n")
+        for kind, *words in (json.loads(line) for line in lines):
+            if kind == "leaving":
+                [peer.last_words] = words
+            elif kind == "verdict":
+                self._end(*words)
+        return True
+
+    def _beat(self) -> None:
+        for peer in self._peers:
+            if peer.last_words == "":
+                continue
+            peer.missed_beats += 1
+            if peer.missed_beats > MAX_MISSED_BEATS:
+                silence = f"has not been heard of for {MAX_MISSED_BEATS * BEAT_SECONDS:.0f} s"
+                reason = peer.last_words or "it hangs, or its host is cut off"
+                self._end_all(f"{peer.name} {silence}: {reason}", peer)
+        self._send_all("beat")
+        if dist.is_torchelastic_launched() and os.getppid() != self._parent:
+            gone = "its launcher, torchrun, is gone"
+            self.leave(gone)
+            print_error(gone, self._name)
+            os._exit(RankError.exit_code)
+
+    def _end_all(self, verdict: str, silent: Peer | None = None) -> None:
+        if not self._leaving:
+            hung = [silent.launcher, silent.pid] if silent else None
+            self._send_all("verdict", verdict, hung)
+            self._end(verdict, hung)
+
+    def _end(self, verdict: str, hung: tuple[str, int] | None) -> None:
+        """End this process, unless it is about to end with words of its own.
+
+        A hung rank of the same launcher is killed: torchrun would give it 30 s to leave by itself.
+        """
+        if self._leaving:
+            return
+        if hung and hung[0] == self._launcher and hung[1] != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(hung[1], signal.SIGKILL)
+        print_error(verdict, self._name)
+        os._exit(RankError.exit_code)
+
+    def _send_all(self, *message: object) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending:
+            for peer in self._peers:
+                with suppress(OSError):  # receiving from this peer will say what has become of it
+                    peer.connection.sendall(line)
+
+
+def _gather(name: str, world_size: int, store: dist.Store) -> list[Peer]:
+    """Rank 0's connections, once every other rank has come."""
+    token, peers = secrets.token_hex(16), {}
+    deadline = time.monotonic() + MEETING_SECONDS
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=world_size) as server:
+        store.set(MEETING_PLACE, json.dumps([server.getsockname()[1], token, name, os.getpid(), _launcher()]))
+        while len(peers) < world_size - 1:
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = ", ".join(str(rank) for rank in range(1, world_size) if rank not in peers)
+                raise RankError(
+                    f"not all ranks have come within {MEETING_SECONDS:.0f} s, missing: {missing}; see their messages"
+                ) from None
+            with suppress(OSError, ValueError):  # some other program knocked at this port
+                connection.settimeout(SEND_SECONDS)
+                given, rank, *who = json.loads(_read_line(connection))
+                if given == token:
+                    peers[rank] = Peer(*who, connection)
+    return list(peers.values())
+
+
+def _connect(name: str, rank: int, store: dist.Store) -> Peer:
+    """Another rank's connection to rank 0."""
+    address = os.environ["MASTER_ADDR"]
+    try:
+        port, token, *who = json.loads(store.get(MEETING_PLACE))
+        connection = socket.create_connection((address, port), timeout=MEETING_SECONDS)
+        connection.sendall(json.dumps([token, rank, name, os.getpid(), _launcher()]).encode() + b"\n")
+        connection.settimeout(MEETING_SECONDS)
+        if not _read_line(connection):  # the first beat: all have come
+            raise ConnectionError("it has ended")
+        connection.settimeout(SEND_SECONDS)
+    except (OSError, RuntimeError) as error:  # torch reports trouble with its store as RuntimeError
+        reason = str(error).strip().splitlines()[0]
+        raise RankError(
+            f"rank 0 cannot be reached at {address} ({reason}); see its message, check the network between the hosts"
+        ) from error
+    return Peer(*who, connection)
+
+
+def meeting_store(rank: int, world_size: int) -> dist.Store:
+    """The store that the launcher has named to all ranks.
+
+    Raises:
+        RankError: it cannot be reached.
+    """
+    try:
+        timeout = timedelta(seconds=MEETING_SECONDS)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RankError(
+            f"cannot meet the other ranks ({reason}); see their messages, check the network between the hosts"
+        ) from error
+    return store
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return line
+
+
+def _launcher() -> str:
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def _last_words(error: BaseException) -> str:
+    """Why a rank ends; nothing where all ranks do with the same error, or in order."""
+    if isinstance(error, ShardQError):
+        return "" if error.agreed else str(error)
+    if isinstance(error, SystemExit) and not error.code:
+        return ""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}".removesuffix(": ")

@@ -1,0 +1,48 @@
+"""A rank that fails in the middle of a step ends the whole run soon, by name, and the same command goes on."""
+
+import time
+
+import pytest
+
+import failing_quantize
+import tiny
+from runs import LAUNCH, committed, quantize_arguments, result_files
+
+LIMIT_SECONDS = 30
+FAILURES = {
+    "fault": "failed: ZeroDivisionError: division by zero",
+    "error": "failed: disk of one rank is full",
+    "memory": "failed: out of memory (",
+    "SIGKILL": "ended without a message: it was killed",
+    "SIGSTOP": "has not been heard of for 20 s",
+}
+
+
+def fail(how, who, arguments, folder):
+    """Let a run fail, in time and by name; give the lines that the ranks wrote."""
+    failed_at = folder / "failed-at"
+    finished = tiny.torchrun(2, [failing_quantize.__file__, how, str(who), failed_at, *arguments])
+    assert time.time() - float(failed_at.read_text()) < LIMIT_SECONDS
+    assert finished.returncode != 0
+    lines = [line for line in finished.stderr.splitlines() if line.startswith(("shardq:", "[rank"))]
+    assert lines[-1].startswith(f"shardq: [rank {1 - who}] rank {who} {FAILURES[how]}"), finished.stderr
+    return lines
+
+
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_run_goes_on_after_every_failure_of_a_rank(llama, token_file, two_ranks, tmp_path, who):
+    """One run that fails in every way, one after the other, and is then let finish."""
+    arguments, output = quantize_arguments(llama, token_file, tmp_path / "out"), tmp_path / "out"
+    for how in FAILURES:
+        lines = fail(how, who, arguments, tmp_path)
+        assert committed(output) == 1
+        if how in ("error", "memory"):
+            assert len(lines) == 2 and lines[0].startswith(f"shardq: [rank {who}] {FAILURES[how][len('failed: ') :]}")
+        if how == "memory":
+            assert "--optimize.micro_batch, --optimize.memory_gib or --calib.sequence_length" in lines[0]
+        if how == "fault":
+            assert lines[-2] == f"[rank{who}]: ZeroDivisionError: division by zero"
+    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming" in finished.stdout and "1 of 3 blocks are done" in finished.stdout
+    assert result_files(output) == result_files(two_ranks[0])
