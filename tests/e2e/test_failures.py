@@ -1,6 +1,8 @@
 """A rank that fails in the middle of a step ends the whole run soon, by name, and the same command goes on."""
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,10 @@ FAILURES = {
 def fail(how, who, arguments, folder):
     """Let a run fail, in time and by name; give the lines that the ranks wrote."""
     failed_at = folder / "failed-at"
-    finished = tiny.torchrun(2, [failing_quantize.__file__, how, str(who), failed_at, *arguments])
+    script = [failing_quantize.__file__, how, str(who), failed_at, *arguments]
+    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    finished = tiny.torchrun(2, script, PYTHONPATH=path)
+    assert failed_at.exists(), finished.stderr
     assert time.time() - float(failed_at.read_text()) < LIMIT_SECONDS
     assert finished.returncode != 0
     lines = [line for line in finished.stderr.splitlines() if line.startswith(("shardq:", "[rank"))]

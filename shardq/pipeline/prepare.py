@@ -1,0 +1,142 @@
+"""Everything that is decided and checked before work starts: options, model, plan, calibration data, output folder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from shardq.calib.tokens import digest, load_tokens
+from shardq.compiling import why_not
+from shardq.config import QuantizeConfig, check_quantize
+from shardq.devices import multiplies_bf16
+from shardq.errors import ConfigError
+from shardq.logs import Display
+from shardq.model.ends import BlockArguments, prologue, record_arguments
+from shardq.model.hub import local_folder
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
+from shardq.parallel.ranks import Ranks
+from shardq.pipeline import ledger
+from shardq.pipeline.folders import output_folder
+from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
+from shardq.pipeline.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has passed all checks, on one rank."""
+
+    config: QuantizeConfig
+    output: Path
+    skeleton: Skeleton
+    plan: Plan
+    arguments: list[BlockArguments]
+    tokens_NT: Tensor
+    finished: list[dict]
+    ranks: Ranks
+    display: Display
+
+
+def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
+    """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
+    output = output_folder(config)
+    stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
+    config = replace(config, optimize=_resolved(config, stored, ranks))
+    together(ranks, lambda: check_quantize(config, ranks.world_size))
+    folder = on_every_host(ranks, lambda: local_folder(config.model))
+
+    def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments]]:
+        skeleton = open_skeleton(folder)
+        _check_length(skeleton, config.calib.sequence_length)
+        plan = make_plan(skeleton, config.quant)
+        with prologue(skeleton, ranks.device) as embed:
+            return skeleton, plan, record_arguments(skeleton, embed, config.calib.sequence_length)
+
+    def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
+        vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
+        chosen = _fitted(config, stored, skeleton, plan, arguments, limit, ranks, display)
+        manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
+
+    skeleton, plan, arguments = together(ranks, open_and_plan)
+    limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
+    tokens_NT, finished, chosen = on_rank_zero(ranks, begin)
+    config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
+    shared_by_all(ranks, output)
+    run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ranks, display)
+    _say_what_will_be_done(run)
+    return run
+
+
+def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:
+    """Options with every value filled in that does not depend on the model."""
+    optimize = config.optimize
+    if optimize.batch_size is None:
+        # A run that goes on keeps its batches, on however many ranks: an iteration means the same in all its blocks.
+        optimize = replace(optimize, batch_size=stored.get("batch_size"))
+    return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
+
+
+def _fitted(
+    config: QuantizeConfig,
+    stored: dict,
+    skeleton: Skeleton,
+    plan: Plan,
+    arguments: list[BlockArguments],
+    limit: int,
+    ranks: Ranks,
+    display: Display,
+) -> QuantizeConfig:
+    """Options with engine, micro-batch and whether to compile decided for this model and machine."""
+    optimize, parallel, length = config.optimize, config.parallel, config.calib.sequence_length
+    per_block = (skeleton, plan, arguments, length, optimize)
+    if parallel.engine == "auto":
+        parallel, reason = choose_engine(*per_block, parallel, limit, ranks.world_size)
+        display.line(f"parallel.engine: {parallel.engine} ({reason})")
+    if optimize.micro_batch is None:
+        # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
+        micro_batch = stored.get("micro_batch")
+        if micro_batch is None:
+            micro_batch = choose_micro_batch(*per_block, parallel, limit, ranks.world_size)
+        optimize = replace(optimize, micro_batch=micro_batch)
+    if optimize.compile == "off" or config.quant.method == "rtn":
+        return replace(config, parallel=parallel, optimize=replace(optimize, compile="off"))
+    missing = why_not(ranks.device)
+    if missing and optimize.compile == "on":
+        raise ConfigError(f"optimize.compile: on is asked for, but there is {missing}; use auto or off")
+    optimize = replace(optimize, compile="off" if missing else "on")
+    return replace(config, parallel=parallel, optimize=optimize)
+
+
+def _say_what_will_be_done(run: Run) -> None:
+    config, optimize, line = run.config, run.config.optimize, run.display.line
+    line(
+        f"{config.model}: {run.plan.num_blocks} blocks, {sum(map(len, run.plan.linears))} linears to quantize "
+        f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
+    )
+    line(
+        f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
+        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
+    )
+    if config.quant.method != "rtn":
+        # Asked only where it is not compiled: the answer takes an import of seconds.
+        missing = why_not(run.ranks.device) if optimize.compile == "off" else None
+        how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
+        line(
+            f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
+        )
+    if optimize.batch_size % run.ranks.world_size:
+        line(
+            f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
+            "in every step some ranks wait for the others"
+        )
+    if len(run.finished) > run.plan.num_blocks:
+        line(f"{run.output}: this run is finished, nothing is left to do")
+
+
+def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
+    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and sequence_length > limit:
+        raise ConfigError(f"calib.sequence_length: {sequence_length} is beyond the model's {limit} positions; lower it")
