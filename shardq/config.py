@@ -1,7 +1,7 @@
 """All options of a command in one tree, and the checks that need more than one of them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
@@ -48,13 +48,27 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
+Format = Literal["compressed-tensors", "hf"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The checkpoint that a run writes."""
+    """The checkpoints that a run writes."""
 
     dtype: Literal["float32", "source"] = "float32"
     """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
     dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
+    formats: Format | tuple[Format, ...] = ()
+    """Further formats to write when the run is done, each to a folder of its name in the output folder; `shardq export`
+    does it later."""
+    activation_bits: Literal[8, 16] = 16
+    """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has them rounded to
+    int8 with a scale a token while the model runs (W8A8, W4A8)."""
+
+    @property
+    def asked(self) -> tuple[Format, ...]:
+        """The further formats."""
+        return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +86,10 @@ class QuantizeConfig:
     start anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
+    target: Literal["vllm"] | None = None
+    """Program that is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
+    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work
+    starts."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
@@ -91,6 +109,24 @@ class EvaluateConfig:
     quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
     eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A conversion of a finished run."""
+
+    run: str
+    """Output folder of a finished run."""
+    format: Format = "compressed-tensors"
+    """`compressed-tensors`: codes and scales, for vLLM and transformers; `hf`: plain weights, for anything that loads
+    Hugging Face checkpoints."""
+    output: str | None = None
+    """New folder for the result (default: RUN/FORMAT)."""
+    dtype: Literal["float32", "source"] = "float32"
+    """Of the weights in `hf`: as --export.dtype of quantize."""
+    activation_bits: Literal[8, 16] = 16
+    """Of `compressed-tensors`: as --export.activation_bits of quantize."""
+    device: ClassVar[str] = "cpu"
 
 
 EVALUATION_TEXT = TextOptions(

@@ -21,6 +21,7 @@ HOMES = {  # third-party package -> the only places that may know it
     "datasets": ("calib/",),
     "jsonargparse": ("cli.py",),
     "rich": ("logs.py",),
+    "compressed_tensors": ("formats/compressed_tensors.py",),
     "deepspeed": ("parallel/deepspeed_stepper.py",),
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),

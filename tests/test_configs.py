@@ -28,7 +28,7 @@ def readme_commands():
 def check(command, num_ranks, config):
     if command == "evaluate":
         check_evaluate(config)
-    else:
+    elif command == "quantize":
         optimize = resolved(config.optimize, config.quant.bits, num_ranks, has_bf16=False)
         check_quantize(replace(config, optimize=optimize), num_ranks)
 
@@ -38,7 +38,7 @@ def test_recipes_parse_and_pass_the_checks(recipe):
     check("quantize", 2, parse("quantize", ["--model", "model", "--config", str(recipe)]))
 
 
-def test_readme_shows_both_commands():
+def test_readme_shows_every_command():
     assert {command for command, _, _ in readme_commands()} == set(COMMANDS)
 
 
@@ -68,4 +68,4 @@ def test_help_explains_every_option(command, capsys):
     assert left.value.code == 0
     options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("\noptions:")[1])[1:]
     explained = [re.sub(r"\(type:.*?\)", "", " ".join(option.split()[2:])) for option in options]
-    assert len(options) > 10 and all(len(text) > 12 for text in explained), explained
+    assert len(options) >= 5 and all(len(text) > 12 for text in explained), explained

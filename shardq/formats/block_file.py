@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from shardq.errors import CheckpointError
-from shardq.formats.shards import read_metadata
+from shardq.formats.shards import read_header, read_metadata
 from shardq.formats.tensor_file import read_tensors, write_tensors
 from shardq.quant import packing
 from shardq.quant.quantized import QuantizedLinear
@@ -42,16 +42,27 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
         CheckpointError: the file is missing or truncated, or not a block file of this version.
     """
     tensors = read_tensors(path)
-    content = json.loads(read_metadata(path).get("shardq", "{}"))
-    if content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
-    described = content["linears"]
     linears = {}
-    for name, facts in described.items():
-        num_inputs = facts.pop("in_features")
-        spec = QuantSpec(**facts)
+    for name, (num_inputs, spec) in _read_described(path).items():
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
         codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, spec)
         linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)
     return linears
+
+
+def read_grids(path: Path) -> dict[str, QuantSpec]:
+    """The grid of each linear in a block file, from its header alone.
+
+    Raises:
+        CheckpointError: as `read_block`.
+    """
+    read_header(path)  # for its errors
+    return {name: spec for name, (_, spec) in _read_described(path).items()}
+
+
+def _read_described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
+    content = json.loads(read_metadata(path).get("shardq", "{}"))
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
+    return {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in content["linears"].items()}

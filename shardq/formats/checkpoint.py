@@ -5,8 +5,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from shardq.files import write_json, write_whole
 from shardq.formats.shards import INDEX_FILE, TensorInfo, read_header
+from shardq.quant.quantized import QuantizedLinear
 
 COPIED_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
                    "generation_config.json", "LICENSE*")  # fmt: skip
@@ -30,6 +34,11 @@ def group_by_size(infos: Iterable[TensorInfo], limit_bytes: int) -> list[list[Te
     return groups
 
 
+def plain_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A quantized linear's weight as any program loads it: the grid points that its codes stand for, in `dtype`."""
+    return {f"{name}.weight": linear.dequantized().to(dtype)}
+
+
 def write_index(folder: Path, shards: Iterable[str]) -> None:
     """Write `model.safetensors.index.json` from the headers of the finished shards."""
     weight_map, total_bytes = {}, 0
@@ -40,11 +49,11 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def write_config(source: Path, folder: Path, dtype: str) -> None:
-    """Copy config.json, saying in which dtype the weights are to be loaded."""
+def write_config(source: Path, folder: Path, dtype: str, **more: object) -> None:
+    """Copy config.json with further entries, saying in which dtype the weights are to be loaded."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": dtype})
+    write_json(folder / "config.json", config | {"dtype": dtype} | more)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

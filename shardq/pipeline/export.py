@@ -1,17 +1,28 @@
 """Files that make a finished block, and a finished run, usable by others."""
 
-from collections.abc import Callable, Iterator
+import shutil
+import time
+from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shardq.formats import encodings
-from shardq.formats.block_file import write_block
-from shardq.formats.checkpoint import copy_companions, write_config, write_index
-from shardq.formats.shards import DTYPES, read_tensor
+from shardq.config import ExportConfig
+from shardq.errors import ConfigError
+from shardq.files import write_whole
+from shardq.formats import compressed_tensors, encodings
+from shardq.formats.block_file import read_block, read_grids, write_block
+from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
+from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import write_tensors
-from shardq.model.skeleton import Skeleton
+from shardq.logs import Display
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.parallel.collectives import on_rank_zero
+from shardq.parallel.ranks import Ranks
+from shardq.pipeline import ledger
 from shardq.pipeline.plan import Plan, block_file, encodings_files
 from shardq.quant.quantized import QuantizedLinear
 
@@ -79,7 +90,7 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
     encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1))
     encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch))
     copy_companions(skeleton.folder, output)
-    write_config(skeleton.folder, output, str(dtype).removeprefix("torch."))
+    write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
     return [*rest, v1_file, torch_file, output / "config.json", output / "model.safetensors.index.json"]
 
@@ -87,3 +98,111 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
 def _merged(output: Path, plan: Plan, which: int, read: Callable[[Path], Iterator]) -> Iterator:
     for block_index in range(plan.num_blocks):
         yield from read(encodings_files(output, block_index)[which])
+
+
+def export(config: ExportConfig, ranks: Ranks) -> dict:
+    """Convert a finished run for other programs, in the memory of one block; rank 0 does it.
+
+    Returns:
+        `output`, `format`, `bytes` (of the files), `seconds`, `scale_change` (the largest relative change of a scale by
+        rounding it to the dtype that the format keeps it in).
+
+    Raises:
+        ConfigError: the format cannot express the run's grid, or the output folder holds something.
+        ResumeError: the folder holds no finished run, or its files have changed.
+    """
+    start, run = time.perf_counter(), Path(config.run)
+    folder = Path(config.output) if config.output else run / config.format
+
+    def convert() -> dict:
+        ledger.check_finished(run)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"output: {folder} is not an empty folder; choose another")
+        return write_format(config, folder, Display(ranks.rank))
+
+    return on_rank_zero(ranks, convert) | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
+    """Write a finished run in one format, over what an earlier attempt may have left.
+
+    Returns:
+        As `export`, but for `seconds`.
+    """
+    skeleton = open_skeleton(Path(config.run))
+    grids = {name: spec for path in _block_files(skeleton) for name, spec in read_grids(path).items()}
+    spec = next(iter(grids.values()))
+    model_dtype = getattr(torch, spec.scale_dtype) if spec.scale_dtype else _embedding_dtype(skeleton)
+    match config.format:
+        case "hf":
+            scale_dtype, entries = torch.float32, {}
+            dtype = torch.float32 if config.dtype == "float32" else model_dtype
+            convert = partial(plain_tensors, dtype=dtype)
+        case "compressed-tensors":
+            compressed_tensors.check_grid(spec, config.activation_bits)
+            scale_dtype = dtype = model_dtype
+            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=config.activation_bits)
+            ignored = _linears_left(skeleton, grids)
+            entry = compressed_tensors.quantization_config(spec, config.activation_bits, ignored)
+            entries = {"quantization_config": entry}
+    scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
+    if scale_change:
+        display.line(
+            f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
+            f"{scale_change:.2%}; a run with --target vllm has none of that"
+        )
+    copy_companions(skeleton.folder, folder)
+    write_config(skeleton.folder, folder, _name(dtype), **entries)  # last: it makes the folder a checkpoint
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"output": str(folder), "format": config.format, "bytes": num_bytes, "scale_change": scale_change}
+
+
+def _write_shards(
+    skeleton: Skeleton,
+    folder: Path,
+    convert: Callable[[str, QuantizedLinear], dict[str, Tensor]],
+    scale_dtype: torch.dtype,
+) -> float:
+    """Write a run's shards with its linears converted, and the index; give the largest relative change of a scale."""
+    shards = sorted({info.file.name for info in skeleton.index.values()})
+    largest = 0.0
+    for shard, path in zip(shards, _block_files(skeleton), strict=False):
+        linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in read_block(path).items()}
+        tensors: dict[str, Tensor] = {}
+        for name, info in read_header(skeleton.folder / shard).items():
+            if name in linears:
+                linear = linears[name]
+                rounded = replace(linear, scale_OG=linear.scale_OG.to(scale_dtype).float())
+                largest = max(largest, (rounded.scale_OG / linear.scale_OG - 1).abs().max().item())
+                tensors |= convert(name.removesuffix(".weight"), rounded)
+            else:
+                tensors[name] = read_tensor(info)
+        write_tensors(folder / shard, tensors, {"format": "pt"})
+    for shard in shards[len(skeleton.names) :]:  # outside the blocks nothing is quantized
+        write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
+    write_index(folder, shards)
+    return largest
+
+
+def _block_files(skeleton: Skeleton) -> list[Path]:
+    return [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
+
+
+def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
+    """Names of the linears that are not quantized, the model's and, where it differs, the checkpoint's."""
+    modules = dict(skeleton.model.named_modules())
+    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
+        modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
+    left = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized}
+    return left | {skeleton.stored(f"{name}.weight").name.removesuffix(".weight") for name in left}
+
+
+def _embedding_dtype(skeleton: Skeleton) -> torch.dtype:
+    """Dtype of the source, whose embeddings a run copies."""
+    table = skeleton.model.get_input_embeddings()
+    name = next(name for name, module in skeleton.model.named_modules() if module is table)
+    return DTYPES[skeleton.stored(f"{name}.weight").dtype]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -24,6 +24,7 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
     """Everything that decides a run's result, but for the last bits that depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
+    del options["export"]["formats"]  # may be written at any time
     manifest = {
         "shardq": __version__,
         "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},
@@ -101,6 +102,17 @@ def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
             "same options"
         )
     return _read_ledger(output)
+
+
+def check_finished(output: Path) -> None:
+    """Check that a folder holds a finished run whose files are what its ledger says.
+
+    Raises:
+        ResumeError: it does not.
+    """
+    entries = _read_ledger(output)
+    if not entries or entries[-1]["block"] is not None:
+        raise ResumeError(f"{output}: holds no finished run; run the command that began it to its end")
 
 
 def _read_json(path: Path) -> dict:

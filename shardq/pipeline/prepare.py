@@ -21,6 +21,7 @@ from shardq.pipeline import ledger
 from shardq.pipeline.folders import output_folder
 from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
 from shardq.pipeline.plan import Plan, make_plan
+from shardq.pipeline.target import check_served
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
         skeleton = open_skeleton(folder)
         _check_length(skeleton, config.calib.sequence_length)
         plan = make_plan(skeleton, config.quant)
+        check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             return skeleton, plan, record_arguments(skeleton, embed, config.calib.sequence_length)
 

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.compiling import compiler, eager
-from shardq.config import QuantizeConfig
+from shardq.config import ExportConfig, QuantizeConfig
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -20,10 +21,11 @@ from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, s
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
-from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.target import scale_dtype
 
 
 def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
@@ -47,6 +49,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
         events.record("prepare", time.perf_counter() - start)
         entries = _finish(run, events)
         events.record("run", started + time.perf_counter() - start)
+    on_rank_zero(ranks, lambda: _write_formats(run))
     blocks = entries[: run.plan.num_blocks]
     summary = {
         "output": str(run.output),
@@ -68,8 +71,9 @@ def _finish(run: Run, events: Events) -> list[dict]:
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
+    spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
-        config.seed, config.quant.method, config.quant.spec, config.optimize, config.parallel, len(run.tokens_NT),
+        config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
         rounding_to(dtype), activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
     )  # fmt: skip
@@ -160,6 +164,18 @@ def _complete(run: Run, dtype: torch.dtype) -> None:
     ledger.commit(run.output, None, files)
 
 
+def _write_formats(run: Run) -> None:
+    """Write the further formats that are not there yet."""
+    options = run.config.export
+    for chosen in options.asked:
+        folder = run.output / chosen
+        if not (folder / "config.json").exists():
+            config = ExportConfig(
+                str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits
+            )  # fmt: skip
+            write_format(config, folder, run.display)
+
+
 def _say_what_is_where(run: Run, summary: dict) -> None:
     display, output = run.display, run.output
     display.line(
@@ -169,4 +185,6 @@ def _say_what_is_where(run: Run, summary: dict) -> None:
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     display.line(f"  {output}/model.encodings, model_torch.encodings  AIMET encodings (per block in encodings/)")
+    for chosen in run.config.export.asked:
+        display.line(f"  {output}/{chosen}/  the same model as {chosen}")
     display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")

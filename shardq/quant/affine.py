@@ -44,11 +44,19 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec) -> Tensor:
-    """Step of the grid between two ends, in weight units per code; differentiable. Its sign is that of `max - min`."""
+    """Step of the grid between two ends, in weight units per code; differentiable. Its sign is that of `max - min`.
+
+    Rounded, straight through, to `spec.scale_dtype`, so that search, training and codes all see the step that is kept.
+    """
     step_R1 = (max_R1 - min_R1) / spec.num_steps
     if spec.full_range:
-        return torch.where(step_R1 < 0, step_R1.clamp(max=-SCALE_FLOOR), step_R1.clamp(min=SCALE_FLOOR))
-    return step_R1.clamp(min=SCALE_FLOOR)
+        step_R1 = torch.where(step_R1 < 0, step_R1.clamp(max=-SCALE_FLOOR), step_R1.clamp(min=SCALE_FLOOR))
+    else:
+        step_R1 = step_R1.clamp(min=SCALE_FLOOR)
+    if spec.scale_dtype is None:
+        return step_R1
+    # Exact in float32: the two are so near each other that neither their difference nor the sum is rounded.
+    return step_R1 + (step_R1.to(getattr(torch, spec.scale_dtype)).float() - step_R1).detach()
 
 
 def zero_point_of(min_R1: Tensor, scale_R1: Tensor, spec: QuantSpec) -> Tensor:

@@ -10,13 +10,16 @@ class QuantSpec:
     Codes are signed, `qmin <= code <= qmax`, and stand for `(code - zero_point) * scale`. A symmetric grid has
     no zero point (it is 0). `group_size` is how many neighbouring input channels share one scale; None: all of
     an output channel's (per-channel). `full_range` lets the scale of a symmetric grid be negative, so that the one code
-    more on the side of `qmin` serves the side where the row reaches further.
+    more on the side of `qmin` serves the side where the row reaches further. `scale_dtype` (a name such as `bfloat16`)
+    is what scales are rounded to before codes are made, so that a program that keeps them in it serves what was
+    measured; None: they are float32.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
     full_range: bool = False
+    scale_dtype: str | None = None
 
     @property
     def qmin(self) -> int:

@@ -1,0 +1,94 @@
+"""compressed-tensors checkpoints, which vLLM and transformers load: tensors of a quantized linear, and the config.
+
+`pack-quantized` where only weights are quantized: `weight_packed` int32 [O, ceil(I * bits / 32)], `weight_scale`
+[O, G], `weight_shape` int64 [2] and, on an asymmetric grid, `weight_zero_point` int32 [ceil(O * bits / 32), G].
+`int-quantized` where activations are int8 too, with a scale a token that is found while it runs: `weight` int8 [O, I]
+and `weight_scale`. Codes, packing and config are the library's own (https://github.com/vllm-project/compressed-tensors).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from compressed_tensors import CompressionFormat, __version__
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+)
+from torch import Tensor
+
+from shardq.errors import ConfigError
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+PER_TOKEN_INT8 = QuantizationArgs(num_bits=8, symmetric=True, strategy=QuantizationStrategy.TOKEN, dynamic=True)
+
+
+def check_grid(spec: QuantSpec, activation_bits: int) -> None:
+    """Check that the format, as programs read it, can express a grid.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if spec.bits not in (4, 8):
+        # Other widths lie differently in words of the library's older and newer versions.
+        raise ConfigError(f"compressed-tensors: {spec.bits} bits are not supported, only 4 and 8; export hf instead")
+    if activation_bits == 8 and not spec.symmetric:
+        raise ConfigError(
+            "compressed-tensors: int8 activations need a symmetric weight grid; keep export.activation_bits at 16"
+        )
+    if activation_bits == 8 and spec.bits == 8 and spec.group_size:
+        raise ConfigError(
+            f"compressed-tensors: int8 activations beside 8-bit weights in groups of {spec.group_size} have no kernel; "
+            "quantize per-channel, or keep export.activation_bits at 16"
+        )
+
+
+def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype, activation_bits: int) -> dict[str, Tensor]:
+    """The tensors, by full name, that a linear's weight becomes.
+
+    Args:
+        name: of the linear.
+        dtype: that scales are stored in, the model's: programs would round them to it as they load.
+    """
+    spec = linear.spec
+    tensors = {f"{name}.weight_scale": linear.scale_OG.to(dtype)}
+    if activation_bits == 8:
+        return tensors | {f"{name}.weight": linear.codes_OI}
+    tensors[f"{name}.weight_packed"] = pack_to_int32(linear.codes_OI, spec.bits)
+    tensors[f"{name}.weight_shape"] = torch.tensor(linear.codes_OI.shape)
+    if not spec.symmetric:
+        tensors[f"{name}.weight_zero_point"] = pack_to_int32(linear.zero_point_OG.char(), spec.bits, packed_dim=0)
+    return tensors
+
+
+def quantization_config(spec: QuantSpec, activation_bits: int, ignored: Iterable[str]) -> dict:
+    """The entry `quantization_config` of config.json.
+
+    Args:
+        ignored: full names of the model's linears that are not quantized.
+    """
+    is_packed = activation_bits == 16
+    stored_as = CompressionFormat.pack_quantized if is_packed else CompressionFormat.int_quantized
+    weights = QuantizationArgs(
+        num_bits=spec.bits,
+        symmetric=spec.symmetric,
+        strategy=QuantizationStrategy.GROUP if spec.group_size else QuantizationStrategy.CHANNEL,
+        group_size=spec.group_size,
+    )
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=None if is_packed else PER_TOKEN_INT8,
+        format=stored_as.value,
+    )
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=stored_as.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=sorted(ignored),
+    )
+    return config.model_dump(mode="json", exclude_none=True) | {"version": __version__}

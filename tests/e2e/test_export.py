@@ -1,0 +1,139 @@
+"""Finished runs in other formats, loaded by the programs that those are for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from runs import ONE_RANK, run_quantize
+from shardq.cli import parse
+from shardq.errors import ConfigError, ResumeError
+from shardq.formats.block_file import read_block
+from shardq.formats.shards import open_index
+from shardq.pipeline.export import export
+
+RTN = ("--quant.method", "rtn")
+TOKENS = torch.arange(3, 51).view(2, 24)
+
+
+@pytest.fixture(scope="module")
+def served(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run for vLLM, 4 bits per-channel, with its compressed-tensors checkpoint. Read only."""
+    output = tmp_path_factory.mktemp("served") / "out"
+    run_quantize(llama, token_file, output, "--target", "vllm", "--export.formats", "compressed-tensors",
+                 "--optimize.iterations", 4)  # fmt: skip
+    return output
+
+
+def run_export(run: Path, *more: object) -> dict:
+    return export(parse("export", [str(argument) for argument in (run, *more)]), ONE_RANK)
+
+
+@torch.inference_mode()
+def logits(folder: Path, **options: object) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()(TOKENS).logits
+
+
+def test_a_run_for_vllm_is_served_bit_for_bit(served: Path):
+    found = logits(served / "compressed-tensors")
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, logits(served, dtype=torch.bfloat16))
+
+
+def test_scales_are_rounded_before_codes_are_made(served: Path):
+    index = open_index(served / "compressed-tensors")
+    for path in sorted((served / "blocks").iterdir()):
+        for name, linear in read_block(path).items():
+            assert linear.spec.scale_dtype == "bfloat16"
+            assert torch.equal(linear.scale_OG, linear.scale_OG.bfloat16().float())
+            with safe_open(index[f"{name}.weight_scale"].file, "pt") as file:
+                assert torch.equal(file.get_tensor(f"{name}.weight_scale").float(), linear.scale_OG)
+
+
+GRIDS = [
+    ("--quant.bits", 4, "--quant.group_size", 32),
+    ("--quant.bits", 4, "--quant.symmetric", "false"),
+    ("--quant.bits", 4, "--quant.symmetric", "false", "--quant.group_size", 32),
+    ("--quant.bits", 4, "--quant.full_range", "true"),
+    ("--quant.bits", 8),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: " ".join(map(str, grid)))
+def test_every_grid_loads_as_the_run_that_it_is_from(llama: Path, token_file: Path, tmp_path: Path, grid: tuple):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN, "--target", "vllm", *grid)
+    assert run_export(run)["scale_change"] == 0
+    # Left packed, transformers makes room for unpacked zero points only.
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "false" in grid else {}
+    assert torch.equal(logits(run / "compressed-tensors", **options), logits(run, dtype=torch.bfloat16))
+
+
+def test_int8_activations_are_rounded_token_by_token(llama: Path, token_file: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN, "--target", "vllm", "--quant.bits", 8)
+    run_export(run, "--activation_bits", 8)
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(rounded_by_token)
+    with torch.inference_mode():
+        expected = model(TOKENS).logits
+    assert torch.equal(logits(run / "compressed-tensors"), expected)
+    assert not torch.equal(logits(run, dtype=torch.bfloat16), expected)
+
+
+def rounded_by_token(module: torch.nn.Module, inputs: tuple) -> torch.Tensor:
+    scale = inputs[0].abs().amax(-1, keepdim=True) / 127.5
+    return (inputs[0] / scale).round().clamp(-128, 127) * scale
+
+
+def test_scales_of_a_run_without_a_target_are_rounded_on_the_way(llama: Path, token_file: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN)
+    summary = run_export(run, "--output", tmp_path / "exported")
+    scales = [linear.scale_OG for path in (run / "blocks").iterdir() for linear in read_block(path).values()]
+    changes = [(scale.bfloat16().double() / scale.double() - 1).abs().max().item() for scale in scales]
+    assert summary["scale_change"] == pytest.approx(max(changes), rel=1e-3)
+    assert 0 < summary["scale_change"] < 2**-8
+
+
+def test_hf_export_holds_the_runs_weights(served: Path, tmp_path: Path):
+    summary = run_export(served, "--format", "hf", "--output", tmp_path / "exact")
+    assert torch.equal(logits(tmp_path / "exact", dtype=torch.float32), logits(served, dtype=torch.float32))
+    run_export(served, "--format", "hf", "--output", tmp_path / "half", "--dtype", "source")
+    assert {info.dtype for info in open_index(tmp_path / "half").values()} == {"BF16"}
+    assert torch.equal(logits(tmp_path / "half"), logits(served, dtype=torch.bfloat16))
+    assert summary["scale_change"] == 0
+
+
+def test_export_later_is_the_export_of_the_run(served: Path, tmp_path: Path):
+    run_export(served, "--output", tmp_path / "later")
+    earlier = sorted((served / "compressed-tensors").iterdir())
+    assert [path.name for path in earlier] == sorted(path.name for path in (tmp_path / "later").iterdir())
+    assert all(path.read_bytes() == (tmp_path / "later" / path.name).read_bytes() for path in earlier)
+
+
+def test_linears_left_as_they_are_are_ignored_and_kept(llama: Path, token_file: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN, "--target", "vllm", "--quant.ignore", "*.down_proj")
+    run_export(run)
+    config = json.loads((run / "compressed-tensors" / "config.json").read_text())
+    left = [f"model.layers.{number}.mlp.down_proj" for number in range(3)]
+    assert set(config["quantization_config"]["ignore"]) >= {"lm_head", *left}
+    assert torch.equal(logits(run / "compressed-tensors"), logits(run, dtype=torch.bfloat16))
+
+
+def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_file: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        run_export(served)
+    with pytest.raises(ResumeError, match="no finished run"):
+        run_export(llama)
+    with pytest.raises(ConfigError, match="gguf"):
+        run_export(served, "--format", "gguf")
+    run_quantize(llama, token_file, tmp_path / "w3", *RTN, "--quant.bits", 3)
+    with pytest.raises(ConfigError, match="3 bits"):
+        run_export(tmp_path / "w3")

@@ -1,0 +1,74 @@
+"""vLLM's rules on shapes, checked on the model before anything runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
+from shardq.errors import ConfigError
+from shardq.model.skeleton import open_skeleton
+from shardq.pipeline.plan import make_plan
+from shardq.pipeline.target import check_served, scale_dtype
+
+
+def check(folder: Path, target: str | None = "vllm", activation_bits: int = 16, formats=(), **quant: object) -> None:
+    export = ExportOptions(activation_bits=activation_bits, formats=formats)
+    config = QuantizeConfig(model=str(folder), target=target, quant=QuantOptions(**quant), export=export)
+    skeleton = open_skeleton(folder)
+    check_served(config, skeleton, make_plan(skeleton, config.quant))
+
+
+@pytest.mark.parametrize("quant", [{"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 4, "symmetric": False}])
+def test_grids_that_vllm_has_kernels_for_pass(llama: Path, quant: dict):
+    check(llama, **quant)
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"bits": 3}, "3 bits"),
+        ({"bits": 4, "group_size": 16}, "groups of 16"),
+        ({"bits": 8, "symmetric": False}, "asymmetric grids of 8 bits"),
+        ({"bits": 4, "symmetric": False, "activation_bits": 8}, "symmetric weight grid"),
+        ({"bits": 8, "group_size": 32, "activation_bits": 8}, "groups of 32"),
+    ],
+)
+def test_a_grid_without_a_kernel_is_refused(llama: Path, wrong: dict, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        check(llama, **wrong)
+
+
+def test_a_size_that_no_kernel_takes_is_refused_by_the_linears_name(tmp_path: Path):
+    folder = tiny.save_llama(tmp_path, num_blocks=2, intermediate_size=80)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.gate_proj has 80 output channels.*multiple of 32"):
+        check(folder, bits=4)
+    check(folder, bits=8, activation_bits=8)
+    check(folder, bits=4, target=None)
+    check(folder, bits=4, ignore="*.gate_proj,*.up_proj,*.down_proj")
+
+
+@pytest.mark.parametrize(
+    "ignored, left", [("*.k_proj", r"self_attn\.k_proj"), ("model.layers.1.mlp.up_proj", r"layers\.1\.mlp.*up_proj")]
+)
+def test_linears_that_vllm_fuses_are_quantized_together_or_not_at_all(llama: Path, ignored: str, left: str):
+    with pytest.raises(ConfigError, match=left):
+        check(llama, ignore=ignored)
+    check(llama, ignore=f"{ignored},*.q_proj,*.k_proj,*.v_proj,*.gate_proj,*.up_proj")
+    check(llama, ignore=ignored, target=None)
+
+
+def test_a_format_that_cannot_hold_the_grid_is_refused_without_a_target_too(llama: Path):
+    with pytest.raises(ConfigError, match="3 bits"):
+        check(llama, target=None, bits=3, formats="compressed-tensors")
+    check(llama, target=None, bits=3, formats="hf")
+
+
+@pytest.mark.parametrize("dtype, name", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_scales_are_kept_in_the_models_dtype(tmp_path: Path, dtype: str, name: str):
+    folder = tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype))
+    skeleton = open_skeleton(folder)
+    plan = make_plan(skeleton, QuantOptions())
+    assert scale_dtype(QuantizeConfig(model="", target="vllm"), skeleton, plan) == name
+    assert scale_dtype(QuantizeConfig(model=""), skeleton, plan) is None
