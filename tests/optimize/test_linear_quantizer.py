@@ -189,3 +189,20 @@ def test_clipping_and_division_act_as_their_logarithms_say():
     # The weight is halved: divided by 4 and by 1/2, and on 8 bits little is lost to rounding.
     error = (quantizer.folded().dequantized() - weight_OI / 2).abs()
     assert (error <= start * 1.001).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_are_made_for_the_scales_that_are_kept(method: Method, symmetric: bool):
+    quantizer = started(make_weight(), QuantSpec(bits=8, symmetric=symmetric, scale_dtype="bfloat16"), method)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.uniform_(-0.05, 0.05)
+        trained = fake_quantized(quantizer)
+    folded = quantizer.folded()
+    assert torch.equal(folded.scale_OG, folded.scale_OG.bfloat16().float())
+    assert torch.equal(folded.dequantized(), trained)
+    if method == "rtn":
+        distance = (folded.dequantized() - quantizer.rows).abs() / folded.scale_OG
+        inside = (folded.codes_OI > -128) & (folded.codes_OI < 127)
+        assert (distance[inside] <= 0.5 + 1e-4).all()

@@ -231,3 +231,21 @@ def test_full_range_step_is_finer_than_the_symmetric_one_where_the_upper_end_is_
 def test_full_range_row_of_zeros_has_a_scale():
     scale, _ = start_grid(torch.zeros(3, 8), QuantSpec(bits=4, full_range=True))
     assert (scale == affine.SCALE_FLOOR).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_scale_is_the_nearest_that_its_dtype_holds(dtype: str, full_range: bool):
+    rows = torch.randn(200, 16) * torch.logspace(-7, 1, 200).unsqueeze(1)
+    exact_spec = QuantSpec(bits=4, full_range=full_range)
+    ends = affine.start_range(rows, exact_spec)
+    exact = affine.scale_of(*ends, exact_spec)
+    rounded = affine.scale_of(*ends, QuantSpec(bits=4, full_range=full_range, scale_dtype=dtype))
+    assert torch.equal(rounded, exact.to(getattr(torch, dtype)).float())
+    assert (rounded != 0).all()
+
+
+def test_rounding_of_scales_passes_gradients_straight_through():
+    low, high = torch.tensor([[-1.0]], requires_grad=True), torch.tensor([[1.7]], requires_grad=True)
+    affine.scale_of(low, high, QuantSpec(bits=4, scale_dtype="bfloat16")).sum().backward()
+    assert low.grad.item() == pytest.approx(-1 / 15) and high.grad.item() == pytest.approx(1 / 15)

@@ -1,0 +1,75 @@
+"""compressed-tensors' own decompressors, driven by the config that is written, give back the grid points."""
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+
+from shardq.errors import ConfigError
+from shardq.formats.compressed_tensors import check_grid, linear_tensors, quantization_config
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+
+def random_linear(spec: QuantSpec, shape: tuple[int, int] = (40, 96)) -> QuantizedLinear:
+    grid_shape = shape[0], shape[1] // (spec.group_size or shape[1])
+    scale = (torch.rand(grid_shape) + 0.01).bfloat16().float()
+    if spec.full_range:
+        scale *= torch.randint(2, grid_shape) * 2 - 1
+    zero_point = torch.zeros(grid_shape)
+    if not spec.symmetric:
+        zero_point = torch.randint(spec.qmin, spec.qmax + 1, grid_shape).float()
+    return QuantizedLinear(torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8), scale, zero_point, spec)
+
+
+def decompressed(linear: QuantizedLinear, activation_bits: int, dtype: torch.dtype) -> torch.Tensor:
+    written = linear_tensors("a.b", linear, dtype, activation_bits)
+    assert all(name.startswith("a.b.") for name in written)
+    config = QuantizationConfig.model_validate(quantization_config(linear.spec, activation_bits, []))
+    scheme = config.config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(config.format)
+    state = {name.removeprefix("a.b."): tensor for name, tensor in written.items()}
+    assert set(state) == set(compressor.compression_param_names(scheme))
+    return compressor.decompress(state, scheme)["weight"]
+
+
+@pytest.mark.parametrize("group_size", [None, 32], ids=["channel", "group"])
+@pytest.mark.parametrize("kind", ["symmetric", "full_range", "asymmetric"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_the_grid_points(bits: int, kind: str, group_size: int | None):
+    spec = QuantSpec(bits=bits, symmetric=kind != "asymmetric", full_range=kind == "full_range", group_size=group_size)
+    linear = random_linear(spec)
+    assert torch.equal(decompressed(linear, 16, torch.float32), linear.dequantized())
+    assert torch.equal(decompressed(linear, 16, torch.bfloat16), linear.dequantized().bfloat16())
+
+
+@pytest.mark.parametrize("bits, group_size", [(8, None), (4, None), (4, 32)])
+def test_weights_beside_int8_activations_are_the_grid_points(bits: int, group_size: int | None):
+    linear = random_linear(QuantSpec(bits=bits, group_size=group_size))
+    assert torch.equal(decompressed(linear, 8, torch.float32), linear.dequantized())
+    scheme = QuantizationConfig.model_validate(quantization_config(linear.spec, 8, ["lm_head"])).config_groups[
+        "group_0"
+    ]
+    activations = scheme.input_activations
+    assert (activations.num_bits, activations.strategy, activations.dynamic) == (8, "token", True)
+
+
+def test_packing_is_dense_and_little_endian_along_the_input_channels():
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 2)[:, :20]  # 20 codes: two and a half words
+    linear = QuantizedLinear(codes, torch.ones(2, 1), torch.zeros(2, 1), QuantSpec(bits=4))
+    words = linear_tensors("l", linear, torch.bfloat16, 16)["l.weight_packed"]
+    row = sum((code + 8) << (4 * place) for place, code in enumerate(codes[0].tolist()))
+    assert [word % 2**32 for word in words[0].tolist()] == [(row >> shift) % 2**32 for shift in (0, 32, 64)]
+
+
+@pytest.mark.parametrize(
+    "spec, activation_bits, reason",
+    [
+        (QuantSpec(bits=3), 16, "3 bits"),
+        (QuantSpec(bits=8, symmetric=False), 8, "symmetric"),
+        (QuantSpec(bits=8, group_size=64), 8, "groups of 64"),
+    ],
+)
+def test_grids_that_no_program_reads_are_refused(spec: QuantSpec, activation_bits: int, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        check_grid(spec, activation_bits)
