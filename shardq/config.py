@@ -196,6 +196,18 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
 
 
+def check_export(config: ExportConfig) -> None:
+    """Check that a format is asked for nothing that belongs to another.
+
+    Raises:
+        ConfigError: naming the option, its value and what is allowed.
+    """
+    plain = config.format == "hf"
+    _require(plain or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
+    _require(not plain or config.activation_bits == 16, "activation_bits", config.activation_bits,
+             "16 for --format hf, which describes no activations")  # fmt: skip
+
+
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
     _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
     _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")

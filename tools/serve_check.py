@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint")
     parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
     parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
-    parser.add_argument("--samples", type=int, default=10, help="sequences, from the first on")
+    parser.add_argument("--samples", type=int, default=10, help="sequences")
     parser.add_argument("--length", type=int, default=1024, help="tokens of each")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of the greedy continuations")
     parser.add_argument("--vllm", required=True, help="Python interpreter of the environment that has vLLM")
@@ -38,14 +38,14 @@ def main() -> None:
 
 
 def read_tokens(options: argparse.Namespace) -> list[list[int]]:
-    """The first `length` token ids of the first `samples` sequences, as `launch/evaluate.py` takes them."""
+    """The sequences that `launch/evaluate.py` takes: at even distances, and of each the first `length` token ids."""
     from safetensors.torch import load_file
 
     columns = load_file(options.tokens)
-    ids = columns[options.column or next(iter(columns))][: options.samples, : options.length]
-    if ids.shape != (options.samples, options.length):
+    ids = columns[options.column or next(iter(columns))][:, : options.length]
+    if len(ids) < options.samples or ids.shape[1] < options.length:
         sys.exit(f"{options.tokens}: fewer than {options.samples} sequences of {options.length} tokens")
-    return ids.tolist()
+    return ids[[number * len(ids) // options.samples for number in range(options.samples)]].tolist()
 
 
 def run_vllm(options: argparse.Namespace, tokens: list[list[int]]) -> dict:

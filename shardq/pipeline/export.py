@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.config import ExportConfig
+from shardq.config import ExportConfig, check_export
 from shardq.errors import ConfigError
-from shardq.files import write_whole
+from shardq.files import write_text, write_whole
 from shardq.formats import compressed_tensors, encodings
 from shardq.formats.block_file import read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
+from shardq.formats.model_card import model_card
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import write_tensors
 from shardq.logs import Display
@@ -108,16 +109,18 @@ def export(config: ExportConfig, ranks: Ranks) -> dict:
         rounding it to the dtype that the format keeps it in).
 
     Raises:
-        ConfigError: the format cannot express the run's grid, or the output folder holds something.
+        ConfigError: the format cannot express the run's grid, or what an option asks for; the output folder holds
+            something.
         ResumeError: the folder holds no finished run, or its files have changed.
     """
+    check_export(config)
     start, run = time.perf_counter(), Path(config.run)
     folder = Path(config.output) if config.output else run / config.format
 
     def convert() -> dict:
         ledger.check_finished(run)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"output: {folder} is not an empty folder; choose another")
+            raise ConfigError(f"output: {folder} is not an empty folder; choose another or delete it")
         return write_format(config, folder, Display(ranks.rank))
 
     return on_rank_zero(ranks, convert) | {"seconds": round(time.perf_counter() - start, 3)}
@@ -135,16 +138,15 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
     model_dtype = getattr(torch, spec.scale_dtype) if spec.scale_dtype else _embedding_dtype(skeleton)
     match config.format:
         case "hf":
-            scale_dtype, entries = torch.float32, {}
+            scale_dtype, activation_bits, entries = torch.float32, 16, {}
             dtype = torch.float32 if config.dtype == "float32" else model_dtype
             convert = partial(plain_tensors, dtype=dtype)
         case "compressed-tensors":
-            compressed_tensors.check_grid(spec, config.activation_bits)
-            scale_dtype = dtype = model_dtype
-            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=config.activation_bits)
+            scale_dtype, activation_bits, dtype = model_dtype, config.activation_bits, model_dtype
+            compressed_tensors.check_grid(spec, activation_bits)
+            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=activation_bits)
             ignored = _linears_left(skeleton, grids)
-            entry = compressed_tensors.quantization_config(spec, config.activation_bits, ignored)
-            entries = {"quantization_config": entry}
+            entries = {"quantization_config": compressed_tensors.quantization_config(spec, activation_bits, ignored)}
     scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
     if scale_change:
         display.line(
@@ -152,6 +154,8 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
             f"{scale_change:.2%}; a run with --target vllm has none of that"
         )
     copy_companions(skeleton.folder, folder)
+    manifest = ledger.read_manifest(skeleton.folder)
+    write_text(folder / "README.md", model_card(manifest, spec, config.format, activation_bits, scale_change))
     write_config(skeleton.folder, folder, _name(dtype), **entries)  # last: it makes the folder a checkpoint
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {"output": str(folder), "format": config.format, "bytes": num_bytes, "scale_change": scale_change}

@@ -67,8 +67,12 @@ def _short(value: object) -> str:
 
 def stored_options(output: Path, section: str) -> dict:
     """Options of the run in a folder, empty where there is no run: for what is chosen by the machine and the ranks."""
-    path = output / MANIFEST
-    return _read_json(path).get("options", {}).get(section, {}) if path.exists() else {}
+    return read_manifest(output).get("options", {}).get(section, {}) if (output / MANIFEST).exists() else {}
+
+
+def read_manifest(output: Path) -> dict:
+    """What the run in a folder is."""
+    return _read_json(output / MANIFEST)
 
 
 def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:

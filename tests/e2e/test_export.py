@@ -1,6 +1,8 @@
 """Finished runs in other formats, loaded by the programs that those are for."""
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,17 @@ def test_hf_export_holds_the_runs_weights(served: Path, tmp_path: Path):
     assert summary["scale_change"] == 0
 
 
+def test_the_model_card_gives_the_run_s_recipe_and_how_to_load(served: Path):
+    card = (served / "compressed-tensors" / "README.md").read_text()
+    assert "# W4A16, symmetric, per-channel" in card and "vllm serve" in card
+    recipe = served.parent / "recipe.yaml"
+    recipe.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL).group(1))
+    config = parse("quantize", ["--model", "model", "--config", str(recipe)])
+    stored = json.loads((served / "manifest.json").read_text())["options"]
+    assert json.loads(json.dumps(asdict(config)))["optimize"] == stored["optimize"] | {"memory_gib": None}
+    assert (config.target, config.quant.bits) == ("vllm", 4)
+
+
 def test_export_later_is_the_export_of_the_run(served: Path, tmp_path: Path):
     run_export(served, "--output", tmp_path / "later")
     earlier = sorted((served / "compressed-tensors").iterdir())
@@ -134,6 +147,10 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
         run_export(llama)
     with pytest.raises(ConfigError, match="gguf"):
         run_export(served, "--format", "gguf")
+    with pytest.raises(ConfigError, match="activation_bits: 8"):
+        run_export(served, "--format", "hf", "--activation_bits", 8)
+    with pytest.raises(ConfigError, match="dtype: source"):
+        run_export(served, "--dtype", "source")
     run_quantize(llama, token_file, tmp_path / "w3", *RTN, "--quant.bits", 3)
     with pytest.raises(ConfigError, match="3 bits"):
         run_export(tmp_path / "w3")

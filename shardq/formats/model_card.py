@@ -1,0 +1,66 @@
+"""The README.md of an exported checkpoint: what it is, how to serve it, how it was made."""
+
+import yaml
+
+from shardq.quant.spec import QuantSpec
+
+LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+# Left packed, transformers 5.23 makes room for unpacked zero points only.
+LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
+    "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
+)"""
+
+
+def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        manifest: of the run.
+        kind: the format, as `shardq export` names it.
+        scale_change: largest relative change of a scale by its rounding after codes were made.
+    """
+    head = yaml.safe_dump({"library_name": "transformers", "tags": ["shardq", kind]}, sort_keys=False)
+    options = {name: value for name, value in manifest["options"].items() if value is not None}
+    return f"""---
+{head}---
+
+# {_scheme(spec, activation_bits)}
+
+Quantized by shardq {manifest["shardq"]}, weights of the decoder's linears alone. {_exactness(scale_change)}
+
+## Serve it
+
+{_how_to_serve(spec, kind)}
+
+## How it was made
+
+The options of `launch/quantize.py`, as a recipe for `--config`, beside `--model`:
+
+```yaml
+{yaml.safe_dump(options, sort_keys=True)}```
+
+SHA-256 of the source's config.json: `{manifest["model"]["config"]}`; of samples of its weights:
+`{manifest["model"]["weights"]}`; of the calibration tokens: `{manifest["calibration_tokens"]}`.
+"""
+
+
+def _scheme(spec: QuantSpec, activation_bits: int) -> str:
+    grid = "symmetric" if spec.symmetric else "asymmetric"
+    per = f"in groups of {spec.group_size}" if spec.group_size else "per-channel"
+    return f"W{spec.bits}A{activation_bits}, {grid}, {per}"
+
+
+def _exactness(scale_change: float) -> str:
+    if scale_change:
+        return f"Scales were rounded after codes were made: weights differ from the run's by up to {scale_change:.2%}."
+    return "Codes and scales are those that the run measured."
+
+
+def _how_to_serve(spec: QuantSpec, kind: str) -> str:
+    if kind == "hf":
+        return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
+    load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
+    return (
+        "```bash\nvllm serve path/to/this/folder\n```\n\n"
+        f"or, with `pip install compressed-tensors`, in transformers:\n\n```python\n{load}\n```"
+    )
