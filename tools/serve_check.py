@@ -58,7 +58,9 @@ def run_vllm(options: argparse.Namespace, tokens: list[list[int]]) -> dict:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         environment.pop("PYTHONPATH", None)
-        subprocess.run([options.vllm, __file__, OURS, asked, answered], env=environment, stdout=sys.stderr, check=True)
+        command = [options.vllm, __file__, OURS, asked, answered]
+        if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
+            sys.exit(f"{options.checkpoint}: vLLM does not serve it; its own message is above")
         return json.loads(answered.read_text())
 
 
@@ -92,13 +94,23 @@ def serve(asked_file: str, answered_file: str) -> None:
     Path(answered_file).write_text(json.dumps(answer))
 
 
+def has_zero_points(checkpoint: str) -> bool:
+    """Whether a compressed-tensors checkpoint has an asymmetric grid."""
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    return any(not group["weights"]["symmetric"] for group in groups.values())
+
+
 def compare(options: argparse.Namespace, tokens: list[list[int]], served: dict) -> dict:
     """What vLLM answered beside transformers on the same checkpoint, in the dtype that its config names."""
     import compressed_tensors
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="auto").eval()
+    how = {}
+    if has_zero_points(options.checkpoint):  # left packed, transformers makes room for unpacked zero points only
+        how["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="auto", **how).eval()
 
     @torch.inference_mode()
     def log_probabilities(ids: list[int]) -> torch.Tensor:
