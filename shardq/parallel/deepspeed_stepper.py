@@ -90,7 +90,8 @@ def deepspeed_settings(parallel: ParallelOptions) -> dict:
         "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
     }  # fmt: skip
     if parallel.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE,
+                 "stage3_max_reuse_distance": 0}  # fmt: skip
     if parallel.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     own = {
