@@ -54,7 +54,7 @@ def run_command(verb: str, arguments: list[str]) -> None:
     """Run one command on this rank and exit with its code; an error is one line on standard error."""
     for library in ("huggingface_hub", "datasets", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
-    _return_freed_tensors()
+    return_freed_tensors()
     keep_between_runs()
     try:
         config = parse(verb, arguments)
@@ -71,7 +71,7 @@ def run_command(verb: str, arguments: list[str]) -> None:
     _leave(0)
 
 
-def _return_freed_tensors() -> None:
+def return_freed_tensors() -> None:
     """Have freed tensors of large models go back to the system, and keep the rest of the memory in one piece.
 
     glibc would keep more and more of what is freed and give each thread memory of its own, so that peak memory grew

@@ -1,15 +1,18 @@
 """Every recipe, and every command that the README shows, can be parsed by the program it is for."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from shardq.cli import COMMANDS, parse
 from shardq.config import QuantOptions, check_evaluate, check_quantize
 from shardq.optimize.options import resolved
+from shardq.parallel.deepspeed_stepper import deepspeed_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,6 +39,22 @@ def check(command, num_ranks, config):
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_recipes_parse_and_pass_the_checks(recipe):
     check("quantize", 2, parse("quantize", ["--model", "model", "--config", str(recipe)]))
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/deepspeed/*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_deepspeed_settings_are_accepted_by_us_and_by_deepspeed(engine, file):
+    config = parse("quantize", ["--model", "model", "--parallel.engine", engine, "--parallel.deepspeed", str(file)])
+    check("quantize", 2, config)
+    settings = deepspeed_settings(config.parallel)
+    given = json.loads(file.read_text())["zero_optimization"]
+    assert given.items() <= settings["zero_optimization"].items()
+    accepted = DeepSpeedZeroConfig(**settings["zero_optimization"]).model_dump(by_alias=True)
+    assert given.items() <= accepted.items()
+
+
+def test_readme_says_what_each_deepspeed_file_is_for():
+    assert all(f"`configs/deepspeed/{file.name}`" in README for file in ROOT.glob("configs/deepspeed/*.json"))
 
 
 def test_readme_shows_every_command():

@@ -1,40 +1,61 @@
 """Data-parallel stepper: every rank holds the whole state and steps by the mean gradient."""
 
-from contextlib import AbstractContextManager
-
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, trainable
-from shardq.parallel.collectives import average_gradients
-from shardq.parallel.ranks import Ranks
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks, contact
+
+# Values that travel together at least: smaller gradients, all but those of s2, wait for one another. From about a
+# megabyte on, what a collective costs beside its bytes is small.
+BUCKET_SIZE = 1 << 18
 
 
-class AllReduceStepper:
-    """A LocalStepper whose gradients are averaged over ranks first; equal parameters stay equal."""
+class AllReduceStepper(LocalStepper):
+    """A LocalStepper whose gradients are averaged over ranks first; equal parameters stay equal.
 
-    def __init__(self, module: nn.Module, options: OptimizeOptions, ranks: Ranks):
-        self._local = LocalStepper(module, options)
-        self._parameters = [parameter for group in trainable(module) for parameter in group]
-        self._ranks = ranks
+    A gradient leaves as soon as backward has made it, while backward goes on with the next linear; `step` waits for
+    what comes back. The graph being the same on all ranks, gradients leave everywhere in the same order.
+    """
 
-    def start(self) -> None:
-        """Start the optimizer anew."""
-        self._local.start()
-
-    def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
-        """Nothing to do: they are whole."""
-        return self._local.gathered(module, changed)
-
-    def forward(self) -> list[Tensor]:
-        """The quantizers' own forward."""
-        return self._local.forward()
-
-    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """Accumulate this rank's gradient."""
-        self._local.backward(tensors, gradients)
+    def __init__(self, module: nn.Module, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks):
+        super().__init__(module, options)
+        self._dtype, self._world_size = parallel.dtype, ranks.world_size
+        self._waiting: list[nn.Parameter] = []
+        self._sent: list[tuple[list[nn.Parameter], Tensor, dist.Work]] = []
+        for group in trainable(module):
+            for parameter in group:
+                parameter.register_post_accumulate_grad_hook(self._leave)
 
     def step(self) -> None:
-        """Average the gradients over ranks and step."""
-        average_gradients(self._ranks, [parameter.grad for parameter in self._parameters])
-        self._local.step()
+        """Wait for the gradients' means and step by them."""
+        if self._waiting:
+            self._send(self._waiting)
+            self._waiting = []
+        for parameters, bucket, work in self._sent:
+            with contact("averaging gradients"):
+                work.wait()
+            mean = bucket.float().div_(self._world_size)
+            for parameter, gradient in zip(parameters, _unflatten_dense_tensors(mean, parameters), strict=True):
+                parameter.grad = gradient
+        self._sent.clear()
+        super().step()
+
+    def _leave(self, parameter: nn.Parameter) -> None:
+        if parameter.numel() >= BUCKET_SIZE:
+            self._send([parameter])
+            return
+        self._waiting.append(parameter)
+        if sum(waiting.numel() for waiting in self._waiting) >= BUCKET_SIZE:
+            self._send(self._waiting)
+            self._waiting = []
+
+    def _send(self, parameters: list[nn.Parameter]) -> None:
+        bucket = _flatten_dense_tensors([parameter.grad for parameter in parameters]).to(self._dtype)
+        for parameter in parameters:
+            parameter.grad = None  # comes back with the mean; until then only the bucket takes memory
+        with contact("averaging gradients"):
+            self._sent.append((parameters, bucket, dist.all_reduce(bucket, async_op=True)))

@@ -93,19 +93,12 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
     return tensor.item()
 
 
-def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor], doing: str = "adding up statistics") -> None:
-    """Replace each tensor by its sum over ranks, in place; an error's message says what that was for."""
+def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over ranks, in place."""
     if ranks.world_size > 1:
-        with contact(doing):
+        with contact("adding up statistics"):
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
-
-
-def average_gradients(ranks: Ranks, gradients: list[torch.Tensor]) -> None:
-    """Replace each gradient by its mean over ranks, in place."""
-    add_over_ranks(ranks, gradients, "averaging gradients")
-    for gradient in gradients:
-        gradient.div_(ranks.world_size)
 
 
 def barrier(ranks: Ranks) -> None:

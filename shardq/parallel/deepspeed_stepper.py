@@ -24,7 +24,7 @@ BUCKET_SIZE = 1 << 25
 # What the run decides itself; a file that sets one of these would contradict it or be ignored.
 OWN_SETTINGS = {
     "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping",
+    "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "communication_data_type",
 }  # fmt: skip
 OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param"}
 
@@ -90,12 +90,14 @@ def deepspeed_settings(parallel: ParallelOptions) -> dict:
         "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
     }  # fmt: skip
     if parallel.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE,
+                 "stage3_max_reuse_distance": 0}  # fmt: skip
     if parallel.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     own = {
         "train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 31, "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # by default it clips at 1
+        "communication_data_type": "bf16" if parallel.reduce_dtype == "bf16" else "fp32",
         # DeepSpeed's own CPU Adam would have to be compiled; torch's is fused too.
         "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 Engine = Literal["local", "allreduce", "zero1", "zero2", "zero3"]
 
 
@@ -14,10 +16,17 @@ class ParallelOptions:
     """`local`: one rank alone; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
     state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: the first of local,
     allreduce, zero2 and zero3 that fits the memory."""
+    reduce_dtype: Literal["float32", "bf16"] = "float32"
+    """Dtype in which gradients travel between ranks and are added up; `bf16` halves the bytes and rounds the sums."""
     offload: bool = False
     """Keep what a ZeRO engine shards of the optimizer in CPU memory."""
     deepspeed: str | None = None
     """JSON file of further DeepSpeed settings for a ZeRO engine, such as `zero_optimization.reduce_bucket_size`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `reduce_dtype` stands for."""
+        return {"float32": torch.float32, "bf16": torch.bfloat16}[self.reduce_dtype]
 
     @property
     def zero_stage(self) -> int:

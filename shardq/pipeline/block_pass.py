@@ -197,7 +197,7 @@ def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
         return DeepSpeedStepper(quantizer, job.optimize, job.parallel, job.ranks)
     if job.parallel.engine == "local":
         return LocalStepper(quantizer, job.optimize)
-    return AllReduceStepper(quantizer, job.optimize, job.ranks)
+    return AllReduceStepper(quantizer, job.optimize, job.parallel, job.ranks)
 
 
 def block_loss(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from shardq.errors import ConfigError
 from shardq.model.ends import BlockArguments, run_block
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.optimize.options import OptimizeOptions
+from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.plan import Plan
@@ -45,7 +46,7 @@ def choose_micro_batch(
         ConfigError: the options set a limit that one sample exceeds.
     """
     largest = largest_block(skeleton, plan)
-    state = state_bytes(skeleton, plan, largest, options, parallel, world_size)
+    state = state_bytes(block_size(skeleton, plan, largest), options, parallel, world_size)
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
     part = largest_part(options.batch_size, world_size)
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
@@ -75,12 +76,12 @@ def choose_engine(
     """
     if world_size == 1:
         return replace(parallel, engine="local"), "one rank"
-    largest = largest_block(skeleton, plan)
+    size = block_size(skeleton, plan, largest_block(skeleton, plan))
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
     tried = []
     for engine in ("allreduce", "zero2", "zero3") if options.optimizer == "adam" else ("allreduce",):
         chosen = replace(parallel, engine=engine)
-        needed = sample + state_bytes(skeleton, plan, largest, options, chosen, world_size)
+        needed = sample + state_bytes(size, options, chosen, world_size)
         tried.append(f"{engine} takes {needed / 2**30:.2f} GiB a rank")
         if needed <= limit:
             break
@@ -96,7 +97,9 @@ def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
 
 def largest_block(skeleton: Skeleton, plan: Plan) -> int:
     """Index of the block with the most weights to train."""
-    return max(range(plan.num_blocks), key=lambda number: _num_weights(skeleton.blocks[number], plan.linears[number]))
+    return max(
+        range(plan.num_blocks), key=lambda number: sum(_linear_sizes(skeleton.blocks[number], plan.linears[number]))
+    )
 
 
 def sample_bytes(skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int) -> int:
@@ -106,21 +109,29 @@ def sample_bytes(skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments]
     return saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
 
 
-def _num_weights(block: nn.Module, linear_names: list[str]) -> int:
-    return sum(block.get_submodule(name).weight.numel() for name in linear_names)
+def _linear_sizes(block: nn.Module, linear_names: list[str]) -> list[int]:
+    return [block.get_submodule(name).weight.numel() for name in linear_names]
 
 
-def state_bytes(
-    skeleton: Skeleton,
-    plan: Plan,
-    block_index: int,
-    options: OptimizeOptions,
-    parallel: ParallelOptions,
-    world_size: int,
-) -> int:
-    """A rank's memory for a block that is being trained, without activations."""
+@dataclass(frozen=True)
+class BlockSize:
+    """A block's bytes in the checkpoint, and its weights to train: of all its linears, and of the largest."""
+
+    source: int
+    num_weights: int
+    largest_linear: int
+
+
+def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
+    """Size of one of the model's blocks."""
     source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
-    num_weights = _num_weights(skeleton.blocks[block_index], plan.linears[block_index])
+    linears = _linear_sizes(skeleton.blocks[block_index], plan.linears[block_index])
+    return BlockSize(source, sum(linears), max(linears, default=0))
+
+
+def state_bytes(size: BlockSize, options: OptimizeOptions, parallel: ParallelOptions, world_size: int) -> int:
+    """A rank's memory for a block that is being trained, without activations."""
+    source, num_weights = size.source, size.num_weights
     s2 = gradient = 4 * num_weights
     sharded = 4 * MOMENTS[options.optimizer] * num_weights
     whole = 2 * options.dtype.itemsize * num_weights + source  # of the next block, read ahead
@@ -129,6 +140,12 @@ def state_bytes(
     stage = parallel.zero_stage
     if stage:
         sharded += s2  # DeepSpeed steps a copy
+        # What is being reduced: DeepSpeed's bucket, and beside it the gradient of one linear, whole.
+        bucket = min(deepspeed_settings(parallel)["zero_optimization"]["reduce_bucket_size"], num_weights)
+        whole += 4 * (bucket + size.largest_linear)
+        if stage == 3:
+            # A second bucket to scatter from; s2 and source gathered for what is computed now and what comes next.
+            whole += 4 * bucket + 2 * (4 + source // num_weights) * max(bucket, size.largest_linear)
     if parallel.offload:
         sharded = 0
     for part, sharded_from in ((gradient, 2), (s2, 3), (source, 3)):

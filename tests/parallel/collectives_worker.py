@@ -12,19 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from shardq.errors import ConfigError, ShardQError, StorageError
-from shardq.optimize.block_quantizer import BlockQuantizer
-from shardq.optimize.distill import distill
-from shardq.optimize.loss import distillation_loss
-from shardq.optimize.options import OptimizeOptions
-from shardq.optimize.stepper import Stepper
-from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.collectives import (
     add_over_ranks,
-    average_gradients,
     barrier,
     max_over_ranks,
     on_every_host,
@@ -34,40 +25,8 @@ from shardq.parallel.collectives import (
     together,
 )
 from shardq.parallel.ranks import Ranks, started
-from shardq.quant.adascale import Kernels
-from shardq.quant.spec import QuantSpec
 
-OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3)
 LATE_SECONDS = 0.5
-
-
-def make_block() -> tuple[nn.Sequential, BlockQuantizer]:
-    """Two linears and their quantizers at their start, the same in every process."""
-    torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)).requires_grad_(False)
-    quantizer = BlockQuantizer(block, ["0", "2"], QuantSpec(bits=3), "adascale", Kernels(), torch.float32)
-    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
-    return block, quantizer
-
-
-def make_batches() -> list[tuple[Tensor, Tensor]]:
-    """The joined batches, inputs and targets [4, 10, 16], the same in every process."""
-    generator = torch.Generator().manual_seed(1)
-    inputs, targets = torch.randn(2, OPTIONS.iterations, 4, 10, 16, generator=generator)
-    return list(zip(inputs, targets, strict=True))
-
-
-def train(
-    block: nn.Module, quantizer: BlockQuantizer, stepper: Stepper, batches: list[tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """Train with one sample at a time and give the parameters."""
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        return distillation_loss(block(inputs), targets)
-
-    stepper.start()
-    distill(loss_of, quantizer, stepper, batches, micro_batch=1, on_step=lambda loss: None)
-    return {name: parameter.detach() for name, parameter in quantizer.named_parameters()}
 
 
 def outcome(work: Callable[[], object]) -> dict:
@@ -115,9 +74,9 @@ def check_numbers(ranks: Ranks, note: dict) -> None:
     """Sums, maxima, means."""
     note["sums"] = sum_over_ranks(ranks, [0.1 + 0.1 * ranks.rank, 2.0**53 * ranks.rank, -5.0])
     note["largest"] = max_over_ranks(ranks, 3.5 - ranks.rank)
-    gradients = [torch.full((2, 3), 1.0 + ranks.rank), torch.tensor([10.0, -4.0]) * ranks.rank]
-    average_gradients(ranks, gradients)
-    note["mean gradients"] = [gradient.tolist() for gradient in gradients]
+    statistics = [torch.full((2, 3), 1.0 + ranks.rank), torch.tensor([10.0, -4.0]) * ranks.rank]
+    add_over_ranks(ranks, statistics)
+    note["added"] = [tensor.tolist() for tensor in statistics]
 
 
 def check_barrier(ranks: Ranks, note: dict) -> None:
@@ -128,15 +87,6 @@ def check_barrier(ranks: Ranks, note: dict) -> None:
     note["barrier"]["left"] = time.time()
 
 
-def check_training(ranks: Ranks, folder: Path) -> None:
-    """Data-parallel training on this rank's half of each batch."""
-    mine = slice(ranks.rank, None, ranks.world_size)
-    batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches()]
-    block, quantizer = make_block()
-    parameters = train(block, quantizer, AllReduceStepper(quantizer, OPTIONS, ranks), batches)
-    save_file(parameters, folder / f"trained-{ranks.rank}.safetensors")
-
-
 def check_lost_peer(ranks: Ranks, note: dict) -> None:
     """Every collective of rank 0 after rank 1 has left the group."""
     calls = {
@@ -145,7 +95,6 @@ def check_lost_peer(ranks: Ranks, note: dict) -> None:
         "adding up losses": lambda: sum_over_ranks(ranks, [1.0]),
         "comparing memory": lambda: max_over_ranks(ranks, 1.0),
         "adding up statistics": lambda: add_over_ranks(ranks, [torch.ones(2)]),
-        "averaging gradients": lambda: average_gradients(ranks, [torch.ones(2)]),
     }
     note["lost"] = {doing: outcome(call) for doing, call in calls.items()}
 
@@ -159,7 +108,6 @@ def main() -> None:
         check_hosts(ranks, note, folder)
         check_numbers(ranks, note)
         check_barrier(ranks, note)
-        check_training(ranks, folder)
         if ranks.rank == 0:
             check_lost_peer(ranks, note)
         else:

@@ -17,10 +17,12 @@ from shardq.model.ends import BlockArguments, prologue, record_arguments, run_bl
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
 from shardq.optimize.options import OptimizeOptions
+from shardq.parallel import deepspeed_stepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import memory
 from shardq.pipeline.memory import (
+    block_size,
     choose_engine,
     choose_micro_batch,
     memory_limit,
@@ -141,7 +143,7 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
     options = OptimizeOptions(**chosen)
-    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options, WHOLE, 2)
+    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, WHOLE, 2)
     assert counted == 2 * source + bytes_a_weight * (attention + mlp)
 
 
@@ -155,25 +157,32 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
     ],
 )
 def test_zero_shares_state_between_ranks(llama_model: Model, engine: str, offload: bool, whole: int, shared: int):
-    """Whole: the quantized weight and its gradient, s2, its gradient; shared: moments and the copy that is stepped."""
+    """Whole: the quantized weight and its gradient, s2, its gradient; shared: moments and the copy that is stepped.
+
+    Beside that, what is reduced: a bucket, here as large as all gradients, and the largest linear's gradient. With
+    ZeRO 3 another bucket, and s2 and weights gathered twice.
+    """
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source, num_weights = 2 * (attention + mlp + norms), attention + mlp
     parallel = ParallelOptions(engine=engine, offload=offload)
-    counted = state_bytes(llama_model.skeleton, llama_model.plan, 1, options_for(4), parallel, 4)
+    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options_for(4), parallel, 4)
     held = source + source // 4 if engine == "zero3" else 2 * source
-    assert counted == held + whole * num_weights + shared * num_weights // 4
+    moved = 4 * (num_weights + 80 * 48)
+    if engine == "zero3":
+        moved += 4 * num_weights + 2 * (4 + 2) * num_weights
+    assert counted == held + whole * num_weights + shared * num_weights // 4 + moved
 
 
 class TestEngine:
     def test_one_rank_trains_alone(self, llama_model: Model):
         assert llama_model.engine(1, 1) == ("local", "one rank")
 
-    def test_first_that_fits_is_taken_and_the_last_if_none_does(self, llama_model: Model):
+    def test_first_that_fits_is_taken_and_the_last_if_none_does(self, llama_model: Model, monkeypatch):
+        monkeypatch.setattr(deepspeed_stepper, "BUCKET_SIZE", 1000)  # of a block as small as this, a small part too
         needed = []
         for engine in ("allreduce", "zero2", "zero3"):
-            state = state_bytes(
-                llama_model.skeleton, llama_model.plan, 0, options_for(4), ParallelOptions(engine=engine), 4
-            )
+            size = block_size(llama_model.skeleton, llama_model.plan, 0)
+            state = state_bytes(size, options_for(4), ParallelOptions(engine=engine), 4)
             needed.append(state + sample_bytes(llama_model.skeleton, llama_model.plan, llama_model.arguments, LENGTH))
         assert needed == sorted(needed, reverse=True)
         chosen = [llama_model.engine(spare, 4)[0] for spare in (*needed, needed[0] - 1, needed[1] - 1, 1)]
@@ -194,14 +203,16 @@ def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
     model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
     attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
     source = 2 * (attention + mlp + norms)
-    assert state_bytes(model.skeleton, model.plan, 0, options_for(1), WHOLE, 2) == 2 * source + 24 * attention
+    assert (
+        state_bytes(block_size(model.skeleton, model.plan, 0), options_for(1), WHOLE, 2) == 2 * source + 24 * attention
+    )
 
 
 class TestChoice:
     @staticmethod
     def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
         """Memory for a block's training with some samples at once."""
-        state = state_bytes(model.skeleton, model.plan, block_index, options_for(1), WHOLE, 1)
+        state = state_bytes(block_size(model.skeleton, model.plan, block_index), options_for(1), WHOLE, 1)
         sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
         return int(state + num_samples * sample)
 

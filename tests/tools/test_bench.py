@@ -1,8 +1,9 @@
-"""The benchmarks' arithmetic: operations of a step, spans that add up to a run."""
+"""The benchmarks' arithmetic: operations of a step, spans that add up to a run, bytes between ranks."""
 
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -89,3 +90,20 @@ def test_spans_are_those_of_the_asked_rank(tmp_path: Path):
     lines = [{"rank": rank, **span} for span in SPANS for rank in (0, 1)]
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [event["span"] for event in run.read_spans(events, 1)] == [span["span"] for span in SPANS]
+
+
+@pytest.mark.parametrize(("engine", "bytes_a_parameter"), [("allreduce-bf16", 2 * 2), ("zero2", 2 * 4 + 4)])
+def test_bytes_that_an_engine_sends_are_those_of_its_formula(engine: str, bytes_a_parameter: int):
+    """A reduction takes two rounds, each of half the values on two ranks; ZeRO's gathering of what was stepped one."""
+    shape = step.parse_shape("64x128x4x2")
+    command = [sys.executable, BENCH / "engines.py", "--shape", "64x128x4x2", "--tokens", "8", "--iterations", "2",
+               "--compile", "off", "--precision", "float32", "--engines", engine]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    row = json.loads(finished.stdout.splitlines()[-1])
+    num_rows = sum(outputs for outputs, _ in shape.linears.values())
+    expected = (shape.num_weights + 3 * num_rows) * bytes_a_parameter / 2  # s2; s3, beta, gamma
+    assert row["expected_sent_bytes"] == expected
+    assert row["sent_bytes"] == pytest.approx(expected, rel=0.01)
+    assert (row["engine"], row["ranks"], row["weights"]) == (engine.removesuffix("-bf16"), 2, shape.num_weights)
+    assert row["seconds"] > 0 and 0 < row["waiting_share"] < 1 and row["peak_bytes"] > 0

@@ -1,0 +1,106 @@
+"""One rank of the all-reduce stepper's tests: trains a block of its own samples and writes down what happened when.
+
+Run by torchrun with a folder as its only argument; `test_allreduce_stepper.py` judges.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shardq.errors import RankError
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.distill import distill
+from shardq.optimize.loss import distillation_loss
+from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.stepper import Stepper
+from shardq.parallel.allreduce_stepper import BUCKET_SIZE, AllReduceStepper
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks, started
+from shardq.quant.adascale import Kernels, fake_quantized_gradients
+from shardq.quant.spec import QuantSpec
+
+OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3)
+WIDTH, INNER = 16, BUCKET_SIZE // 16  # s2 of both large linears is as large as a bucket
+PARALLEL = ParallelOptions(engine="allreduce")
+
+
+def make_block(kernels: Kernels) -> tuple[nn.Sequential, BlockQuantizer]:
+    """A small linear, two large ones, and their quantizers at their start, the same in every process."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, INNER), nn.GELU(),
+                          nn.Linear(INNER, WIDTH)).requires_grad_(False)  # fmt: skip
+    quantizer = BlockQuantizer(block, ["0", "2", "4"], QuantSpec(bits=3), "adascale", kernels, torch.float32)
+    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    return block, quantizer
+
+
+def make_batches() -> list[tuple[Tensor, Tensor]]:
+    """The joined batches, inputs and targets [8, 10, WIDTH], the same in every process."""
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(2, OPTIONS.iterations, 8, 10, WIDTH, generator=generator)
+    return list(zip(inputs, targets, strict=True))
+
+
+def train(
+    block: nn.Module, quantizer: BlockQuantizer, stepper: Stepper, batches: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Train with one sample at a time and give the parameters."""
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return distillation_loss(block(inputs), targets)
+
+    stepper.start()
+    distill(loss_of, quantizer, stepper, batches, micro_batch=1, on_step=lambda loss: None)
+    return {name: parameter.detach() for name, parameter in quantizer.named_parameters()}
+
+
+def one_logged_step(ranks: Ranks) -> list:
+    """One step in order: the size of a linear whose gradients are computed, or of a bucket that leaves."""
+    log: list = []
+
+    def backward(grad: Tensor, *more: object) -> tuple:
+        log.append(["computed", grad.numel()])
+        return fake_quantized_gradients(grad, *more)
+
+    block, quantizer = make_block(Kernels(backward=backward))
+    stepper, all_reduce = AllReduceStepper(quantizer, OPTIONS, PARALLEL, ranks), dist.all_reduce
+
+    def logged(bucket: Tensor, *args: object, **kwargs: object) -> dist.Work:
+        log.append(["left", bucket.numel()])
+        return all_reduce(bucket, *args, **kwargs)
+
+    dist.all_reduce = logged
+    train(block, quantizer, stepper, make_batches()[:1])
+    dist.all_reduce = all_reduce
+    return log
+
+
+def main() -> None:
+    """Everything on this rank's samples; then rank 0 steps alone."""
+    folder, note = Path(sys.argv[1]), {}
+    with started("cpu") as ranks:
+        mine = slice(ranks.rank, None, ranks.world_size)
+        block, quantizer = make_block(Kernels())
+        stepper = AllReduceStepper(quantizer, OPTIONS, PARALLEL, ranks)
+        batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches()]
+        save_file(train(block, quantizer, stepper, batches), folder / f"trained-{ranks.rank}.safetensors")
+        note["log"] = one_logged_step(ranks)
+        dist.barrier()
+        if ranks.rank == 0:
+            try:
+                train(block, quantizer, stepper, batches)
+            except RankError as error:
+                note["lost"] = str(error)
+        else:
+            dist.destroy_process_group()  # its connections end in the middle of the run, though it lives
+        (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(note))
+        sys.exit(0)  # rank 0 has no group left to take leave of
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""One rank of the engines' tests: trains eight blocks in turn with each engine and writes down what came out.
+
+Run by torchrun with a folder and the names of engines, such as `zero2-bf16-offload`; `test_engines.py` judges.
+"""
+
+import ctypes
+import gc
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.distill import distill
+from shardq.optimize.loss import distillation_loss
+from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.stepper import Stepper
+from shardq.parallel.allreduce_stepper import AllReduceStepper
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks, started
+from shardq.quant.adascale import Kernels
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3)
+NUM_BLOCKS, BATCH = 8, 4
+SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+WIDTH = 320  # s2 has more than DeepSpeed's 100 000 elements below which ZeRO 3 keeps parameters whole
+
+
+def make_quantizer() -> tuple[nn.Sequential, BlockQuantizer]:
+    """Two linears, of bfloat16 checkpoints, and their quantizers."""
+    block = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH, bias=False), nn.GELU(), nn.Linear(WIDTH, 16, bias=False)
+    ).requires_grad_(False)
+    return block, BlockQuantizer(block, ["0", "2"], QuantSpec(bits=3), "adascale", Kernels(), torch.float32)
+
+
+def make_source(block: nn.Module, number: int) -> dict[str, Tensor]:
+    """Weights of block `number`, the same in every process."""
+    generator = torch.Generator().manual_seed(number)
+    return {
+        name: (torch.randn(tensor.shape, generator=generator) / WIDTH**0.5).bfloat16()
+        for name, tensor in block.state_dict().items()
+    }
+
+
+def make_batches(number: int) -> list[tuple[Tensor, Tensor]]:
+    """The joined batches of block `number`, inputs [4, 3, WIDTH] and targets [4, 3, 16], the same in every process."""
+    generator = torch.Generator().manual_seed(100 + number)
+    inputs = torch.randn(OPTIONS.iterations, BATCH, 3, WIDTH, generator=generator)
+    targets = torch.randn(OPTIONS.iterations, BATCH, 3, 16, generator=generator)
+    return list(zip(inputs, targets, strict=True))
+
+
+def train(
+    block: nn.Module, quantizer: BlockQuantizer, stepper: Stepper, number: int, mine: slice
+) -> dict[str, QuantizedLinear]:
+    """Train block `number` on some of each batch's samples, one at a time."""
+    quantizer.start(make_source(block, number), None, stepper.gathered)
+    stepper.start()
+    batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches(number)]
+    distill(
+        lambda inputs, targets: distillation_loss(block(inputs), targets), quantizer, stepper, batches, 1,
+        on_step=lambda loss: None,
+    )  # fmt: skip
+    linears = quantizer.folded(stepper.gathered)
+    quantizer.release()
+    return linears
+
+
+def tensors_of(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """Codes and scales by name."""
+    codes = {f"{name}.codes": linear.codes_OI for name, linear in linears.items()}
+    return codes | {f"{name}.scale": linear.scale_OG for name, linear in linears.items()}
+
+
+def make_stepper(name: str, quantizer: BlockQuantizer, ranks: Ranks) -> Stepper:
+    """The engine that a name such as `zero2-bf16-offload` or `zero3-frugal` stands for."""
+    engine, *more = name.split("-")
+    reduce_dtype = "bf16" if "bf16" in more else "float32"
+    files = [str(file) for file in SETTINGS.iterdir() if file.stem in more]
+    parallel = ParallelOptions(
+        engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=files[0] if files else None
+    )
+    if parallel.zero_stage:
+        return DeepSpeedStepper(quantizer, OPTIONS, parallel, ranks)
+    return AllReduceStepper(quantizer, OPTIONS, parallel, ranks)
+
+
+def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
+    """What could grow from block to block."""
+    time.sleep(0.2)  # a collective's thread lets go of its tensors a moment after it is waited for
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tables = [table for module in quantizer.modules()
+              for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]  # fmt: skip
+    tables += [parameter._post_accumulate_grad_hooks or {} for parameter in quantizer.parameters()]
+    optimizer = getattr(stepper, "_optimizer", None)  # DeepSpeed's keeps its hooks on parameters itself
+    tables += [hooks for name, hooks in vars(optimizer).items() if name.endswith("hooks") and hasattr(hooks, "__len__")]
+    resident = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)
+    return {
+        "tensor bytes": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()),
+        "groups": len(dist.distributed_c10d._world.pg_map),
+        "hooks": sum(map(len, tables)),
+        "resident": int(resident) << 10,
+    }
+
+
+def moments_held(stepper: Stepper) -> int:
+    """Elements of Adam's first moment on this rank."""
+    optimizer = stepper._optimizer
+    states = getattr(optimizer, "optimizer", optimizer).state.values()  # DeepSpeed's wraps torch's
+    return sum(state["exp_avg"].numel() for state in states if "exp_avg" in state)
+
+
+def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
+    """Train all blocks with one engine on this rank's samples."""
+    block, quantizer = make_quantizer()
+    quantizer.start(make_source(block, 0))
+    stepper = make_stepper(name, quantizer, ranks)
+    held = sum(parameter.numel() for parameter in quantizer.parameters())
+    held += sum(0 if isinstance(linear.rows, nn.Parameter) else linear.rows.numel() for linear in quantizer.quantizers)
+    footprints = []
+    for number in range(NUM_BLOCKS):
+        linears = train(block, quantizer, stepper, number, slice(ranks.rank, None, ranks.world_size))
+        save_file(tensors_of(linears), folder / f"{name}-block-{number}-{ranks.rank}.safetensors")
+        del linears
+        if number in (1, NUM_BLOCKS - 1):  # the first may still make what all need
+            footprints.append(footprint(quantizer, stepper))
+    note = {"held": held, "moments": moments_held(stepper), "footprints": footprints}
+    (folder / f"{name}-rank-{ranks.rank}.json").write_text(json.dumps(note))
+
+
+def main() -> None:
+    """Each engine in turn."""
+    with started("cpu") as ranks:
+        for name in sys.argv[2:]:
+            run_engine(name, ranks, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+#!/usr/bin/env python
+"""Measures each engine's training step on a block of random weights: memory, bytes between ranks, seconds.
+
+    python tools/bench/engines.py --shape 4096x14336x64x8 --tokens 128 --ranks 2
+
+One JSON line an engine: `peak_bytes` of a step, the largest of all ranks', without what a process takes before the
+block is there; the plan's `predicted_bytes` and their `ratio`; `sent_bytes` of a rank in a step, by the size of the
+tensors that its collectives are given, and the formula's `expected_sent_bytes`; `seconds` of a step, median and best;
+`waiting_share`, the part of it spent waiting for collectives; `resident_bytes`, the peak with all that a process takes.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from step import Shape, make_block, parse_shape
+from torch import Tensor
+
+from shardq.cli import return_freed_tensors
+from shardq.compiling import compiler, eager, keep_between_runs, why_not
+from shardq.devices import multiplies_bf16
+from shardq.logs import peak_rss_bytes
+from shardq.model.ends import BlockArguments
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.distill import distill
+from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.optimize.stepper import LocalStepper, Stepper
+from shardq.parallel.allreduce_stepper import AllReduceStepper
+from shardq.parallel.collectives import barrier, max_over_ranks
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks, started
+from shardq.pipeline.block_pass import block_loss
+from shardq.pipeline.memory import BlockSize, saved_bytes, state_bytes
+from shardq.quant.adascale import Kernels
+from shardq.quant.spec import QuantSpec
+
+WARM_UP_STEPS = 2  # the first makes the moments
+COLLECTIVES = [name for name in dir(dist.ProcessGroup) if re.match(r"(?!__).*(gather|reduce|broadcast)", name)]
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Traffic:
+    """What collectives cost this rank: bytes sent as ring algorithms send them, seconds waited."""
+
+    sent_bytes: float = 0.0
+    seconds_waiting: float = 0.0
+
+
+@contextmanager
+def counted(world_size: int) -> Iterator[Traffic]:
+    """Count the collectives that are called in the body, whoever calls them."""
+    traffic = Traffic()
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist.ProcessGroup, name, _counting(name, traffic, world_size)))
+        stack.enter_context(mock.patch.object(dist.Work, "wait", _timing(traffic)))
+        yield traffic
+
+
+def _counting(name: str, traffic: Traffic, world_size: int) -> Callable[..., dist.Work]:
+    call, rounds = getattr(dist.ProcessGroup, name), 2 if name.startswith("allreduce") else 1
+
+    def counting(group: dist.ProcessGroup, *args: object, **kwargs: object) -> dist.Work:
+        whole = max(map(_bytes_of, args))  # of the two sides, the one that is reduced or gathered
+        traffic.sent_bytes += rounds * (world_size - 1) / world_size * whole
+        return call(group, *args, **kwargs)
+
+    return counting
+
+
+def _timing(traffic: Traffic) -> Callable[..., bool]:
+    wait = dist.Work.wait
+
+    def timing(work: dist.Work, *args: object) -> bool:
+        start = time.perf_counter()
+        result = wait(work, *args)
+        traffic.seconds_waiting += time.perf_counter() - start
+        return result
+
+    return timing
+
+
+def _bytes_of(argument: object) -> int:
+    """Bytes of a tensor, or of all tensors in lists of any depth."""
+    if isinstance(argument, Tensor):
+        return argument.numel() * argument.itemsize
+    return sum(map(_bytes_of, argument)) if isinstance(argument, list | tuple) else 0
+
+
+def expected_sent_bytes(parallel: ParallelOptions, num_trained: int, num_weights: int, world_size: int) -> float:
+    """What a rank sends in a step, by the engine's own account.
+
+    All reduce the gradient in the ring's two rounds, each (N - 1) / N of it; ZeRO gathers what was stepped, in one.
+    ZeRO 3 reduces in one round, to the ranks that hold the shards; it gathers s2, s3 and the 16-bit weight instead,
+    for the forward and for the backward pass.
+    """
+    share, gradient = (world_size - 1) / world_size, parallel.dtype.itemsize * num_trained
+    gathered = {0: 0, 1: 4 * num_trained, 2: 4 * num_trained, 3: 2 * (4 * num_trained + 2 * num_weights)}
+    return share * ((1 if parallel.zero_stage == 3 else 2) * gradient + gathered[parallel.zero_stage])
+
+
+def start_new_peak() -> int:
+    """Forget the peak of resident memory so far; give what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_bytes()
+
+
+def make_stepper(
+    quantizer: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks
+) -> Stepper:
+    """The stepper that the pipeline would take."""
+    if parallel.zero_stage:
+        return DeepSpeedStepper(quantizer, options, parallel, ranks)
+    if parallel.engine == "local":
+        return LocalStepper(quantizer, options)
+    return AllReduceStepper(quantizer, options, parallel, ranks)
+
+
+def predicted_bytes(
+    shape: Shape, num_tokens: int, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
+) -> int:
+    """The plan's figure for one sample at once."""
+    block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
+    largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
+    size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
+    state = state_bytes(size, options, parallel, world_size)
+    return state + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
+
+
+def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
+    """Train some steps of one sample a rank and give the figures, on every rank."""
+    shape, tokens = arguments.shape, arguments.tokens
+    options = resolved(OptimizeOptions(iterations=1000, precision=arguments.precision), bits=4,
+                       world_size=ranks.world_size, has_bf16=multiplies_bf16(CPU))  # fmt: skip
+    if parallel.zero_stage:
+        importlib.import_module("deepspeed")  # a library's memory is not the block's
+    nothing = start_new_peak()
+    block, source, kwargs = make_block(shape, tokens, CPU)
+    ahead = {name: tensor.clone() for name, tensor in source.items()}  # the next block, read ahead
+    compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(lambda text: None)
+    kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
+    quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype)
+    quantizer.start(source)
+    num_trained = sum(parameter.numel() for parameter in quantizer.parameters())  # before any is sharded
+    stepper = make_stepper(quantizer, options, parallel, ranks)
+    quantizer.start(source, None, stepper.gathered)
+    source.clear()
+    stepper.start()
+    loss = compiled(block_loss, False)
+
+    def train(num_steps: int, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:
+        batch = tuple(torch.randn(2, 1, tokens, shape.hidden))
+        distill(lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype), quantizer, stepper,
+                [batch] * num_steps, 1, on_step, mean_over=1)  # fmt: skip
+
+    train(WARM_UP_STEPS)
+    barrier(ranks)
+    start_new_peak()
+    times = [time.perf_counter()]
+    with counted(ranks.world_size) as traffic:
+        train(arguments.iterations, lambda loss: times.append(time.perf_counter()))
+    resident = max_over_ranks(ranks, peak_rss_bytes())
+    peak = max_over_ranks(ranks, peak_rss_bytes() - nothing)
+    assert ahead  # held until here
+    predicted = predicted_bytes(shape, tokens, options, parallel, ranks.world_size)
+    steps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return {
+        "engine": parallel.engine, "offload": parallel.offload, "reduce_dtype": parallel.reduce_dtype,
+        "ranks": ranks.world_size, "threads": torch.get_num_threads(), "precision": options.precision,
+        "compiled": compiled is not eager, "weights": shape.num_weights, "tokens": tokens,
+        "peak_bytes": int(peak), "predicted_bytes": predicted, "ratio": round(peak / predicted, 3),
+        "resident_bytes": int(resident), "sent_bytes": round(traffic.sent_bytes / arguments.iterations),
+        "expected_sent_bytes": round(expected_sent_bytes(parallel, num_trained, shape.num_weights, ranks.world_size)),
+        "seconds": round(statistics.median(steps), 4), "best_seconds": round(min(steps), 4),
+         "waiting_share": round(traffic.seconds_waiting / (times[-1] - times[0]), 3),
+    }  # fmt: skip
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Measure the one engine on this rank."""
+    engine, *more = arguments.engines[0].split("-")
+    reduce_dtype = "bf16" if "bf16" in more else "float32"
+    parallel = ParallelOptions(engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more)
+    return_freed_tensors()
+    keep_between_runs()
+    torch.manual_seed(int(os.environ.get("RANK", 0)))
+    with started("cpu") as ranks:
+        row = measure(arguments, parallel, ranks)
+        if ranks.rank == 0:
+            print(json.dumps(row), flush=True)
+
+
+def launch(engine: str, arguments: argparse.Namespace) -> None:
+    """Measure one engine in processes of its own."""
+    ranks = 1 if engine == "local" else arguments.ranks
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__,
+               "--rank-of-launch", *sys.argv[1:], "--engines", engine]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    finished = subprocess.run(command, env=environment, check=False)
+    if finished.returncode:
+        sys.exit(f"tools/bench/engines.py: {engine} ended with code {finished.returncode}; its message is above")
+
+
+def main() -> None:
+    """Parse the command line; measure one engine after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shape", default="smollm2", type=parse_shape, help="smollm2, llama3-8b, llama3-70b or HxIxNxK"
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of the sample that each rank takes a step")
+    parser.add_argument("--engines", nargs="+", default=["local", "allreduce", "zero1", "zero2", "zero3"],
+                        help="also with endings: zero2-offload, allreduce-bf16 (default: all five, plain)")  # fmt: skip
+    parser.add_argument("--ranks", type=int, default=2, help="of all engines but local")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--iterations", type=int, default=3, help="steps to measure, after two")
+    parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto")
+    parser.add_argument("--compile", choices=["auto", "off"], default="auto")
+    parser.add_argument("--rank-of-launch", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of_launch:
+        run_rank(arguments)
+        return
+    for engine in arguments.engines:
+        launch(engine, arguments)
+
+
+if __name__ == "__main__":
+    main()
