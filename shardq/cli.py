@@ -12,13 +12,14 @@ from collections.abc import Callable
 import jsonargparse
 
 from shardq.compiling import keep_between_runs
-from shardq.config import EvaluateConfig, QuantizeConfig
+from shardq.config import EvaluateConfig, QuantizeConfig, VerifyConfig
 from shardq.devices import memory_errors
 from shardq.errors import ConfigError, ShardQError
 from shardq.logs import print_error
 from shardq.parallel.ranks import Ranks, started, this_rank
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.run import quantize
+from shardq.pipeline.verify import verify
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -29,11 +30,13 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
         "Quantize a model block by block; the last line of output is JSON.",
     ),
     "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
+    "verify": (VerifyConfig, verify, "Check every file of a finished run; the last line of output is JSON."),
 }
 IF_MEMORY_IS_SHORT = {
     "quantize": "free some and run the same command again, or begin in another --output with a smaller "
     "--optimize.micro_batch, --optimize.memory_gib or --calib.sequence_length",
     "evaluate": "free some and run the same command again, or lower --eval.sequence_length",
+    "verify": "free some and run the same command again",
 }
 
 
@@ -81,7 +84,7 @@ def _return_freed_tensors() -> None:
         set_option(M_ARENA_MAX, 1)
 
 
-def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig:
+def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig | VerifyConfig:
     """Defaults, then --config files from left to right, then single options.
 
     Raises:
@@ -111,7 +114,7 @@ def _make_parser(verb: str) -> jsonargparse.ArgumentParser:
         print_config="--print-config",
     )
     parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, as_positional=True)  # fields that are not keyword-only
     return parser
 
 

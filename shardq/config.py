@@ -1,7 +1,7 @@
 """All options of a command in one tree, and the checks that need more than one of them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
@@ -91,6 +91,15 @@ class EvaluateConfig:
     quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
     eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """A check of what a run has written."""
+
+    run: str
+    """Output folder of a finished run."""
+    device: ClassVar[str] = "cpu"
 
 
 EVALUATION_TEXT = TextOptions(

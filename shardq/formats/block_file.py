@@ -50,8 +50,28 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
     for name, facts in described.items():
         num_inputs = facts.pop("in_features")
         spec = QuantSpec(**facts)
+        _check_shapes(path, name, tensors, num_inputs, spec)
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
         codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, spec)
         linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)
     return linears
+
+
+def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, spec: QuantSpec) -> None:
+    """Raise CheckpointError where a linear's tensors are not all there or do not belong together."""
+    num_outputs = len(tensors.get(f"{name}.scale", ()))
+    grid = (num_outputs, num_inputs // (spec.group_size or num_inputs))
+    expected = {"codes": (num_outputs, packing.packed_width(num_inputs, spec.bits)), "scale": grid}
+    if not spec.symmetric:
+        expected["zero_point"] = grid
+    for kind, shape in expected.items():
+        found = tensors.get(f"{name}.{kind}")
+        if found is None or found.shape != shape:
+            raise CheckpointError(
+                f"{path}: {name}.{kind} {'is missing' if found is None else f'has shape {list(found.shape)}'}, "
+                f"the grid asks for {list(shape)}; the file is damaged"
+            )
+    if spare_bits := -num_inputs * spec.bits % 8:
+        if (tensors[f"{name}.codes"][:, -1] >> (8 - spare_bits)).any():
+            raise CheckpointError(f"{path}: {name}.codes has bits set behind its last code; the file is damaged")
