@@ -16,6 +16,7 @@ from shardq.config import QuantizeConfig
 from shardq.errors import ResumeError
 from shardq.files import ASIDE, append_line, sha256_of, write_json
 from shardq.formats.shards import Index, read_sample
+from shardq.pipeline.lock import LOCK
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
 NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "parallel")  # may differ when a run goes on
@@ -71,6 +72,23 @@ def stored_options(output: Path, section: str) -> dict:
     return read_json(path).get("options", {}).get(section, {}) if path.exists() else {}
 
 
+def check_folder(output: Path, resume: str) -> None:
+    """Check that a folder is one to begin or to go on in, without changing it.
+
+    Raises:
+        ResumeError: it holds something else, or nothing to go on with.
+    """
+    if (output / MANIFEST).exists():
+        return
+    if resume == "require":
+        raise ResumeError(f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require")
+    if output.exists() and not output.is_dir():
+        raise ResumeError(f"{output}: is a file; choose another --output")
+    # The aside file is what a kill inside the writing of the manifest itself leaves.
+    if output.exists() and any(file.name not in (LOCK, MANIFEST + ASIDE) for file in output.iterdir()):
+        raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
+
+
 def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
     """Begin a run in a folder, or find what an unfinished run there has done.
 
@@ -80,17 +98,9 @@ def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
     Raises:
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
     """
+    check_folder(output, resume)
     path = output / MANIFEST
     if not path.exists():
-        if resume == "require":
-            raise ResumeError(
-                f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require"
-            )
-        if output.exists() and not output.is_dir():
-            raise ResumeError(f"{output}: is a file; choose another --output")
-        # The aside file is what a kill inside the writing of the manifest itself leaves.
-        if output.exists() and any(file.name != MANIFEST + ASIDE for file in output.iterdir()):
-            raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
         write_json(path, manifest)
         return []
     if resume == "never":

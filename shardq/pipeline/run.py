@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -38,26 +39,27 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     """
     start, started = time.perf_counter(), seconds_since_process_start()
     display = Display(ranks.rank)
-    run = prepare(config, ranks, display)
-    events = Events(events_file(run.output, ranks), ranks.rank)
-    entries = run.finished
-    if len(entries) <= run.plan.num_blocks:
-        # No file to write to before the checks have passed.
-        events.record("start-up", started)
-        events.record("prepare", time.perf_counter() - start)
-        entries = _finish(run, events)
-        events.record("run", started + time.perf_counter() - start)
-    blocks = entries[: run.plan.num_blocks]
-    summary = {
-        "output": str(run.output),
-        "blocks": len(blocks),
-        "seconds": round(time.perf_counter() - start, 3),
-        "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
-        "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
-        "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
-    }
-    _say_what_is_where(run, summary)
-    return summary
+    with ExitStack() as held:
+        run = prepare(config, ranks, display, held)
+        events = Events(events_file(run.output, ranks), ranks.rank)
+        entries = run.finished
+        if len(entries) <= run.plan.num_blocks:
+            # No file to write to before the checks have passed.
+            events.record("start-up", started)
+            events.record("prepare", time.perf_counter() - start)
+            entries = _finish(run, events)
+            events.record("run", started + time.perf_counter() - start)
+        blocks = entries[: run.plan.num_blocks]
+        summary = {
+            "output": str(run.output),
+            "blocks": len(blocks),
+            "seconds": round(time.perf_counter() - start, 3),
+            "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
+            "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
+            "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
+        }
+        _say_what_is_where(run, summary)
+        return summary
 
 
 def _finish(run: Run, events: Events) -> list[dict]:

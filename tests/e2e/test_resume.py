@@ -1,5 +1,6 @@
 """Interrupted runs go on and end with the bytes of an uninterrupted one."""
 
+import os
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
 from shardq.errors import ResumeError
+from shardq.pipeline.lock import only_run
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,12 @@ def test_run_keeps_its_micro_batch_whatever_memory_is_free(llama, token_file, tm
     assert b'"micro_batch": 1' in files["manifest.json"]
     run_quantize(llama, token_file, tmp_path / "out")  # with today's memory it would be 2, another run
     assert result_files(tmp_path / "out") == files
+
+
+def test_second_run_on_one_folder_is_refused(llama, token_file, tmp_path):
+    with only_run(tmp_path / "out", print):
+        with pytest.raises(ResumeError, match=rf"out: process {os.getpid()} on .* works there"):
+            run_quantize(llama, token_file, tmp_path / "out")
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["lock"]
+    run_quantize(llama, token_file, tmp_path / "out", "--quant.method", "rtn")
+    assert "lock" not in result_files(tmp_path / "out")

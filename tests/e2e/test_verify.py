@@ -23,6 +23,7 @@ from shardq.quant.spec import QuantSpec
 
 CODES = "blocks/block-00001.safetensors"
 WEIGHTS = "model-00002-of-00004.safetensors"
+REST = "model-00004-of-00004.safetensors"
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -110,7 +111,7 @@ DAMAGES = {  # what is done, the check that finds it, what it says
         "index", f"stray is in {WEIGHTS}, the index says nothing",
     ),
     "a tensor in two shards": (
-        lambda r: edit_tensors(r / "model-00004-of-00004.safetensors", lambda t: t.update({f"{NAME}.weight": torch.zeros(1)})),
+        lambda r: edit_tensors(r / REST, lambda t: t.update({f"{NAME}.weight": torch.zeros(1)})),
         "index", f"{NAME}.weight is in model-00004",
     ),
     "a wrong size in the index": (
