@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 
@@ -14,7 +13,8 @@ import jsonargparse
 from shardq.compiling import keep_between_runs
 from shardq.config import EvaluateConfig, QuantizeConfig, VerifyConfig
 from shardq.devices import memory_errors
-from shardq.errors import ConfigError, ShardQError
+from shardq.errors import ConfigError, Interrupted, ShardQError
+from shardq.interrupts import interruptible, print_interruption
 from shardq.logs import print_error
 from shardq.parallel.ranks import Ranks, started, this_rank
 from shardq.pipeline.evaluate import evaluate
@@ -39,6 +39,8 @@ IF_MEMORY_IS_SHORT = {
     "verify": "free some and run the same command again",
 }
 
+IF_INTERRUPTED = {"quantize": "the same command goes on after the blocks that are finished"}
+
 
 def main() -> None:
     """Entry point of the console command `shardq`: a verb, then the verb's options."""
@@ -58,7 +60,8 @@ def run_command(verb: str, arguments: list[str]) -> None:
     keep_between_runs()
     try:
         config = parse(verb, arguments)
-        with started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):
+        advice = IF_INTERRUPTED.get(verb, "the same command does it anew")
+        with interruptible(advice), started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):
             summary = COMMANDS[verb][1](config, ranks)
             _print_summary(ranks, summary)
     except ShardQError as error:
@@ -66,8 +69,9 @@ def run_command(verb: str, arguments: list[str]) -> None:
         if is_first_on_host or not error.agreed:
             print_error(str(error), error.where if error.agreed else this_rank())
         _leave(error.exit_code)
-    except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
+    except Interrupted as error:
+        print_interruption(error)
+        _leave(error.exit_code)
     _leave(0)
 
 

@@ -25,6 +25,7 @@ from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files,
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.stop import stop_if_asked, stoppable
 
 
 def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
@@ -47,7 +48,8 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
             # No file to write to before the checks have passed.
             events.record("start-up", started)
             events.record("prepare", time.perf_counter() - start)
-            entries = _finish(run, events)
+            with stoppable(run.output, ranks):
+                entries = _finish(run, events)
             events.record("run", started + time.perf_counter() - start)
         blocks = entries[: run.plan.num_blocks]
         summary = {
@@ -82,6 +84,8 @@ def _finish(run: Run, events: Events) -> list[dict]:
         for loaded in _agreed_blocks(run, len(entries), events):
             entries.append(_quantize_and_commit(run, job, loaded, dtype))
             del loaded  # its source must not stay in memory while the block after the next is read
+            if len(entries) < plan.num_blocks:
+                stop_if_asked(run.output, ranks, len(entries), plan.num_blocks)
     with events.span("export"):
         shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
         on_rank_zero(ranks, lambda: _complete(run, dtype))
