@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from shardq.errors import ResumeError
-from shardq.files import storage_errors
+from shardq.files import make_folder, storage_errors
 
 LOCK = "lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -34,7 +34,7 @@ def only_run(output: Path, say: Callable[[str], None]) -> Iterator[None]:
     """
     path = output / LOCK
     with storage_errors(path):
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         file = _locked(path, say)
     with file:
         former = file.read()

@@ -11,6 +11,7 @@ from shardq.compiling import why_not
 from shardq.config import QuantizeConfig, check_quantize
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
+from shardq.files import remove_asides
 from shardq.logs import Display
 from shardq.model.ends import BlockArguments, prologue, record_arguments
 from shardq.model.hub import local_folder
@@ -66,6 +67,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
         ledger.check_folder(output, config.resume)
         held.enter_context(only_run(output, display.line))
+        remove_asides(output)
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
     skeleton, plan, arguments = together(ranks, open_and_plan)
