@@ -5,21 +5,22 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 
 import jsonargparse
 
 from shardq.compiling import keep_between_runs
-from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig
+from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, VerifyConfig
 from shardq.devices import memory_errors
-from shardq.errors import ConfigError, ShardQError
+from shardq.errors import ConfigError, Interrupted, ShardQError
+from shardq.interrupts import interruptible, print_interruption
 from shardq.logs import print_error
 from shardq.parallel.ranks import Ranks, started, this_rank
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.export import export
 from shardq.pipeline.run import quantize
+from shardq.pipeline.verify import verify
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -31,13 +32,17 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
     ),
     "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
     "export": (ExportConfig, export, "Convert a finished run for other programs; the last line of output is JSON."),
+    "verify": (VerifyConfig, verify, "Check every file of a finished run; the last line of output is JSON."),
 }
 IF_MEMORY_IS_SHORT = {
     "quantize": "free some and run the same command again, or begin in another --output with a smaller "
     "--optimize.micro_batch, --optimize.memory_gib or --calib.sequence_length",
     "evaluate": "free some and run the same command again, or lower --eval.sequence_length",
     "export": "free some and run the same command again",
+    "verify": "free some and run the same command again",
 }
+
+IF_INTERRUPTED = {"quantize": "the same command goes on after the blocks that are finished"}
 
 
 def main() -> None:
@@ -58,7 +63,8 @@ def run_command(verb: str, arguments: list[str]) -> None:
     keep_between_runs()
     try:
         config = parse(verb, arguments)
-        with started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):
+        advice = IF_INTERRUPTED.get(verb, "the same command does it anew")
+        with interruptible(advice), started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):
             summary = COMMANDS[verb][1](config, ranks)
             _print_summary(ranks, summary)
     except ShardQError as error:
@@ -66,8 +72,9 @@ def run_command(verb: str, arguments: list[str]) -> None:
         if is_first_on_host or not error.agreed:
             print_error(str(error), error.where if error.agreed else this_rank())
         _leave(error.exit_code)
-    except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
+    except Interrupted as error:
+        print_interruption(error)
+        _leave(error.exit_code)
     _leave(0)
 
 
@@ -84,7 +91,7 @@ def return_freed_tensors() -> None:
         set_option(M_ARENA_MAX, 1)
 
 
-def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig | ExportConfig:
+def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig | ExportConfig | VerifyConfig:
     """Defaults, then --config files from left to right, then single options.
 
     Raises:
@@ -114,7 +121,7 @@ def _make_parser(verb: str) -> jsonargparse.ArgumentParser:
         print_config="--print-config",
     )
     parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
-    parser.add_class_arguments(config_class, as_positional=config_class is ExportConfig)
+    parser.add_class_arguments(config_class, as_positional=True)  # fields that are not keyword-only
     return parser
 
 

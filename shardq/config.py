@@ -129,6 +129,15 @@ class ExportConfig:
     device: ClassVar[str] = "cpu"
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    """A check of what a run has written."""
+
+    run: str
+    """Output folder of a finished run."""
+    device: ClassVar[str] = "cpu"
+
+
 EVALUATION_TEXT = TextOptions(
     dataset="Salesforce/wikitext",
     subset="wikitext-2-raw-v1",

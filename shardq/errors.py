@@ -1,5 +1,7 @@
 """Errors that a user can act on; each class has the exit code that the command line returns."""
 
+import signal
+
 
 class ShardQError(Exception):
     """One line that says what is wrong, where, and what to do.
@@ -65,3 +67,17 @@ class MemoryShortageError(ShardQError):
     """The device, or the host, has less memory left than was asked for."""
 
     exit_code = 9
+
+
+class Stopped(ShardQError):
+    """The run ends between two blocks because it was asked to; the same command goes on."""
+
+    exit_code = 10
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks this process to end: not an error, and not for handlers of errors to catch."""
+
+    def __init__(self, number: int, advice: str):
+        super().__init__(f"ended by {signal.Signals(number).name}; {advice}")
+        self.exit_code = 128 + number

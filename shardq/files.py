@@ -26,7 +26,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """
     aside = path.with_name(path.name + ASIDE)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             write(aside)
             sync(aside)
@@ -48,11 +48,27 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and sync it: once this returns, the line survives a power cut."""
-    with storage_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line and sync it: once this returns, the line survives a power cut, the file's name included."""
+    with storage_errors(path):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; once this returns, they survive a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def remove_asides(folder: Path) -> None:
+    """Remove what dead processes have left half-written in a folder and those below it."""
+    for aside in folder.rglob(f"*{ASIDE}"):
+        aside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -6,13 +6,15 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor
 
 from shardq.files import storage_errors
@@ -105,6 +107,13 @@ class Display:
     def line(self, text: str) -> None:
         """Print one line above the bar."""
         self._console.print(text, markup=False)
+
+    def table(self, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        """Print a table; a cell's text wraps within its column."""
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self._console.print(table, soft_wrap=False)
 
     @contextmanager
     def bars(self, num_blocks: int, first_block: int, num_iterations: int) -> Iterator[None]:

@@ -174,3 +174,27 @@ def test_read_only_disk_is_said_and_changes_nothing(small_disk, write: Callable,
     message = message_of(write, small_disk / name, "text")
     assert message.startswith(f"{small_disk / name}: cannot be written")
     assert {file.name: file.read_text() for file in small_disk.iterdir()} == {"a.txt": "old"}
+
+
+def test_folders_are_synced_into_those_above_before_what_is_in_them(tmp_path, monkeypatch):
+    """A synced file in a folder whose own name is lost would be lost, too."""
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path))
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+
+
+def test_new_files_name_is_synced_with_its_first_line(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path))
+    files.append_line(tmp_path / "ledger", "line")
+    assert synced == [tmp_path]
+
+
+def test_what_dead_processes_left_half_written_is_removed(tmp_path):
+    files.write_text(tmp_path / "a" / "whole.txt", "text")
+    for name in ("x.partial", "a/b.safetensors.partial"):
+        (tmp_path / name).write_text("half")
+    files.remove_asides(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["whole.txt"]

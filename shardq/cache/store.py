@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardq.cache.options import CacheOptions
 from shardq.errors import ShardQError, StorageError
-from shardq.formats.tensor_file import read_tensors, write_tensors
+from shardq.formats.tensor_file import read_checked, write_checked
 
 Stream = Literal["fp", "quant"]
 
@@ -26,7 +26,7 @@ class ActivationStore(Protocol):
         """Hidden states [T, D] in CPU memory."""
 
     def holds(self, generation: int, sample: int) -> bool:
-        """Whether both streams of a sample are there."""
+        """Whether both streams of a sample are there, and whole."""
 
     def drop(self, generation: int, samples: range) -> None:
         """Forget a generation of these samples; a generation that is not there is no error."""
@@ -69,26 +69,31 @@ class DiskStore:
 
     def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
         """Write one file; it is on the disk when this returns."""
-        write_tensors(self._path(stream, generation, sample), {"hidden": hidden_TD})
+        write_checked(self._path(stream, generation, sample), hidden_TD)
 
     def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
-        """Read one file into CPU memory.
+        """Read one file into CPU memory. A damaged one is deleted, so that a resume computes it anew.
 
         Raises:
             StorageError: the file is gone or damaged.
         """
         path = self._path(stream, generation, sample)
         try:
-            return read_tensors(path)["hidden"]
-        except (ShardQError, KeyError) as error:
+            return read_checked(path)
+        except ShardQError as error:
+            path.unlink(missing_ok=True)
             raise StorageError(
-                f"{path}: cached activations cannot be read; delete the folder {self._folder} and run the same "
-                "command again to compute them anew"
+                f"{path}: cached activations are gone or damaged; run the same command again to compute them anew"
             ) from error
 
     def holds(self, generation: int, sample: int) -> bool:
-        """Whether both streams of a sample are there."""
-        return all(self._path(stream, generation, sample).is_file() for stream in ("fp", "quant"))
+        """Whether both streams of a sample are there, and whole: both are read."""
+        try:
+            for stream in ("fp", "quant"):
+                self.read(stream, generation, sample)
+        except StorageError:
+            return False
+        return True
 
     def drop(self, generation: int, samples: range) -> None:
         """Delete a generation's files of these samples, and its folder once it is empty."""

@@ -44,6 +44,7 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
     tensors = read_tensors(path)
     linears = {}
     for name, (num_inputs, spec) in _read_described(path).items():
+        _check_shapes(path, name, tensors, num_inputs, spec)
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
         codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, spec)
@@ -66,3 +67,22 @@ def _read_described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
     return {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in content["linears"].items()}
+
+
+def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, spec: QuantSpec) -> None:
+    """Raise CheckpointError where a linear's tensors are not all there or do not belong together."""
+    num_outputs = len(tensors.get(f"{name}.scale", ()))
+    grid = (num_outputs, num_inputs // (spec.group_size or num_inputs))
+    expected = {"codes": (num_outputs, packing.packed_width(num_inputs, spec.bits)), "scale": grid}
+    if not spec.symmetric:
+        expected["zero_point"] = grid
+    for kind, shape in expected.items():
+        found = tensors.get(f"{name}.{kind}")
+        if found is None or found.shape != shape:
+            raise CheckpointError(
+                f"{path}: {name}.{kind} {'is missing' if found is None else f'has shape {list(found.shape)}'}, "
+                f"the grid asks for {list(shape)}; the file is damaged"
+            )
+    if spare_bits := -num_inputs * spec.bits % 8:
+        if (tensors[f"{name}.codes"][:, -1] >> (8 - spare_bits)).any():
+            raise CheckpointError(f"{path}: {name}.codes has bits set behind its last code; the file is damaged")

@@ -41,12 +41,17 @@ def plain_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dic
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:
     """Write `model.safetensors.index.json` from the headers of the finished shards."""
+    write_json(folder / INDEX_FILE, index_of(folder, shards))
+
+
+def index_of(folder: Path, shards: Iterable[str]) -> dict:
+    """What `model.safetensors.index.json` has to hold for some shards: `weight_map`, and `total_size` in `metadata`."""
     weight_map, total_bytes = {}, 0
     for shard in shards:
         for name, info in read_header(folder / shard).items():
             weight_map[name] = shard
             total_bytes += info.num_bytes
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
 
 
 def write_config(source: Path, folder: Path, dtype: str, **more: object) -> None:

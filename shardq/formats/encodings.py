@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shardq import __version__
-from shardq.files import write_whole
+from shardq.errors import CheckpointError
+from shardq.files import storage_errors, write_whole
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -89,10 +90,35 @@ def _write_streamed(path: Path, head: dict, opening: str, closing: str, items: I
 
 
 def read_v1(path: Path) -> Iterator[dict]:
-    """Entries of a version 1.0.0 file."""
-    yield from json.loads(path.read_text(encoding="utf-8"))["param_encodings"]
+    """Entries of what `write_v1` wrote, one in memory at a time.
+
+    Raises:
+        CheckpointError: the file is cut off, damaged, or another program wrote it.
+    """
+    yield from _read_streamed(path, "[", "]")
 
 
 def read_torch(path: Path) -> Iterator[tuple[str, list[dict]]]:
-    """Entries of a `_torch.encodings` body, by weight name."""
-    yield from json.loads(path.read_text(encoding="utf-8"))["param_encodings"].items()
+    """Entries, by weight name, of what `write_torch` wrote, one weight in memory at a time.
+
+    Raises:
+        CheckpointError: the file is cut off, damaged, or another program wrote it.
+    """
+    for item in _read_streamed(path, "{", "}"):
+        yield from item.items()
+
+
+def _read_streamed(path: Path, opening: str, closing: str) -> Iterator:
+    """The items of `_write_streamed`, one a line; an item of an object as an object of its own."""
+    bare = opening == "["
+    try:
+        with storage_errors(path), open(path, encoding="utf-8") as file:
+            json.loads(file.readline() + closing + "}")
+            for line in file:
+                if line == f"{closing}}}\n":
+                    return
+                item = line.rstrip(",\n")
+                yield json.loads(item if bare else f"{{{item}}}")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, or written by another program ({error})") from error
+    raise CheckpointError(f"{path}: cut off; its last line is missing")

@@ -129,9 +129,8 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
         "scale": folded.scale_OG
     }
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
-    full_range = folded.spec.full_range
-    if wrong or not ((folded.scale_OG.abs() if full_range else folded.scale_OG) > 0).all():
-        sign = "nonzero" if full_range else "positive"
+    if wrong or not folded.has_valid_scales:
+        sign = "nonzero" if folded.spec.full_range else "positive"
         raise QuantizationError(
             f"{name}: {', '.join(wrong) or 'scale'} is not finite and {sign} after training; "
             "lower optimize.grid_lr and optimize.weight_lr"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shardq.errors import ShardQError, StorageError
-from shardq.files import write_text
+from shardq.files import ASIDE, write_text
 from shardq.parallel.ranks import Ranks, contact, this_rank
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def shared_by_all(ranks: Ranks, folder: Path) -> None:
     if ranks.world_size == 1:
         return
     token, author = on_rank_zero(ranks, lambda: (secrets.token_hex(16), this_rank()))
-    path = folder / f"token-{token}"  # a new name: a network disk may remember that an old one was absent
+    path = folder / f"token-{token}{ASIDE}"  # a new name: a network disk may remember that an old one was absent
 
     def find() -> None:
         if not path.is_file() or path.read_text(encoding="utf-8") != token:

@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from shardq.errors import RankError, ShardQError
+from shardq.errors import Interrupted, RankError, ShardQError
 from shardq.logs import print_error
 
 BEAT_SECONDS = 1.0
@@ -34,7 +34,8 @@ MEETING_PLACE = "watch"
 class Peer:
     """The rank at the other end of a connection, and what was heard from it.
 
-    `launcher` is the process that started it, on which host; `last_words` are empty where it leaves in order.
+    `launcher` is the process that started it, on which host; `last_words` are empty where it leaves in order;
+    `interrupted`: a signal has asked it to end.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Peer:
     received: bytes = b""
     missed_beats: int = 0
     last_words: str | None = None
+    interrupted: bool = False
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> 
     except BaseException as error:
         if isinstance(error, RankError):
             watch.wait()  # it knows which rank failed first, and why
-        watch.leave(_last_words(error))
+        watch.leave(_last_words(error), isinstance(error, Interrupted))
         raise
     watch.leave("")
 
@@ -84,10 +86,10 @@ class Watch:
         """Give the watch the time to find out which rank is gone; returns only if it finds none."""
         self._thread.join((MAX_MISSED_BEATS + 5) * BEAT_SECONDS)
 
-    def leave(self, last_words: str) -> None:
+    def leave(self, last_words: str, interrupted: bool = False) -> None:
         """Tell the peers that this rank ends, and why; they act on it once it has ended."""
         self._leaving = True
-        self._send_all("leaving", last_words)
+        self._send_all("leaving", last_words, interrupted)
 
     def _listen(self) -> None:
         due = time.monotonic()
@@ -114,13 +116,14 @@ class Watch:
         if not data:
             if peer.last_words != "":
                 failed = f"failed: {peer.last_words}" if peer.last_words else f"ended without a message: {reason}"
-                self._end_all(f"{peer.name} {failed}")
+                failed = f"was {peer.last_words}" if peer.interrupted else failed
+                self._end_all(f"{peer.name} {failed}", interrupted=peer.interrupted)
             return False
         peer.missed_beats = 0
         *lines, peer.received = (peer.received + data).split(b"\n")
         for kind, *words in (json.loads(line) for line in lines):
             if kind == "leaving":
-                [peer.last_words] = words
+                peer.last_words, peer.interrupted = words
             elif kind == "verdict":
                 self._end(*words)
         return True
@@ -141,23 +144,27 @@ class Watch:
             print_error(gone, self._name)
             os._exit(RankError.exit_code)
 
-    def _end_all(self, verdict: str, silent: Peer | None = None) -> None:
+    def _end_all(self, verdict: str, silent: Peer | None = None, interrupted: bool = False) -> None:
         if not self._leaving:
             hung = [silent.launcher, silent.pid] if silent else None
-            self._send_all("verdict", verdict, hung)
-            self._end(verdict, hung)
+            self._send_all("verdict", verdict, hung, interrupted)
+            self._end(verdict, hung, interrupted)
 
-    def _end(self, verdict: str, hung: tuple[str, int] | None) -> None:
+    def _end(self, verdict: str, hung: tuple[str, int] | None, interrupted: bool) -> None:
         """End this process, unless it is about to end with words of its own.
 
-        A hung rank of the same launcher is killed: torchrun would give it 30 s to leave by itself.
+        A hung rank of the same launcher is killed: torchrun would give it 30 s to leave by itself. A signal that ends
+        one rank of a host mostly goes to all: each is given the time to end by itself, and one line a host is enough.
         """
+        if interrupted:
+            time.sleep(2 * BEAT_SECONDS)
         if self._leaving:
             return
         if hung and hung[0] == self._launcher and hung[1] != os.getpid():
             with suppress(ProcessLookupError):
                 os.kill(hung[1], signal.SIGKILL)
-        print_error(verdict, self._name)
+        if not interrupted or os.environ.get("LOCAL_RANK") == "0":
+            print_error(verdict, self._name)
         os._exit(RankError.exit_code)
 
     def _send_all(self, *message: object) -> None:
@@ -244,6 +251,8 @@ def _last_words(error: BaseException) -> str:
     """Why a rank ends; nothing where all ranks do with the same error, or in order."""
     if isinstance(error, ShardQError):
         return "" if error.agreed else str(error)
+    if isinstance(error, Interrupted):
+        return str(error)
     if isinstance(error, SystemExit) and not error.code:
         return ""
     first_line = (str(error).strip().splitlines() or [""])[0]

@@ -7,6 +7,7 @@ after the files themselves. Both files depend on the run's inputs alone: no time
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from shardq.config import QuantizeConfig
 from shardq.errors import ResumeError
 from shardq.files import ASIDE, append_line, sha256_of, write_json
 from shardq.formats.shards import Index, read_sample
+from shardq.pipeline.lock import LOCK
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
 NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "parallel")  # may differ when a run goes on
@@ -66,13 +68,30 @@ def _short(value: object) -> str:
 
 
 def stored_options(output: Path, section: str) -> dict:
-    """Options of the run in a folder, empty where there is no run: for what is chosen by the machine and the ranks."""
+    """Options of the run in a folder, empty where there is no run."""
     return read_manifest(output).get("options", {}).get(section, {}) if (output / MANIFEST).exists() else {}
 
 
 def read_manifest(output: Path) -> dict:
     """What the run in a folder is."""
-    return _read_json(output / MANIFEST)
+    return read_json(output / MANIFEST)
+
+
+def check_folder(output: Path, resume: str) -> None:
+    """Check that a folder is one to begin or to go on in, without changing it.
+
+    Raises:
+        ResumeError: it holds something else, or nothing to go on with.
+    """
+    if (output / MANIFEST).exists():
+        return
+    if resume == "require":
+        raise ResumeError(f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require")
+    if output.exists() and not output.is_dir():
+        raise ResumeError(f"{output}: is a file; choose another --output")
+    # The aside file is what a kill inside the writing of the manifest itself leaves.
+    if output.exists() and any(file.name not in (LOCK, MANIFEST + ASIDE) for file in output.iterdir()):
+        raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
 
 
 def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
@@ -84,27 +103,20 @@ def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
     Raises:
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
     """
+    check_folder(output, resume)
     path = output / MANIFEST
     if not path.exists():
-        if resume == "require":
-            raise ResumeError(
-                f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require"
-            )
-        if output.exists() and not output.is_dir():
-            raise ResumeError(f"{output}: is a file; choose another --output")
-        # The aside file is what a kill inside the writing of the manifest itself leaves.
-        if output.exists() and any(file.name != MANIFEST + ASIDE for file in output.iterdir()):
-            raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
         write_json(path, manifest)
         return []
     if resume == "never":
         raise ResumeError(f"{output}: already holds a run and --resume is never; choose another --output or delete it")
-    differing = differences(_read_json(path), manifest)
+    differing = differences(read_json(path), manifest)
     if differing:
         raise ResumeError(
             f"{output}: belongs to another run; different: {'; '.join(differing)}; choose another --output or the "
             "same options"
         )
+    _cut_torn_line(output)
     return _read_ledger(output)
 
 
@@ -119,7 +131,12 @@ def check_finished(output: Path) -> None:
         raise ResumeError(f"{output}: holds no finished run; run the command that began it to its end")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON object of a run.
+
+    Raises:
+        ResumeError: it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -127,34 +144,53 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_ledger(output: Path) -> list[dict]:
-    path = output / LEDGER
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    if lines.pop():
-        # A kill inside the append leaves a line without its end: that block was never committed.
-        os.truncate(path, sum(len(line) + 1 for line in lines))
-    entries = []
+    entries = read_entries(output)
+    for fault in damaged_files(output, entries):
+        raise ResumeError(f"{fault}; restore it or start anew")
+    return entries
+
+
+def read_entries(output: Path) -> list[dict]:
+    """The ledger's whole lines; a kill inside an append leaves a line without its end, which was never committed.
+
+    Raises:
+        ResumeError: a line is damaged or out of order.
+    """
+    path, entries = output / LEDGER, []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines):
         try:
             entry = json.loads(line)
-            block, files = entry["block"], entry["files"]
-        except (ValueError, KeyError, TypeError) as error:
+            block, names = entry["block"], [Path(name) for name in entry["files"].keys()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResumeError(f"{path}: line {number + 1} is damaged; choose another --output") from error
-        if block not in (number, None):
+        if block != number and not (block is None and number == len(lines) - 1):
             raise ResumeError(
                 f"{path}: line {number + 1} is about block {block}, not {number}; choose another --output"
             )
-        _check_digests(output, files)
+        if any(name.is_absolute() or ".." in name.parts for name in names):
+            raise ResumeError(f"{path}: line {number + 1} names a file outside the folder; choose another --output")
         entries.append(entry)
     return entries
 
 
-def _check_digests(output: Path, files: dict[str, str]) -> None:
-    for name, digest in files.items():
-        path = output / name
-        if not path.is_file():
-            raise ResumeError(f"{path}: missing although the ledger has it as finished; restore it or start anew")
-        if sha256_of(path) != digest:
-            raise ResumeError(f"{path}: changed since it was finished (its digest differs); restore it or start anew")
+def damaged_files(output: Path, entries: list[dict]) -> Iterator[str]:
+    """One line for each file of the ledger's that is not what it was when it was finished."""
+    for entry in entries:
+        for name, digest in entry["files"].items():
+            path = output / name
+            if not path.is_file():
+                yield f"{path}: missing although the ledger has it as finished"
+            elif sha256_of(path) != digest:
+                yield f"{path}: changed since it was finished (its digest differs)"
+
+
+def _cut_torn_line(output: Path) -> None:
+    """Cut off what a kill inside an append has left, so that the next line begins a line."""
+    path = output / LEDGER
+    content = path.read_bytes() if path.exists() else b""
+    if not content.endswith(b"\n") and content:
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> None:

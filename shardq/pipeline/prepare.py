@@ -1,5 +1,6 @@
 """Everything that is decided and checked before work starts: options, model, plan, calibration data, output folder."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from shardq.compiling import why_not
 from shardq.config import QuantizeConfig, check_quantize
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
+from shardq.files import remove_asides
 from shardq.logs import Display
 from shardq.model.ends import BlockArguments, prologue, record_arguments
 from shardq.model.hub import local_folder
@@ -19,6 +21,7 @@ from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_z
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.folders import output_folder
+from shardq.pipeline.lock import only_run
 from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
 from shardq.pipeline.plan import Plan, make_plan
 from shardq.pipeline.target import check_served
@@ -39,8 +42,12 @@ class Run:
     display: Display
 
 
-def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
-    """Check everything that can be checked before work starts, and begin or find the run in the output folder."""
+def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitStack) -> Run:
+    """Check everything that can be checked before work starts, and begin or find the run in the output folder.
+
+    Args:
+        held: keeps other runs out of that folder until it is closed.
+    """
     output = output_folder(config)
     stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
     config = replace(config, optimize=_resolved(config, stored, ranks))
@@ -60,6 +67,9 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display) -> Run:
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, skeleton, plan, arguments, limit, ranks, display)
         manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        ledger.check_folder(output, config.resume)
+        held.enter_context(only_run(output, display.line))
+        remove_asides(output)
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
     skeleton, plan, arguments = together(ranks, open_and_plan)

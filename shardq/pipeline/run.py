@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files,
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
 
 
@@ -40,27 +42,29 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     """
     start, started = time.perf_counter(), seconds_since_process_start()
     display = Display(ranks.rank)
-    run = prepare(config, ranks, display)
-    events = Events(events_file(run.output, ranks), ranks.rank)
-    entries = run.finished
-    if len(entries) <= run.plan.num_blocks:
-        # No file to write to before the checks have passed.
-        events.record("start-up", started)
-        events.record("prepare", time.perf_counter() - start)
-        entries = _finish(run, events)
-        events.record("run", started + time.perf_counter() - start)
-    on_rank_zero(ranks, lambda: _write_formats(run))
-    blocks = entries[: run.plan.num_blocks]
-    summary = {
-        "output": str(run.output),
-        "blocks": len(blocks),
-        "seconds": round(time.perf_counter() - start, 3),
-        "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
-        "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
-        "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
-    }
-    _say_what_is_where(run, summary)
-    return summary
+    with ExitStack() as held:
+        run = prepare(config, ranks, display, held)
+        events = Events(events_file(run.output, ranks), ranks.rank)
+        entries = run.finished
+        if len(entries) <= run.plan.num_blocks:
+            # No file to write to before the checks have passed.
+            events.record("start-up", started)
+            events.record("prepare", time.perf_counter() - start)
+            with stoppable(run.output, ranks):
+                entries = _finish(run, events)
+            events.record("run", started + time.perf_counter() - start)
+        on_rank_zero(ranks, lambda: _write_formats(run))
+        blocks = entries[: run.plan.num_blocks]
+        summary = {
+            "output": str(run.output),
+            "blocks": len(blocks),
+            "seconds": round(time.perf_counter() - start, 3),
+            "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
+            "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
+            "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
+        }
+        _say_what_is_where(run, summary)
+        return summary
 
 
 def _finish(run: Run, events: Events) -> list[dict]:
@@ -84,6 +88,8 @@ def _finish(run: Run, events: Events) -> list[dict]:
         for loaded in _agreed_blocks(run, len(entries), events):
             entries.append(_quantize_and_commit(run, job, loaded, dtype))
             del loaded  # its source must not stay in memory while the block after the next is read
+            if len(entries) < plan.num_blocks:
+                stop_if_asked(run.output, ranks, len(entries), plan.num_blocks)
     with events.span("export"):
         shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
         on_rank_zero(ranks, lambda: _complete(run, dtype))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shardq.quant import affine
@@ -23,6 +24,12 @@ class QuantizedLinear:
     scale_OG: Tensor
     zero_point_OG: Tensor
     spec: QuantSpec
+
+    @property
+    def has_valid_scales(self) -> bool:
+        """Whether every scale is finite and positive; on a full-range grid, finite and not zero."""
+        signed_OG = self.scale_OG.abs() if self.spec.full_range else self.scale_OG
+        return bool((torch.isfinite(self.scale_OG) & (signed_OG > 0)).all())
 
     def dequantized(self) -> Tensor:
         """The weight [O, I] that the codes stand for, float32."""

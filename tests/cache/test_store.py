@@ -1,6 +1,7 @@
 """Activations between blocks: memory and disk keep the same, and the disk's files are plain safetensors."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,30 +156,35 @@ def test_every_file_is_safetensors(tmp_path):
         assert any(torch.equal(next(iter(tensors.values())), hidden) for tensors in found)
 
 
-def test_file_that_another_program_wrote_is_read(tmp_path):
-    store = DiskStore(tmp_path)
-    store.write("fp", 1, 0, torch.zeros(2, 3))
-    [file] = files_of(tmp_path)
-    hidden = torch.randn(2, 3)
-    save_file({next(iter(load_file(tmp_path / file))): hidden}, tmp_path / file)
-    assert torch.equal(store.read("fp", 1, 0), hidden)
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 4),
+    "garbage": lambda path: path.write_bytes(b"garbage"),
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 64])),
+    "exchanged values": lambda path: path.write_bytes(path.read_bytes()[:-8] + path.read_bytes()[:-9:-1]),
+    "written by another program": lambda path: save_file(load_file(path), path),
+}
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
-def test_file_that_cannot_be_read_says_what_to_delete(tmp_path, damage: str):
+@pytest.mark.parametrize("stream", ["fp", "quant"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_file_is_named_and_no_longer_there(tmp_path, damage: Callable, stream: str):
     store = DiskStore(tmp_path)
-    store.write("quant", 1, 0, torch.zeros(2, 3))
-    path = tmp_path / files_of(tmp_path)[0]
-    if damage == "missing":
-        path.unlink()
-    elif damage == "truncated":
-        os.truncate(path, path.stat().st_size - 4)
-    else:
-        path.write_bytes(b"garbage")
+    fill(store, 1, range(2))
+    path = tmp_path / "generation-00001" / f"{stream}-000000.safetensors"
+    damage(path)
     with pytest.raises(StorageError) as caught:
-        store.read("quant", 1, 0)
+        store.read(stream, 1, 0)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and f"delete the folder {tmp_path} " in message and "\n" not in message
+    assert message.startswith(f"{path}: cached activations are gone or damaged; run the same") and "\n" not in message
+    assert not path.exists() and not store.holds(1, 0) and store.holds(1, 1)
+
+
+def test_damaged_file_is_not_held(tmp_path):
+    store = DiskStore(tmp_path)
+    fill(store, 1, range(2))
+    DAMAGES["a flipped bit"](tmp_path / "generation-00001" / "quant-000001.safetensors")
+    assert store.holds(1, 0) and not store.holds(1, 1)
 
 
 def test_write_into_a_files_place_is_one_line(tmp_path):

@@ -78,12 +78,12 @@ def start_and_kill(num_ranks: int, arguments: list[str], output: Path, after_blo
     deadline = time.monotonic() + tiny.LAUNCH_TIMEOUT_SECONDS
     while committed(output) < after_blocks and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    for pid in _ranks_of(process.pid)[-1:]:
+    for pid in ranks_of(process.pid)[-1:]:
         os.kill(pid, signal.SIGKILL)
     return process.wait(timeout=60)
 
 
-def _ranks_of(torchrun_pid: int) -> list[int]:
+def ranks_of(torchrun_pid: int) -> list[int]:
     """Process ids of the ranks that a torchrun started."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun_pid)], capture_output=True, text=True)
     return [int(pid) for pid in listed.stdout.split()]

@@ -1,12 +1,16 @@
 """Interrupted runs go on and end with the bytes of an uninterrupted one."""
 
+import os
 import shutil
 
 import pytest
 
 import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
-from shardq.errors import ResumeError
+from shardq.errors import ResumeError, Stopped, StorageError
+from shardq.pipeline.ledger import commit
+from shardq.pipeline.lock import only_run
+from shardq.pipeline.stop import STOP
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,38 @@ def test_run_keeps_its_micro_batch_whatever_memory_is_free(llama, token_file, tm
     assert b'"micro_batch": 1' in files["manifest.json"]
     run_quantize(llama, token_file, tmp_path / "out")  # with today's memory it would be 2, another run
     assert result_files(tmp_path / "out") == files
+
+
+def test_second_run_on_one_folder_is_refused(llama, token_file, tmp_path):
+    with only_run(tmp_path / "out", print):
+        with pytest.raises(ResumeError, match=rf"out: process {os.getpid()} on .* works there"):
+            run_quantize(llama, token_file, tmp_path / "out")
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["lock"]
+    run_quantize(llama, token_file, tmp_path / "out", "--quant.method", "rtn")
+    assert "lock" not in result_files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("generation, stream", [(1, "quant"), (1, "fp"), (2, "quant")])
+def test_flipped_bit_in_the_cache_never_reaches_the_result(
+    uninterrupted, llama, token_file, tmp_path, monkeypatch, generation, stream
+):
+    """Found by the pass that reads it, or by the resume: either way the activations are computed anew."""
+
+    def flip_and_stop(output, block, *args, **facts):
+        commit(output, block, *args, **facts)
+        if block == 0:
+            (output / STOP).touch()  # a resume meets the next generation
+        if block == generation - 1:
+            file = output / "cache" / f"generation-{generation:05d}" / f"{stream}-000003.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+
+    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", flip_and_stop)
+    with pytest.raises(Stopped):
+        run_quantize(llama, token_file, tmp_path / "out")
+    if generation == 2:
+        with pytest.raises(
+            StorageError, match=rf"generation-00002/{stream}-000003.safetensors: cached activations are"
+        ):
+            run_quantize(llama, token_file, tmp_path / "out")
+    run_quantize(llama, token_file, tmp_path / "out")
+    assert result_files(tmp_path / "out") == result_files(uninterrupted)

@@ -1,0 +1,60 @@
+"""SIGTERM and SIGINT end the program in order, within seconds, and with a line that says how to go on."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from shardq.errors import Interrupted
+from shardq.logs import print_error
+
+GRACE_SECONDS = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    """During the body, which must be the main thread's, the first of these signals raises Interrupted there.
+
+    Further ones are ignored. If the main thread does not come to hear of it, as in a collective that waits for a rank
+    that is gone, or does not come to its end, the process is ended some seconds later.
+
+    Args:
+        advice: how to go on.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for further in SIGNALS:
+            signal.signal(further, signal.SIG_IGN)
+        raise Interrupted(number, advice)
+
+    def end_late() -> None:
+        while received := listening.recv(1):
+            if received[0] in SIGNALS:  # any other handler's signal is told, too
+                time.sleep(GRACE_SECONDS)
+                error = Interrupted(received[0], advice)
+                print_interruption(error)
+                os._exit(error.exit_code)
+
+    listening, told = socket.socketpair()
+    told.setblocking(False)
+    former = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    former_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # written to at once, whatever runs
+    threading.Thread(target=end_late, name="interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former_fd)
+        told.close()
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def print_interruption(error: Interrupted) -> None:
+    """Say it once a host, as all its ranks get the signal that their launcher gets."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print_error(str(error))

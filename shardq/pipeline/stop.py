@@ -1,0 +1,43 @@
+"""Ending a run after the block at hand, where it is asked to: by a file `stop` in its folder, or by SIGUSR1."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardq.errors import Stopped
+from shardq.parallel.collectives import on_rank_zero
+from shardq.parallel.ranks import Ranks
+
+STOP = "stop"
+
+
+@contextmanager
+def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
+    """During the body SIGUSR1, to any rank, leaves the file; one from before, or that comes too late, is removed."""
+    on_rank_zero(ranks, lambda: _taken_away(output))
+    former = signal.signal(signal.SIGUSR1, lambda number, frame: (output / STOP).touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+        if ranks.rank == 0:
+            _taken_away(output)
+
+
+def stop_if_asked(output: Path, ranks: Ranks, num_done: int, num_blocks: int) -> None:
+    """Between two blocks: end all ranks if the file is there, and take it away.
+
+    Raises:
+        Stopped: it was there.
+    """
+    if on_rank_zero(ranks, lambda: _taken_away(output)):
+        error = Stopped(f"{output}: stopped after block {num_done} of {num_blocks} as asked; the same command goes on")
+        error.agreed = True  # every rank has heard the same from rank 0
+        raise error
+
+
+def _taken_away(output: Path) -> bool:
+    was_there = (output / STOP).exists()
+    (output / STOP).unlink(missing_ok=True)
+    return was_there

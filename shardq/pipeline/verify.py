@@ -1,0 +1,189 @@
+"""Whether a finished run is whole: every file against the ledger, and the files against one another."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import torch
+
+from shardq.config import QuantOptions, VerifyConfig
+from shardq.errors import ResumeError, ShardQError
+from shardq.formats import encodings
+from shardq.formats.block_file import read_block
+from shardq.formats.checkpoint import index_of
+from shardq.formats.shards import INDEX_FILE, read_tensor
+from shardq.logs import Display
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.parallel.collectives import on_rank_zero
+from shardq.parallel.ranks import Ranks
+from shardq.pipeline import ledger
+from shardq.pipeline.plan import block_file, encodings_files, make_plan
+from shardq.quant.quantized import QuantizedLinear
+
+CHECKS = {
+    "ledger": "the run is finished; every file has the digest that it was finished with",
+    "index": "the checkpoint opens; its index names every tensor in every shard, and nothing else",
+    "linears": "every linear to quantize is in its block's file, once, and nothing else",
+    "codes": "codes are all there and fit the weight; zero points are codes of the grid",
+    "scales": "scales are finite and positive (not zero on a full-range grid)",
+    "weights": "every quantized weight of the checkpoint is (code - zero point) * scale, in the dtype it is stored in",
+    "encodings": "encodings, of each block and of the model, are those of the codes and scales",
+}
+SHOWN = 5  # faults of a check that the table names
+
+Faults = dict[str, list[str]]
+
+
+def verify(config: VerifyConfig, ranks: Ranks) -> dict:
+    """Check all files of a finished run, in the memory of one block; print a table with a row for each check.
+
+    Returns:
+        `output`, `blocks`, `linears`: how many of them are whole.
+
+    Raises:
+        ResumeError: the folder holds no run, or something in it is damaged; names what.
+    """
+    output, display = Path(config.run), Display(ranks.rank)
+    faults, num_blocks, num_linears = on_rank_zero(ranks, lambda: find_faults(output))
+    display.table(("check", "what", "result"), (_row(check, faults) for check in CHECKS))
+    damaged = [fault for found in faults.values() for fault in found]
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        checks = ", ".join(check for check, found in faults.items() if found)
+        error = ResumeError(f"{output}: damaged ({checks}): {damaged[0]}{more}; restore the files or run it anew")
+        error.agreed = True  # every rank has the same faults
+        raise error
+    return {"output": str(output), "blocks": num_blocks, "linears": num_linears}
+
+
+def _row(check: str, faults: Faults) -> tuple[str, str, str]:
+    if check not in faults:
+        return check, CHECKS[check], "not reached"
+    found = faults[check]
+    more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return check, CHECKS[check], "\n".join([*found[:SHOWN], *more]) or "ok"
+
+
+def find_faults(output: Path) -> tuple[Faults, int, int]:
+    """What is wrong, one line a fault, by check; number of blocks and of quantized linears.
+
+    Without a finished run whose checkpoint opens, the checks that need it are not among the result's keys.
+
+    Raises:
+        ResumeError: the folder holds no run.
+    """
+    quant = ledger.stored_options(output, "quant")
+    if not quant:
+        raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
+    faults: Faults = {"ledger": [], "index": []}
+    try:
+        entries = ledger.read_entries(output)
+    except ResumeError as error:
+        return faults | {"ledger": [str(error)]}, 0, 0
+    faults["ledger"] = list(ledger.damaged_files(output, entries))
+    if not entries or entries[-1]["block"] is not None:
+        faults["ledger"].append(f"{output}: not finished, {len(entries)} block(s) are; run its command to the end")
+        return faults, 0, 0
+    try:
+        skeleton = open_skeleton(output)
+        plan = make_plan(skeleton, QuantOptions(**quant))
+        faults["index"] = list(_index_faults(skeleton, entries))
+    except ShardQError as error:
+        faults["index"] = [str(error)]
+        return faults, 0, 0
+    if len(entries) - 1 != plan.num_blocks:
+        faults["ledger"].append(f"{output}: the ledger has {len(entries) - 1} blocks, the model {plan.num_blocks}")
+    faults |= {check: [] for check in CHECKS if check not in faults}
+    all_encodings = _Encodings(output)
+    for block_index in range(plan.num_blocks):
+        names = [f"{plan.names[block_index]}.{name}" for name in plan.linears[block_index]]
+        linears = _check_block(skeleton, block_file(output, block_index), names, faults)
+        faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
+    faults["encodings"] += all_encodings.left_over()
+    return faults, plan.num_blocks, sum(map(len, plan.linears))
+
+
+def _index_faults(skeleton: Skeleton, entries: list[dict]) -> Iterator[str]:
+    folder = skeleton.folder
+    shards = sorted(name for entry in entries for name in entry["files"] if Path(name).match("model-*.safetensors"))
+    expected, stored = index_of(folder, shards), ledger.read_json(folder / INDEX_FILE)
+    for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
+        is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))
+        if is_in != is_said:
+            yield f"{folder / INDEX_FILE}: {name} is in {is_in or 'no shard'}, the index says {is_said or 'nothing'}"
+    if stored.get("metadata") != expected["metadata"]:
+        yield f"{folder / INDEX_FILE}: metadata is {stored.get('metadata')}, not {expected['metadata']}"
+
+
+def _check_block(skeleton: Skeleton, path: Path, names: list[str], faults: Faults) -> dict[str, QuantizedLinear]:
+    try:
+        linears = read_block(path)
+    except ShardQError as error:
+        faults["codes"].append(str(error))
+        return {}
+    faults["linears"] += [f"{path}: {name} is missing" for name in names if name not in linears]
+    faults["linears"] += [f"{path}: {name} does not belong there" for name in linears if name not in names]
+    for name in names:
+        if name in linears:
+            _check_linear(skeleton, path, name, linears[name], faults)
+    return linears
+
+
+def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLinear, faults: Faults) -> None:
+    spec, zero_point_OG, info = linear.spec, linear.zero_point_OG, skeleton.stored(f"{name}.weight")
+    if linear.codes_OI.shape != info.shape:
+        faults["codes"].append(f"{path}: {name} has codes {list(linear.codes_OI.shape)}, its weight {list(info.shape)}")
+        return
+    if ((zero_point_OG < spec.qmin) | (zero_point_OG > spec.qmax)).any():
+        faults["codes"].append(f"{path}: {name} has a zero point beyond the codes {spec.qmin} to {spec.qmax}")
+    if not linear.has_valid_scales:
+        faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")
+    weight_OI = read_tensor(info)
+    is_off_OI = weight_OI != linear.dequantized().to(weight_OI.dtype)
+    if is_off_OI.any():
+        where = torch.nonzero(is_off_OI)[0].tolist()
+        faults["weights"].append(f"{info.file}: {info.name} is off its grid at {where}")
+
+
+class _Encodings:
+    """The encodings of each block, and beside them the model's, which are read on from block to block."""
+
+    def __init__(self, output: Path):
+        self._output = output
+        self._readers = (encodings.read_v1, encodings.read_torch)
+        self._wholes = (output / "model.encodings", output / "model_torch.encodings")
+        self._streams = [read(path) for read, path in zip(self._readers, self._wholes, strict=True)]
+
+    def faults_of(self, block_index: int, names: list[str], linears: dict[str, QuantizedLinear]) -> Iterator[str]:
+        """Entries, of this block and of the model, that are not what codes and scales make; in the order of `names`."""
+        files = encodings_files(self._output, block_index)
+        for which, make in enumerate((_entry_v1, _entry_torch)):
+            yield from _differences(files[which], self._readers[which](files[which]), names, linears, make)
+            of_block = islice(self._streams[which], len(names))
+            yield from _differences(self._wholes[which], of_block, names, linears, make)
+
+    def left_over(self) -> Iterator[str]:
+        """Files of the model that go on after the last block, or end in disorder."""
+        for path, stream in zip(self._wholes, self._streams, strict=True):
+            yield from _differences(path, stream, [], {}, _entry_v1)
+
+
+def _entry_v1(name: str, linear: QuantizedLinear) -> dict:
+    return encodings.encoding_v1(f"{name}.weight", linear)
+
+
+def _entry_torch(name: str, linear: QuantizedLinear) -> tuple[str, list[dict]]:
+    return f"{name}.weight", encodings.encoding_torch(linear)
+
+
+def _differences(
+    path: Path, found: Iterator, names: list[str], linears: dict[str, QuantizedLinear], make: Callable
+) -> Iterator[str]:
+    try:
+        for name, entry in zip_longest(names, found):
+            if name is None:
+                yield f"{path}: holds more than the quantized linears"
+            elif name in linears and entry != make(name, linears[name]):
+                yield f"{path}: {name} is not what its codes and scales make"
+    except ShardQError as error:
+        yield str(error)

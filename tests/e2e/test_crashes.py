@@ -1,0 +1,93 @@
+"""Whenever a run is killed, or the power is cut, the same command goes on and ends with the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import crashes
+import tiny
+from shardq.files import append_line, write_text
+
+QUIET_SECONDS = 1800
+
+
+def crash(*arguments: object) -> list[dict]:
+    """What `crashes.py` tells, a dictionary for each crash."""
+    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, crashes.__file__, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=QUIET_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def assert_survived(told: list[dict]) -> None:
+    assert [crash for crash in told if crash["wrong"]] == []
+
+
+@pytest.mark.parametrize("moments", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_run_killed_at_any_point_of_the_protocol_goes_on(tmp_path, moments):
+    told = crash("points", tmp_path, moments)
+    assert_survived(told)
+    assert {crash["point"] for crash in told} == set(crashes.POINTS)
+    assert len(told) == (len(crashes.POINTS) if moments == 1 else 2 * len(crashes.POINTS) + len(crashes.TORN))
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_at_random(tmp_path):
+    told = crash("random", tmp_path, 200)
+    print(Counter((crash["point"], crash["ranks"], crash["killed"]) for crash in told))
+    assert_survived(told)
+    assert len(told) == 200 and sum(crash["killed"] for crash in told) > 180
+
+
+@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
+def test_power_cut_after_any_sync_is_survived(tmp_path, every):
+    told = crash("disk", tmp_path, every)
+    assert len(told) >= (8 if every > 1 else 50)
+    assert_survived(told)
+
+
+class TestDisk:
+    """The model of the disk forgets what was not synced."""
+
+    @pytest.fixture
+    def disk(self, tmp_path, monkeypatch) -> crashes.Disk:
+        for name in ("fsync", "unlink", "replace"):
+            monkeypatch.setattr(os, name, getattr(os, name))  # restored at the end
+        (tmp_path / "disk").mkdir()
+        return crashes.Disk(tmp_path / "disk", tmp_path / "states")
+
+    def test_file_written_whole_is_there(self, disk):
+        write_text(disk.root / "folder" / "a.txt", "a")
+        assert disk.durable(disk.root) == {"folder": None, "folder/a.txt": b"a"}
+
+    def test_appended_line_is_there(self, disk):
+        append_line(disk.root / "ledger", "first")
+        append_line(disk.root / "ledger", "second")
+        assert disk.durable(disk.root) == {"ledger": b"first\nsecond\n"}
+
+    def test_name_that_was_not_synced_is_not(self, disk):
+        with open(disk.root / "a.txt", "w") as file:
+            file.write("a")
+            file.flush()
+            os.fsync(file.fileno())
+        assert disk.durable(disk.root) == {} and disk.live(disk.root) == {"a.txt": b"a"}
+
+    def test_bytes_that_were_not_synced_are_not_even_under_a_new_name(self, disk):
+        (disk.root / "a.txt").write_text("a")
+        os.replace(disk.root / "a.txt", disk.root / "b.txt")
+        assert disk.live(disk.root) == {"b.txt": b""}
+
+    def test_deleted_file_is_there_until_its_folder_is_synced(self, disk):
+        write_text(disk.root / "a.txt", "a")
+        (disk.root / "a.txt").unlink()
+        (disk.root / "b.txt").write_text("another file, likely of the same number")
+        assert disk.durable(disk.root) == {"a.txt": b"a"} and disk.live(disk.root) == {"b.txt": b""}
+        write_text(disk.root / "c.txt", "c")
+        assert "a.txt" not in disk.durable(disk.root)
