@@ -19,10 +19,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def readme_commands():
-    """Launches of shardq in the README's shell blocks, as (command, number of ranks, arguments)."""
+    """What the README's shell blocks start of shardq, as (command, number of ranks, arguments)."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        found = re.search(r"launch/(\w+)\.py (.*)", line)
+        found = re.search(r"launch/(\w+)\.py (.*)", line) or re.match(r"shardq (\w+) (.*)", line)
         ranks = re.search(r"--nproc-per-node (\d+)", line)
         if found:
             yield found.group(1), int(ranks.group(1)) if ranks else 1, shlex.split(found.group(2), comments=True)
