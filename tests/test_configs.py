@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,9 @@ def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as left:
         parse(command, ["--help"])
     assert left.value.code == 0
-    options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("\noptions:")[1])[1:]
-    explained = [re.sub(r"\(type:.*?\)", "", " ".join(option.split()[2:])) for option in options]
-    assert len(options) >= 5 and all(len(text) > 12 for text in explained), explained
+    shown = capsys.readouterr().out.split("\noptions:")[1]
+    explained = [
+        re.sub(r"\(type:.*?\)", "", " ".join(option.split()[2:])) for option in re.split(r"\n  (?=--)", shown)[1:]
+    ]
+    assert all(len(text) > 12 for text in explained), explained
+    assert all(re.search(rf"\n  (--)?{field.name}\b", shown) for field in fields(COMMANDS[command][0])), shown
