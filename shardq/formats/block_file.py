@@ -42,19 +42,28 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
         CheckpointError: the file is missing or truncated, or not a block file of this version.
     """
     tensors = read_tensors(path)
-    content = json.loads(read_metadata(path).get("shardq", "{}"))
-    if content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
-    described = content["linears"]
     linears = {}
-    for name, facts in described.items():
-        num_inputs = facts.pop("in_features")
-        spec = QuantSpec(**facts)
+    for name, (num_inputs, spec) in _described(path).items():
         _check_shapes(path, name, tensors, num_inputs, spec)
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
         codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, spec)
         linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)
+    return linears
+
+
+def _described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
+    """Number of input channels and grid of each linear."""
+    try:
+        content = json.loads(read_metadata(path).get("shardq", "{}"))
+        if content.get("version") != VERSION:
+            raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
+        linears = {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in content["linears"].items()}
+        for num_inputs, spec in linears.values():
+            if not (2 <= spec.bits <= 8 and num_inputs % (spec.group_size or num_inputs) == 0):
+                raise ValueError(f"{num_inputs} input channels, {spec}")
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the grids in its header are damaged ({error})") from error
     return linears
 
 
