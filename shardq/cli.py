@@ -100,7 +100,7 @@ def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig | 
     parser = _make_parser(verb)
     try:
         options = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, TypeError, ValueError, RecursionError) as error:  # the others: odd recipes
         reason = re.sub(r'^Parser key "(.+?)":', r"\1:", " ".join(str(error).split()))
         wrong = ConfigError(f"{reason}; {verb} --help lists the options")
         wrong.agreed = True

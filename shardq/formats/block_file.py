@@ -43,7 +43,7 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
     """
     tensors = read_tensors(path)
     linears = {}
-    for name, (num_inputs, spec) in _read_described(path).items():
+    for name, (num_inputs, spec) in _described(path).items():
         _check_shapes(path, name, tensors, num_inputs, spec)
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
@@ -59,14 +59,22 @@ def read_grids(path: Path) -> dict[str, QuantSpec]:
         CheckpointError: as `read_block`.
     """
     read_header(path)  # for its errors
-    return {name: spec for name, (_, spec) in _read_described(path).items()}
+    return {name: spec for name, (_, spec) in _described(path).items()}
 
 
-def _read_described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
-    content = json.loads(read_metadata(path).get("shardq", "{}"))
-    if content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
-    return {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in content["linears"].items()}
+def _described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
+    """Number of input channels and grid of each linear."""
+    try:
+        content = json.loads(read_metadata(path).get("shardq", "{}"))
+        if content.get("version") != VERSION:
+            raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
+        linears = {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in content["linears"].items()}
+        for num_inputs, spec in linears.values():
+            if not (2 <= spec.bits <= 8 and num_inputs % (spec.group_size or num_inputs) == 0):
+                raise ValueError(f"{num_inputs} input channels, {spec}")
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the grids in its header are damaged ({error})") from error
+    return linears
 
 
 def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, spec: QuantSpec) -> None:

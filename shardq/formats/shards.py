@@ -79,7 +79,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard's name is not text")
         return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid index ({error}); download the checkpoint again") from error
 
 
@@ -95,7 +95,9 @@ def read_header(path: Path) -> Index:
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
-    if not path.is_file():
+    with storage_errors(path):  # a name may be too long
+        is_there = path.is_file()
+    if not is_there:
         raise CheckpointError(f"{path}: missing; restore it or download it again")
     try:
         with safe_open(path, framework="pt"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from shardq import __version__
 from shardq.config import QuantizeConfig
 from shardq.errors import ResumeError
-from shardq.files import ASIDE, append_line, sha256_of, write_json
+from shardq.files import ASIDE, append_line, sha256_of, storage_errors, write_json
 from shardq.formats.shards import Index, read_sample
 from shardq.pipeline.lock import LOCK
 
@@ -69,7 +69,12 @@ def _short(value: object) -> str:
 
 def stored_options(output: Path, section: str) -> dict:
     """Options of the run in a folder, empty where there is no run."""
-    return read_manifest(output).get("options", {}).get(section, {}) if (output / MANIFEST).exists() else {}
+    if not (output / MANIFEST).exists():
+        return {}
+    try:
+        return read_manifest(output)["options"].get(section, {})
+    except (KeyError, AttributeError) as error:
+        raise ResumeError(f"{output / MANIFEST}: damaged (it holds no options); choose another --output") from error
 
 
 def read_manifest(output: Path) -> dict:
@@ -138,8 +143,11 @@ def read_json(path: Path) -> dict:
         ResumeError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
+    except (ValueError, RecursionError) as error:
         raise ResumeError(f"{path}: damaged ({error}); choose another --output") from error
 
 
@@ -162,7 +170,7 @@ def read_entries(output: Path) -> list[dict]:
         try:
             entry = json.loads(line)
             block, names = entry["block"], [Path(name) for name in entry["files"].keys()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ResumeError(f"{path}: line {number + 1} is damaged; choose another --output") from error
         if block != number and not (block is None and number == len(lines) - 1):
             raise ResumeError(
@@ -179,7 +187,9 @@ def damaged_files(output: Path, entries: list[dict]) -> Iterator[str]:
     for entry in entries:
         for name, digest in entry["files"].items():
             path = output / name
-            if not path.is_file():
+            with storage_errors(path):
+                is_there = path.is_file()
+            if not is_there:
                 yield f"{path}: missing although the ledger has it as finished"
             elif sha256_of(path) != digest:
                 yield f"{path}: changed since it was finished (its digest differs)"

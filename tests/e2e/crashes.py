@@ -199,7 +199,9 @@ def kill_at_random(setting: Setting, number: int) -> None:
     """Three of four on one rank; of each, half at a random call of a random point, half at a random time."""
     draw = random.Random(0)
     whole = {num_ranks: setting.finished(num_ranks) for num_ranks in (1, 2)}
-    for trial in range(number):
+    trial, num_killed = -1, 0
+    while num_killed < number:  # a run may end before its time to be killed
+        trial += 1
         num_ranks = 2 if trial % 4 == 3 else 1
         reference, counts, seconds = whole[num_ranks]
         arguments, who = setting.arguments(f"random-{trial}"), draw.randrange(num_ranks)
@@ -211,7 +213,9 @@ def kill_at_random(setting: Setting, number: int) -> None:
             moment, call = draw.choice(MOMENTS[: 3 if point in TORN else 2]), draw.randint(1, counts[point])
             facts = {"ranks": num_ranks, "who": who, "point": point, "moment": moment, "call": call}
             statuses = launch(arguments, num_ranks, who, lambda p=point, m=moment, c=call: killed_at(p, m, c))
-        tell(what_is_wrong(arguments, num_ranks, reference), **facts, killed=os.WIFSIGNALED(statuses[who]))
+        killed = os.WIFSIGNALED(statuses[who])
+        num_killed += killed
+        tell(what_is_wrong(arguments, num_ranks, reference), **facts, killed=killed)
         shutil.rmtree(output_of(arguments), ignore_errors=True)
 
 

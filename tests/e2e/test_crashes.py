@@ -43,7 +43,7 @@ def test_two_hundred_kills_at_random(tmp_path):
     told = crash("random", tmp_path, 200)
     print(Counter((crash["point"], crash["ranks"], crash["killed"]) for crash in told))
     assert_survived(told)
-    assert len(told) == 200 and sum(crash["killed"] for crash in told) > 180
+    assert sum(crash["killed"] for crash in told) == 200
 
 
 @pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])

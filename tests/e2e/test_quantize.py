@@ -293,9 +293,9 @@ def test_what_was_chosen_for_the_machine_is_part_of_the_run(llama, token_file, t
 @pytest.fixture
 def cached_files(monkeypatch):
     """List into which the paths of cached activations go."""
-    written, write_tensors = [], store.write_tensors
+    written, write_checked = [], store.write_checked
     monkeypatch.setattr(
-        store, "write_tensors", lambda path, tensors: written.append(path) or write_tensors(path, tensors)
+        store, "write_checked", lambda path, tensor: written.append(path) or write_checked(path, tensor)
     )
     return written
 
