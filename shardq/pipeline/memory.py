@@ -144,8 +144,8 @@ def state_bytes(size: BlockSize, options: OptimizeOptions, parallel: ParallelOpt
         bucket = min(deepspeed_settings(parallel)["zero_optimization"]["reduce_bucket_size"], num_weights)
         whole += 4 * (bucket + size.largest_linear)
         if stage == 3:
-            # A second bucket to scatter from; s2 and source gathered for what is computed now and what comes next.
-            whole += 4 * bucket + 2 * (4 + source // num_weights) * max(bucket, size.largest_linear)
+            # A copy of that to scatter from; s2 and source gathered for what is computed now and what comes next.
+            whole += (4 + 2 * (4 + source // num_weights)) * max(bucket, size.largest_linear)
     if parallel.offload:
         sharded = 0
     for part, sharded_from in ((gradient, 2), (s2, 3), (source, 3)):
