@@ -1,6 +1,6 @@
 """One rank of the engines' tests: trains eight blocks in turn with each engine and writes down what came out.
 
-Run by torchrun with a folder and the names of engines, such as `zero2-bf16-offload`; `test_engines.py` judges.
+Run by torchrun with a folder and the names of engines, such as `zero2-bf16-offload`; `test_steppers.py` judges.
 """
 
 import ctypes
