@@ -15,7 +15,7 @@ class ParallelOptions:
     engine: Literal["auto", "local", "allreduce", "zero1", "zero2", "zero3"] = "auto"
     """`local`: one rank alone; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
     state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: the first of local,
-    allreduce, zero2 and zero3 that fits the memory."""
+    allreduce, zero2 and zero3 that fits the memory, or the one that takes least."""
     reduce_dtype: Literal["float32", "bf16"] = "float32"
     """Dtype in which gradients travel between ranks and are added up; `bf16` halves the bytes and rounds the sums."""
     offload: bool = False

@@ -15,7 +15,7 @@ from shardq.model.ends import BlockArguments, run_block
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
-from shardq.parallel.options import ParallelOptions
+from shardq.parallel.options import Engine, ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.plan import Plan
 
@@ -68,7 +68,7 @@ def choose_engine(
     limit: int,
     world_size: int,
 ) -> tuple[ParallelOptions, str]:
-    """The first engine whose training of one sample fits the memory, the last if none does; and why, in a sentence.
+    """The first engine whose training of one sample fits the memory, the least if none does; and why, in a sentence.
 
     Args:
         parallel: with the engine `auto`.
@@ -78,14 +78,15 @@ def choose_engine(
         return replace(parallel, engine="local"), "one rank"
     size = block_size(skeleton, plan, largest_block(skeleton, plan))
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
-    tried = []
+    needed: dict[Engine, int] = {}
     for engine in ("allreduce", "zero2", "zero3") if options.optimizer == "adam" else ("allreduce",):
-        chosen = replace(parallel, engine=engine)
-        needed = sample + state_bytes(size, options, chosen, world_size)
-        tried.append(f"{engine} takes {needed / 2**30:.2f} GiB a rank")
-        if needed <= limit:
+        needed[engine] = sample + state_bytes(size, options, replace(parallel, engine=engine), world_size)
+        if needed[engine] <= limit:
             break
-    return chosen, f"{', '.join(tried)}, of {limit / 2**30:.2f} GiB"
+    # What fits is less than all before it. What DeepSpeed moves at once can outweigh what few ranks share of a block.
+    least = min(needed, key=needed.get)
+    reason = ", ".join(f"{engine} takes {count / 2**30:.2f} GiB a rank" for engine, count in needed.items())
+    return replace(parallel, engine=least), f"{reason}, of {limit / 2**30:.2f} GiB"
 
 
 def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:

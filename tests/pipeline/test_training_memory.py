@@ -177,7 +177,7 @@ class TestEngine:
     def test_one_rank_trains_alone(self, llama_model: Model):
         assert llama_model.engine(1, 1) == ("local", "one rank")
 
-    def test_first_that_fits_is_taken_and_the_last_if_none_does(self, llama_model: Model, monkeypatch):
+    def test_first_that_fits_is_taken_and_the_least_if_none_does(self, llama_model: Model, monkeypatch):
         monkeypatch.setattr(deepspeed_stepper, "BUCKET_SIZE", 1000)  # of a block as small as this, a small part too
         needed = []
         for engine in ("allreduce", "zero2", "zero3"):
@@ -187,6 +187,11 @@ class TestEngine:
         assert needed == sorted(needed, reverse=True)
         chosen = [llama_model.engine(spare, 4)[0] for spare in (*needed, needed[0] - 1, needed[1] - 1, 1)]
         assert chosen == ["allreduce", "zero2", "zero3", "zero2", "zero3", "zero3"]
+
+    def test_sharding_that_takes_more_than_it_shares_is_not_taken(self, llama_model: Model):
+        assert (
+            llama_model.engine(1, 2)[0] == "allreduce"
+        )  # 16 bytes a weight; ZeRO 2: 4 + 16 / 2 + 4 of the bucket, and a linear
 
     def test_reason_names_what_each_engine_takes(self, llama_model: Model):
         _, reason = llama_model.engine(1, 4)
