@@ -14,7 +14,14 @@ from runs import (
 )
 
 
-@pytest.mark.parametrize(("engine", "more"), [("zero1", []), ("zero2", ["--parallel.offload", "true"]), ("zero3", [])])
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [
+        pytest.param("zero1", [], marks=pytest.mark.slow),
+        ("zero2", ["--parallel.offload", "true"]),
+        ("zero3", []),
+    ],
+)
 def test_zero_gives_the_result_of_whole_ranks(two_ranks, llama, token_file, tmp_path, engine, more):
     output = tmp_path / "out"
     arguments = quantize_arguments(llama, token_file, output, "--parallel.engine", engine, *more)
@@ -29,6 +36,7 @@ def test_ranks_hold_everything_where_that_fits_and_the_run_says_so(two_ranks):
     assert "parallel.engine: allreduce (allreduce takes 0.00 GiB a rank, of" in two_ranks[1]
 
 
+@pytest.mark.slow
 def test_best_iterate_under_zero3_and_a_resume_after_a_kill_give_the_same_bytes(llama, token_file, tmp_path):
     more = ["--parallel.engine", "zero3", "--optimize.held_out", 2]
     whole = quantize_arguments(llama, token_file, tmp_path / "whole", *more)

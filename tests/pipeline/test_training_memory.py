@@ -189,9 +189,8 @@ class TestEngine:
         assert chosen == ["allreduce", "zero2", "zero3", "zero2", "zero3", "zero3"]
 
     def test_sharding_that_takes_more_than_it_shares_is_not_taken(self, llama_model: Model):
-        assert (
-            llama_model.engine(1, 2)[0] == "allreduce"
-        )  # 16 bytes a weight; ZeRO 2: 4 + 16 / 2 + 4 of the bucket, and a linear
+        """All-reduce takes 16 bytes a weight; ZeRO 2 on two ranks 4 + 16 / 2, 4 of its bucket, and one linear."""
+        assert llama_model.engine(1, 2)[0] == "allreduce"
 
     def test_reason_names_what_each_engine_takes(self, llama_model: Model):
         _, reason = llama_model.engine(1, 4)
