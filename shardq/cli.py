@@ -41,7 +41,6 @@ IF_MEMORY_IS_SHORT = {
     "export": "free some and run the same command again",
     "verify": "free some and run the same command again",
 }
-
 IF_INTERRUPTED = {"quantize": "the same command goes on after the blocks that are finished"}
 
 

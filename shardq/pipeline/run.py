@@ -176,10 +176,8 @@ def _write_formats(run: Run) -> None:
     for chosen in options.asked:
         folder = run.output / chosen
         if not (folder / "config.json").exists():
-            config = ExportConfig(
-                str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits
-            )  # fmt: skip
-            write_format(config, folder, run.display)
+            asked = {"dtype": options.dtype, "activation_bits": options.activation_bits}
+            write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
 
 
 def _say_what_is_where(run: Run, summary: dict) -> None:
