@@ -3,7 +3,6 @@
 Run by torchrun with a folder as its only argument; `test_allreduce_stepper.py` judges.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rank_process import end_apart, run_and_leave
 from shardq.errors import RankError
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
@@ -80,27 +80,28 @@ def one_logged_step(ranks: Ranks) -> list:
     return log
 
 
+def lost_in_training(*training: object) -> str:
+    """What `train` says once the other rank is gone; nothing if it goes on."""
+    try:
+        train(*training)
+    except RankError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     """Everything on this rank's samples; then rank 0 steps alone."""
-    folder, note = Path(sys.argv[1]), {}
+    folder = Path(sys.argv[1])
     with started("cpu") as ranks:
         mine = slice(ranks.rank, None, ranks.world_size)
         block, quantizer = make_block(Kernels())
         stepper = AllReduceStepper(quantizer, OPTIONS, PARALLEL, ranks)
         batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches()]
         save_file(train(block, quantizer, stepper, batches), folder / f"trained-{ranks.rank}.safetensors")
-        note["log"] = one_logged_step(ranks)
+        note = {"log": one_logged_step(ranks)}
         dist.barrier()
-        if ranks.rank == 0:
-            try:
-                train(block, quantizer, stepper, batches)
-            except RankError as error:
-                note["lost"] = str(error)
-        else:
-            dist.destroy_process_group()  # its connections end in the middle of the run, though it lives
-        (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(note))
-        sys.exit(0)  # rank 0 has no group left to take leave of
+        end_apart(ranks, folder, note, lambda: note.update(lost=lost_in_training(block, quantizer, stepper, batches)))
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -3,7 +3,6 @@
 Run by torchrun with a folder as its only argument; `test_collectives.py` judges the notes.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from rank_process import end_apart, run_and_leave
 from shardq.errors import ConfigError, ShardQError, StorageError
 from shardq.parallel.collectives import (
     add_over_ranks,
@@ -108,13 +107,8 @@ def main() -> None:
         check_hosts(ranks, note, folder)
         check_numbers(ranks, note)
         check_barrier(ranks, note)
-        if ranks.rank == 0:
-            check_lost_peer(ranks, note)
-        else:
-            dist.destroy_process_group()  # its connections end in the middle of the run, though it lives
-        (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(note))
-        sys.exit(0)  # rank 0 has no group left to take leave of
+        end_apart(ranks, folder, note, lambda: check_lost_peer(ranks, note))
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

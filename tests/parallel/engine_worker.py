@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rank_process import run_and_leave
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

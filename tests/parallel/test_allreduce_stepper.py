@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import allreduce_worker as worker
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import allreduce_worker as worker
 import tiny
 from shardq.optimize.stepper import LocalStepper
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import collectives_worker as worker
 import pytest
 import torch
 
+import collectives_worker as worker
 import tiny
 from shardq.errors import ConfigError
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together

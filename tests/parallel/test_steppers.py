@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import engine_worker as worker
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+import engine_worker as worker
 import tiny
 from shardq.optimize.stepper import LocalStepper, trainable
 

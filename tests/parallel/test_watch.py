@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import watch_worker as worker
 
 import tiny
+import watch_worker as worker
 from shardq.errors import RankError, StorageError
 
 NUM_RANKS = 3

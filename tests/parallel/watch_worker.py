@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from rank_process import run_and_leave
 from shardq.errors import ShardQError, StorageError
 from shardq.logs import print_error
 from shardq.parallel import watch
@@ -75,7 +76,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        run_and_leave(main)
     except ShardQError as error:
         print_error(str(error), error.where if error.agreed else this_rank())
         os._exit(error.exit_code)
