@@ -10,6 +10,7 @@ from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
+from shardq.quant.activation import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 
@@ -92,6 +93,7 @@ class QuantizeConfig:
     starts."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
@@ -106,6 +108,8 @@ class EvaluateConfig:
     """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
+    activations: Literal["float", "simulated"] = "float"
+    """`simulated`: round activations to the grids that a finished run has for them, as the model runs."""
     quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
     eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
@@ -154,6 +158,7 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
         ConfigError: naming the option, its value and what is allowed.
     """
     _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
+    _check_activations(config.activations)
     _check_text("calib", config.calib)
     optimize = config.optimize
     _check_parallel(config.parallel, optimize.optimizer, world_size)
@@ -224,6 +229,16 @@ def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
              "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
     size = quant.group_size
     _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
+
+
+def _check_activations(activations: ActivationOptions) -> None:
+    for name in ("bits", "kv_bits"):
+        bits = getattr(activations, name)
+        _require(bits is None or 4 <= bits <= 16, f"activations.{name}", bits, "between 4 and 16")
+    _require(activations.tensors == "inputs" or activations.bits is not None, "activations.tensors",
+             activations.tensors, "inputs without activations.bits")  # fmt: skip
+    percentile = activations.percentile
+    _require(50 < percentile <= 100, "activations.percentile", percentile, "above 50 and at most 100")
 
 
 def _check_text(section: str, text: TextOptions) -> None:

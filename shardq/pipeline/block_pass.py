@@ -26,12 +26,14 @@ from shardq.optimize.loss import ErrorSums, Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
-from shardq.parallel.collectives import add_over_ranks, sum_over_ranks
+from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
+from shardq.pipeline.activations import activation_grids, observed
 from shardq.pipeline.passes import Activations, advance, compare
 from shardq.quant import adascale
+from shardq.quant.activation import ActivationGrid, ActivationOptions
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -51,7 +53,8 @@ class Bench:
 class BlockJob:
     """What quantizing a block needs beside the block, the same for all blocks of a run.
 
-    `benches` fills up as kinds of blocks are met; its keys are the shared module and the linears quantized in it.
+    `encodings` says how activations get their grids. `benches` fills up as kinds of blocks are met; its keys are the
+    shared module and the linears quantized in it.
     """
 
     seed: int
@@ -61,6 +64,7 @@ class BlockJob:
     parallel: ParallelOptions
     num_samples: int
     stored: Callable[[Tensor], Tensor]
+    encodings: ActivationOptions
     activations: Activations
     ranks: Ranks
     events: Events
@@ -71,22 +75,31 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Quantized linears by name within the block, and the relative loss over the watched samples."""
+    """Quantized linears and grids of activations by name within the block; relative loss over the watched samples."""
 
     linears: dict[str, QuantizedLinear]
+    activations: dict[str, ActivationGrid]
     loss_before: float
     loss_after: float
 
 
 def quantize_block(
-    job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments, is_last: bool
+    job: BlockJob,
+    loaded: LoadedBlock,
+    linear_names: list[str],
+    activation_bits: dict[str, int],
+    arguments: BlockArguments,
+    is_last: bool,
 ) -> BlockResult:
     """Quantize one block in place; its next generation of both streams is in the store afterwards.
 
-    The quantized stream is not written after the last block: nothing reads it.
+    The quantized stream is not taken through the last block, whose output nothing reads, but for its activations.
+
+    Args:
+        activation_bits: of the activations that get a grid, by name within the block.
 
     Raises:
-        QuantizationError: a scale or the loss is not finite.
+        QuantizationError: a scale, the loss or an activation is not finite.
     """
     block_index, activations = loaded.index, job.activations
     span = partial(job.events.span, block=block_index)
@@ -95,7 +108,7 @@ def quantize_block(
     searched = linear_names if job.optimize.start == "search" else []
     with span("fp pass"), channel_power(loaded.module, searched) as power:
         advance(activations, "fp", block_index, forward)
-        add_over_ranks(job.ranks, list(power.values()))
+        reduce_over_ranks(job.ranks, list(power.values()))
     bench = _bench(job, loaded, linear_names, arguments)
     # 2. The block starts as round-to-nearest; how far is it off?
     with span("start"):
@@ -119,11 +132,13 @@ def quantize_block(
         with span("loss"):
             loss_after = best.loss if best else _agreed_loss(job, block_index, forward)
     bench.quantizer.release()
-    # 5. The quantized stream moves on through the weights as they are served.
-    if not is_last:
-        with span("quant pass"):
+    # 5. The quantized stream moves on through the weights as they are served; its activations are looked at.
+    grids: dict[str, ActivationGrid] = {}
+    if activation_bits or not is_last:
+        with span("quant pass"), observed(loaded.module, activation_bits, job.encodings) as statistics:
             advance(activations, "quant", block_index, forward)
-    return BlockResult(linears, loss_before, loss_after)
+        grids = activation_grids(statistics, activation_bits, job.encodings, job.spec.scale_dtype, job.ranks)
+    return BlockResult(linears, grids, loss_before, loss_after)
 
 
 def _train(

@@ -14,7 +14,7 @@ from shardq.config import ExportConfig, check_export
 from shardq.errors import ConfigError
 from shardq.files import write_text, write_whole
 from shardq.formats import compressed_tensors, encodings
-from shardq.formats.block_file import read_block, read_grids, write_block
+from shardq.formats.block_file import read_activations, read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.model_card import model_card
 from shardq.formats.shards import DTYPES, read_header, read_tensor
@@ -25,6 +25,7 @@ from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.plan import Plan, block_file, encodings_files
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 
 
@@ -48,26 +49,28 @@ def write_block_files(
     plan: Plan,
     block_index: int,
     linears: dict[str, QuantizedLinear],
+    activations: dict[str, ActivationGrid],
     dtype: torch.dtype,
 ) -> list[Path]:
     """Write a block's codes, encodings and weights; each file appears whole.
 
     Args:
-        linears: by name within the block.
+        linears, activations: by name within the block.
 
     Returns:
         The files.
     """
     prefix = plan.names[block_index]
     full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
+    grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
     codes_file = block_file(output, block_index)
     v1_file, torch_file = encodings_files(output, block_index)
     weights_file = output / plan.block_shard(block_index)
-    write_block(codes_file, full)
-    encodings.write_v1(v1_file, (encodings.encoding_v1(f"{name}.weight", linear) for name, linear in full.items()))
-    encodings.write_torch(
-        torch_file, ((f"{name}.weight", encodings.encoding_torch(linear)) for name, linear in full.items())
-    )
+    write_block(codes_file, full, grids)
+    entries = (encodings.encoding_v1(f"{name}.weight", linear) for name, linear in full.items())
+    encodings.write_v1(v1_file, entries, grids)
+    entries = ((f"{name}.weight", encodings.encoding_torch(linear)) for name, linear in full.items())
+    encodings.write_torch(torch_file, entries, grids)
     weights = {}
     for name, info in skeleton.block_tensors(block_index).items():
         linear = linears.get(name.removesuffix(".weight"))
@@ -88,12 +91,19 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
         rest.append(output / plan.rest_shard(number))
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
     v1_file, torch_file = output / "model.encodings", output / "model_torch.encodings"
-    encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1))
-    encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch))
+    grids = all_activations(output, plan.num_blocks)
+    encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1), grids)
+    encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch), grids)
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
     return [*rest, v1_file, torch_file, output / "config.json", output / "model.safetensors.index.json"]
+
+
+def all_activations(output: Path, num_blocks: int) -> dict[str, ActivationGrid]:
+    """The grids of all blocks' activations, by full name."""
+    files = (block_file(output, number) for number in range(num_blocks))
+    return {name: grid for path in files for name, grid in read_activations(path).items()}
 
 
 def _merged(output: Path, plan: Plan, which: int, read: Callable[[Path], Iterator]) -> Iterator:

@@ -78,7 +78,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
         config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
-        rounding_to(dtype), activations, ranks, events, run.display,
+        rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
     )  # fmt: skip
     with events.span("prepare activations"):
@@ -145,7 +145,8 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    result = quantize_block(job, loaded, run.plan.linears[block_index], run.arguments[block_index], is_last)
+    asked = (run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index])
+    result = quantize_block(job, loaded, *asked, is_last)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
         losses = {"loss_before": result.loss_before, "loss_after": result.loss_after}
@@ -161,7 +162,9 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
 
 
 def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype: torch.dtype) -> None:
-    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, dtype)
+    files = write_block_files(
+        run.output, run.skeleton, run.plan, block_index, result.linears, result.activations, dtype
+    )
     ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **losses)
 
 

@@ -111,7 +111,7 @@ def test_nobody_leaves_a_barrier_before_the_last_has_come(notes: list[dict]):
         "comparing results",
         "adding up losses",
         "comparing memory",
-        "adding up statistics",
+        "putting statistics together",
     ],
 )
 def test_lost_rank_is_reported_in_one_line(notes: list[dict], doing: str):
