@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -154,9 +154,12 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
         case "compressed-tensors":
             scale_dtype, activation_bits, dtype = model_dtype, config.activation_bits, model_dtype
             compressed_tensors.check_grid(spec, activation_bits)
-            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=activation_bits)
-            ignored = _linears_left(skeleton, grids)
-            entries = {"quantization_config": compressed_tensors.quantization_config(spec, activation_bits, ignored)}
+            inputs = _input_grids(skeleton, grids) if activation_bits == 8 else {}
+            convert = partial(
+                compressed_tensors.linear_tensors, dtype=dtype, activation_bits=activation_bits, inputs=inputs
+            )
+            quantization = (spec, activation_bits, _linears_left(skeleton, grids), *list(inputs.values())[:1])
+            entries = {"quantization_config": compressed_tensors.quantization_config(*quantization)}
     scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
     if scale_change:
         display.line(
@@ -196,6 +199,23 @@ def _write_shards(
         write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
     write_index(folder, shards)
     return largest
+
+
+def _input_grids(skeleton: Skeleton, linear_names: Iterable[str]) -> dict[str, ActivationGrid]:
+    """The 8-bit grids, one a linear, by its stored name, that a run has for what enters them; none if it has none.
+
+    Raises:
+        ConfigError: it has others.
+    """
+    activations = all_activations(skeleton.folder, len(skeleton.names))
+    inputs = {name: activations[f"{name}.input"] for name in linear_names if f"{name}.input" in activations}
+    for name, grid in inputs.items():
+        if grid.bits != 8:
+            raise ConfigError(
+                f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
+                "quantize with --activations.bits 8, or export with --activation_bits 16"
+            )
+    return {skeleton.stored(f"{name}.weight").name.removesuffix(".weight"): grid for name, grid in inputs.items()}
 
 
 def _block_files(skeleton: Skeleton) -> list[Path]:
