@@ -84,7 +84,7 @@ def rounded(values: Tensor, grid: ActivationGrid) -> Tensor:
     """The nearest grid points, same dtype."""
     spec = grid.spec
     scale, zero_point = (grid.scale, grid.zero_point) if grid.is_static else token_grid(values, spec)
-    codes = (values / scale + zero_point).round_().clamp_(spec.qmin, spec.qmax)
+    codes = (values / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
     return codes.sub_(zero_point).mul_(scale)
 
 

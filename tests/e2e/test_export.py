@@ -167,15 +167,17 @@ def test_int8_activations_are_rounded_to_the_runs_grids(
                  "--activations.granularity", granularity, "--activations.symmetric", symmetric)  # fmt: skip
     run_export(run, "--activation_bits", 8)
     grids = {name: grid for path in (run / "blocks").iterdir() for name, grid in read_activations(path).items()}
-    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16).eval()
+    # In bfloat16 the library's sums of quotients and zero points are rounded.
+    dtype = {"true": torch.bfloat16, "false": torch.float32}[symmetric]
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=dtype).eval()
     for name, grid in grids.items():
         module = model.get_submodule(name.removesuffix(".input"))
         module.register_forward_pre_hook(lambda module, inputs, grid=grid: rounded(inputs[0], grid))
     assert len(grids) == 21
     with torch.inference_mode():
         expected = model(TOKENS).logits
-    assert torch.equal(logits(run / "compressed-tensors"), expected)
-    assert not torch.equal(logits(run, dtype=torch.bfloat16), expected)
+    assert torch.equal(logits(run / "compressed-tensors", dtype=dtype), expected)
+    assert not torch.equal(logits(run, dtype=dtype), expected)
     stored = {name for name in open_index(run / "compressed-tensors") if "input" in name.rpartition(".")[2]}
     kinds = {"tensor": {"input_scale"}, "token": set()}[granularity]
     assert {name.rpartition(".")[2] for name in stored} == kinds | (
