@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError
-from shardq.formats.block_file import read_block, write_block
+from shardq.formats.block_file import read_activations, read_block, write_block
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -115,3 +116,34 @@ def test_file_of_another_program_or_version_is_refused(tmp_path, metadata):
     save_file({"a": torch.zeros(2)}, tmp_path / "block.safetensors", metadata)
     with pytest.raises(CheckpointError, match=r"block\.safetensors: not a block file of version 1"):
         read_block(tmp_path / "block.safetensors")
+
+
+GRIDS = {
+    "b.fc.input": ActivationGrid(8, False, 0.1, -3),
+    "b.attn.key": ActivationGrid(4, True),
+    "b.a": ActivationGrid(16, True, 2.0, 0),
+}
+
+
+def test_grids_of_activations_are_kept_in_their_order(tmp_path):
+    path, linears = tmp_path / "block.safetensors", {NAME: random_linear(4)}
+    write_block(path, linears)
+    assert read_activations(path) == {}
+    write_block(path, linears, GRIDS)
+    assert list(read_activations(path).items()) == list(GRIDS.items())
+    assert torch.equal(read_block(path)[NAME].codes_OI, linears[NAME].codes_OI)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ActivationGrid(8, True, -1.0, 0),
+        ActivationGrid(8, True, 1.0, 3),
+        ActivationGrid(17, True),
+        ActivationGrid(8, True, "a", 0),
+    ],
+)
+def test_damaged_grids_of_activations_are_named(tmp_path, grid):
+    write_block(tmp_path / "block.safetensors", {NAME: random_linear(4)}, {"b.fc.input": grid})
+    with pytest.raises(CheckpointError, match="the activations in its header are damaged"):
+        read_activations(tmp_path / "block.safetensors")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from shardq import __version__
 from shardq.formats import encodings
 from shardq.quant import affine
+from shardq.quant.activation import ActivationGrid, grid_between
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -208,3 +209,43 @@ def test_full_range_grid_is_the_asymmetric_one_of_the_same_points(bits: int, gro
         described = (torch.arange(2**bits) + offset) * positive
         assert torch.equal(described, points.sort().values)
         assert (row["min"], row["max"]) == (points.min().item(), points.max().item())
+
+
+ACTIVATIONS = json.loads((GOLDEN / "activations.json").read_text())["encodings"]
+
+
+def activation_grid(case: str) -> ActivationGrid:
+    values, (bits, kind) = load_file(GOLDEN / "activations.safetensors")["outlier"], case.split()
+    return grid_between(values.min(), values.max(), QuantSpec(bits=int(bits), symmetric=kind == "symmetric"))
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_entries_of_activations_are_aimets(case: str):
+    grids = {"block.fc.input": activation_grid(case)}
+    (v1,), recorded = encodings.activations_v1(grids), ACTIVATIONS[case]
+    assert same_json(v1, recorded["1.0.0"] | {"name": "block.fc.input"})
+    assert list(v1)[1:] == list(recorded["1.0.0"])
+    row = encodings.activations_torch(grids)["block.fc"]["input"]["0"]
+    assert same_json(row, recorded["0.6.1"][0]) and list(row) == list(recorded["0.6.1"][0])
+
+
+def test_activations_lie_under_their_modules_and_only_static_ones_are_listed():
+    static, by_token = ActivationGrid(8, True, 0.5, 0), ActivationGrid(8, True)
+    names = ["b.input", "b.fc.input", "b.fc.output", "b.attn.query", "b.attn.context"]
+    grids = dict.fromkeys(names, static) | {"b.norm.output": by_token}
+    assert [entry["name"] for entry in encodings.activations_v1(grids)] == names
+    by_module = encodings.activations_torch(grids)
+    assert {module: list(sides) for module, sides in by_module.items()} == {"b": ["input"], "b.fc": ["input", "output"]}
+
+
+def test_files_give_activations_back_beside_the_weights(tmp_path: Path):
+    grids = {"b.fc.input": ActivationGrid(8, False, 0.25, 3), "b.fc.output": ActivationGrid(16, True, 1e-3, 0)}
+    linear, _ = asymmetric_linear()
+    entry, rows = encodings.encoding_v1("b.fc.weight", linear), encodings.encoding_torch(linear)
+    encodings.write_v1(tmp_path / "v1", [entry], grids)
+    encodings.write_torch(tmp_path / "torch", [("b.fc.weight", rows)], grids)
+    for path, made in ((tmp_path / "v1", encodings.activations_v1(grids)),
+                       (tmp_path / "torch", encodings.activations_torch(grids))):  # fmt: skip
+        assert encodings.read_activation_entries(path) == made == json.loads(path.read_text())["activation_encodings"]
+    assert list(encodings.read_v1(tmp_path / "v1")) == [entry]
+    assert list(encodings.read_torch(tmp_path / "torch")) == [("b.fc.weight", rows)]

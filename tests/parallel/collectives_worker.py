@@ -76,6 +76,10 @@ def check_numbers(ranks: Ranks, note: dict) -> None:
     statistics = [torch.full((2, 3), 1.0 + ranks.rank), torch.tensor([10.0, -4.0]) * ranks.rank]
     reduce_over_ranks(ranks, statistics)
     note["added"] = [tensor.tolist() for tensor in statistics]
+    for reduction in ("min", "max"):
+        values = [torch.tensor([1.0, -2.0]) * (1 - 2 * ranks.rank), torch.tensor(5 + ranks.rank)]
+        reduce_over_ranks(ranks, values, reduction)
+        note[reduction] = [tensor.tolist() for tensor in values]
 
 
 def check_barrier(ranks: Ranks, note: dict) -> None:

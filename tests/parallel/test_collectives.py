@@ -96,6 +96,10 @@ class TestNumbers:
     def test_tensors_are_added_up(self, notes: list[dict]):
         assert both(notes, "added") == [[[[3.0] * 3] * 2, [10.0, -4.0]]] * 2
 
+    def test_least_and_greatest_are_found_element_by_element(self, notes: list[dict]):
+        assert both(notes, "min") == [[[-1.0, -2.0], 5]] * 2
+        assert both(notes, "max") == [[[1.0, 2.0], 6]] * 2
+
 
 def test_nobody_leaves_a_barrier_before_the_last_has_come(notes: list[dict]):
     times = both(notes, "barrier")
