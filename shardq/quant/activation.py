@@ -10,6 +10,8 @@ from torch import Tensor
 from shardq.quant import affine
 from shardq.quant.spec import QuantSpec
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
@@ -81,22 +83,22 @@ def grid_between(low: Tensor, high: Tensor, spec: QuantSpec) -> ActivationGrid:
 
 
 def rounded(values: Tensor, grid: ActivationGrid) -> Tensor:
-    """The nearest grid points, same dtype."""
-    spec = grid.spec
-    scale, zero_point = (grid.scale, grid.zero_point) if grid.is_static else token_grid(values, spec)
-    codes = (values / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
-    return codes.sub_(zero_point).mul_(scale)
+    """The nearest grid points, found in float32; same dtype."""
+    exact, spec = values.float(), grid.spec
+    scale, zero_point = (grid.scale, grid.zero_point) if grid.is_static else token_grid(exact, spec)
+    codes = (exact / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
+    return codes.sub_(zero_point).mul_(scale).to(values.dtype)
 
 
 def token_grid(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [..., 1] of each token, whose values lie along the last axis.
+    """Scale and zero point [..., 1] of each token, whose float32 values lie along the last axis.
 
     Symmetric grids reach half a step beyond the largest code, as compressed-tensors' do.
     """
     if spec.symmetric:
         scale = values.abs().amax(-1, keepdim=True) / (spec.num_steps / 2)
-        scale = scale.clamp(min=torch.finfo(values.dtype).tiny)
+        scale = scale.clamp(min=SMALLEST)
         return scale, torch.zeros_like(scale)
     low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / spec.num_steps).clamp(min=torch.finfo(values.dtype).tiny)
+    scale = ((high - low) / spec.num_steps).clamp(min=SMALLEST)
     return scale, (spec.qmin - low / scale).clamp_(spec.qmin, spec.qmax).round_()

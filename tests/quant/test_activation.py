@@ -42,19 +42,23 @@ def test_static_rounding_takes_each_value_to_its_nearest_grid_point(grid: Activa
     assert torch.equal(rounded(found, grid), found)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    "dtype, symmetric",
-    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)],  # in bfloat16 its zero points are rounded
-)
-def test_rounding_by_token_is_compressed_tensors(dtype: torch.dtype, bits: int, symmetric: bool):
-    values = (torch.randn(2, 7, 24) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)
+def test_rounding_by_token_is_compressed_tensors(bits: int, symmetric: bool):
+    values = torch.randn(2, 7, 24) * torch.logspace(-3, 3, 7)[:, None]
     values[0, 2] = 0
     args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="token", dynamic=True)
     scale, zero_point = compute_dynamic_scales_and_zp(values, args, torch.nn.Linear(1, 1))
     found = rounded(values, ActivationGrid(bits, symmetric))
-    assert found.dtype == dtype
     torch.testing.assert_close(found, fake_quantize(values, scale, zero_point, args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grid", [ActivationGrid(8, True), ActivationGrid(8, False, 0.0371, 5)])
+def test_half_precision_values_find_the_points_that_float32_finds(grid: ActivationGrid):
+    values = torch.randn(2, 7, 24).bfloat16()
+    found = rounded(values, grid)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, rounded(values.float(), grid).bfloat16())
 
 
 def test_each_token_has_a_grid_of_its_own():
