@@ -237,6 +237,9 @@ def _check_activations(activations: ActivationOptions) -> None:
         _require(bits is None or 4 <= bits <= 16, f"activations.{name}", bits, "between 4 and 16")
     _require(activations.tensors == "inputs" or activations.bits is not None, "activations.tensors",
              activations.tensors, "inputs without activations.bits")  # fmt: skip
+    trains_linears = activations.bits is not None and activations.tensors == "inputs" and activations.kv_bits is None
+    _require(not activations.in_training or trains_linears, "activations.in_training", activations.in_training,
+             "false but for activations.bits of the linears' inputs alone")  # fmt: skip
     percentile = activations.percentile
     _require(50 < percentile <= 100, "activations.percentile", percentile, "above 50 and at most 100")
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from shardq.errors import QuantizationError, UnsupportedModelError
+from shardq.formats.block_file import read_activations
 from shardq.model.ends import BlockArguments
 from shardq.model.skeleton import Skeleton
 from shardq.model.taps import activation_names, tapped
 from shardq.parallel.collectives import reduce_over_ranks
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.plan import Plan
+from shardq.pipeline.plan import Plan, block_file
 from shardq.quant.activation import ActivationGrid, ActivationOptions, rounded
 from shardq.quant.observers import REDUCTIONS, WITH_COUNTS, Statistics, no_statistics, observed_grid, statistics_of
 from shardq.quant.spec import QuantSpec
@@ -110,6 +112,12 @@ def activation_grids(
             error.agreed = True  # every rank has the same statistics
             raise error
     return grids
+
+
+def written_grids(folder: Path, block_name: str, block_index: int) -> dict[str, ActivationGrid]:
+    """The grids of a finished block's activations, by name within the block."""
+    grids = read_activations(block_file(folder, block_index))
+    return {name.removeprefix(f"{block_name}."): grid for name, grid in grids.items()}
 
 
 def simulated(block: nn.Module, grids: dict[str, ActivationGrid]) -> AbstractContextManager:

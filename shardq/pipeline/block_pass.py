@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from shardq.calib.partition import largest_part, step_samples, watched_samples
-from shardq.compiling import Compile
+from shardq.compiling import Compile, apart
 from shardq.devices import training_attention
 from shardq.errors import QuantizationError
 from shardq.logs import Display, Events
@@ -24,6 +24,7 @@ from shardq.optimize.distill import accumulate, distill
 from shardq.optimize.inputs import generator_for, mixed
 from shardq.optimize.loss import ErrorSums, Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.rounded_inputs import RoundedInputs
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
@@ -47,6 +48,7 @@ class Bench:
     quantizer: BlockQuantizer
     stepper: Stepper | None  # None where nothing is trained
     loss: Callable[..., Tensor]
+    inputs: RoundedInputs
 
 
 @dataclass(frozen=True)
@@ -93,23 +95,44 @@ def quantize_block(
 ) -> BlockResult:
     """Quantize one block in place; its next generation of both streams is in the store afterwards.
 
-    The quantized stream is not taken through the last block, whose output nothing reads, but for its activations.
-
-    Args:
-        activation_bits: of the activations that get a grid, by name within the block.
+    The quantized stream is not taken through the last block, whose output nothing reads, but for its activations:
+    `activation_bits` are the bits of those that get a grid, by name within the block.
 
     Raises:
         QuantizationError: a scale, the loss or an activation is not finite.
     """
-    block_index, activations = loaded.index, job.activations
+    block_index, activations, encodings = loaded.index, job.activations, job.encodings
     span = partial(job.events.span, block=block_index)
     forward = block_forward(loaded.module, arguments, job.optimize.dtype)
     # 1. The fp stream moves on: its output is the target now and the next block's input.
     searched = linear_names if job.optimize.start == "search" else []
+    early, late = (activation_bits, {}) if encodings.in_training else ({}, activation_bits)
     with span("fp pass"), channel_power(loaded.module, searched) as power:
-        advance(activations, "fp", block_index, forward)
+        with observed(loaded.module, early, encodings) as statistics:
+            advance(activations, "fp", block_index, forward)
         reduce_over_ranks(job.ranks, list(power.values()))
+    grids = activation_grids(statistics, early, encodings, job.spec.scale_dtype, job.ranks)
     bench = _bench(job, loaded, linear_names, arguments)
+    with bench.inputs.active(grids):
+        linears, loss_before, loss_after = _quantized(job, bench, loaded, arguments, forward, power)
+        # 5. The quantized stream moves on through the weights as they are served; its activations are looked at.
+        if late or not is_last:
+            with span("quant pass"), observed(loaded.module, late, encodings) as statistics:
+                advance(activations, "quant", block_index, forward)
+            grids |= activation_grids(statistics, late, encodings, job.spec.scale_dtype, job.ranks)
+    return BlockResult(linears, grids, loss_before, loss_after)
+
+
+def _quantized(
+    job: BlockJob,
+    bench: Bench,
+    loaded: LoadedBlock,
+    arguments: BlockArguments,
+    forward: Callable[[Tensor], Tensor],
+    power: dict[str, Tensor],
+) -> tuple[dict[str, QuantizedLinear], float, float]:
+    """The block's quantized linears, which it then computes with, and the loss before and after training."""
+    block_index, span = loaded.index, partial(job.events.span, block=loaded.index)
     # 2. The block starts as round-to-nearest; how far is it off?
     with span("start"):
         gathered = bench.stepper.gathered if bench.stepper else whole
@@ -132,13 +155,7 @@ def quantize_block(
         with span("loss"):
             loss_after = best.loss if best else _agreed_loss(job, block_index, forward)
     bench.quantizer.release()
-    # 5. The quantized stream moves on through the weights as they are served; its activations are looked at.
-    grids: dict[str, ActivationGrid] = {}
-    if activation_bits or not is_last:
-        with span("quant pass"), observed(loaded.module, activation_bits, job.encodings) as statistics:
-            advance(activations, "quant", block_index, forward)
-        grids = activation_grids(statistics, activation_bits, job.encodings, job.spec.scale_dtype, job.ranks)
-    return BlockResult(linears, grids, loss_before, loss_after)
+    return linears, loss_before, loss_after
 
 
 def _train(
@@ -187,7 +204,9 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
     dtype = optimize.dtype if is_whole else torch.float32
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
-    bench = Bench(quantizer, None, job.compiled(block_loss, False))
+    rounds = job.encodings.in_training
+    inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
+    bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)
     if job.method == "rtn" or not linear_names:
         return bench
     _rehearse(job, bench, loaded, arguments)
@@ -202,7 +221,8 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     bench.quantizer.start(loaded.source)
     loss_of, size = _loss_of(job, bench, loaded, arguments), len(samples)
     bench.quantizer.load(bench.quantizer())
-    accumulate(loss_of, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
+    with bench.inputs.active({}):
+        accumulate(loss_of, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
     torch.autograd.backward(*bench.quantizer.collected())
     bench.quantizer.zero_grad()
 

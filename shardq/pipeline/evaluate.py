@@ -14,7 +14,6 @@ from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import load_tokens
 from shardq.config import EvaluateConfig, check_evaluate
 from shardq.errors import ConfigError
-from shardq.formats.block_file import read_activations
 from shardq.logs import Display, peak_rss_bytes
 from shardq.model.ends import block_forward, epilogue, prologue, record_arguments
 from shardq.model.hub import local_folder
@@ -23,7 +22,7 @@ from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.activations import simulated
+from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.quant.activation import ActivationGrid
@@ -74,15 +73,15 @@ def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[s
     """For each block the grids that its activations are rounded to, by name within the block."""
     if config.activations == "float":
         return [{} for _ in skeleton.names]
-    files = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
-    grids = [read_activations(path) for path in files if path.is_file()]
-    if len(grids) < len(files) or not any(grids):
+    numbered = list(enumerate(skeleton.names))
+    is_run = all(block_file(skeleton.folder, number).is_file() for number, _ in numbered)
+    grids = [written_grids(skeleton.folder, name, number) for number, name in numbered] if is_run else []
+    if not any(grids):
         raise ConfigError(
             f"activations: {skeleton.folder} holds no grids of activations to simulate; quantize with "
             "--activations.bits, or leave them float"
         )
-    pairs = zip(skeleton.names, grids, strict=True)
-    return [{full.removeprefix(f"{name}."): grid for full, grid in of_block.items()} for name, of_block in pairs]
+    return grids
 
 
 def _through_blocks(

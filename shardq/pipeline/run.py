@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
+from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
 from shardq.pipeline.folders import cache_folder, events_file
@@ -128,7 +129,7 @@ def _prepare_activations(run: Run, cache: Path, activations: Activations) -> Non
     def compute() -> None:
         if not are_there:
             replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
-                   partial(_written_weights, run))  # fmt: skip
+                   partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
 
     together(run.ranks, compute)
 
@@ -138,6 +139,13 @@ def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]
     written = read_header(run.output / run.plan.block_shard(block_index))
     for name in run.plan.linears[block_index]:
         yield name, read_tensor(written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name])
+
+
+def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
+    """Round a finished block's activations as it did when the quantized stream moved on through it."""
+    if not run.config.activations.in_training:
+        return nullcontext()
+    return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
 
 
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:

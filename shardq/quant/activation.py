@@ -35,6 +35,10 @@ class ActivationOptions:
     percentile: float = 99.99
     """Percentile that the upper end of the range is at; the lower end leaves as many values below it."""
 
+    in_training: bool = False
+    """Train blocks with what enters their linears rounded (W8A8, W4A8), straight through for gradients: a tensor's
+    grid is then that of the fp stream, and the quantized stream moves on through rounded activations."""
+
     @property
     def asked(self) -> bool:
         """Whether any activation gets a grid."""
@@ -88,6 +92,23 @@ def rounded(values: Tensor, grid: ActivationGrid) -> Tensor:
     scale, zero_point = (grid.scale, grid.zero_point) if grid.is_static else token_grid(exact, spec)
     codes = (exact / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
     return codes.sub_(zero_point).mul_(scale).to(values.dtype)
+
+
+class RoundThrough(torch.autograd.Function):
+    """`rounded`, whose gradient passes straight through but for values beyond the grid's ends, which have none."""
+
+    @staticmethod
+    def forward(ctx, values, scale, zero_point, spec):
+        """Return the nearest grid points, found in float32, in the dtype of `values`."""
+        codes = (values.float() / scale).round() + zero_point
+        ctx.save_for_backward((codes >= spec.qmin) & (codes <= spec.qmax))
+        return ((codes.clamp(spec.qmin, spec.qmax) - zero_point) * scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Gradient of the values."""
+        (is_inside,) = ctx.saved_tensors
+        return gradient * is_inside, None, None, None
 
 
 def token_grid(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,9 @@ ALL = ("--activations.bits", 12, "--activations.tensors", "all", "--activations.
 INPUTS = ("--activations.bits", 8)
 BY_TOKEN = (*INPUTS, "--activations.granularity", "token")
 
+TRAINED = (*INPUTS, "--activations.bits", 4, "--activations.in_training", "true")
+SHORT = ("--optimize.iterations", 4)
+
 
 @pytest.fixture(scope="module")
 def runs(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -40,6 +43,16 @@ def grids_of(run: Path) -> dict[str, ActivationGrid]:
 
 def loaded(run: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def simulated_logits(run: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Of a run whose linears' inputs have grids, by transformers with hooks of the test's own."""
+    model = loaded(run)
+    for full, grid in grids_of(run).items():
+        linear = model.get_submodule(full.removesuffix(".input"))
+        linear.register_forward_pre_hook(lambda module, inputs, grid=grid: rounded(inputs[0], grid))
+    return model(tokens).logits
 
 
 def test_grids_hold_what_the_quantized_model_computes(runs: dict[str, Path], token_file: Path):
@@ -96,13 +109,9 @@ def test_encodings_list_static_grids_alone(runs: dict[str, Path]):
 def test_evaluation_in_simulation_is_transformers_with_rounded_inputs(
     runs: dict[str, Path], token_file: Path, name: str
 ):
-    model = loaded(runs[name])
-    for full, grid in grids_of(runs[name]).items():
-        linear = model.get_submodule(full.removesuffix(".input"))
-        linear.register_forward_pre_hook(lambda module, inputs, grid=grid: rounded(inputs[0], grid))
     tokens = load_file(token_file)["tokens"]
-    with torch.inference_mode():
-        expected = math.exp(model(tokens, labels=tokens).loss.item())
+    logits = simulated_logits(runs[name], tokens)[:, :-1]
+    expected = math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
     simulated = run_evaluate(runs[name], token_file, "--activations", "simulated")["perplexity"]
     assert simulated == pytest.approx(expected, rel=1e-4)
     assert simulated != pytest.approx(run_evaluate(runs[name], token_file)["perplexity"], rel=1e-4)
@@ -119,14 +128,48 @@ def test_without_grids_there_is_nothing_to_simulate(runs: dict[str, Path], llama
             run_evaluate(model, token_file, "--activations", "simulated")
 
 
+def test_training_with_rounded_inputs_serves_them_better(llama: Path, token_file: Path, tmp_path: Path):
+    """The loss that is printed is then that of rounded activations, and the one that training lowers."""
+    tokens, found = load_file(token_file)["tokens"], {}
+    for name, more in (("left out", ()), ("in training", ("--activations.in_training", "true"))):
+        run = tmp_path / name
+        summary = run_quantize(llama, token_file, run, "--activations.bits", 4, *more)
+        assert summary["loss_after"] < summary["loss_before"]
+        found[name] = summary["loss_before"], simulated_logits(run, tokens)
+    with torch.inference_mode():
+        target = loaded(llama)(tokens).logits
+    errors = {name: (logits - target).square().mean().item() for name, (_, logits) in found.items()}
+    assert found["in training"][0] > 1.2 * found["left out"][0]
+    assert errors["in training"] < 0.98 * errors["left out"], errors
+
+
+@pytest.mark.slow
+def test_compiled_training_rounds_inputs_too(llama: Path, token_file: Path, tmp_path: Path):
+    """After a run that does not, in the same process: nothing compiled for that one is used."""
+    losses = {}
+    for name, more in (("float", INPUTS), ("rounded", TRAINED)):
+        for mode in ("on", "off"):
+            output = tmp_path / f"{name}-{mode}"
+            losses[name, mode] = run_quantize(llama, token_file, output, *more, "--optimize.compile", mode)[
+                "loss_after"
+            ]
+    assert losses["float", "on"] == pytest.approx(losses["float", "off"], rel=0.03)
+    assert losses["rounded", "on"] == pytest.approx(losses["rounded", "off"], rel=0.03)
+    assert losses["rounded", "on"] > 1.2 * losses["float", "on"]
+
+
 class Killed(Exception):
     """What a test puts in a kill's place."""
 
 
+@pytest.mark.parametrize("options", [ALL, TRAINED], ids=["collected", "trained with"])
 def test_interrupted_run_ends_with_the_same_bytes(
-    runs: dict[str, Path], llama: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple
 ):
-    commit, arguments = ledger.commit, (llama, token_file, tmp_path / "out", *RTN, *ALL)
+    """Its activations are computed again, through the finished blocks."""
+    whole = (llama, token_file, tmp_path / "whole", *options, *SHORT, "--cache.placement", "cpu")
+    run_quantize(*whole)
+    commit, arguments = ledger.commit, (*whole[:2], tmp_path / "out", *whole[3:])
 
     def killed_after_two(output: Path, block: int | None, *rest, **facts) -> None:
         if block == 2:
@@ -138,7 +181,7 @@ def test_interrupted_run_ends_with_the_same_bytes(
         run_quantize(*arguments)
     monkeypatch.setattr(ledger, "commit", commit)
     run_quantize(*arguments)
-    assert result_files(tmp_path / "out") == result_files(runs["all"])
+    assert result_files(tmp_path / "out") == result_files(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -180,6 +223,9 @@ def test_another_observer_is_another_run(runs: dict[str, Path], llama: Path, tok
         (("--activations.kv_bits", 17), "activations.kv_bits: 17"),
         (("--activations.kv_bits", 8, "--activations.tensors", "all"), "activations.tensors: all"),
         (("--activations.bits", 8, "--activations.percentile", 40), "activations.percentile: 40"),
+        (("--activations.in_training", "true"), "activations.in_training: True"),
+        ((*TRAINED, "--activations.kv_bits", 8), "activations.in_training: True"),
+        ((*TRAINED, "--activations.tensors", "all"), "activations.in_training: True"),
     ],
 )
 def test_what_makes_no_sense_is_refused(llama: Path, token_file: Path, tmp_path: Path, options: tuple, reason: str):
