@@ -22,6 +22,8 @@ HOMES = {  # third-party package -> the only places that may know it
     "jsonargparse": ("cli.py",),
     "rich": ("logs.py",),
     "compressed_tensors": ("formats/compressed_tensors.py",),
+    "torch.onnx": ("model/graph.py",),
+    "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "pipeline/onnx_export.py"),
     "deepspeed": ("parallel/deepspeed_stepper.py",),
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),

@@ -10,6 +10,9 @@ LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
 )"""
 
+LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
+(logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
+
 
 def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
     """Markdown with the front matter that model hubs read.
@@ -59,6 +62,14 @@ def _exactness(scale_change: float) -> str:
 def _how_to_serve(spec: QuantSpec, kind: str) -> str:
     if kind == "hf":
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
+    if kind == "onnx":
+        return (
+            f"With onnxruntime; there is no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n"
+            "`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts: from `input_ids` to "
+            "`hidden_states_out`, from `hidden_states` to `hidden_states_out`, and from `hidden_states` to `logits`. By "
+            "default onnxruntime rounds activations to int8; `add_session_config_entry` of the session's options with "
+            '`"session.qdq_matmulnbits_accuracy_level", "1"` keeps them in float32.'
+        )
     load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
     return (
         "```bash\nvllm serve path/to/this/folder\n```\n\n"

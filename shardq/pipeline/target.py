@@ -7,7 +7,7 @@ from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
 from shardq.formats import compressed_tensors
 from shardq.model.skeleton import Skeleton
-from shardq.pipeline.export import stored_dtype
+from shardq.pipeline.export import check_installed, stored_dtype
 from shardq.pipeline.plan import Plan
 
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
@@ -31,6 +31,8 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         ConfigError: naming the rule, and the linear that breaks it.
     """
     spec, activation_bits = config.quant.spec, config.export.activation_bits
+    for kind in config.export.asked:
+        check_installed(kind)
     if config.target == "vllm" or "compressed-tensors" in config.export.asked:
         compressed_tensors.check_grid(spec, activation_bits)
     if config.target is None:
