@@ -13,6 +13,10 @@ LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
 LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
 (logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
 
+ONNX_PARTS = """`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts, each of which takes
+`attention_mask` beside `input_ids` or `hidden_states`. By default onnxruntime rounds activations to int8 where it
+multiplies by packed weights; the session option `session.qdq_matmulnbits_accuracy_level` at `1` keeps them in float32."""
+
 
 def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
     """Markdown with the front matter that model hubs read.
@@ -63,13 +67,7 @@ def _how_to_serve(spec: QuantSpec, kind: str) -> str:
     if kind == "hf":
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
     if kind == "onnx":
-        return (
-            f"With onnxruntime; there is no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n"
-            "`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts: from `input_ids` to "
-            "`hidden_states_out`, from `hidden_states` to `hidden_states_out`, and from `hidden_states` to `logits`. By "
-            "default onnxruntime rounds activations to int8; `add_session_config_entry` of the session's options with "
-            '`"session.qdq_matmulnbits_accuracy_level", "1"` keeps them in float32.'
-        )
+        return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"
     load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
     return (
         "```bash\nvllm serve path/to/this/folder\n```\n\n"

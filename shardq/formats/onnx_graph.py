@@ -7,7 +7,6 @@ https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html; a weight's bytes lie
 """
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import ml_dtypes

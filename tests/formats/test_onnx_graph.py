@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from shardq.formats import onnx_graph
-from shardq.quant import affine
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
