@@ -15,7 +15,8 @@ LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model
 
 ONNX_PARTS = """`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts, each of which takes
 `attention_mask` beside `input_ids` or `hidden_states`. By default onnxruntime rounds activations to int8 where it
-multiplies by packed weights; the session option `session.qdq_matmulnbits_accuracy_level` at `1` keeps them in float32."""
+multiplies by packed weights; the session option `session.qdq_matmulnbits_accuracy_level`, set to `1`, keeps them in
+float32."""
 
 
 def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
