@@ -48,7 +48,7 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
-Format = Literal["compressed-tensors", "hf", "onnx"]
+Format = Literal["compressed-tensors", "hf", "onnx", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,10 @@ class QuantizeConfig:
     start anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
-    target: Literal["vllm"] | None = None
-    """Program that is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
-    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work
-    starts."""
+    target: Literal["vllm", "gguf"] | None = None
+    """What is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as vLLM keeps
+    them, so that what is measured is what is served; and its rules on shapes are checked before work starts. `gguf`
+    (llama.cpp): the same with float16 and its rules."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
@@ -119,7 +119,7 @@ class ExportConfig:
     """Output folder of a finished run."""
     format: Format = "compressed-tensors"
     """`compressed-tensors`: codes and scales, for vLLM and transformers; `hf`: plain weights, for anything that loads
-    Hugging Face checkpoints; `onnx`: a graph with packed codes, for onnxruntime."""
+    Hugging Face checkpoints; `onnx`: a graph with packed codes, for onnxruntime; `gguf`: one file for llama.cpp."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"

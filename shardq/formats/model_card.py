@@ -5,6 +5,7 @@ import yaml
 from shardq.quant.spec import QuantSpec
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+LOAD_GGUF = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", gguf_file="model.gguf")'
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
 LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
@@ -69,6 +70,11 @@ def _how_to_serve(spec: QuantSpec, kind: str) -> str:
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
     if kind == "onnx":
         return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"
+    if kind == "gguf":
+        return (
+            "```bash\nllama-cli -m path/to/this/folder/model.gguf\n```\n\n"
+            f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF}\n```"
+        )
     load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
     return (
         "```bash\nvllm serve path/to/this/folder\n```\n\n"

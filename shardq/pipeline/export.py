@@ -30,7 +30,7 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 MODEL_CARD = "README.md"
-PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnxscript",)}  # of the formats that not every run needs
+PACKAGES: dict[Format, str] = {"onnx": "onnxscript", "gguf": "gguf"}  # that a run without these formats needs not
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
@@ -142,12 +142,18 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
     match config.format:
         case "onnx":
             scale_change = _write_onnx(skeleton, grids, folder)
+        case "gguf":
+            check_installed("gguf")
+            from shardq.pipeline.gguf_export import write_gguf
+
+            scale_change = write_gguf(skeleton, folder, grids)
         case _:
             scale_change = _write_checkpoint(config, skeleton, grids, folder)
     if scale_change:
+        target = "gguf" if config.format == "gguf" else "vllm"
         display.line(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
-            f"{scale_change:.2%}; a run with --target vllm has none of that"
+            f"{scale_change:.2%}; a run with --target {target} rounds them before"
         )
     manifest = ledger.read_manifest(skeleton.folder)
     spec = next(iter(grids.values()))
@@ -158,14 +164,14 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
 
 
 def check_installed(kind: Format) -> None:
-    """Check that the packages which write a format are there.
+    """Check that the package which writes a format is there.
 
     Raises:
-        ConfigError: one is not; says how to install it.
+        ConfigError: it is not; says how to install it.
     """
-    for package in PACKAGES.get(kind, ()):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
+    package = PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
 
 
 def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
