@@ -49,7 +49,7 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
-Format = Literal["compressed-tensors", "hf"]
+Format = Literal["compressed-tensors", "hf", "onnx", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,10 @@ class QuantizeConfig:
     start anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
-    target: Literal["vllm"] | None = None
-    """Program that is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
-    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work
-    starts."""
+    target: Literal["vllm", "gguf"] | None = None
+    """What is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as vLLM keeps
+    them, so that what is measured is what is served; and its rules on shapes are checked before work starts. `gguf`
+    (llama.cpp): the same with float16 and its rules."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
@@ -123,7 +123,7 @@ class ExportConfig:
     """Output folder of a finished run."""
     format: Format = "compressed-tensors"
     """`compressed-tensors`: codes and scales, for vLLM and transformers; `hf`: plain weights, for anything that loads
-    Hugging Face checkpoints."""
+    Hugging Face checkpoints; `onnx`: a graph with packed codes, for onnxruntime; `gguf`: one file for llama.cpp."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"
@@ -216,10 +216,10 @@ def check_export(config: ExportConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    plain = config.format == "hf"
-    _require(plain or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
-    _require(not plain or config.activation_bits == 16, "activation_bits", config.activation_bits,
-             "16 for --format hf, which describes no activations")  # fmt: skip
+    chosen = config.format
+    _require(chosen == "hf" or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
+    _require(chosen == "compressed-tensors" or config.activation_bits == 16, "activation_bits", config.activation_bits,
+             f"16 for --format {chosen}, which describes no activations")  # fmt: skip
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:

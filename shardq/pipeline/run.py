@@ -23,7 +23,14 @@ from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
-from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
+from shardq.pipeline.export import (
+    MODEL_CARD,
+    rounding_to,
+    stored_dtype,
+    write_block_files,
+    write_format,
+    write_run_files,
+)
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
@@ -186,7 +193,7 @@ def _write_formats(run: Run) -> None:
     options = run.config.export
     for chosen in options.asked:
         folder = run.output / chosen
-        if not (folder / "config.json").exists():
+        if not (folder / MODEL_CARD).exists():
             asked = {"dtype": options.dtype, "activation_bits": options.activation_bits}
             write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
 

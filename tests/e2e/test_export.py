@@ -146,8 +146,8 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
         run_export(served)
     with pytest.raises(ResumeError, match="no finished run"):
         run_export(llama)
-    with pytest.raises(ConfigError, match="gguf"):
-        run_export(served, "--format", "gguf")
+    with pytest.raises(ConfigError, match="pickle"):
+        run_export(served, "--format", "pickle")
     with pytest.raises(ConfigError, match="activation_bits: 8"):
         run_export(served, "--format", "hf", "--activation_bits", 8)
     with pytest.raises(ConfigError, match="dtype: source"):
