@@ -2,7 +2,8 @@
 
 Names are torch names and lists run in [out, in] order. `offset` belongs to the unsigned code in both layouts:
 -2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one. Scales here are positive: a full-range grid is
-written as the asymmetric one that it equals, of offset 1 - 2^(b-1) where its scale is negative.
+written as the asymmetric one that it equals, of offset 1 - 2^(b-1) where its scale is negative. A two-level grid is
+LPBQ in version 1.0.0; version 0.6.1 has plain groups alone, so there it is written as those.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 from shardq import __version__
 from shardq.errors import CheckpointError
 from shardq.files import storage_errors, write_whole
+from shardq.quant import affine
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -22,7 +24,10 @@ PRODUCER = {"package": "shardq", "version": __version__}
 
 
 def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
-    """One weight's entry of `param_encodings` in version 1.0.0."""
+    """One weight's entry of `param_encodings` in version 1.0.0.
+
+    LPBQ's `scale` and `offset` are those of the per-channel grid of `bw` bits that codes are decompressed to.
+    """
     spec = linear.spec
     scale_OG, offset_OG = _positive_grid(linear)
     entry = {
@@ -34,6 +39,16 @@ def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
         "offset": offset_OG.flatten().tolist(),
         "enc_type": "PER_BLOCK" if spec.group_size else "PER_CHANNEL",
     }
+    if spec.decompressed_bits:
+        multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+        entry |= {
+            "bw": spec.decompressed_bits,
+            "scale": channel_O1.flatten().tolist(),
+            "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
+            "enc_type": "LPBQ",
+            "compressed_bw": spec.bits,
+            "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
+        }
     return entry | ({"block_size": spec.group_size} if spec.group_size else {})
 
 

@@ -35,6 +35,11 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         compressed_tensors.check_grid(spec, activation_bits)
     if config.target is None:
         return
+    if spec.decompressed_bits:
+        raise ConfigError(
+            "quant.decompressed_bits: vLLM keeps scales in the model's dtype, in which they are no whole multiples; "
+            "leave out quant.decompressed_bits or target"
+        )
     if spec.group_size not in VLLM_GROUP_SIZES:
         raise ConfigError(
             f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"
