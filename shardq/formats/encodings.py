@@ -24,10 +24,7 @@ PRODUCER = {"package": "shardq", "version": __version__}
 
 
 def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
-    """One weight's entry of `param_encodings` in version 1.0.0.
-
-    LPBQ's `scale` and `offset` are those of the per-channel grid of `bw` bits that codes are decompressed to.
-    """
+    """One weight's entry of `param_encodings` in version 1.0.0."""
     spec = linear.spec
     scale_OG, offset_OG = _positive_grid(linear)
     entry = {
@@ -40,16 +37,21 @@ def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
         "enc_type": "PER_BLOCK" if spec.group_size else "PER_CHANNEL",
     }
     if spec.decompressed_bits:
-        multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
-        entry |= {
-            "bw": spec.decompressed_bits,
-            "scale": channel_O1.flatten().tolist(),
-            "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
-            "enc_type": "LPBQ",
-            "compressed_bw": spec.bits,
-            "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
-        }
+        entry |= _lpbq(scale_OG, spec)
     return entry | ({"block_size": spec.group_size} if spec.group_size else {})
+
+
+def _lpbq(scale_OG: Tensor, spec: QuantSpec) -> dict:
+    """Version 1.0.0 of a two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    return {
+        "bw": spec.decompressed_bits,
+        "scale": channel_O1.flatten().tolist(),
+        "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
+        "enc_type": "LPBQ",
+        "compressed_bw": spec.bits,
+        "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
+    }
 
 
 def encoding_torch(linear: QuantizedLinear) -> list[dict]:
