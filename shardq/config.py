@@ -11,7 +11,7 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
 from shardq.quant.activation import ActivationOptions
-from shardq.quant.spec import QuantSpec
+from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class QuantOptions:
     is a quarter of the grid)."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
+    decompressed_bits: int | None = None
+    """Two-level scales (LPBQ; AIMET's decompressed_bw) of a symmetric grid in groups: each a whole multiple, at most
+    2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it; 8
+    beside 4 bits (default: each group has a float scale of its own)."""
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
     nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
@@ -39,8 +43,15 @@ class QuantOptions:
     def spec(self) -> QuantSpec:
         """The grid that these options describe."""
         group_size = None if self.group_size in (None, -1) else self.group_size
-        full_range = self.bits == 2 and self.symmetric if self.full_range is None else self.full_range
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size, full_range=full_range)
+        # A multiplier is positive, so two-level scales are.
+        by_default = self.bits == 2 and self.symmetric and self.decompressed_bits is None
+        return QuantSpec(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=group_size,
+            full_range=by_default if self.full_range is None else self.full_range,
+            decompressed_bits=self.decompressed_bits,
+        )
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -229,6 +240,11 @@ def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
              "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
     size = quant.group_size
     _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
+    wide, spec = quant.decompressed_bits, quant.spec
+    _require(wide is None or (spec.symmetric and spec.group_size and not spec.full_range), "quant.decompressed_bits",
+             wide, "left out but for symmetric grids in groups that are not full-range")  # fmt: skip
+    _require(wide is None or quant.bits < wide <= MAX_DECOMPRESSED_BITS, "quant.decompressed_bits", wide,
+             f"above quant.bits ({quant.bits}), at most {MAX_DECOMPRESSED_BITS}")  # fmt: skip
 
 
 def _check_activations(activations: ActivationOptions) -> None:
