@@ -166,8 +166,8 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
 
 def _not_finite(entry: dict) -> str:
     """What became of a block that met numbers which are not finite."""
-    met = f"not finite in {entry['failed_tries']} training(s), "
-    return met + ("left at its best finite iterate" if entry["gave_up"] else "then trained at lower rates")
+    then = "left at its best finite iterate" if entry["gave_up"] else "then trained at lower rates"
+    return f"numbers were not finite in {entry['failed_tries']} training(s), {then}"
 
 
 def _commit(run: Run, block_index: int, result: BlockResult, dtype: torch.dtype) -> None:

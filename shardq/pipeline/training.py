@@ -51,7 +51,7 @@ class BlockResult:
     Attributes:
         loss_before, loss_after: relative loss over the watched samples.
         failed_tries: trainings that ended at a number that is not finite.
-        gave_up: all did; the linears are the best finite iterate, the start at the least.
+        gave_up: all did.
     """
 
     linears: Linears
@@ -71,7 +71,8 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
     """Train a block from its start, or from a checkpoint, and serve what comes out.
 
     A try that meets a number that is not finite ends, on all ranks; the next one begins at the start with lower
-    learning rates. After the last one the best finite iterate is kept.
+    learning rates. A block that had a failed try becomes its best finite iterate: the end of the try that did not fail,
+    the last finite iterate of one that did, or the start.
 
     Args:
         best: the start, where the best iterate on held-out samples is to be kept.
@@ -91,12 +92,17 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
         job.display.start_training(progress.done)
         try:
             linears, loss_after = _try(at_hand, progress, purpose)
-            return BlockResult(linears, loss_before, loss_after, progress.failed)
         except QuantizationError as error:
             _go_back(at_hand, progress, loss_before)
             job.display.line(f"block {at_hand.index}: {_reason(error)}; {_what_follows(job, progress)}")
-    at_hand.bench.quantizer.serve(progress.best.linears, job.stored)
-    return BlockResult(progress.best.linears, loss_before, progress.best.loss, progress.failed, gave_up=True)
+            continue
+        if not progress.failed:
+            return BlockResult(linears, loss_before, loss_after)
+        progress.best.offer(linears, loss_after)
+        break
+    best, gave_up = progress.best, progress.failed > job.optimize.retries
+    at_hand.bench.quantizer.serve(best.linears, job.stored)
+    return BlockResult(best.linears, loss_before, best.loss, progress.failed, gave_up)
 
 
 def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linears, float]:

@@ -100,7 +100,8 @@ def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress
         if checkpoints.parallel.zero_stage or ranks.rank == 0:
             write_checked(folder / checkpoints.state_file, state, about)
         if best and ranks.rank == 0:
-            write_checked(folder / BEST, _tensors_of(best), {"loss": best.loss, "num_stale": best.num_stale})
+            facts = {"linears": list(best.linears), "loss": best.loss, "num_stale": best.num_stale}
+            write_checked(folder / BEST, _tensors_of(best), facts)
 
     def remove_others() -> None:
         for other in folder.parent.iterdir():
@@ -164,9 +165,8 @@ def _tensors_of(best: BestIterate) -> dict[str, Tensor]:
 
 
 def _best_of(tensors: dict[str, Tensor], about: dict, spec: QuantSpec, device: torch.device) -> BestIterate:
-    names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
     linears = {}
-    for name in names:
+    for name in about["linears"]:  # in their order, which the tensors of a file do not keep
         parts = (tensors[f"{name}.{kind}"].to(device) for kind in ("codes", "scale", "zero_point"))
         linears[name] = QuantizedLinear(*parts, spec)
     return BestIterate(linears, about["loss"], about["num_stale"])
