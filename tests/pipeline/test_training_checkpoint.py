@@ -108,7 +108,7 @@ def test_whole_one_is_used_where_the_newer_is_not_whole(checkpoints, monkeypatch
 
 def test_one_that_was_made_for_something_else_is_not_used(checkpoints):
     save_one(checkpoints, Progress(done=3))
-    [name] = names(checkpoints)
+    [name], lines = names(checkpoints), []
     others = {
         "engine": replace(checkpoints, parallel=ParallelOptions(engine="local", reduce_dtype="bf16")),
         "kind of device": replace(checkpoints, ranks=Ranks(0, 1, torch.device("meta"))),
@@ -117,6 +117,8 @@ def test_one_that_was_made_for_something_else_is_not_used(checkpoints):
         found, [line] = load_one(other)
         assert found is None
         assert line == f"{checkpoints.output / FOLDER / name}: not used: made for another {differing}"
+    assert load(checkpoints, purpose_of(checkpoints) | {"number of ranks": 2}, SPEC, lines.append) is None
+    assert lines[0].endswith("made for another number of ranks")
     assert load_one(checkpoints)[0]
     (checkpoints.output / "ledger.jsonl").write_text('{"block": 0}\n')
     found, [line] = load_one(checkpoints)
