@@ -84,6 +84,15 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Saving the training of a block while it runs."""
+
+    every_iterations: int = 0
+    """Iterations from one checkpoint to the next, from which a killed run goes on within the block; each replaces the
+    one before. 0: none; the block at hand is trained again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """A quantization run."""
 
@@ -108,6 +117,7 @@ class QuantizeConfig:
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
 
 
@@ -175,6 +185,9 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     _check_parallel(config.parallel, optimize.optimizer, world_size)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
+    _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
+    every = config.checkpoint.every_iterations
+    _require(every >= 0, "checkpoint.every_iterations", every, "at least 0")
     for name in ("grid_lr", "weight_lr"):
         _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
     memory = optimize.memory_gib

@@ -53,6 +53,11 @@ class LinearQuantizer(nn.Module):
             min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.spec)
         self.min.copy_(min_R1)
         self.max.copy_(max_R1)
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Go back to the start for the weight at hand; in place."""
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.zero_()

@@ -297,7 +297,7 @@ def cached_files(monkeypatch):
     """List into which the paths of cached activations go."""
     written, write_checked = [], store.write_checked
     monkeypatch.setattr(
-        store, "write_checked", lambda path, tensor: written.append(path) or write_checked(path, tensor)
+        store, "write_checked", lambda path, tensors: written.append(path) or write_checked(path, tensors)
     )
     return written
 
