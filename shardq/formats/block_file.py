@@ -18,7 +18,7 @@ from shardq.formats.tensor_file import read_tensors, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
+from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
 
 VERSION = 1
 
@@ -110,6 +110,8 @@ def _described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
         for num_inputs, spec in linears.values():
             if not (2 <= spec.bits <= 8 and num_inputs % (spec.group_size or num_inputs) == 0):
                 raise ValueError(f"{num_inputs} input channels, {spec}")
+            if not (spec.decompressed_bits is None or spec.bits < spec.decompressed_bits <= MAX_DECOMPRESSED_BITS):
+                raise ValueError(f"{spec.decompressed_bits} decompressed bits, {spec}")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(f"{path}: the grids in its header are damaged ({error})") from error
     return linears

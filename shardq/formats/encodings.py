@@ -8,7 +8,8 @@ token's own are in neither: AIMET has no such encoding.
 
 `offset` belongs to the unsigned code in both layouts:
 -2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one. Scales here are positive: a full-range grid is
-written as the asymmetric one that it equals, of offset 1 - 2^(b-1) where its scale is negative.
+written as the asymmetric one that it equals, of offset 1 - 2^(b-1) where its scale is negative. A two-level grid is
+LPBQ in version 1.0.0; version 0.6.1 has plain groups alone, so there it is written as those.
 """
 
 import json
@@ -21,6 +22,7 @@ from torch import Tensor
 from shardq import __version__
 from shardq.errors import CheckpointError
 from shardq.files import storage_errors, write_whole
+from shardq.quant import affine
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -32,8 +34,24 @@ PRODUCER = {"package": "shardq", "version": __version__}
 def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
     """One weight's entry of `param_encodings` in version 1.0.0."""
     spec = linear.spec
-    entry = _entry_v1(name, *_positive_grid(linear), spec, "PER_BLOCK" if spec.group_size else "PER_CHANNEL")
+    scale_OG, offset_OG = _positive_grid(linear)
+    entry = _entry_v1(name, scale_OG, offset_OG, spec, "PER_BLOCK" if spec.group_size else "PER_CHANNEL")
+    if spec.decompressed_bits:
+        entry |= _lpbq(scale_OG, spec)
     return entry | ({"block_size": spec.group_size} if spec.group_size else {})
+
+
+def _lpbq(scale_OG: Tensor, spec: QuantSpec) -> dict:
+    """Version 1.0.0 of a two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    return {
+        "bw": spec.decompressed_bits,
+        "scale": channel_O1.flatten().tolist(),
+        "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
+        "enc_type": "LPBQ",
+        "compressed_bw": spec.bits,
+        "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
+    }
 
 
 def encoding_torch(linear: QuantizedLinear) -> list[dict]:

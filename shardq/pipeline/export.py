@@ -1,5 +1,6 @@
 """Files that make a finished block, and a finished run, usable by others."""
 
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.config import ExportConfig, check_export
+from shardq.config import ExportConfig, Format, check_export
 from shardq.errors import ConfigError
 from shardq.files import write_text, write_whole
 from shardq.formats import compressed_tensors, encodings
@@ -27,6 +28,10 @@ from shardq.pipeline import ledger
 from shardq.pipeline.plan import Plan, block_file, encodings_files
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+MODEL_CARD = "README.md"
+PACKAGES: dict[Format, str] = {"onnx": "onnxscript", "gguf": "gguf"}  # that a run without these formats needs not
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
@@ -137,41 +142,81 @@ def export(config: ExportConfig, ranks: Ranks) -> dict:
 
 
 def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
-    """Write a finished run in one format, over what an earlier attempt may have left.
+    """Write a finished run in one format, over what an earlier attempt may have left; the model card comes last.
 
     Returns:
         As `export`, but for `seconds`.
     """
     skeleton = open_skeleton(Path(config.run))
     grids = {name: spec for path in _block_files(skeleton) for name, spec in read_grids(path).items()}
+    match config.format:
+        case "onnx":
+            scale_change = _write_onnx(skeleton, grids, folder)
+        case "gguf":
+            check_installed("gguf")
+            from shardq.pipeline.gguf_export import write_gguf
+
+            scale_change = write_gguf(skeleton, folder, grids)
+        case _:
+            scale_change = _write_checkpoint(config, skeleton, grids, folder)
+    if scale_change:
+        target = "gguf" if config.format == "gguf" else "vllm"
+        display.line(
+            f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
+            f"{scale_change:.2%}; a run with --target {target} rounds them before"
+        )
+    manifest = ledger.read_manifest(skeleton.folder)
+    spec = next(iter(grids.values()))
+    activation_bits = config.activation_bits if config.format == "compressed-tensors" else 16
+    write_text(folder / MODEL_CARD, model_card(manifest, spec, config.format, activation_bits, scale_change))
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"output": str(folder), "format": config.format, "bytes": num_bytes, "scale_change": scale_change}
+
+
+def check_installed(kind: Format) -> None:
+    """Check that the package which writes a format is there.
+
+    Raises:
+        ConfigError: it is not; says how to install it.
+    """
+    package = PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
+
+
+def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
+    """Write a run as ONNX; scales stay as they are."""
+    check_installed("onnx")
+    from shardq.pipeline.onnx_export import write_onnx  # its packages are an extra
+
+    write_onnx(skeleton, folder, grids)
+    copy_companions(skeleton.folder, folder)
+    write_config(skeleton.folder, folder, "float32")
+    return 0.0
+
+
+def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
+    """Write a run as a checkpoint that programs load; give the largest relative change of a scale."""
     spec = next(iter(grids.values()))
     model_dtype = getattr(torch, spec.scale_dtype) if spec.scale_dtype else _embedding_dtype(skeleton)
+    dtype = scale_dtype = model_dtype
+    entries, ignored = {}, _linears_left(skeleton, grids)
     match config.format:
         case "hf":
-            scale_dtype, activation_bits, entries = torch.float32, 16, {}
+            scale_dtype = torch.float32
             dtype = torch.float32 if config.dtype == "float32" else model_dtype
             convert = partial(plain_tensors, dtype=dtype)
         case "compressed-tensors":
-            scale_dtype, activation_bits, dtype = model_dtype, config.activation_bits, model_dtype
-            compressed_tensors.check_grid(spec, activation_bits)
-            inputs = _input_grids(skeleton, grids) if activation_bits == 8 else {}
-            convert = partial(
-                compressed_tensors.linear_tensors, dtype=dtype, activation_bits=activation_bits, inputs=inputs
-            )
-            quantization = (spec, activation_bits, _linears_left(skeleton, grids), *list(inputs.values())[:1])
-            entries = {"quantization_config": compressed_tensors.quantization_config(*quantization)}
+            bits = config.activation_bits
+            compressed_tensors.check_grid(spec, bits)
+            inputs = _input_grids(skeleton, grids) if bits == 8 else {}
+            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits, inputs=inputs)
+            scheme = compressed_tensors.quantization_config(spec, bits, ignored, *list(inputs.values())[:1])
+            entries = {"quantization_config": scheme}
     scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
-    if scale_change:
-        display.line(
-            f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
-            f"{scale_change:.2%}; a run with --target vllm has none of that"
-        )
     copy_companions(skeleton.folder, folder)
-    manifest = ledger.read_manifest(skeleton.folder)
-    write_text(folder / "README.md", model_card(manifest, spec, config.format, activation_bits, scale_change))
-    write_config(skeleton.folder, folder, _name(dtype), **entries)  # last: it makes the folder a checkpoint
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"output": str(folder), "format": config.format, "bytes": num_bytes, "scale_change": scale_change}
+    write_config(skeleton.folder, folder, _name(dtype), **entries)
+    return scale_change
 
 
 def _write_shards(

@@ -26,7 +26,7 @@ CHECKS = {
     "index": "the checkpoint opens; its index names every tensor in every shard, and nothing else",
     "linears": "every linear to quantize is in its block's file, once, and nothing else",
     "codes": "codes are all there and fit the weight; zero points are codes of the grid",
-    "scales": "scales are finite and positive (not zero on a full-range grid)",
+    "scales": "scales are finite and positive (full-range: not zero; two-level: whole multiples of their channel's)",
     "weights": "every quantized weight of the checkpoint is (code - zero point) * scale, in the dtype it is stored in",
     "encodings": "encodings, of each block and of the model, are those of the codes, scales and activations' grids",
 }

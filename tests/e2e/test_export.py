@@ -94,9 +94,12 @@ def rounded_by_token(module: torch.nn.Module, inputs: tuple) -> torch.Tensor:
     return (inputs[0] / scale).round().clamp(-128, 127) * scale
 
 
-def test_scales_of_a_run_without_a_target_are_rounded_on_the_way(llama: Path, token_file: Path, tmp_path: Path):
+@pytest.mark.parametrize("grid", [(), ("--quant.group_size", 32, "--quant.decompressed_bits", 8)])
+def test_scales_of_a_run_without_a_target_are_rounded_on_the_way(
+    llama: Path, token_file: Path, tmp_path: Path, grid: tuple
+):
     run = tmp_path / "run"
-    run_quantize(llama, token_file, run, *RTN)
+    run_quantize(llama, token_file, run, *RTN, *grid)
     summary = run_export(run, "--output", tmp_path / "exported")
     scales = [linear.scale_OG for path in (run / "blocks").iterdir() for linear in read_block(path).values()]
     changes = [(scale.bfloat16().double() / scale.double() - 1).abs().max().item() for scale in scales]
@@ -146,8 +149,8 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
         run_export(served)
     with pytest.raises(ResumeError, match="no finished run"):
         run_export(llama)
-    with pytest.raises(ConfigError, match="gguf"):
-        run_export(served, "--format", "gguf")
+    with pytest.raises(ConfigError, match="pickle"):
+        run_export(served, "--format", "pickle")
     with pytest.raises(ConfigError, match="activation_bits: 8"):
         run_export(served, "--format", "hf", "--activation_bits", 8)
     with pytest.raises(ConfigError, match="dtype: source"):

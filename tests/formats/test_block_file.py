@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_header_describes_every_linear(tmp_path):
     with safe_open(tmp_path / "block.safetensors", "pt") as file:
         metadata = file.metadata()
     assert list(metadata) == ["shardq"]
-    common = {"full_range": False, "in_features": 24, "scale_dtype": None}
+    common = {"decompressed_bits": None, "full_range": False, "in_features": 24, "scale_dtype": None}
     assert json.loads(metadata["shardq"]) == {
         "version": 1,
         "linears": {
@@ -109,6 +110,15 @@ def test_block_that_cannot_be_read_is_named(tmp_path, damage: str):
         read_block(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("decompressed_bits", [4, 17, 10**12])
+def test_scales_on_levels_that_there_are_not_are_refused(tmp_path, decompressed_bits: int):
+    linear = random_linear(4, group_size=8)
+    spec = replace(linear.spec, decompressed_bits=decompressed_bits)
+    write_block(tmp_path / "block.safetensors", {NAME: replace(linear, spec=spec)})
+    with pytest.raises(CheckpointError, match=f"grids in its header are damaged .{decompressed_bits} decompressed"):
+        read_block(tmp_path / "block.safetensors")
 
 
 @pytest.mark.parametrize("metadata", [None, {"shardq": '{"version": 2, "linears": {}}'}], ids=["none", "newer"])

@@ -17,6 +17,7 @@ from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "golden.json").read_text())
+RECORDED_LPBQ = json.loads((GOLDEN / "lpbq.json").read_text())
 PER_CHANNEL = [name for name, case in RECORDED.items() if case["group"] is None]
 
 
@@ -65,6 +66,17 @@ def test_grouped_version_1_entry_is_aimets_per_block_layout():
     found = encodings.encoding_v1("l.weight", golden_linear("w4_group16"))
     per_block = {"name": "l.weight", "enc_type": "PER_BLOCK", "block_size": 16}
     assert same_json(found, RECORDED["w4_group16"]["encodings"]["1.0.0"] | per_block)
+
+
+@pytest.mark.parametrize("name", RECORDED_LPBQ)
+def test_two_level_entries_are_aimets_lpbq_and_its_plain_groups(name: str):
+    """AIMET's own scales: multipliers and channels' scales are found in them to the bit."""
+    case, scale = RECORDED_LPBQ[name], load_file(GOLDEN / f"{name}.safetensors")["scale"]
+    spec = QuantSpec(bits=case["bits"], group_size=case["group"], decompressed_bits=case["decompressed"])
+    codes = torch.zeros(len(scale), scale.shape[1] * case["group"], dtype=torch.int8)
+    linear = QuantizedLinear(codes, scale, torch.zeros_like(scale), spec)
+    assert same_json(encodings.encoding_v1("l.weight", linear), case["encodings"]["1.0.0"] | {"name": "l.weight"})
+    assert same_json(encodings.encoding_torch(linear), case["encodings"]["0.6.1"])
 
 
 def test_groups_run_along_the_inputs_of_one_output_first():
