@@ -74,8 +74,9 @@ class ExportOptions:
     """Further formats to write when the run is done, each to a folder of its name in the output folder; `shardq export`
     does it later."""
     activation_bits: Literal[8, 16] = 16
-    """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has them rounded to
-    int8 with a scale a token while the model runs (W8A8, W4A8)."""
+    """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has those that
+    enter the linears rounded to int8 while the model runs (W8A8, W4A8): on the run's own grids (activations.bits 8), or
+    with a scale a token."""
 
     @property
     def asked(self) -> tuple[Format, ...]:
@@ -180,6 +181,10 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     """
     _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
     _check_activations(config.activations)
+    bits, exported = config.activations.bits, config.export.activation_bits
+    _require(
+        exported == 16 or bits in (None, 8), "export.activation_bits", exported, f"16 beside activations.bits {bits}"
+    )
     _check_text("calib", config.calib)
     optimize = config.optimize
     _check_parallel(config.parallel, optimize.optimizer, world_size)

@@ -224,6 +224,7 @@ def test_another_observer_is_another_run(runs: dict[str, Path], llama: Path, tok
         (("--activations.kv_bits", 8, "--activations.tensors", "all"), "activations.tensors: all"),
         (("--activations.bits", 8, "--activations.percentile", 40), "activations.percentile: 40"),
         (("--activations.in_training", "true"), "activations.in_training: True"),
+        (("--activations.bits", 16, "--export.activation_bits", 8), "export.activation_bits: 8"),
         ((*TRAINED, "--activations.kv_bits", 8), "activations.in_training: True"),
         ((*TRAINED, "--activations.tensors", "all"), "activations.in_training: True"),
     ],
