@@ -101,17 +101,22 @@ LINE = json.dumps({"block": 0, "files": {"a": "0" * 64}}).encode() + b"\n"
 @hostile
 @given(value=VALUES, files=VALUES, raw=some.binary(max_size=40) | mutated(LINE * 2) | some.just(NESTED + b"\n"))
 def test_ledger_reader(tmp_path, value, files, raw):
-    for content in (raw, json.dumps(value).encode(), json.dumps({"block": 0, "files": files}).encode() + b"\n"):
+    for content in (
+        raw,
+        json.dumps(value).encode(),
+        json.dumps({"block": 0, "files": files}).encode() + b"\n",
+        json.dumps({"redo": value, "manifest": files}).encode() + b"\n",
+    ):
         (tmp_path / "ledger.jsonl").write_bytes(content)
-        only_own_errors(ResumeError, ledger.read_entries, tmp_path)
-        only_own_errors(ShardQError, ledger._read_ledger, tmp_path)
+        only_own_errors(ResumeError, ledger.read_lines, tmp_path)
+        only_own_errors(ShardQError, ledger.check_finished, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a", "blocks/../../a"])
 def test_ledger_never_leads_out_of_the_folder(tmp_path, name):
     (tmp_path / "ledger.jsonl").write_text(json.dumps({"block": 0, "files": {name: "0"}}) + "\n")
     with pytest.raises(ResumeError, match="line 1 names a file outside the folder"):
-        ledger.read_entries(tmp_path)
+        ledger.read_lines(tmp_path)
 
 
 @hostile
@@ -120,7 +125,8 @@ def test_manifest_reader(tmp_path, value, raw):
     for content in (raw, json.dumps(value).encode(), json.dumps({"options": value}).encode()):
         (tmp_path / "manifest.json").write_bytes(content)
         only_own_errors(ResumeError, ledger.stored_options, tmp_path, "quant")
-        only_own_errors(ShardQError, ledger.open_run, tmp_path, {"options": {}}, "auto")
+        for redo in (None, [0]):
+            only_own_errors(ShardQError, ledger.open_run, tmp_path, {"options": {}}, "auto", redo)
 
 
 def make_block(path: Path) -> bytes:

@@ -20,10 +20,12 @@ from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.folders import output_folder
+from shardq.pipeline.folders import cache_folder, output_folder
 from shardq.pipeline.lock import only_run
+from shardq.pipeline.manifest import make_manifest
 from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
 from shardq.pipeline.plan import Plan, make_plan
+from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.target import check_served
 
 
@@ -37,7 +39,7 @@ class Run:
     plan: Plan
     arguments: list[BlockArguments]
     tokens_NT: Tensor
-    finished: list[dict]
+    lines: list[dict]
     ranks: Ranks
     display: Display
 
@@ -62,22 +64,26 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         with prologue(skeleton, ranks.device) as embed:
             return skeleton, plan, record_arguments(skeleton, embed, config.calib.sequence_length)
 
-    def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
+    def begin() -> tuple[Tensor, tuple[list[dict], dict | None], QuantizeConfig]:
+        redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, skeleton, plan, arguments, limit, ranks, display)
-        manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
         ledger.check_folder(output, config.resume)
         held.enter_context(only_run(output, display.line))
         remove_asides(output)
-        return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
+        return tokens_NT, ledger.open_run(output, manifest, config.resume, redo), chosen
 
     skeleton, plan, arguments = together(ranks, open_and_plan)
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
-    tokens_NT, finished, chosen = on_rank_zero(ranks, begin)
+    tokens_NT, (lines, redo_line), chosen = on_rank_zero(ranks, begin)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
-    run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ranks, display)
+    if redo_line is not None:
+        begin_redo(output, cache_folder(config, output, len(ledger.redo_lines(lines))), redo_line, ranks, display)
+        lines.append(redo_line)
+    run = Run(config, output, skeleton, plan, arguments, tokens_NT, lines, ranks, display)
     _say_what_will_be_done(run)
     return run
 
@@ -110,7 +116,7 @@ def _fitted(
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
         micro_batch = stored.get("micro_batch")
-        if micro_batch is None:
+        if micro_batch is None or stored.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
             micro_batch = choose_micro_batch(*per_block, parallel, limit, ranks.world_size)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
@@ -144,7 +150,7 @@ def _say_what_will_be_done(run: Run) -> None:
             f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
             "in every step some ranks wait for the others"
         )
-    if len(run.finished) > run.plan.num_blocks:
+    if None in ledger.finished(run.lines):
         line(f"{run.output}: this run is finished, nothing is left to do")
 
 

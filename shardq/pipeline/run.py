@@ -26,6 +26,7 @@ from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files,
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.redo import remove_what_completes
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
 
@@ -45,16 +46,17 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)
         events = Events(events_file(run.output, ranks), ranks.rank)
-        entries = run.finished
-        if len(entries) <= run.plan.num_blocks:
+        lines = run.lines
+        if None not in ledger.finished(lines):
             # No file to write to before the checks have passed.
             events.record("start-up", started)
             events.record("prepare", time.perf_counter() - start)
             with stoppable(run.output, ranks):
-                entries = _finish(run, events)
+                lines = _finish(run, events)
             events.record("run", started + time.perf_counter() - start)
         on_rank_zero(ranks, lambda: _write_formats(run))
-        blocks = entries[: run.plan.num_blocks]
+        entries = ledger.finished(lines)
+        blocks = [entries[block_index] for block_index in range(run.plan.num_blocks)]
         summary = {
             "output": str(run.output),
             "blocks": len(blocks),
@@ -68,9 +70,9 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
 
 def _finish(run: Run, events: Events) -> list[dict]:
-    """Quantize the blocks that are left and complete the output; give the ledger's entries."""
+    """Quantize the blocks that are left and complete the output; give the ledger's lines."""
     config, ranks, plan = run.config, run.ranks, run.plan
-    cache = cache_folder(config, run.output)
+    cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
     store = open_store(config.cache, cache)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
@@ -81,24 +83,45 @@ def _finish(run: Run, events: Events) -> list[dict]:
         rounding_to(dtype), activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
     )  # fmt: skip
-    with events.span("prepare activations"):
-        _prepare_activations(run, cache, activations)
-    entries = list(run.finished)
-    with run.display.bars(plan.num_blocks, len(entries), config.optimize.iterations):
-        for loaded in _agreed_blocks(run, len(entries), events):
-            entries.append(_quantize_and_commit(run, job, loaded, dtype))
+    on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
+    lines = list(run.lines)
+    with run.display.bars(plan.num_blocks, len(ledger.finished(lines)), config.optimize.iterations):
+        for loaded in _blocks_to_do(run, lines, cache, activations, events):
+            block_index, num_before = loaded.index, len(ledger.finished(lines))
+            lines.append(_quantize_and_commit(run, job, loaded, dtype))
             del loaded  # its source must not stay in memory while the block after the next is read
-            if len(entries) < plan.num_blocks:
-                stop_if_asked(run.output, ranks, len(entries), plan.num_blocks)
+            num_done = len(ledger.finished(lines))
+            run.display.advance_block(num_done - num_before)
+            if num_done <= num_before:
+                run.display.line(f"block {block_index} has come out otherwise; all after it are done again")
+            if num_done < plan.num_blocks:
+                stop_if_asked(run.output, ranks, block_index + 1, plan.num_blocks)
     with events.span("export"):
         shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
-        on_rank_zero(ranks, lambda: _complete(run, dtype))
-    return entries
+        lines.append(on_rank_zero(ranks, lambda: _complete(run, dtype)))
+    return lines
 
 
-def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock]:
+def _blocks_to_do(
+    run: Run, lines: list[dict], cache: Path, activations: Activations, events: Events
+) -> Iterator[LoadedBlock]:
+    """Blocks that are not finished, stretch by stretch where finished ones lie between them.
+
+    Args:
+        lines: of the ledger, to which the block at hand has been added before the next is asked for.
+    """
+    while True:
+        entries = ledger.finished(lines)
+        todo = ledger.blocks_to_do(entries, run.plan.num_blocks)
+        with events.span("prepare activations"):
+            _prepare_activations(run, cache, activations, entries, todo.start)
+        yield from _agreed_blocks(run, todo, events)
+        if not ledger.blocks_to_do(ledger.finished(lines), run.plan.num_blocks):
+            return
+
+
+def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
     """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
-    indices = range(first, run.plan.num_blocks)
     blocks = stream_blocks(run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"))
     for block_index in indices:
         with events.span("load", block=block_index):
@@ -107,22 +130,22 @@ def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock
         del loaded
 
 
-def _prepare_activations(run: Run, cache: Path, activations: Activations) -> None:
-    """Bring every rank's samples to the first unfinished block, and say what a resume has to compute again.
+def _prepare_activations(run: Run, cache: Path, activations: Activations, entries: ledger.Entries, first: int) -> None:
+    """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
 
     On the disk, samples are found by whichever rank owns them now.
     """
     if run.config.cache.placement == "cpu":
         # An earlier attempt's files: they would not belong to the blocks that are committed from now on.
         on_rank_zero(run.ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
-    first = len(run.finished)
     are_there = first == run.plan.num_blocks or (first > 0 and activations.holds(first))
     num_without = int(sum_over_ranks(run.ranks, [float(not are_there)])[0])
     if first:
         cost = f"activations are computed again through {first} block(s) for {num_without} rank(s)"
         run.display.line(
-            f"resuming in {run.output}: {first} of {run.plan.num_blocks} blocks are done; {run.ranks.world_size} "
-            f"rank(s), begun with {run.finished[0]['world_size']}; {cost if num_without else 'nothing is done again'}"
+            f"resuming in {run.output}: {len(entries)} of {run.plan.num_blocks} blocks are done; "
+            f"{run.ranks.world_size} rank(s), begun with {entries[0]['world_size']}; "
+            f"{cost if num_without else 'nothing is done again'}"
         )
 
     def compute() -> None:
@@ -141,7 +164,7 @@ def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]
 
 
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
-    """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger entry."""
+    """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger line."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
@@ -149,25 +172,24 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
         losses = {"loss_before": result.loss_before, "loss_after": result.loss_after}
-        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, losses, dtype))
+        line = on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, losses, dtype))
         job.activations.drop(block_index)
-    job.display.advance_block()
     job.display.line(
         f"block {block_index + 1}/{run.plan.num_blocks} {name}: "
         f"relative loss {result.loss_before:.3e} -> {result.loss_after:.3e}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
     )
-    return losses
+    return line
 
 
-def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype: torch.dtype) -> None:
+def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype: torch.dtype) -> dict:
     files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, dtype)
-    ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **losses)
+    return ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **losses)
 
 
-def _complete(run: Run, dtype: torch.dtype) -> None:
+def _complete(run: Run, dtype: torch.dtype) -> dict:
     files = write_run_files(run.output, run.skeleton, run.plan, dtype)
-    ledger.commit(run.output, None, files)
+    return ledger.commit(run.output, None, files)
 
 
 def _write_formats(run: Run) -> None:
