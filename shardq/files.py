@@ -65,10 +65,25 @@ def make_folder(folder: Path) -> None:
         sync(folder.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if it is there; raises StorageError where the disk does not let it go."""
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> bool:
+    """Remove a folder with all that is in it; False if there was none; raises as `remove`."""
+    with storage_errors(folder):
+        if not folder.exists():
+            return False
+        shutil.rmtree(folder)
+        return True
+
+
 def remove_asides(folder: Path) -> None:
     """Remove what dead processes have left half-written in a folder and those below it."""
     for aside in folder.rglob(f"*{ASIDE}"):
-        aside.unlink(missing_ok=True)
+        remove(aside)
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from shardq.errors import ConfigError
+from shardq.files import remove, remove_folder
 from shardq.logs import Display
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
@@ -36,9 +37,17 @@ def blocks_asked(text: str, num_blocks: int) -> list[int]:
 
 
 def begin_redo(output: Path, cache: Path, line: dict, ranks: Ranks, display: Display) -> None:
-    """Have the blocks that a line names count no longer, once no rank holds activations that came from them."""
+    """Have the blocks that a line names count no longer, once the activations that came from them are gone.
+
+    Outside the output folder, where other hosts may keep some, their folder's next name is another.
+    """
+
+    def begin() -> None:
+        remove_folder(cache)
+        ledger.append(output, line)
+
     together(ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
-    on_rank_zero(ranks, lambda: ledger.append(output, line))
+    on_rank_zero(ranks, begin)
     blocks = f"block(s) {', '.join(map(str, line['redo']))}" if line["redo"] else "the files that complete the run"
     display.line(f"redo: {blocks}, and every block after one that comes out with other bytes")
 
@@ -50,9 +59,7 @@ def remove_what_completes(output: Path, asked: Container[str], display: Display)
         asked: formats that this run will write.
     """
     for name in COMPLETING:
-        (output / name).unlink(missing_ok=True)
+        remove(output / name)
     for folder in (output / name for name in FORMATS):
-        if folder.exists():
-            shutil.rmtree(folder)
-            if folder.name not in asked:
-                display.line(f"{folder}: removed; shardq export {output} --format {folder.name} makes it anew")
+        if remove_folder(folder) and folder.name not in asked:
+            display.line(f"{folder}: removed; shardq export {output} --format {folder.name} makes it anew")
