@@ -101,6 +101,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def nearest_folder(folder: Path) -> Path:
+    """A folder, or the first above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn an operating-system error on `path` into one line that says what to do."""
@@ -121,5 +126,4 @@ def _advice(error: OSError, path: Path) -> str:
 
 
 def _free_mib(path: Path) -> int:
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    return shutil.disk_usage(existing).free >> 20
+    return shutil.disk_usage(nearest_folder(path.parent)).free >> 20

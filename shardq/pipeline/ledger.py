@@ -56,24 +56,22 @@ def check_folder(output: Path, resume: str) -> None:
 def open_run(
     output: Path, manifest: dict, resume: str, redo: list[int] | None = None
 ) -> tuple[list[dict], dict | None]:
-    """Begin a run in a folder, or find what the run there has done.
+    """Find what the run in a folder has done, or that one may begin there.
 
     Args:
         redo: blocks to do again.
 
     Returns:
-        The ledger's lines, none for a new run; and the line, if there is to be one, that begins a redo. It is left to
-        the caller to append that.
+        The ledger's lines, none for a new run; and the line, if there is to be one, that begins a redo. `begin_run`
+        and appending that line are left to the caller.
 
     Raises:
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
     """
     check_folder(output, resume)
-    path = output / MANIFEST
-    if not path.exists():
+    if not (output / MANIFEST).exists():
         if redo is not None:
             raise ResumeError(f"{output}: no run to redo blocks of (no {MANIFEST}); check --output or drop --redo")
-        write_json(path, manifest)
         return [], None
     if resume == "never":
         raise ResumeError(f"{output}: already holds a run and --resume is never; choose another --output or delete it")
@@ -93,6 +91,12 @@ def open_run(
         numbers = ",".join("end" if block is None else str(block) for block in damaged)
         raise ResumeError(f"{damaged[left[0]]}; restore it, or do it again with --redo {numbers}")
     return lines, line
+
+
+def begin_run(output: Path, manifest: dict) -> None:
+    """Make a folder a run's, if it is none yet."""
+    if not (output / MANIFEST).exists():
+        write_json(output / MANIFEST, manifest)
 
 
 def _redo_line(lines: list[dict], redo: list[int], manifest: dict, damaged: dict[int | None, str]) -> dict | None:

@@ -31,7 +31,13 @@ from shardq.pipeline.target import check_served
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has passed all checks, on one rank."""
+    """A run that has passed all checks, on one rank; `begin` has it take its folder.
+
+    Attributes:
+        manifest: what it is.
+        lines: of its ledger, the one that begins a redo included.
+        begins_redo: whether the last of them has still to be written.
+    """
 
     config: QuantizeConfig
     output: Path
@@ -39,13 +45,15 @@ class Run:
     plan: Plan
     arguments: list[BlockArguments]
     tokens_NT: Tensor
+    manifest: dict
     lines: list[dict]
+    begins_redo: bool
     ranks: Ranks
     display: Display
 
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitStack) -> Run:
-    """Check everything that can be checked before work starts, and begin or find the run in the output folder.
+    """Check everything that can be checked before work starts, and find what the output folder holds of the run.
 
     Args:
         held: keeps other runs out of that folder until it is closed.
@@ -64,7 +72,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         with prologue(skeleton, ranks.device) as embed:
             return skeleton, plan, record_arguments(skeleton, embed, config.calib.sequence_length)
 
-    def begin() -> tuple[Tensor, tuple[list[dict], dict | None], QuantizeConfig]:
+    def find() -> tuple[Tensor, dict, tuple[list[dict], dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
@@ -73,19 +81,25 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         ledger.check_folder(output, config.resume)
         held.enter_context(only_run(output, display.line))
         remove_asides(output)
-        return tokens_NT, ledger.open_run(output, manifest, config.resume, redo), chosen
+        return tokens_NT, manifest, ledger.open_run(output, manifest, config.resume, redo), chosen
 
     skeleton, plan, arguments = together(ranks, open_and_plan)
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
-    tokens_NT, (lines, redo_line), chosen = on_rank_zero(ranks, begin)
+    tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
-    if redo_line is not None:
-        begin_redo(output, cache_folder(config, output, len(ledger.redo_lines(lines))), redo_line, ranks, display)
-        lines.append(redo_line)
-    run = Run(config, output, skeleton, plan, arguments, tokens_NT, lines, ranks, display)
+    lines += [redo] if redo else []
+    run = Run(config, output, skeleton, plan, arguments, tokens_NT, manifest, lines, redo is not None, ranks, display)
     _say_what_will_be_done(run)
     return run
+
+
+def begin(run: Run) -> None:
+    """Make the output folder this run's, and have the blocks of a redo count no longer."""
+    on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
+    if run.begins_redo:
+        former = cache_folder(run.config, run.output, len(ledger.redo_lines(run.lines)) - 1)
+        begin_redo(run.output, former, run.lines[-1], run.ranks, run.display)
 
 
 def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:

@@ -25,8 +25,9 @@ from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
 from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
-from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.prepare import Run, begin, prepare
 from shardq.pipeline.redo import remove_what_completes
+from shardq.pipeline.space import check_space
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
 
@@ -45,6 +46,8 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     display = Display(ranks.rank)
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)
+        check_space(run)
+        begin(run)
         events = Events(events_file(run.output, ranks), ranks.rank)
         lines = run.lines
         if None not in ledger.finished(lines):
@@ -149,6 +152,8 @@ def _prepare_activations(run: Run, cache: Path, activations: Activations, entrie
         )
 
     def compute() -> None:
+        if first and are_there:
+            activations.drop(first - 1)  # a kill right after a commit leaves it
         if not are_there:
             replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
                    partial(_written_weights, run))  # fmt: skip

@@ -16,7 +16,7 @@ from shardq.config import QuantizeConfig, QuantOptions
 from shardq.errors import ResumeError
 from shardq.formats.shards import open_index
 from shardq.optimize.options import OptimizeOptions
-from shardq.pipeline.ledger import blocks_to_do, commit, finished, open_run, read_lines
+from shardq.pipeline.ledger import begin_run, blocks_to_do, commit, finished, open_run, read_lines
 from shardq.pipeline.manifest import make_manifest
 
 MANIFEST = {
@@ -39,6 +39,7 @@ def opened(output: Path, manifest: dict, resume: str) -> list[dict]:
     """The ledger's lines of a run that is opened without a redo."""
     lines, redo = open_run(output, manifest, resume)
     assert redo is None
+    begin_run(output, manifest)
     return lines
 
 
