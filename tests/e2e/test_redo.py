@@ -83,7 +83,13 @@ DAMAGES = {  # what is done, what the refusal names and proposes, what would not
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage, named, proposed, too_little, again", DAMAGES.values(), ids=DAMAGES)
+QUICK = ("a flipped bit", "the end")
+
+
+@pytest.mark.parametrize(
+    "damage, named, proposed, too_little, again",
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, case in DAMAGES.items()],
+)
 def test_damage_is_mended_only_when_asked(
     original, output, llama, token_file, damage, named, proposed, too_little, again
 ):
@@ -135,6 +141,7 @@ def test_same_command_goes_on_with_a_redo_and_does_not_begin_it_anew(output, cha
     assert files_but_ledger(output)[BLOCK] == files_but_ledger(changed)[BLOCK]
 
 
+@pytest.mark.slow
 def test_block_that_is_damaged_again_is_done_again(original, output, llama, token_file):
     for times in (1, 2):
         flip_last_bit(output / BLOCK)
@@ -143,6 +150,7 @@ def test_block_that_is_damaged_again_is_done_again(original, output, llama, toke
     assert files_but_ledger(output) == files_but_ledger(original)
 
 
+@pytest.mark.slow
 def test_unfinished_run_keeps_its_other_blocks(original, llama, token_file, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -155,6 +163,7 @@ def test_unfinished_run_keeps_its_other_blocks(original, llama, token_file, tmp_
     assert files_but_ledger(output) == files_but_ledger(original)
 
 
+@pytest.mark.slow
 def test_activations_of_former_blocks_are_never_used(original, changed, llama, token_file, tmp_path, monkeypatch):
     """An unfinished run's cache holds what enters block 2; block 1 with other settings makes that worthless."""
     output, disk = tmp_path / "out", ["--cache.folder", tmp_path / "disk"]
@@ -213,6 +222,7 @@ def test_folder_without_a_run_has_nothing_to_do_again(llama, token_file, tmp_pat
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_other_method_and_data_may_follow(output, llama, token_file):
     run_quantize(llama, token_file, output, "--redo", "2", "--quant.method", "rtn", "--calib.samples", 6)
     assert [len(read_block(path)) for path in sorted((output / "blocks").iterdir())] == [7, 7, 7]

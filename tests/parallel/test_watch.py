@@ -78,14 +78,12 @@ def own_lines(folder: Path) -> list[str]:
         ("error", StorageError.exit_code, "shardq: [rank {}] disk of one rank is full", "failed: disk of one rank is"),
         ("SIGKILL", -signal.SIGKILL, None, "ended without a message: it was killed"),
         ("SIGSTOP", -signal.SIGKILL, None, "has not been heard of for 4 s"),
-        (
-            "blocked",
-            RankError.exit_code,
-            "shardq: [rank {}] stands still at watch_worker.py:",
-            "failed: stands still at",
+        pytest.param(
+            "blocked", RankError.exit_code, "shardq: [rank {}] stands still at watch_worker.py:",
+            "failed: stands still at", marks=pytest.mark.slow,
         ),
     ],
-)
+)  # fmt: skip
 def test_failure_of_one_rank_ends_all(tmp_path, how, code, own, named, who):
     codes, seconds = run(how, who, tmp_path)
     lines = own_lines(tmp_path)
