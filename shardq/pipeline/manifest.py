@@ -10,7 +10,8 @@ from shardq.config import QuantizeConfig
 from shardq.files import sha256_of
 from shardq.formats.shards import Index, read_sample
 
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "device", "cache", "parallel")  # may differ on going on
+# May differ when a run goes on.
+NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "device", "cache", "checkpoint", "parallel")
 # What blocks that are done again may differ in from those before them.
 REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.method")
 
@@ -20,6 +21,8 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"]  # may be written at any time
+    if not config.activations.asked:
+        del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
         "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},

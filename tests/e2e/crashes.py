@@ -31,7 +31,7 @@ from shardq.cache.store import DiskStore
 from shardq.formats import tensor_file
 from shardq.model import weights
 from shardq.optimize.stepper import LocalStepper
-from shardq.pipeline import ledger, run
+from shardq.pipeline import ledger, run, training_checkpoint
 
 POINTS = {  # name: where the function is looked up when it is called
     "sync": (os, "fsync"),
@@ -45,6 +45,9 @@ POINTS = {  # name: where the function is looked up when it is called
     "block files": (run, "write_block_files"),
     "barrier": (run, "barrier"),
     "step": (LocalStepper, "step"),
+    "save checkpoint": (training_checkpoint, "save"),
+    "load checkpoint": (training_checkpoint, "load"),
+    "remove checkpoint": (training_checkpoint, "remove"),
     "read activations": (DiskStore, "read"),
     "write activations": (DiskStore, "write"),
     "drop activations": (DiskStore, "drop"),
