@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from shardq.calib.partition import largest_part
-from shardq.compiling import Compile
+from shardq.compiling import Compile, apart
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
 from shardq.model.ends import BlockArguments, run_block
@@ -18,6 +18,7 @@ from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import accumulate
 from shardq.optimize.loss import Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.rounded_inputs import RoundedInputs
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
@@ -26,6 +27,7 @@ from shardq.parallel.ranks import Ranks
 from shardq.pipeline.passes import Activations
 from shardq.pipeline.training_checkpoint import Checkpoints
 from shardq.quant import adascale
+from shardq.quant.activation import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 
@@ -36,13 +38,15 @@ class Bench:
     quantizer: BlockQuantizer
     stepper: Stepper | None  # None where nothing is trained
     loss: Callable[..., Tensor]
+    inputs: RoundedInputs
 
 
 @dataclass(frozen=True)
 class BlockJob:
     """What quantizing a block needs beside the block, the same for all blocks of a run.
 
-    `benches` fills up as kinds of blocks are met; its keys are the shared module and the linears quantized in it.
+    `encodings` says how activations get their grids. `benches` fills up as kinds of blocks are met; its keys are the
+    shared module and the linears quantized in it.
     """
 
     seed: int
@@ -52,6 +56,7 @@ class BlockJob:
     parallel: ParallelOptions
     num_samples: int
     stored: Callable[[Tensor], Tensor]
+    encodings: ActivationOptions
     activations: Activations
     ranks: Ranks
     events: Events
@@ -80,7 +85,9 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
     dtype = optimize.dtype if is_whole else torch.float32
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
-    bench = Bench(quantizer, None, job.compiled(block_loss, False))
+    rounds = job.encodings.in_training
+    inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
+    bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)
     if job.method == "rtn" or not linear_names:
         return bench
     _rehearse(job, bench, loaded, arguments)
@@ -95,7 +102,8 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     bench.quantizer.start(loaded.source)
     loss, size = loss_of(job, bench, loaded, arguments), len(samples)
     bench.quantizer.load(bench.quantizer())
-    accumulate(loss, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
+    with bench.inputs.active({}):
+        accumulate(loss, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
     torch.autograd.backward(*bench.quantizer.collected())
     bench.quantizer.zero_grad()
 

@@ -28,6 +28,8 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"]  # may be written at any time
+    if not config.activations.asked:
+        del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
         "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,17 @@ from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger, training_checkpoint
+from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.bench import BlockJob
 from shardq.pipeline.block_pass import quantize_block
-from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
+from shardq.pipeline.export import (
+    MODEL_CARD,
+    rounding_to,
+    stored_dtype,
+    write_block_files,
+    write_format,
+    write_run_files,
+)
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
@@ -31,6 +39,7 @@ from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
 from shardq.pipeline.training import BlockResult
 from shardq.pipeline.training_checkpoint import Checkpoints
+from shardq.quant.activation import ActivationGrid
 
 
 def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
@@ -81,7 +90,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
         config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
-        rounding_to(dtype), activations, ranks, events, run.display,
+        rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
         Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
     )  # fmt: skip
@@ -132,7 +141,7 @@ def _prepare_activations(run: Run, cache: Path, activations: Activations) -> Non
     def compute() -> None:
         if not are_there:
             replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
-                   partial(_written_weights, run))  # fmt: skip
+                   partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
 
     together(run.ranks, compute)
 
@@ -144,15 +153,23 @@ def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]
         yield name, read_tensor(written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name])
 
 
+def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
+    """Round a finished block's activations as it did when the quantized stream moved on through it."""
+    if not run.config.activations.in_training:
+        return nullcontext()
+    return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
+
+
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
     """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger entry."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    result = quantize_block(job, loaded, run.plan.linears[block_index], run.arguments[block_index], is_last)
+    asked = (run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index])
+    result, grids = quantize_block(job, loaded, *asked, is_last)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
-        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, dtype))
+        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))
         job.activations.drop(block_index)
     job.display.advance_block()
     job.display.line(
@@ -170,8 +187,10 @@ def _not_finite(entry: dict) -> str:
     return f"numbers were not finite in {entry['failed_tries']} training(s), {then}"
 
 
-def _commit(run: Run, block_index: int, result: BlockResult, dtype: torch.dtype) -> None:
-    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, dtype)
+def _commit(
+    run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
+) -> None:
+    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype)
     ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)
     training_checkpoint.remove(run.output)
 
@@ -187,7 +206,7 @@ def _write_formats(run: Run) -> None:
     options = run.config.export
     for chosen in options.asked:
         folder = run.output / chosen
-        if not (folder / "config.json").exists():
+        if not (folder / MODEL_CARD).exists():
             asked = {"dtype": options.dtype, "activation_bits": options.activation_bits}
             write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
 

@@ -156,6 +156,8 @@ def test_cache_placement_does_not_change_the_result(run, llama, token_file, tmp_
         ["--optimize.optimizer", "sign"],
         ["--quant.bits", 3, "--quant.full_range", "true"],
         ["--quant.bits", 2],
+        ["--quant.group_size", 16, "--quant.decompressed_bits", 8],
+        ["--quant.group_size", 16, "--quant.decompressed_bits", 5, "--optimize.start", "search", "--quant.bits", 3],
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
