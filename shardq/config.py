@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
 from shardq.errors import ConfigError
+from shardq.formats import encodings
 from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
@@ -48,7 +49,15 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
-Format = Literal["compressed-tensors", "hf"]
+Format = Literal["compressed-tensors", "gptq", "hf", "aimet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AimetOptions:
+    """The encodings of `aimet`."""
+
+    version: encodings.Version = "1.0.0"
+    """Version of the encodings; 0.6.1 is what load_encodings of aimet_torch reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,7 @@ class ExportOptions:
     activation_bits: Literal[8, 16] = 16
     """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has them rounded to
     int8 with a scale a token while the model runs (W8A8, W4A8)."""
+    aimet: AimetOptions = field(default_factory=AimetOptions)
 
     @property
     def asked(self) -> tuple[Format, ...]:
@@ -118,14 +128,16 @@ class ExportConfig:
     run: str
     """Output folder of a finished run."""
     format: Format = "compressed-tensors"
-    """`compressed-tensors`: codes and scales, for vLLM and transformers; `hf`: plain weights, for anything that loads
-    Hugging Face checkpoints."""
+    """`compressed-tensors`: codes and scales, for vLLM and transformers; `gptq`: the same as GPTQ packs them; `hf`:
+    plain weights, for anything that loads Hugging Face checkpoints; `aimet`: AIMET encodings alone, the weights that
+    belong to them are those of `hf`."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"
     """Of the weights in `hf`: as --export.dtype of quantize."""
     activation_bits: Literal[8, 16] = 16
     """Of `compressed-tensors`: as --export.activation_bits of quantize."""
+    aimet: AimetOptions = field(default_factory=AimetOptions)
     device: ClassVar[str] = "cpu"
 
 
@@ -211,10 +223,12 @@ def check_export(config: ExportConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    plain = config.format == "hf"
-    _require(plain or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
-    _require(not plain or config.activation_bits == 16, "activation_bits", config.activation_bits,
-             "16 for --format hf, which describes no activations")  # fmt: skip
+    chosen, version = config.format, config.aimet.version
+    _require(chosen == "hf" or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
+    _require(chosen == "compressed-tensors" or config.activation_bits == 16, "activation_bits", config.activation_bits,
+             f"16 for --format {chosen}, which describes no activations")  # fmt: skip
+    _require(chosen == "aimet" or config.aimet == AimetOptions(), "aimet.version", version,
+             "left out but for --format aimet")  # fmt: skip
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:

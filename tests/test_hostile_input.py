@@ -142,12 +142,13 @@ def test_block_file_reader(tmp_path, data, described):
 
 @hostile
 @given(
-    raw=some.binary(max_size=16) | mutated(b'{"version": 1, "param_encodings": [\n{"name": "a"},\n{"name": "b"}\n]}\n')
+    raw=some.binary(max_size=16)
+    | mutated(b'{"version": "1.0.0", "param_encodings": [\n{"name": "a"},\n{"name": "b"}\n]}\n')
 )
 def test_encodings_reader(tmp_path, raw):
     (tmp_path / "encodings").write_bytes(raw)
-    for read in (encodings.read_v1, encodings.read_torch):
-        only_own_errors(CheckpointError, lambda read=read: list(read(tmp_path / "encodings")))
+    for version in encodings.LAYOUTS:
+        only_own_errors(CheckpointError, lambda version=version: list(encodings.read(tmp_path / "encodings", version)))
 
 
 OPTIONS = some.sampled_from(["model", "quant", "calib", "optimize", "bits", "seed", "dataset", "config", "resume"])

@@ -2,6 +2,7 @@
 
 import yaml
 
+from shardq.formats import gptq
 from shardq.quant.spec import QuantSpec
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
@@ -9,6 +10,11 @@ LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
 LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
 )"""
+
+USE_ENCODINGS = """AIMET encodings of the weights, by torch names, lists in [out, in] order: all in `model.encodings`
+or, version 0.6.1, in `model_torch.encodings`, and block by block in `encodings/`. The weights that belong to them are
+those of `shardq export RUN --format hf`, each on its grid already. aimet_torch loads version 0.6.1:"""
+LOAD_ENCODINGS = 'sim.load_encodings("path/to/this/folder/model_torch.encodings")  # of a QuantizationSimModel'
 
 
 def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
@@ -59,8 +65,12 @@ def _exactness(scale_change: float) -> str:
 def _how_to_serve(spec: QuantSpec, kind: str) -> str:
     if kind == "hf":
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
-    load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
-    return (
-        "```bash\nvllm serve path/to/this/folder\n```\n\n"
-        f"or, with `pip install compressed-tensors`, in transformers:\n\n```python\n{load}\n```"
-    )
+    if kind == "aimet":
+        return f"{USE_ENCODINGS}\n\n```python\n{LOAD_ENCODINGS}\n```"
+    load, package = LOAD_PLAIN, "gptqmodel optimum"
+    if kind == "compressed-tensors":
+        load, package = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC, "compressed-tensors"
+    in_transformers = f"with `pip install {package}`, in transformers:\n\n```python\n{load}\n```"
+    if kind == "gptq" and not gptq.is_served_by_vllm(spec):
+        return in_transformers.capitalize()
+    return f"```bash\nvllm serve path/to/this/folder\n```\n\nor, {in_transformers}"

@@ -1,8 +1,9 @@
 """Files that make a finished block, and a finished run, usable by others."""
 
+import math
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from shardq.config import ExportConfig, check_export
 from shardq.errors import ConfigError
 from shardq.files import write_text, write_whole
-from shardq.formats import compressed_tensors, encodings
+from shardq.formats import compressed_tensors, encodings, gptq
 from shardq.formats.block_file import read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.model_card import model_card
@@ -24,8 +25,11 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.plan import Plan, block_file, encodings_files
+from shardq.pipeline.plan import Plan, block_file, encodings_file
 from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+MODEL_CARD = "README.md"
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
@@ -61,20 +65,18 @@ def write_block_files(
     prefix = plan.names[block_index]
     full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
     codes_file = block_file(output, block_index)
-    v1_file, torch_file = encodings_files(output, block_index)
     weights_file = output / plan.block_shard(block_index)
     write_block(codes_file, full)
-    encodings.write_v1(v1_file, (encodings.encoding_v1(f"{name}.weight", linear) for name, linear in full.items()))
-    encodings.write_torch(
-        torch_file, ((f"{name}.weight", encodings.encoding_torch(linear)) for name, linear in full.items())
-    )
+    encodings_files = {version: encodings_file(output, version, block_index) for version in plan.encoding_versions}
+    for version, path in encodings_files.items():
+        encodings.write(path, version, full)
     weights = {}
     for name, info in skeleton.block_tensors(block_index).items():
         linear = linears.get(name.removesuffix(".weight"))
         is_codes = linear is not None and name.endswith(".weight")
         weights[info.name] = linear.dequantized().to(dtype) if is_codes else read_tensor(info)
     write_tensors(weights_file, weights, {"format": "pt"})
-    return [codes_file, v1_file, torch_file, weights_file]
+    return [codes_file, *encodings_files.values(), weights_file]
 
 
 def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> list[Path]:
@@ -87,18 +89,17 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
     for number, infos in enumerate(plan.rest):
         rest.append(output / plan.rest_shard(number))
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
-    v1_file, torch_file = output / "model.encodings", output / "model_torch.encodings"
-    encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1))
-    encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch))
+    merged = [_merge_encodings(output, version, plan.num_blocks) for version in plan.encoding_versions]
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
-    return [*rest, v1_file, torch_file, output / "config.json", output / "model.safetensors.index.json"]
+    return [*rest, *merged, output / "config.json", output / "model.safetensors.index.json"]
 
 
-def _merged(output: Path, plan: Plan, which: int, read: Callable[[Path], Iterator]) -> Iterator:
-    for block_index in range(plan.num_blocks):
-        yield from read(encodings_files(output, block_index)[which])
+def _merge_encodings(folder: Path, version: encodings.Version, num_blocks: int) -> Path:
+    path = encodings_file(folder, version)
+    encodings.merge(path, version, (encodings_file(folder, version, number) for number in range(num_blocks)))
+    return path
 
 
 def export(config: ExportConfig, ranks: Ranks) -> dict:
@@ -127,38 +128,71 @@ def export(config: ExportConfig, ranks: Ranks) -> dict:
 
 
 def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
-    """Write a finished run in one format, over what an earlier attempt may have left.
+    """Write a finished run in one format, over what an earlier attempt may have left; the model card comes last.
 
     Returns:
         As `export`, but for `seconds`.
     """
     skeleton = open_skeleton(Path(config.run))
     grids = {name: spec for path in _block_files(skeleton) for name, spec in read_grids(path).items()}
-    spec = next(iter(grids.values()))
-    model_dtype = getattr(torch, spec.scale_dtype) if spec.scale_dtype else _embedding_dtype(skeleton)
-    match config.format:
-        case "hf":
-            scale_dtype, activation_bits, entries = torch.float32, 16, {}
-            dtype = torch.float32 if config.dtype == "float32" else model_dtype
-            convert = partial(plain_tensors, dtype=dtype)
-        case "compressed-tensors":
-            scale_dtype, activation_bits, dtype = model_dtype, config.activation_bits, model_dtype
-            compressed_tensors.check_grid(spec, activation_bits)
-            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=activation_bits)
-            ignored = _linears_left(skeleton, grids)
-            entries = {"quantization_config": compressed_tensors.quantization_config(spec, activation_bits, ignored)}
-    scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
+    if config.format == "aimet":
+        scale_change = 0.0
+        _write_encodings(skeleton, folder, config.aimet.version)
+    else:
+        scale_change = _write_checkpoint(config, skeleton, grids, folder)
     if scale_change:
         display.line(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
             f"{scale_change:.2%}; a run with --target vllm has none of that"
         )
-    copy_companions(skeleton.folder, folder)
     manifest = ledger.read_manifest(skeleton.folder)
-    write_text(folder / "README.md", model_card(manifest, spec, config.format, activation_bits, scale_change))
-    write_config(skeleton.folder, folder, _name(dtype), **entries)  # last: it makes the folder a checkpoint
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    spec = next(iter(grids.values()))
+    activation_bits = config.activation_bits if config.format == "compressed-tensors" else 16
+    write_text(folder / MODEL_CARD, model_card(manifest, spec, config.format, activation_bits, scale_change))
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"output": str(folder), "format": config.format, "bytes": num_bytes, "scale_change": scale_change}
+
+
+def _write_encodings(skeleton: Skeleton, folder: Path, version: encodings.Version) -> None:
+    """Write AIMET encodings of each block and of the model.
+
+    Raises:
+        ConfigError: the version makes too large a file of the run's scales.
+    """
+    paths = _block_files(skeleton)
+    num_scales = sum(
+        math.prod(info.shape) for path in paths for name, info in read_header(path).items() if name.endswith(".scale")
+    )
+    encodings.check_size(version, num_scales)
+    for number, path in enumerate(paths):
+        encodings.write(encodings_file(folder, version, number), version, read_block(path))
+    _merge_encodings(folder, version, len(paths))
+
+
+def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
+    """Write a run as a checkpoint that programs load; give the largest relative change of a scale."""
+    spec = next(iter(grids.values()))
+    model_dtype = getattr(torch, spec.scale_dtype) if spec.scale_dtype else _embedding_dtype(skeleton)
+    dtype = scale_dtype = model_dtype
+    entries, ignored = {}, _linears_left(skeleton, grids)
+    match config.format:
+        case "hf":
+            scale_dtype = torch.float32
+            dtype = torch.float32 if config.dtype == "float32" else model_dtype
+            convert = partial(plain_tensors, dtype=dtype)
+        case "compressed-tensors":
+            bits = config.activation_bits
+            compressed_tensors.check_grid(spec, bits)
+            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits)
+            entries = {"quantization_config": compressed_tensors.quantization_config(spec, bits, ignored)}
+        case "gptq":
+            gptq.check_grid(spec)
+            convert = partial(gptq.linear_tensors, dtype=dtype)
+            entries = {"quantization_config": gptq.quantization_config(spec, ignored)}
+    scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
+    copy_companions(skeleton.folder, folder)
+    write_config(skeleton.folder, folder, _name(dtype), **entries)
+    return scale_change
 
 
 def _write_shards(

@@ -22,9 +22,17 @@ from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, s
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
-from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
+from shardq.pipeline.export import (
+    MODEL_CARD,
+    rounding_to,
+    stored_dtype,
+    write_block_files,
+    write_format,
+    write_run_files,
+)
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
+from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, prepare
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
@@ -175,8 +183,8 @@ def _write_formats(run: Run) -> None:
     options = run.config.export
     for chosen in options.asked:
         folder = run.output / chosen
-        if not (folder / "config.json").exists():
-            asked = {"dtype": options.dtype, "activation_bits": options.activation_bits}
+        if not (folder / MODEL_CARD).exists():
+            asked = {"dtype": options.dtype, "activation_bits": options.activation_bits, "aimet": options.aimet}
             write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
 
 
@@ -188,7 +196,8 @@ def _say_what_is_where(run: Run, summary: dict) -> None:
     )
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
-    display.line(f"  {output}/model.encodings, model_torch.encodings  AIMET encodings (per block in encodings/)")
+    for version in run.plan.encoding_versions:
+        display.line(f"  {encodings_file(output, version)}  AIMET encodings {version} (per block in encodings/)")
     for chosen in run.config.export.asked:
         display.line(f"  {output}/{chosen}/  the same model as {chosen}")
     display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")
