@@ -100,6 +100,8 @@ class QuantizeConfig:
     """Program that is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
     vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work
     starts."""
+    tensor_parallel: int = 1
+    """GPUs over which the target will split each linear: its rules on shapes are checked on what each of them holds."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
@@ -167,6 +169,8 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     """
     _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
     _check_text("calib", config.calib)
+    _require(config.tensor_parallel >= 1 and (config.target or config.tensor_parallel == 1), "tensor_parallel",
+             config.tensor_parallel, "at least 1, and 1 without --target")  # fmt: skip
     optimize = config.optimize
     _check_parallel(config.parallel, optimize.optimizer, world_size)
     for name in ("iterations", "batch_size"):

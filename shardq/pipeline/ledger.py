@@ -19,7 +19,15 @@ from shardq.formats.shards import Index, read_sample
 from shardq.pipeline.lock import LOCK
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "parallel")  # may differ when a run goes on
+NOT_PART_OF_A_RUN = (
+    "model",
+    "output",
+    "resume",
+    "device",
+    "tensor_parallel",
+    "cache",
+    "parallel",
+)  # may differ when a run goes on
 
 
 def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str) -> dict:

@@ -17,6 +17,7 @@ from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "golden.json").read_text())
+SMALL = json.loads((GOLDEN / "encodings.json").read_text())
 PER_CHANNEL = [name for name, case in RECORDED.items() if case["group"] is None]
 
 
@@ -67,6 +68,17 @@ def test_grouped_version_1_entry_is_aimets_per_block_layout():
     found = entries("1.0.0", golden_linear("w4_group16"))
     per_block = {"name": "l.weight", "enc_type": "PER_BLOCK", "block_size": 16}
     assert same_json(found, RECORDED["w4_group16"]["encodings"]["1.0.0"] | per_block)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
+def test_every_version_is_aimets_to_the_json_type(name: str, version: str):
+    case = SMALL[name]
+    spec = QuantSpec(bits=case["bits"], symmetric=case["symmetric"], group_size=case["group_size"])
+    codes, zero_point = torch.zeros(3, 8, dtype=torch.int8), torch.tensor(case["zero_point"]).float()
+    found = entries(version, QuantizedLinear(codes, torch.tensor(case["scale"]), zero_point, spec))
+    expected = case["encodings"][version]
+    assert same_json(found, expected if version == "0.6.1" else expected | {"name": "l.weight"})
 
 
 def test_groups_run_along_the_inputs_of_one_output_first():
