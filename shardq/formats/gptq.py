@@ -71,16 +71,11 @@ def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> di
     stored_GO = zero_point_GO - 1 if positive.spec.symmetric else zero_point_GO
     group_size = linear.spec.group_size or num_inputs
     return {
-        f"{name}.qweight": _words(positive.codes_OI, positive.spec).T.contiguous(),
-        f"{name}.qzeros": _words(stored_GO, positive.spec),
+        f"{name}.qweight": packing.pack_words(positive.codes_OI, positive.spec).T.contiguous(),
+        f"{name}.qzeros": packing.pack_words(stored_GO, positive.spec),
         f"{name}.scales": positive.scale_OG.T.to(dtype).contiguous(),
         f"{name}.g_idx": torch.arange(num_inputs, dtype=torch.int32) // group_size,
     }
-
-
-def _words(codes_RC: Tensor, spec: QuantSpec) -> Tensor:
-    """Rows of signed codes, a multiple of 32, as unsigned codes in int32 words [R, C * bits / 32]."""
-    return packing.pack(codes_RC, spec).view(torch.int32)
 
 
 def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
