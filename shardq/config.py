@@ -6,12 +6,13 @@ from typing import ClassVar, Literal
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
 from shardq.errors import ConfigError
-from shardq.formats import encodings
+from shardq.formats.options import AimetOptions, ExportOptions, Format
 from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
-from shardq.quant.spec import QuantSpec
+from shardq.quant.activation import ActivationOptions
+from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class QuantOptions:
     is a quarter of the grid)."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
+    decompressed_bits: int | None = None
+    """Two-level scales (LPBQ; AIMET's decompressed_bw) of a symmetric grid in groups: each a whole multiple, at most
+    2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it; 8
+    beside 4 bits (default: each group has a float scale of its own)."""
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
     nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
@@ -39,8 +44,15 @@ class QuantOptions:
     def spec(self) -> QuantSpec:
         """The grid that these options describe."""
         group_size = None if self.group_size in (None, -1) else self.group_size
-        full_range = self.bits == 2 and self.symmetric if self.full_range is None else self.full_range
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size, full_range=full_range)
+        # A multiplier is positive, so two-level scales are.
+        by_default = self.bits == 2 and self.symmetric and self.decompressed_bits is None
+        return QuantSpec(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=group_size,
+            full_range=by_default if self.full_range is None else self.full_range,
+            decompressed_bits=self.decompressed_bits,
+        )
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -49,36 +61,13 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
-Format = Literal["compressed-tensors", "gptq", "hf", "aimet"]
-
-
 @dataclass(frozen=True, kw_only=True)
-class AimetOptions:
-    """The encodings of `aimet`."""
+class CheckpointOptions:
+    """Saving the training of a block while it runs."""
 
-    version: encodings.Version = "1.0.0"
-    """Version of the encodings; 0.6.1 is what load_encodings of aimet_torch reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """The checkpoints that a run writes."""
-
-    dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
-    dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
-    formats: Format | tuple[Format, ...] = ()
-    """Further formats to write when the run is done, each to a folder of its name in the output folder; `shardq export`
-    does it later."""
-    activation_bits: Literal[8, 16] = 16
-    """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has them rounded to
-    int8 with a scale a token while the model runs (W8A8, W4A8)."""
-    aimet: AimetOptions = field(default_factory=AimetOptions)
-
-    @property
-    def asked(self) -> tuple[Format, ...]:
-        """The further formats."""
-        return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats)
+    every_iterations: int = 0
+    """Iterations from one checkpoint to the next, from which a killed run goes on within the block; each replaces the
+    one before. 0: none; the block at hand is trained again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +83,25 @@ class QuantizeConfig:
     resume: Literal["auto", "never", "require"] = "auto"
     """What to do with an unfinished run in the output folder: go on (`auto`), refuse (`never`); `require` refuses to
     start anew."""
+    redo: str | None = None
+    """Blocks of the run in the output folder to do again, counted from 0, such as `3,12-14`: damaged ones, or chosen
+    ones with another seed, optimize, calib or quant.method. Those after one that comes out with other bytes are done
+    again too. `end`: only the files that complete the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
-    target: Literal["vllm"] | None = None
-    """Program that is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
-    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work
-    starts."""
+    target: Literal["vllm", "gguf"] | None = None
+    """What is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as vLLM keeps
+    them, so that what is measured is what is served; and its rules on shapes are checked before work starts. `gguf`
+    (llama.cpp): the same with float16 and its rules."""
     tensor_parallel: int = 1
-    """GPUs over which the target will split each linear: its rules on shapes are checked on what each of them holds."""
+    """GPUs over which vLLM will split each linear: its rules on shapes are checked on what each of them holds."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
 
 
@@ -118,6 +113,8 @@ class EvaluateConfig:
     """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
+    activations: Literal["float", "simulated"] = "float"
+    """`simulated`: round activations to the grids that a finished run has for them, as the model runs."""
     quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
     eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
@@ -131,8 +128,9 @@ class ExportConfig:
     """Output folder of a finished run."""
     format: Format = "compressed-tensors"
     """`compressed-tensors`: codes and scales, for vLLM and transformers; `gptq`: the same as GPTQ packs them; `hf`:
-    plain weights, for anything that loads Hugging Face checkpoints; `aimet`: AIMET encodings alone, the weights that
-    belong to them are those of `hf`."""
+    plain weights, for anything that loads Hugging Face checkpoints; `onnx`: a graph with packed codes, for
+    onnxruntime; `gguf`: one file for llama.cpp; `aimet`: AIMET encodings alone, the weights that belong to them are
+    those of `hf`."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"
@@ -168,13 +166,18 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
         ConfigError: naming the option, its value and what is allowed.
     """
     _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
+    _check_activations(config.activations)
     _check_text("calib", config.calib)
-    _require(config.tensor_parallel >= 1 and (config.target or config.tensor_parallel == 1), "tensor_parallel",
-             config.tensor_parallel, "at least 1, and 1 without --target")  # fmt: skip
+    split = config.tensor_parallel
+    _require(split == 1 or (split > 1 and config.target == "vllm"), "tensor_parallel", split,
+             "at least 1, and 1 but for --target vllm")  # fmt: skip
     optimize = config.optimize
     _check_parallel(config.parallel, optimize.optimizer, world_size)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
+    _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
+    every = config.checkpoint.every_iterations
+    _require(every >= 0, "checkpoint.every_iterations", every, "at least 0")
     for name in ("grid_lr", "weight_lr"):
         _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
     memory = optimize.memory_gib
@@ -242,6 +245,24 @@ def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
              "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
     size = quant.group_size
     _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
+    wide, spec = quant.decompressed_bits, quant.spec
+    _require(wide is None or (spec.symmetric and spec.group_size and not spec.full_range), "quant.decompressed_bits",
+             wide, "left out but for symmetric grids in groups that are not full-range")  # fmt: skip
+    _require(wide is None or quant.bits < wide <= MAX_DECOMPRESSED_BITS, "quant.decompressed_bits", wide,
+             f"above quant.bits ({quant.bits}), at most {MAX_DECOMPRESSED_BITS}")  # fmt: skip
+
+
+def _check_activations(activations: ActivationOptions) -> None:
+    for name in ("bits", "kv_bits"):
+        bits = getattr(activations, name)
+        _require(bits is None or 4 <= bits <= 16, f"activations.{name}", bits, "between 4 and 16")
+    _require(activations.tensors == "inputs" or activations.bits is not None, "activations.tensors",
+             activations.tensors, "inputs without activations.bits")  # fmt: skip
+    trains_linears = activations.bits is not None and activations.tensors == "inputs" and activations.kv_bits is None
+    _require(not activations.in_training or trains_linears, "activations.in_training", activations.in_training,
+             "false but for activations.bits of the linears' inputs alone")  # fmt: skip
+    percentile = activations.percentile
+    _require(50 < percentile <= 100, "activations.percentile", percentile, "above 50 and at most 100")
 
 
 def _check_text(section: str, text: TextOptions) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from shardq.cache.options import CacheOptions
 from shardq.errors import ShardQError, StorageError
+from shardq.files import remove
 from shardq.formats.tensor_file import read_checked, write_checked
 
 Stream = Literal["fp", "quant"]
+HIDDEN = "hidden"
 
 
 class ActivationStore(Protocol):
@@ -69,7 +71,7 @@ class DiskStore:
 
     def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
         """Write one file; it is on the disk when this returns."""
-        write_checked(self._path(stream, generation, sample), hidden_TD)
+        write_checked(self._path(stream, generation, sample), {HIDDEN: hidden_TD})
 
     def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
         """Read one file into CPU memory. A damaged one is deleted, so that a resume computes it anew.
@@ -79,9 +81,9 @@ class DiskStore:
         """
         path = self._path(stream, generation, sample)
         try:
-            return read_checked(path)
-        except ShardQError as error:
-            path.unlink(missing_ok=True)
+            return read_checked(path)[0][HIDDEN]
+        except (ShardQError, KeyError) as error:
+            remove(path)
             raise StorageError(
                 f"{path}: cached activations are gone or damaged; run the same command again to compute them anew"
             ) from error
@@ -99,7 +101,7 @@ class DiskStore:
         """Delete a generation's files of these samples, and its folder once it is empty."""
         for sample in samples:
             for stream in ("fp", "quant"):
-                self._path(stream, generation, sample).unlink(missing_ok=True)
+                remove(self._path(stream, generation, sample))
         folder = self._folder / f"generation-{generation:05d}"
         with suppress(OSError):  # not empty: another rank's samples; not there: another rank removed it
             folder.rmdir()

@@ -1,16 +1,24 @@
-"""AIMET encodings of weights as JSON, in each of AIMET's four versions.
+"""AIMET encodings as JSON, in each of AIMET's four versions.
 
-Names are torch names and lists run in [out, in] order. 0.6.1: an object for each scale; `load_encodings` of aimet_torch
+Names are torch names and lists run in [out, in] order. An activation is named after its module
+(`model.layers.0.mlp.up_proj.input`; a block's own `input` and `output` are the residual stream; `query`, `key`, `value`
+and `context` of an attention module enter and leave its matrix products). In 0.6.1 it is what enters or leaves the
+module, and attention's four, which belong to no module of AIMET's, are left out. Grids that are each token's own are
+in none: AIMET has no such encoding.
+
+0.6.1: an object for each scale; `load_encodings` of aimet_torch
 reads this version alone. 1.0.0: an object for each weight with its scales in a flat list. 2.0.0 and 2.1.0, alike for
 weights: `y_scale` flat per-channel, nested [O, G] in groups. (aimet_torch 2.42, `quantization/affine/encoding.py`.)
 
 `offset` belongs to the unsigned code: -2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one;
 `y_zero_point` is 0, and left out, on a symmetric one, whose codes are signed, else `-offset`. Scales are positive: a
-full-range grid is written as the asymmetric one that it equals.
+full-range grid is written as the asymmetric one that it equals. A two-level grid is LPBQ; 0.6.1 has plain groups
+alone, so there it is written as those.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -20,18 +28,20 @@ from torch import Tensor
 from shardq import __version__
 from shardq.errors import CheckpointError, ConfigError
 from shardq.files import storage_errors, write_whole
+from shardq.quant import affine
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
 
+Grids = dict[str, ActivationGrid]
 Version = Literal["0.6.1", "1.0.0", "2.0.0", "2.1.0"]
 
 PRODUCER = {"package": "shardq", "version": __version__}
-# Head of a file, the key of its items, the brackets around them.
-_LEGACY_HEAD = {"excluded_layers": [], "producer": PRODUCER}
-LAYOUTS: dict[Version, tuple[dict, str, str]] = {
-    "0.6.1": ({"activation_encodings": {}, **_LEGACY_HEAD}, "param_encodings", "{}"),
-    "1.0.0": ({"activation_encodings": [], **_LEGACY_HEAD}, "param_encodings", "[]"),
-    "2.0.0": ({"producer": PRODUCER}, "encodings", "[]"),
-    "2.1.0": ({"producer": PRODUCER}, "encodings", "[]"),
+LAYOUTS: dict[Version, tuple[str, str]] = {  # key of a file's items, the brackets around them
+    "0.6.1": ("param_encodings", "{}"),
+    "1.0.0": ("param_encodings", "[]"),
+    "2.0.0": ("encodings", "[]"),
+    "2.1.0": ("encodings", "[]"),
 }
 BYTES_A_SCALE: dict[Version, int] = {"0.6.1": 160, "1.0.0": 26, "2.0.0": 22, "2.1.0": 22}  # as written, about
 LARGEST_BYTES = 4 * 10**9  # of a file; a program that loads it takes several times as much memory
@@ -68,59 +78,122 @@ def item_of(version: Version, name: str, linear: QuantizedLinear) -> dict:
     spec, scale_OG = positive.spec, positive.scale_OG.float()
     offset_OG = (spec.qmin - positive.zero_point_OG).to(torch.int64)
     if version == "0.6.1":
-        return {name: _objects(scale_OG, offset_OG, spec.bits, spec.num_steps, spec.symmetric)}
+        return {name: _objects(scale_OG, offset_OG, spec)}
+    block_size = {"block_size": spec.group_size} if spec.group_size else {}
     if version == "1.0.0":
-        item = {
-            "name": name,
-            "dtype": "INT",
-            "bw": spec.bits,
-            "is_sym": spec.symmetric,
-            "scale": scale_OG.flatten().tolist(),
-            "offset": offset_OG.flatten().tolist(),
-            "enc_type": "PER_BLOCK" if spec.group_size else "PER_CHANNEL",
-        }
-    else:
-        as_stored = Tensor.tolist if spec.group_size else lambda values_OG: values_OG.flatten().tolist()
-        item = {
-            "name": name,
-            "output_dtype": f"{'' if spec.symmetric else 'u'}int{spec.bits}",
-            "y_scale": as_stored(scale_OG),
-            "axis": 1 if spec.group_size else 0,
-        }
-        if not spec.symmetric and offset_OG.any():
-            item["y_zero_point"] = as_stored(-offset_OG)
-    return item | ({"block_size": spec.group_size} if spec.group_size else {})
+        item = _entry_v1(name, scale_OG, offset_OG, spec, "PER_BLOCK" if spec.group_size else "PER_CHANNEL")
+        return item | (_lpbq_v1(scale_OG, spec) if spec.decompressed_bits else {}) | block_size
+    if spec.decompressed_bits:
+        return {"name": name, "output_dtype": _dtype(spec), "axis": 1} | _lpbq_v2(version, scale_OG, spec) | block_size
+    if not spec.group_size:
+        scale_OG, offset_OG = scale_OG.flatten(), offset_OG.flatten()
+    return _entry_v2(name, scale_OG, offset_OG, spec) | {"axis": 1 if spec.group_size else 0} | block_size
 
 
-def _objects(scale_OG: Tensor, offset_OG: Tensor, bits: int, num_steps: int, is_symmetric: bool) -> list[dict]:
+def activations_of(version: Version, grids: Grids) -> list[dict] | dict[str, dict]:
+    """Encodings of activations: objects that have their `name`, in 0.6.1 by module, side, and number of the tensor."""
+    static = {name: grid for name, grid in grids.items() if grid.is_static}
+    if version == "0.6.1":
+        entries: dict[str, dict] = {}
+        for name, grid in static.items():
+            module, _, side = name.rpartition(".")
+            if side in ("input", "output"):
+                (entry,) = _objects(*_unsigned(grid), grid.spec)
+                entries.setdefault(module, {})[side] = {"0": entry}
+        return entries
+    if version == "1.0.0":
+        return [_entry_v1(name, *_unsigned(grid), grid.spec, "PER_TENSOR") for name, grid in static.items()]
+    return [_entry_v2(name, *(one.squeeze() for one in _unsigned(grid)), grid.spec) for name, grid in static.items()]
+
+
+def _unsigned(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
+    """Scale [1] and offset [1] of the unsigned code."""
+    return torch.tensor([grid.scale]), torch.tensor([grid.spec.qmin - grid.zero_point])
+
+
+def _is_symmetric(spec: QuantSpec) -> bool:
+    return spec.symmetric and not spec.full_range
+
+
+def _dtype(spec: QuantSpec) -> str:
+    return f"{'' if _is_symmetric(spec) else 'u'}int{spec.bits}"
+
+
+def _objects(scale: Tensor, offset: Tensor, spec: QuantSpec) -> list[dict]:
     """Version 0.6.1: one object for each scale, row by row.
 
     AIMET reads `min` and `max` back, not `scale` and `offset`, so they are the float32 ends of the grid in full.
     """
-    columns = (offset_OG * scale_OG, (offset_OG + num_steps) * scale_OG, scale_OG, offset_OG)
+    columns = (offset * scale, (offset + spec.num_steps) * scale, scale, offset)
     rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
     return [
         {
             "min": low, "max": high, "scale": scale, "offset": offset,
-            "bitwidth": bits, "dtype": "int", "is_symmetric": str(is_symmetric),
+            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(_is_symmetric(spec)),
         }
         for low, high, scale, offset in rows
     ]  # fmt: skip
 
 
-def write(path: Path, version: Version, linears: dict[str, QuantizedLinear]) -> None:
-    """Write the encodings of the weights of linears, by full name, to a file that appears whole."""
+def _entry_v1(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec, kind: str) -> dict:
+    return {
+        "name": name,
+        "dtype": "INT",
+        "bw": spec.bits,
+        "is_sym": _is_symmetric(spec),
+        "scale": scale.flatten().tolist(),
+        "offset": offset.flatten().tolist(),
+        "enc_type": kind,
+    }
+
+
+def _entry_v2(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec) -> dict:
+    entry = {"name": name, "output_dtype": _dtype(spec), "y_scale": scale.tolist()}
+    if not _is_symmetric(spec) and offset.any():
+        entry["y_zero_point"] = (-offset).tolist()
+    return entry
+
+
+def _lpbq_v1(scale_OG: Tensor, spec: QuantSpec) -> dict:
+    """A two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    return {
+        "bw": spec.decompressed_bits,
+        "scale": channel_O1.flatten().tolist(),
+        "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
+        "enc_type": "LPBQ",
+        "compressed_bw": spec.bits,
+        "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
+    }
+
+
+def _lpbq_v2(version: Version, scale_OG: Tensor, spec: QuantSpec) -> dict:
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    multipliers = multiplier_OG.int().tolist()
+    if version == "2.0.0":
+        return {"per_block_int_scale": multipliers, "per_channel_float_scale": channel_O1.tolist()}
+    return {"y_scale": {"x": multipliers, "x_scale": channel_O1.flatten().tolist(), "axis": 0}}
+
+
+def write(path: Path, version: Version, linears: dict[str, QuantizedLinear], grids: Grids | None = None) -> None:
+    """Write the encodings of the weights of linears, and of activations, by full name, to a file that appears whole."""
+    grids = grids or {}
     items = (item_of(version, f"{name}.weight", linear) for name, linear in linears.items())
-    _write_lines(path, version, (_line(version, item) for item in items))
+    if LAYOUTS[version][0] == "encodings":  # one list of both
+        items = chain(activations_of(version, grids), items)
+    _write_lines(path, version, (_line(version, item) for item in items), grids)
 
 
-def merge(path: Path, version: Version, parts: Iterable[Path]) -> None:
+def merge(path: Path, version: Version, parts: Iterable[Path], grids: Grids | None = None) -> None:
     """Write all items of some files of a version to one that appears whole; one item in memory at a time.
+
+    Args:
+        grids: of the activations of all parts.
 
     Raises:
         CheckpointError: as `read`.
     """
-    _write_lines(path, version, (line for part in parts for line in _read_lines(part, version)))
+    _write_lines(path, version, (line for part in parts for line in _read_lines(part, version)), grids or {})
 
 
 def read(path: Path, version: Version) -> Iterator[dict]:
@@ -129,7 +202,7 @@ def read(path: Path, version: Version) -> Iterator[dict]:
     Raises:
         CheckpointError: the file is cut off, damaged, or another program wrote it.
     """
-    is_object = LAYOUTS[version][2] == "{}"
+    is_object = LAYOUTS[version][1] == "{}"
     try:
         for line in _read_lines(path, version):
             yield json.loads(f"{{{line}}}" if is_object else line)
@@ -139,15 +212,31 @@ def read(path: Path, version: Version) -> Iterator[dict]:
 
 def _line(version: Version, item: dict) -> str:
     """An item as a line of its file; that of an object is a key and its value."""
-    return json.dumps(item)[1:-1] if LAYOUTS[version][2] == "{}" else json.dumps(item)
+    return json.dumps(item)[1:-1] if LAYOUTS[version][1] == "{}" else json.dumps(item)
 
 
-def _write_lines(path: Path, version: Version, lines: Iterable[str]) -> None:
-    head, key, (opening, closing) = LAYOUTS[version]
+def read_activations(path: Path, version: Version) -> list[dict] | dict[str, dict]:
+    """The `activation_encodings` of a file of version 0.6.1 or 1.0.0.
+
+    Raises:
+        CheckpointError: the file is damaged, or another program wrote it.
+    """
+    try:
+        with storage_errors(path), open(path, encoding="utf-8") as file:
+            return json.loads(file.readline() + LAYOUTS[version][1][1] + "}")["activation_encodings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _write_lines(path: Path, version: Version, lines: Iterable[str], grids: Grids) -> None:
+    key, (opening, closing) = LAYOUTS[version]
+    head = {"producer": PRODUCER, "version": version}
+    if key == "param_encodings":
+        head = {"activation_encodings": activations_of(version, grids), "excluded_layers": [], **head}
 
     def write_aside(aside: Path) -> None:
         with open(aside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(head | {"version": version})[:-1] + f', "{key}": {opening}')
+            file.write(json.dumps(head)[:-1] + f', "{key}": {opening}')
             for number, line in enumerate(lines):
                 file.write((",\n" if number else "\n") + line)
             file.write(f"\n{closing}}}\n")
@@ -156,7 +245,7 @@ def _write_lines(path: Path, version: Version, lines: Iterable[str]) -> None:
 
 
 def _read_lines(path: Path, version: Version) -> Iterator[str]:
-    closing = LAYOUTS[version][2][1]
+    closing = LAYOUTS[version][1][1]
     try:
         with storage_errors(path), open(path, encoding="utf-8") as file:
             if json.loads(file.readline() + closing + "}")["version"] != version:

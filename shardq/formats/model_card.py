@@ -6,6 +6,7 @@ from shardq.formats import gptq
 from shardq.quant.spec import QuantSpec
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+LOAD_GGUF = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", gguf_file="model.gguf")'
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
 LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
@@ -15,6 +16,14 @@ USE_ENCODINGS = """AIMET encodings of the weights, by torch names, lists in [out
 or, version 0.6.1, in `model_torch.encodings`, and block by block in `encodings/`. The weights that belong to them are
 those of `shardq export RUN --format hf`, each on its grid already. aimet_torch loads version 0.6.1:"""
 LOAD_ENCODINGS = 'sim.load_encodings("path/to/this/folder/model_torch.encodings")  # of a QuantizationSimModel'
+
+LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
+(logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
+
+ONNX_PARTS = """`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts, each of which takes
+`attention_mask` beside `input_ids` or `hidden_states`. By default onnxruntime rounds activations to int8 where it
+multiplies by packed weights; the session option `session.qdq_matmulnbits_accuracy_level`, set to `1`, keeps them in
+float32."""
 
 
 def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
@@ -67,10 +76,17 @@ def _how_to_serve(spec: QuantSpec, kind: str) -> str:
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
     if kind == "aimet":
         return f"{USE_ENCODINGS}\n\n```python\n{LOAD_ENCODINGS}\n```"
+    if kind == "onnx":
+        return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"
+    if kind == "gguf":
+        return (
+            "```bash\nllama-cli -m path/to/this/folder/model.gguf\n```\n\n"
+            f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF}\n```"
+        )
     load, package = LOAD_PLAIN, "gptqmodel optimum"
     if kind == "compressed-tensors":
         load, package = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC, "compressed-tensors"
     in_transformers = f"with `pip install {package}`, in transformers:\n\n```python\n{load}\n```"
     if kind == "gptq" and not gptq.is_served_by_vllm(spec):
-        return in_transformers.capitalize()
+        return f"W{in_transformers[1:]}"
     return f"```bash\nvllm serve path/to/this/folder\n```\n\nor, {in_transformers}"

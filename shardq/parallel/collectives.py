@@ -3,13 +3,13 @@
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shardq.errors import ShardQError, StorageError
-from shardq.files import ASIDE, write_text
+from shardq.files import ASIDE, remove, write_text
 from shardq.parallel.ranks import Ranks, contact, this_rank
 
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ def shared_by_all(ranks: Ranks, folder: Path) -> None:
         together(ranks, find)
     finally:
         if ranks.rank == 0:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
@@ -93,11 +93,14 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
     return tensor.item()
 
 
-def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, in place."""
+def reduce_over_ranks(
+    ranks: Ranks, tensors: list[torch.Tensor], reduction: Literal["sum", "min", "max"] = "sum"
+) -> None:
+    """Replace each tensor by its sum, least or greatest over ranks, element by element and in place."""
+    operation = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[reduction]
     if ranks.world_size > 1:
-        with contact("adding up statistics"):
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        with contact("putting statistics together"):
+            for work in [dist.all_reduce(tensor, op=operation, async_op=True) for tensor in tensors]:
                 work.wait()
 
 

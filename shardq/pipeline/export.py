@@ -1,35 +1,42 @@
 """Files that make a finished block, and a finished run, usable by others."""
 
-import math
+import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from shardq.config import ExportConfig, check_export
+from shardq.config import ExportConfig, Format, check_export
 from shardq.errors import ConfigError
 from shardq.files import write_text, write_whole
 from shardq.formats import compressed_tensors, encodings, gptq
 from shardq.formats.block_file import read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.model_card import model_card
-from shardq.formats.shards import DTYPES, read_header, read_tensor
+from shardq.formats.shards import DTYPES, INDEX_FILE, read_header, read_tensor
 from shardq.formats.tensor_file import write_tensors
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
+from shardq.pipeline.aimet_export import all_activations, merge_encodings, write_encodings
 from shardq.pipeline.plan import Plan, block_file, encodings_file
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 MODEL_CARD = "README.md"
+PACKAGES: dict[Format, str] = {"onnx": "onnxscript", "gguf": "gguf"}  # that a run without these formats needs not
+
+COMPLETING = ("config.json", INDEX_FILE, "model.encodings", "model_torch.encodings")
+FORMATS: tuple[Format, ...] = get_args(Format)  # each to a folder of its name
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
@@ -52,24 +59,26 @@ def write_block_files(
     plan: Plan,
     block_index: int,
     linears: dict[str, QuantizedLinear],
+    activations: dict[str, ActivationGrid],
     dtype: torch.dtype,
 ) -> list[Path]:
     """Write a block's codes, encodings and weights; each file appears whole.
 
     Args:
-        linears: by name within the block.
+        linears, activations: by name within the block.
 
     Returns:
         The files.
     """
     prefix = plan.names[block_index]
     full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
+    grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
     codes_file = block_file(output, block_index)
     weights_file = output / plan.block_shard(block_index)
-    write_block(codes_file, full)
+    write_block(codes_file, full, grids)
     encodings_files = {version: encodings_file(output, version, block_index) for version in plan.encoding_versions}
     for version, path in encodings_files.items():
-        encodings.write(path, version, full)
+        encodings.write(path, version, full, grids)
     weights = {}
     for name, info in skeleton.block_tensors(block_index).items():
         linear = linears.get(name.removesuffix(".weight"))
@@ -89,17 +98,11 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
     for number, infos in enumerate(plan.rest):
         rest.append(output / plan.rest_shard(number))
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
-    merged = [_merge_encodings(output, version, plan.num_blocks) for version in plan.encoding_versions]
+    merged = [merge_encodings(output, version, output, plan.num_blocks) for version in plan.encoding_versions]
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
-    return [*rest, *merged, output / "config.json", output / "model.safetensors.index.json"]
-
-
-def _merge_encodings(folder: Path, version: encodings.Version, num_blocks: int) -> Path:
-    path = encodings_file(folder, version)
-    encodings.merge(path, version, (encodings_file(folder, version, number) for number in range(num_blocks)))
-    return path
+    return [*rest, *merged, output / "config.json", output / INDEX_FILE]
 
 
 def export(config: ExportConfig, ranks: Ranks) -> dict:
@@ -135,15 +138,24 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
     """
     skeleton = open_skeleton(Path(config.run))
     grids = {name: spec for path in _block_files(skeleton) for name, spec in read_grids(path).items()}
-    if config.format == "aimet":
-        scale_change = 0.0
-        _write_encodings(skeleton, folder, config.aimet.version)
-    else:
-        scale_change = _write_checkpoint(config, skeleton, grids, folder)
+    match config.format:
+        case "aimet":
+            scale_change = 0.0
+            write_encodings(skeleton.folder, len(skeleton.names), folder, config.aimet.version)
+        case "onnx":
+            scale_change = _write_onnx(skeleton, grids, folder)
+        case "gguf":
+            check_installed("gguf")
+            from shardq.pipeline.gguf_export import write_gguf
+
+            scale_change = write_gguf(skeleton, folder, grids)
+        case _:
+            scale_change = _write_checkpoint(config, skeleton, grids, folder)
     if scale_change:
+        target = "gguf" if config.format == "gguf" else "vllm"
         display.line(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
-            f"{scale_change:.2%}; a run with --target vllm has none of that"
+            f"{scale_change:.2%}; a run with --target {target} rounds them before"
         )
     manifest = ledger.read_manifest(skeleton.folder)
     spec = next(iter(grids.values()))
@@ -153,20 +165,26 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
     return {"output": str(folder), "format": config.format, "bytes": num_bytes, "scale_change": scale_change}
 
 
-def _write_encodings(skeleton: Skeleton, folder: Path, version: encodings.Version) -> None:
-    """Write AIMET encodings of each block and of the model.
+def check_installed(kind: Format) -> None:
+    """Check that the package which writes a format is there.
 
     Raises:
-        ConfigError: the version makes too large a file of the run's scales.
+        ConfigError: it is not; says how to install it.
     """
-    paths = _block_files(skeleton)
-    num_scales = sum(
-        math.prod(info.shape) for path in paths for name, info in read_header(path).items() if name.endswith(".scale")
-    )
-    encodings.check_size(version, num_scales)
-    for number, path in enumerate(paths):
-        encodings.write(encodings_file(folder, version, number), version, read_block(path))
-    _merge_encodings(folder, version, len(paths))
+    package = PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
+
+
+def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
+    """Write a run as ONNX; scales stay as they are."""
+    check_installed("onnx")
+    from shardq.pipeline.onnx_export import write_onnx  # its packages are an extra
+
+    write_onnx(skeleton, folder, grids)
+    copy_companions(skeleton.folder, folder)
+    write_config(skeleton.folder, folder, "float32")
+    return 0.0
 
 
 def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
@@ -180,15 +198,17 @@ def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str,
             scale_dtype = torch.float32
             dtype = torch.float32 if config.dtype == "float32" else model_dtype
             convert = partial(plain_tensors, dtype=dtype)
-        case "compressed-tensors":
-            bits = config.activation_bits
-            compressed_tensors.check_grid(spec, bits)
-            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits)
-            entries = {"quantization_config": compressed_tensors.quantization_config(spec, bits, ignored)}
         case "gptq":
             gptq.check_grid(spec)
             convert = partial(gptq.linear_tensors, dtype=dtype)
             entries = {"quantization_config": gptq.quantization_config(spec, ignored)}
+        case "compressed-tensors":
+            bits = config.activation_bits
+            compressed_tensors.check_grid(spec, bits)
+            inputs = _input_grids(skeleton, grids) if bits == 8 else {}
+            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits, inputs=inputs)
+            scheme = compressed_tensors.quantization_config(spec, bits, ignored, *list(inputs.values())[:1])
+            entries = {"quantization_config": scheme}
     scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
     copy_companions(skeleton.folder, folder)
     write_config(skeleton.folder, folder, _name(dtype), **entries)
@@ -220,6 +240,23 @@ def _write_shards(
         write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
     write_index(folder, shards)
     return largest
+
+
+def _input_grids(skeleton: Skeleton, linear_names: Iterable[str]) -> dict[str, ActivationGrid]:
+    """The 8-bit grids, one a linear, by its stored name, that a run has for what enters them; none if it has none.
+
+    Raises:
+        ConfigError: it has others.
+    """
+    activations = all_activations(skeleton.folder, len(skeleton.names))
+    inputs = {name: activations[f"{name}.input"] for name in linear_names if f"{name}.input" in activations}
+    for name, grid in inputs.items():
+        if grid.bits != 8:
+            raise ConfigError(
+                f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
+                "quantize with --activations.bits 8, or export with --activation_bits 16"
+            )
+    return {skeleton.stored(f"{name}.weight").name.removesuffix(".weight"): grid for name, grid in inputs.items()}
 
 
 def _block_files(skeleton: Skeleton) -> list[Path]:

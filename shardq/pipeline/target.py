@@ -11,7 +11,7 @@ from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
 from shardq.formats import compressed_tensors, encodings, gptq
 from shardq.model.skeleton import Skeleton
-from shardq.pipeline.export import stored_dtype
+from shardq.pipeline.export import check_installed, stored_dtype
 from shardq.pipeline.plan import Plan
 from shardq.quant.spec import QuantSpec
 
@@ -24,10 +24,12 @@ VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one m
 
 
 def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
-    """Name of the dtype that the target keeps scales in: the model's, or bfloat16 for a model in float32."""
+    """Name of the dtype that the target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
     if config.target is None:
         return None
-    return "float16" if stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
+    return (
+        "float16" if config.target == "gguf" or stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
+    )
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -37,12 +39,19 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         ConfigError: naming the rule, and the linear that breaks it.
     """
     spec, export = config.quant.spec, config.export
+    for kind in export.asked:
+        check_installed(kind)
     if config.target == "vllm" or "compressed-tensors" in export.asked:
         compressed_tensors.check_grid(spec, export.activation_bits)
     if "gptq" in export.asked:
         gptq.check_grid(spec)
         for name, linear in _linears(skeleton, plan):
             gptq.check_shape(name, linear.out_features, linear.in_features)
+    if config.target == "gguf" or "gguf" in export.asked:
+        check_installed("gguf")
+        from shardq.pipeline.gguf_export import check_gguf  # its package is an extra
+
+        check_gguf(skeleton, {name: spec for name, _ in _linears(skeleton, plan)})
     if "aimet" in export.asked:
         encodings.check_size(export.aimet.version, plan.num_scales)
     if config.target == "vllm":
@@ -57,6 +66,11 @@ def _linears(skeleton: Skeleton, plan: Plan) -> Iterator[tuple[str, nn.Linear]]:
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
     spec, activation_bits = config.quant.spec, config.export.activation_bits
+    if spec.decompressed_bits:
+        raise ConfigError(
+            "quant.decompressed_bits: vLLM keeps scales in the model's dtype, in which they are no whole multiples; "
+            "leave out quant.decompressed_bits or target"
+        )
     if spec.group_size not in VLLM_GROUP_SIZES:
         raise ConfigError(
             f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"

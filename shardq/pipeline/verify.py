@@ -9,7 +9,7 @@ import torch
 from shardq.config import QuantOptions, VerifyConfig
 from shardq.errors import ResumeError, ShardQError
 from shardq.formats import encodings
-from shardq.formats.block_file import read_block
+from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.checkpoint import index_of
 from shardq.formats.shards import INDEX_FILE, read_tensor
 from shardq.logs import Display
@@ -17,7 +17,8 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.plan import block_file, encodings_file, make_plan
+from shardq.pipeline.plan import Plan, block_file, encodings_file, make_plan
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 
 CHECKS = {
@@ -25,9 +26,9 @@ CHECKS = {
     "index": "the checkpoint opens; its index names every tensor in every shard, and nothing else",
     "linears": "every linear to quantize is in its block's file, once, and nothing else",
     "codes": "codes are all there and fit the weight; zero points are codes of the grid",
-    "scales": "scales are finite and positive (not zero on a full-range grid)",
+    "scales": "scales are finite and positive (full-range: not zero; two-level: whole multiples of their channel's)",
     "weights": "every quantized weight of the checkpoint is (code - zero point) * scale, in the dtype it is stored in",
-    "encodings": "encodings, of each block and of the model, are those of the codes and scales",
+    "encodings": "encodings, of each block and of the model, are those of the codes, scales and activations' grids",
 }
 SHOWN = 5  # faults of a check that the table names
 
@@ -77,12 +78,12 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
     faults: Faults = {"ledger": [], "index": []}
     try:
-        entries = ledger.read_entries(output)
+        entries = ledger.finished(ledger.read_lines(output))
     except ResumeError as error:
         return faults | {"ledger": [str(error)]}, 0, 0
-    faults["ledger"] = list(ledger.damaged_files(output, entries))
-    if not entries or entries[-1]["block"] is not None:
-        faults["ledger"].append(f"{output}: not finished, {len(entries)} block(s) are; run its command to the end")
+    unfinished = ledger.why_unfinished(output, entries)
+    faults["ledger"] = [fault for _, fault in ledger.damaged_files(output, entries)] + unfinished
+    if unfinished:
         return faults, 0, 0
     try:
         skeleton = open_skeleton(output)
@@ -100,12 +101,14 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         linears = _check_block(skeleton, block_file(output, block_index), names, faults)
         faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
     faults["encodings"] += all_encodings.left_over()
+    faults["encodings"] += _activation_faults(output, plan)
     return faults, plan.num_blocks, sum(map(len, plan.linears))
 
 
-def _index_faults(skeleton: Skeleton, entries: list[dict]) -> Iterator[str]:
+def _index_faults(skeleton: Skeleton, entries: ledger.Entries) -> Iterator[str]:
     folder = skeleton.folder
-    shards = sorted(name for entry in entries for name in entry["files"] if Path(name).match("model-*.safetensors"))
+    files = (name for entry in entries.values() for name in entry["files"])
+    shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
     expected, stored = index_of(folder, shards), ledger.read_json(folder / INDEX_FILE)
     for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
         is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))
@@ -164,6 +167,28 @@ class _Encodings:
         """Files of the model that go on after the last block, or end in disorder."""
         for version, stream in self._streams.items():
             yield from _differences(self._wholes[version], stream, version, [], {})
+
+
+def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
+    """Encodings of activations, of each block and of the model, that are not what their grids make."""
+    merged: dict[str, ActivationGrid] = {}
+    try:
+        for block_index in range(plan.num_blocks):
+            grids = read_activations(block_file(output, block_index))
+            merged |= grids
+            yield from _activation_differences(output, plan, block_index, grids)
+        yield from _activation_differences(output, plan, None, merged)
+    except ShardQError as error:
+        yield str(error)
+
+
+def _activation_differences(
+    output: Path, plan: Plan, block_index: int | None, grids: dict[str, ActivationGrid]
+) -> Iterator[str]:
+    for version in plan.encoding_versions:
+        path = encodings_file(output, version, block_index)
+        if encodings.read_activations(path, version) != encodings.activations_of(version, grids):
+            yield f"{path}: its activations are not what their grids make"
 
 
 def _differences(

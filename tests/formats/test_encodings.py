@@ -12,12 +12,14 @@ from shardq import __version__
 from shardq.errors import CheckpointError, ConfigError
 from shardq.formats import encodings
 from shardq.quant import affine
+from shardq.quant.activation import ActivationGrid, grid_between
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "golden.json").read_text())
 SMALL = json.loads((GOLDEN / "encodings.json").read_text())
+RECORDED_LPBQ = json.loads((GOLDEN / "lpbq.json").read_text())
 PER_CHANNEL = [name for name, case in RECORDED.items() if case["group"] is None]
 
 
@@ -79,6 +81,22 @@ def test_every_version_is_aimets_to_the_json_type(name: str, version: str):
     found = entries(version, QuantizedLinear(codes, torch.tensor(case["scale"]), zero_point, spec))
     expected = case["encodings"][version]
     assert same_json(found, expected if version == "0.6.1" else expected | {"name": "l.weight"})
+
+
+@pytest.mark.parametrize("name", RECORDED_LPBQ)
+def test_two_level_entries_are_aimets_lpbq_and_its_plain_groups(name: str):
+    """AIMET's own scales: multipliers and channels' scales are found in them to the bit."""
+    case, scale = RECORDED_LPBQ[name], load_file(GOLDEN / f"{name}.safetensors")["scale"]
+    spec = QuantSpec(bits=case["bits"], group_size=case["group"], decompressed_bits=case["decompressed"])
+    codes = torch.zeros(len(scale), scale.shape[1] * case["group"], dtype=torch.int8)
+    linear = QuantizedLinear(codes, scale, torch.zeros_like(scale), spec)
+    assert same_json(entries("1.0.0", linear), case["encodings"]["1.0.0"] | {"name": "l.weight"})
+    for version in ("2.0.0", "2.1.0"):  # recorded as AIMET's encoding objects count axes, from the last
+        expected = case["encodings"][version] | {"name": "l.weight", "axis": 1}
+        if version == "2.1.0":
+            expected["y_scale"] |= {"axis": 0}
+        assert same_json(entries(version, linear), expected)
+    assert same_json(entries("0.6.1", linear), case["encodings"]["0.6.1"])
 
 
 def test_groups_run_along_the_inputs_of_one_output_first():
@@ -263,3 +281,53 @@ def test_full_range_grid_is_the_asymmetric_one_of_the_same_points(bits: int, gro
         described = (torch.arange(2**bits) + offset) * positive
         assert torch.equal(described, points.sort().values)
         assert (row["min"], row["max"]) == (points.min().item(), points.max().item())
+
+
+ACTIVATIONS = json.loads((GOLDEN / "activations.json").read_text())["encodings"]
+
+
+def activation_grid(case: str) -> ActivationGrid:
+    values, (bits, kind) = load_file(GOLDEN / "activations.safetensors")["outlier"], case.split()
+    return grid_between(values.min(), values.max(), QuantSpec(bits=int(bits), symmetric=kind == "symmetric"))
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_entries_of_activations_are_aimets(case: str):
+    grids = {"block.fc.input": activation_grid(case)}
+    (v1,), recorded = encodings.activations_of("1.0.0", grids), ACTIVATIONS[case]
+    assert same_json(v1, recorded["1.0.0"] | {"name": "block.fc.input"})
+    assert list(v1)[1:] == list(recorded["1.0.0"])
+    row = encodings.activations_of("0.6.1", grids)["block.fc"]["input"]["0"]
+    assert same_json(row, recorded["0.6.1"][0]) and list(row) == list(recorded["0.6.1"][0])
+
+
+def test_activations_lie_under_their_modules_and_only_static_ones_are_listed():
+    static, by_token = ActivationGrid(8, True, 0.5, 0), ActivationGrid(8, True)
+    names = ["b.input", "b.fc.input", "b.fc.output", "b.attn.query", "b.attn.context"]
+    grids = dict.fromkeys(names, static) | {"b.norm.output": by_token}
+    assert [entry["name"] for entry in encodings.activations_of("1.0.0", grids)] == names
+    by_module = encodings.activations_of("0.6.1", grids)
+    assert {module: list(sides) for module, sides in by_module.items()} == {"b": ["input"], "b.fc": ["input", "output"]}
+
+
+def test_files_give_activations_back_beside_the_weights(tmp_path: Path):
+    grids = {"b.fc.input": ActivationGrid(8, False, 0.25, 3), "b.fc.output": ActivationGrid(16, True, 1e-3, 0)}
+    linear, _ = asymmetric_linear()
+    for version in HEADERS:
+        path, made = tmp_path / version, encodings.activations_of(version, grids)
+        encodings.write(path, version, {"b.fc": linear}, grids)
+        content = json.loads(path.read_text())
+        weight = encodings.item_of(version, "b.fc.weight", linear)
+        if version > "2":
+            assert content["encodings"] == [*made, weight] and len(made) == 2
+        else:
+            assert encodings.read_activations(path, version) == made == content["activation_encodings"]
+            assert list(encodings.read(path, version)) == [weight]
+
+
+def test_activations_of_version_2_are_one_scale_and_zero_point():
+    grids = {"b.input": ActivationGrid(8, False, 0.25, 3), "b.output": ActivationGrid(16, True, 0.5, 0)}
+    assert encodings.activations_of("2.0.0", grids) == [
+        {"name": "b.input", "output_dtype": "uint8", "y_scale": 0.25, "y_zero_point": 131},
+        {"name": "b.output", "output_dtype": "int16", "y_scale": 0.5},
+    ]

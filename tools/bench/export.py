@@ -4,8 +4,8 @@
 
 Each conversion is that of `launch/export.py`, its checks of the run's digests included, starting Python not. The disk's
 speed is that of one file of random bytes, as long as the format's own files but 64 MiB at least, written and synced in
-the same folder. One JSON line a format, above it, with `--profile`, where the processor's seconds went. Where these are few
-beside the others, other programs had the machine.
+the same folder. One JSON line a format; above it, with `--profile`, where the processor's seconds went. Where these are
+few beside the others, other programs had the machine.
 """
 
 import argparse
