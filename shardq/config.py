@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
 from shardq.errors import ConfigError
+from shardq.formats.options import AimetOptions, ExportOptions, Format
 from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
@@ -60,30 +61,6 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
-Format = Literal["compressed-tensors", "hf", "onnx", "gguf"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """The checkpoints that a run writes."""
-
-    dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
-    dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
-    formats: Format | tuple[Format, ...] = ()
-    """Further formats to write when the run is done, each to a folder of its name in the output folder; `shardq export`
-    does it later."""
-    activation_bits: Literal[8, 16] = 16
-    """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has those that
-    enter the linears rounded to int8 while the model runs (W8A8, W4A8): on the run's own grids (activations.bits 8), or
-    with a scale a token."""
-
-    @property
-    def asked(self) -> tuple[Format, ...]:
-        """The further formats."""
-        return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """Saving the training of a block while it runs."""
@@ -116,6 +93,8 @@ class QuantizeConfig:
     """What is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as vLLM keeps
     them, so that what is measured is what is served; and its rules on shapes are checked before work starts. `gguf`
     (llama.cpp): the same with float16 and its rules."""
+    tensor_parallel: int = 1
+    """GPUs over which vLLM will split each linear: its rules on shapes are checked on what each of them holds."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
@@ -148,14 +127,17 @@ class ExportConfig:
     run: str
     """Output folder of a finished run."""
     format: Format = "compressed-tensors"
-    """`compressed-tensors`: codes and scales, for vLLM and transformers; `hf`: plain weights, for anything that loads
-    Hugging Face checkpoints; `onnx`: a graph with packed codes, for onnxruntime; `gguf`: one file for llama.cpp."""
+    """`compressed-tensors`: codes and scales, for vLLM and transformers; `gptq`: the same as GPTQ packs them; `hf`:
+    plain weights, for anything that loads Hugging Face checkpoints; `onnx`: a graph with packed codes, for
+    onnxruntime; `gguf`: one file for llama.cpp; `aimet`: AIMET encodings alone, the weights that belong to them are
+    those of `hf`."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"
     """Of the weights in `hf`: as --export.dtype of quantize."""
     activation_bits: Literal[8, 16] = 16
     """Of `compressed-tensors`: as --export.activation_bits of quantize."""
+    aimet: AimetOptions = field(default_factory=AimetOptions)
     device: ClassVar[str] = "cpu"
 
 
@@ -190,6 +172,9 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
         exported == 16 or bits in (None, 8), "export.activation_bits", exported, f"16 beside activations.bits {bits}"
     )
     _check_text("calib", config.calib)
+    split = config.tensor_parallel
+    _require(split == 1 or (split > 1 and config.target == "vllm"), "tensor_parallel", split,
+             "at least 1, and 1 but for --target vllm")  # fmt: skip
     optimize = config.optimize
     _check_parallel(config.parallel, optimize.optimizer, world_size)
     for name in ("iterations", "batch_size"):
@@ -249,10 +234,12 @@ def check_export(config: ExportConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    chosen = config.format
+    chosen, version = config.format, config.aimet.version
     _require(chosen == "hf" or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
     _require(chosen == "compressed-tensors" or config.activation_bits == 16, "activation_bits", config.activation_bits,
              f"16 for --format {chosen}, which describes no activations")  # fmt: skip
+    _require(chosen == "aimet" or config.aimet == AimetOptions(), "aimet.version", version,
+             "left out but for --format aimet")  # fmt: skip
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:

@@ -220,12 +220,15 @@ def test_block_file_reader(tmp_path, data, described):
 @hostile
 @given(
     raw=some.binary(max_size=16)
-    | mutated(b'{"activation_encodings": [], "param_encodings": [\n{"name": "a"},\n{"name": "b"}\n]}\n')
+    | mutated(
+        b'{"activation_encodings": [], "version": "1.0.0", "param_encodings": [\n{"name": "a"},\n{"name": "b"}\n]}\n'
+    )
 )
 def test_encodings_reader(tmp_path, raw):
     (tmp_path / "encodings").write_bytes(raw)
-    for read in (encodings.read_v1, encodings.read_torch, encodings.read_activation_entries):
-        only_own_errors(CheckpointError, lambda read=read: list(read(tmp_path / "encodings")))
+    for version in encodings.LAYOUTS:
+        only_own_errors(CheckpointError, lambda version=version: list(encodings.read(tmp_path / "encodings", version)))
+        only_own_errors(CheckpointError, encodings.read_activations, tmp_path / "encodings", version)
 
 
 OPTIONS = some.sampled_from(["model", "quant", "calib", "optimize", "bits", "seed", "dataset", "config", "resume"])

@@ -25,6 +25,9 @@ def main() -> None:
     """Compare the two on the tokens asked for, and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint")
+    parser.add_argument(
+        "--reference", default=None, help="folder that transformers loads in its place (default: itself)"
+    )
     parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
     parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
     parser.add_argument("--samples", type=int, default=10, help="sequences")
@@ -107,10 +110,10 @@ def compare(options: argparse.Namespace, tokens: list[list[int]], served: dict) 
     import torch
     import transformers
 
-    how = {}
-    if has_zero_points(options.checkpoint):  # left packed, transformers makes room for unpacked zero points only
+    how, reference = {}, options.reference or options.checkpoint
+    if has_zero_points(reference):  # left packed, transformers makes room for unpacked zero points only
         how["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="auto", **how).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference, dtype="auto", **how).eval()
 
     @torch.inference_mode()
     def log_probabilities(ids: list[int]) -> torch.Tensor:
@@ -130,6 +133,7 @@ def compare(options: argparse.Namespace, tokens: list[list[int]], served: dict) 
     difference = torch.cat(differences)
     return {
         "checkpoint": options.checkpoint,
+        "reference": reference,
         "tokens": len(difference),
         "perplexity_vllm": math.exp(-torch.cat(theirs).mean()),
         "perplexity_transformers": math.exp(-torch.cat(ours).mean()),

@@ -1,26 +1,32 @@
-"""AIMET encodings as JSON: version 1.0.0, and the body of `_torch.encodings` (version 0.6.1 entries).
+"""AIMET encodings as JSON, in each of AIMET's four versions.
 
-Names are torch names and lists run in [out, in] order. An activation is named after its module in version 1.0.0
+Names are torch names and lists run in [out, in] order. An activation is named after its module
 (`model.layers.0.mlp.up_proj.input`; a block's own `input` and `output` are the residual stream; `query`, `key`, `value`
-and `context` of an attention module enter and leave its matrix products). In `_torch.encodings` it is what enters or
-leaves the module, and attention's four, which belong to no module of AIMET's, are left out. Grids that are each
-token's own are in neither: AIMET has no such encoding.
+and `context` of an attention module enter and leave its matrix products). In 0.6.1 it is what enters or leaves the
+module, and attention's four, which belong to no module of AIMET's, are left out. Grids that are each token's own are
+in none: AIMET has no such encoding.
 
-`offset` belongs to the unsigned code in both layouts:
--2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one. Scales here are positive: a full-range grid is
-written as the asymmetric one that it equals, of offset 1 - 2^(b-1) where its scale is negative. A two-level grid is
-LPBQ in version 1.0.0; version 0.6.1 has plain groups alone, so there it is written as those.
+0.6.1: an object for each scale; `load_encodings` of aimet_torch
+reads this version alone. 1.0.0: an object for each weight with its scales in a flat list. 2.0.0 and 2.1.0, alike for
+weights: `y_scale` flat per-channel, nested [O, G] in groups. (aimet_torch 2.42, `quantization/affine/encoding.py`.)
+
+`offset` belongs to the unsigned code: -2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one;
+`y_zero_point` is 0, and left out, on a symmetric one, whose codes are signed, else `-offset`. Scales are positive: a
+full-range grid is written as the asymmetric one that it equals. A two-level grid is LPBQ; 0.6.1 has plain groups
+alone, so there it is written as those.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shardq import __version__
-from shardq.errors import CheckpointError
+from shardq.errors import CheckpointError, ConfigError
 from shardq.files import storage_errors, write_whole
 from shardq.quant import affine
 from shardq.quant.activation import ActivationGrid
@@ -28,58 +34,105 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 Grids = dict[str, ActivationGrid]
+Version = Literal["0.6.1", "1.0.0", "2.0.0", "2.1.0"]
+
 PRODUCER = {"package": "shardq", "version": __version__}
+LAYOUTS: dict[Version, tuple[str, str]] = {  # key of a file's items, the brackets around them
+    "0.6.1": ("param_encodings", "{}"),
+    "1.0.0": ("param_encodings", "[]"),
+    "2.0.0": ("encodings", "[]"),
+    "2.1.0": ("encodings", "[]"),
+}
+BYTES_A_SCALE: dict[Version, int] = {"0.6.1": 160, "1.0.0": 26, "2.0.0": 22, "2.1.0": 22}  # as written, about
+LARGEST_BYTES = 4 * 10**9  # of a file; a program that loads it takes several times as much memory
 
 
-def encoding_v1(name: str, linear: QuantizedLinear) -> dict:
-    """One weight's entry of `param_encodings` in version 1.0.0."""
-    spec = linear.spec
-    scale_OG, offset_OG = _positive_grid(linear)
-    entry = _entry_v1(name, scale_OG, offset_OG, spec, "PER_BLOCK" if spec.group_size else "PER_CHANNEL")
+def fits(version: Version, num_scales: int) -> bool:
+    """Whether a file with so many scales is one that programs can be expected to load."""
+    return num_scales * BYTES_A_SCALE[version] <= LARGEST_BYTES
+
+
+def check_size(version: Version, num_scales: int) -> None:
+    """Check that a version can hold so many scales.
+
+    Raises:
+        ConfigError: the file would be too large; says how large.
+    """
+    if not fits(version, num_scales):
+        others = [other for other in LAYOUTS if fits(other, num_scales)]
+        advice = (
+            f"choose --aimet.version {' or '.join(others)}" if others else "quantize in larger groups, or per-channel"
+        )
+        raise ConfigError(f"aimet.version: {version}: {size_of(version, num_scales)}; {advice}")
+
+
+def size_of(version: Version, num_scales: int) -> str:
+    """In words, what a file with so many scales would take and may take."""
+    size, limit = num_scales * BYTES_A_SCALE[version] / 1e9, LARGEST_BYTES / 1e9
+    return f"{num_scales} scales would make about {size:.1f} GB of JSON, of which a program loads {limit:.1f} at most"
+
+
+def item_of(version: Version, name: str, linear: QuantizedLinear) -> dict:
+    """What a file of a version holds of one weight: `{name: [...]}` in 0.6.1, else an object that has its `name`."""
+    positive = linear.with_positive_scales()
+    spec, scale_OG = positive.spec, positive.scale_OG.float()
+    offset_OG = (spec.qmin - positive.zero_point_OG).to(torch.int64)
+    if version == "0.6.1":
+        return {name: _objects(scale_OG, offset_OG, spec)}
+    block_size = {"block_size": spec.group_size} if spec.group_size else {}
+    if version == "1.0.0":
+        item = _entry_v1(name, scale_OG, offset_OG, spec, "PER_BLOCK" if spec.group_size else "PER_CHANNEL")
+        return item | (_lpbq_v1(scale_OG, spec) if spec.decompressed_bits else {}) | block_size
     if spec.decompressed_bits:
-        entry |= _lpbq(scale_OG, spec)
-    return entry | ({"block_size": spec.group_size} if spec.group_size else {})
+        return {"name": name, "output_dtype": _dtype(spec), "axis": 1} | _lpbq_v2(version, scale_OG, spec) | block_size
+    if not spec.group_size:
+        scale_OG, offset_OG = scale_OG.flatten(), offset_OG.flatten()
+    return _entry_v2(name, scale_OG, offset_OG, spec) | {"axis": 1 if spec.group_size else 0} | block_size
 
 
-def _lpbq(scale_OG: Tensor, spec: QuantSpec) -> dict:
-    """Version 1.0.0 of a two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
-    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
-    return {
-        "bw": spec.decompressed_bits,
-        "scale": channel_O1.flatten().tolist(),
-        "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
-        "enc_type": "LPBQ",
-        "compressed_bw": spec.bits,
-        "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
-    }
+def activations_of(version: Version, grids: Grids) -> list[dict] | dict[str, dict]:
+    """Encodings of activations: objects that have their `name`, in 0.6.1 by module, side, and number of the tensor."""
+    static = {name: grid for name, grid in grids.items() if grid.is_static}
+    if version == "0.6.1":
+        entries: dict[str, dict] = {}
+        for name, grid in static.items():
+            module, _, side = name.rpartition(".")
+            if side in ("input", "output"):
+                (entry,) = _objects(*_unsigned(grid), grid.spec)
+                entries.setdefault(module, {})[side] = {"0": entry}
+        return entries
+    if version == "1.0.0":
+        return [_entry_v1(name, *_unsigned(grid), grid.spec, "PER_TENSOR") for name, grid in static.items()]
+    return [_entry_v2(name, *(one.squeeze() for one in _unsigned(grid)), grid.spec) for name, grid in static.items()]
 
 
-def encoding_torch(linear: QuantizedLinear) -> list[dict]:
-    """One weight's entry of `param_encodings` in `_torch.encodings`: a dictionary per channel, or per group row by row.
+def _unsigned(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
+    """Scale [1] and offset [1] of the unsigned code."""
+    return torch.tensor([grid.scale]), torch.tensor([grid.spec.qmin - grid.zero_point])
+
+
+def _is_symmetric(spec: QuantSpec) -> bool:
+    return spec.symmetric and not spec.full_range
+
+
+def _dtype(spec: QuantSpec) -> str:
+    return f"{'' if _is_symmetric(spec) else 'u'}int{spec.bits}"
+
+
+def _objects(scale: Tensor, offset: Tensor, spec: QuantSpec) -> list[dict]:
+    """Version 0.6.1: one object for each scale, row by row.
 
     AIMET reads `min` and `max` back, not `scale` and `offset`, so they are the float32 ends of the grid in full.
     """
-    return _rows_torch(*_positive_grid(linear), linear.spec)
-
-
-def activations_v1(grids: Grids) -> list[dict]:
-    """`activation_encodings` of version 1.0.0, in the order of the grids."""
+    columns = (offset * scale, (offset + spec.num_steps) * scale, scale, offset)
+    rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
     return [
-        _entry_v1(name, *_unsigned_grid(grid), grid.spec, "PER_TENSOR")
-        for name, grid in grids.items()
-        if grid.is_static
-    ]
-
-
-def activations_torch(grids: Grids) -> dict[str, dict]:
-    """`activation_encodings` of `_torch.encodings`: by module, side, and number of the tensor there."""
-    entries: dict[str, dict] = {}
-    for name, grid in grids.items():
-        module, _, side = name.rpartition(".")
-        if grid.is_static and side in ("input", "output"):
-            (row,) = _rows_torch(*_unsigned_grid(grid), grid.spec)
-            entries.setdefault(module, {})[side] = {"0": row}
-    return entries
+        {
+            "min": low, "max": high, "scale": scale, "offset": offset,
+            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(_is_symmetric(spec)),
+        }
+        for low, high, scale, offset in rows
+    ]  # fmt: skip
 
 
 def _entry_v1(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec, kind: str) -> dict:
@@ -94,106 +147,117 @@ def _entry_v1(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec, kind: s
     }
 
 
-def _rows_torch(scale: Tensor, offset: Tensor, spec: QuantSpec) -> list[dict]:
-    columns = (offset * scale, (offset + spec.num_steps) * scale, scale, offset)
-    rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
-    return [
-        {
-            "min": low, "max": high, "scale": scale, "offset": offset,
-            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(_is_symmetric(spec)),
-        }
-        for low, high, scale, offset in rows
-    ]  # fmt: skip
+def _entry_v2(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec) -> dict:
+    entry = {"name": name, "output_dtype": _dtype(spec), "y_scale": scale.tolist()}
+    if not _is_symmetric(spec) and offset.any():
+        entry["y_zero_point"] = (-offset).tolist()
+    return entry
 
 
-def _is_symmetric(spec: QuantSpec) -> bool:
-    return spec.symmetric and not spec.full_range
-
-
-def _positive_grid(linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """Scale, float32, and offset of the unsigned code, int64, of the same grid points in rising order."""
-    spec, scale_OG = linear.spec, linear.scale_OG.float()
-    offset_OG = torch.where(scale_OG < 0, -spec.qmax, spec.qmin - linear.zero_point_OG)
-    return scale_OG.abs(), offset_OG.to(torch.int64)
-
-
-def _unsigned_grid(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
-    """As `_positive_grid`."""
-    return torch.tensor([grid.scale]), torch.tensor([grid.spec.qmin - grid.zero_point])
-
-
-def write_v1(path: Path, entries: Iterable[dict], activations: Grids | None = None) -> None:
-    """Write version 1.0.0 whole, one weight's entry in memory at a time."""
-    head = {
-        "activation_encodings": activations_v1(activations or {}),
-        "excluded_layers": [],
-        "producer": PRODUCER,
-        "version": "1.0.0",
+def _lpbq_v1(scale_OG: Tensor, spec: QuantSpec) -> dict:
+    """A two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    return {
+        "bw": spec.decompressed_bits,
+        "scale": channel_O1.flatten().tolist(),
+        "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
+        "enc_type": "LPBQ",
+        "compressed_bw": spec.bits,
+        "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
     }
-    _write_streamed(path, head, "[", "]", (json.dumps(entry) for entry in entries))
 
 
-def write_torch(path: Path, entries: Iterable[tuple[str, list[dict]]], activations: Grids | None = None) -> None:
-    """Write the body of `_torch.encodings` whole, one weight in memory at a time."""
-    items = (f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in entries)
-    _write_streamed(path, {"activation_encodings": activations_torch(activations or {})}, "{", "}", items)
+def _lpbq_v2(version: Version, scale_OG: Tensor, spec: QuantSpec) -> dict:
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    multipliers = multiplier_OG.int().tolist()
+    if version == "2.0.0":
+        return {"per_block_int_scale": multipliers, "per_channel_float_scale": channel_O1.tolist()}
+    return {"y_scale": {"x": multipliers, "x_scale": channel_O1.flatten().tolist(), "axis": 0}}
 
 
-def _write_streamed(path: Path, head: dict, opening: str, closing: str, items: Iterable[str]) -> None:
-    def write(aside: Path) -> None:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(head)[:-1] + f', "param_encodings": {opening}')
-            for number, item in enumerate(items):
-                file.write((",\n" if number else "\n") + item)
-            file.write(f"\n{closing}}}\n")
-
-    write_whole(path, write)
+def write(path: Path, version: Version, linears: dict[str, QuantizedLinear], grids: Grids | None = None) -> None:
+    """Write the encodings of the weights of linears, and of activations, by full name, to a file that appears whole."""
+    grids = grids or {}
+    items = (item_of(version, f"{name}.weight", linear) for name, linear in linears.items())
+    if LAYOUTS[version][0] == "encodings":  # one list of both
+        items = chain(activations_of(version, grids), items)
+    _write_lines(path, version, (_line(version, item) for item in items), grids)
 
 
-def read_v1(path: Path) -> Iterator[dict]:
-    """Entries of what `write_v1` wrote, one in memory at a time.
+def merge(path: Path, version: Version, parts: Iterable[Path], grids: Grids | None = None) -> None:
+    """Write all items of some files of a version to one that appears whole; one item in memory at a time.
+
+    Args:
+        grids: of the activations of all parts.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    _write_lines(path, version, (line for part in parts for line in _read_lines(part, version)), grids or {})
+
+
+def read(path: Path, version: Version) -> Iterator[dict]:
+    """The items, as `item_of` makes them, of a file that `write` or `merge` wrote, one in memory at a time.
 
     Raises:
         CheckpointError: the file is cut off, damaged, or another program wrote it.
     """
-    yield from _read_streamed(path, "[", "]")
+    is_object = LAYOUTS[version][1] == "{}"
+    try:
+        for line in _read_lines(path, version):
+            yield json.loads(f"{{{line}}}" if is_object else line)
+    except ValueError as error:
+        raise _damaged(path, error) from error
 
 
-def read_torch(path: Path) -> Iterator[tuple[str, list[dict]]]:
-    """Entries, by weight name, of what `write_torch` wrote, one weight in memory at a time.
-
-    Raises:
-        CheckpointError: the file is cut off, damaged, or another program wrote it.
-    """
-    for item in _read_streamed(path, "{", "}"):
-        yield from item.items()
+def _line(version: Version, item: dict) -> str:
+    """An item as a line of its file; that of an object is a key and its value."""
+    return json.dumps(item)[1:-1] if LAYOUTS[version][1] == "{}" else json.dumps(item)
 
 
-def read_activation_entries(path: Path) -> list | dict:
-    """The `activation_encodings` of what `write_v1` or `write_torch` wrote.
+def read_activations(path: Path, version: Version) -> list[dict] | dict[str, dict]:
+    """The `activation_encodings` of a file of version 0.6.1 or 1.0.0.
 
     Raises:
         CheckpointError: the file is damaged, or another program wrote it.
     """
     try:
         with storage_errors(path), open(path, encoding="utf-8") as file:
-            head = file.readline()
-            return json.loads(head + {"[": "]}", "{": "}}"}[head[-2:-1]])["activation_encodings"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, or written by another program ({error})") from error
+            return json.loads(file.readline() + LAYOUTS[version][1][1] + "}")["activation_encodings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
 
 
-def _read_streamed(path: Path, opening: str, closing: str) -> Iterator:
-    """The items of `_write_streamed`, one a line; an item of an object as an object of its own."""
-    bare = opening == "["
+def _write_lines(path: Path, version: Version, lines: Iterable[str], grids: Grids) -> None:
+    key, (opening, closing) = LAYOUTS[version]
+    head = {"producer": PRODUCER, "version": version}
+    if key == "param_encodings":
+        head = {"activation_encodings": activations_of(version, grids), "excluded_layers": [], **head}
+
+    def write_aside(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(json.dumps(head)[:-1] + f', "{key}": {opening}')
+            for number, line in enumerate(lines):
+                file.write((",\n" if number else "\n") + line)
+            file.write(f"\n{closing}}}\n")
+
+    write_whole(path, write_aside)
+
+
+def _read_lines(path: Path, version: Version) -> Iterator[str]:
+    closing = LAYOUTS[version][1][1]
     try:
         with storage_errors(path), open(path, encoding="utf-8") as file:
-            json.loads(file.readline() + closing + "}")
+            if json.loads(file.readline() + closing + "}")["version"] != version:
+                raise ValueError(f"not version {version}")
             for line in file:
                 if line == f"{closing}}}\n":
                     return
-                item = line.rstrip(",\n")
-                yield json.loads(item if bare else f"{{{item}}}")
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, or written by another program ({error})") from error
+                yield line.rstrip(",\n")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
     raise CheckpointError(f"{path}: cut off; its last line is missing")
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged, or written by another program ({error})")

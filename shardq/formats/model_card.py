@@ -2,6 +2,7 @@
 
 import yaml
 
+from shardq.formats import gptq
 from shardq.quant.spec import QuantSpec
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
@@ -10,6 +11,11 @@ LOAD_GGUF = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", gguf_fi
 LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
 )"""
+
+USE_ENCODINGS = """AIMET encodings of the weights, by torch names, lists in [out, in] order: all in `model.encodings`
+or, version 0.6.1, in `model_torch.encodings`, and block by block in `encodings/`. The weights that belong to them are
+those of `shardq export RUN --format hf`, each on its grid already. aimet_torch loads version 0.6.1:"""
+LOAD_ENCODINGS = 'sim.load_encodings("path/to/this/folder/model_torch.encodings")  # of a QuantizationSimModel'
 
 LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
 (logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
@@ -68,6 +74,8 @@ def _exactness(scale_change: float) -> str:
 def _how_to_serve(spec: QuantSpec, kind: str) -> str:
     if kind == "hf":
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
+    if kind == "aimet":
+        return f"{USE_ENCODINGS}\n\n```python\n{LOAD_ENCODINGS}\n```"
     if kind == "onnx":
         return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"
     if kind == "gguf":
@@ -75,8 +83,10 @@ def _how_to_serve(spec: QuantSpec, kind: str) -> str:
             "```bash\nllama-cli -m path/to/this/folder/model.gguf\n```\n\n"
             f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF}\n```"
         )
-    load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
-    return (
-        "```bash\nvllm serve path/to/this/folder\n```\n\n"
-        f"or, with `pip install compressed-tensors`, in transformers:\n\n```python\n{load}\n```"
-    )
+    load, package = LOAD_PLAIN, "gptqmodel optimum"
+    if kind == "compressed-tensors":
+        load, package = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC, "compressed-tensors"
+    in_transformers = f"with `pip install {package}`, in transformers:\n\n```python\n{load}\n```"
+    if kind == "gptq" and not gptq.is_served_by_vllm(spec):
+        return f"W{in_transformers[1:]}"
+    return f"```bash\nvllm serve path/to/this/folder\n```\n\nor, {in_transformers}"

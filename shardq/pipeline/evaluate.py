@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
 def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
     skeleton = open_skeleton(folder)
     if config.quant.method == "none":
-        return skeleton, Plan(skeleton.names, [[] for _ in skeleton.names], [])
+        return skeleton, Plan(skeleton.names, [[] for _ in skeleton.names], [], 0)
     return skeleton, make_plan(skeleton, config.quant)
 
 

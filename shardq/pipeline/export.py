@@ -3,7 +3,7 @@
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from shardq.config import ExportConfig, Format, check_export
 from shardq.errors import ConfigError
 from shardq.files import write_text, write_whole
-from shardq.formats import compressed_tensors, encodings
-from shardq.formats.block_file import read_activations, read_block, read_grids, write_block
+from shardq.formats import compressed_tensors, encodings, gptq
+from shardq.formats.block_file import read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.model_card import model_card
 from shardq.formats.shards import DTYPES, INDEX_FILE, read_header, read_tensor
@@ -26,7 +26,8 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.plan import Plan, block_file, encodings_files
+from shardq.pipeline.aimet_export import all_activations, merge_encodings, write_encodings
+from shardq.pipeline.plan import Plan, block_file, encodings_file
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -73,20 +74,18 @@ def write_block_files(
     full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
     grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
     codes_file = block_file(output, block_index)
-    v1_file, torch_file = encodings_files(output, block_index)
     weights_file = output / plan.block_shard(block_index)
     write_block(codes_file, full, grids)
-    entries = (encodings.encoding_v1(f"{name}.weight", linear) for name, linear in full.items())
-    encodings.write_v1(v1_file, entries, grids)
-    entries = ((f"{name}.weight", encodings.encoding_torch(linear)) for name, linear in full.items())
-    encodings.write_torch(torch_file, entries, grids)
+    encodings_files = {version: encodings_file(output, version, block_index) for version in plan.encoding_versions}
+    for version, path in encodings_files.items():
+        encodings.write(path, version, full, grids)
     weights = {}
     for name, info in skeleton.block_tensors(block_index).items():
         linear = linears.get(name.removesuffix(".weight"))
         is_codes = linear is not None and name.endswith(".weight")
         weights[info.name] = linear.dequantized().to(dtype) if is_codes else read_tensor(info)
     write_tensors(weights_file, weights, {"format": "pt"})
-    return [codes_file, v1_file, torch_file, weights_file]
+    return [codes_file, *encodings_files.values(), weights_file]
 
 
 def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> list[Path]:
@@ -99,25 +98,11 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
     for number, infos in enumerate(plan.rest):
         rest.append(output / plan.rest_shard(number))
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
-    config_file, index_file, v1_file, torch_file = (output / name for name in COMPLETING)
-    grids = all_activations(output, plan.num_blocks)
-    encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1), grids)
-    encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch), grids)
+    merged = [merge_encodings(output, version, output, plan.num_blocks) for version in plan.encoding_versions]
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
-    return [*rest, v1_file, torch_file, config_file, index_file]
-
-
-def all_activations(output: Path, num_blocks: int) -> dict[str, ActivationGrid]:
-    """The grids of all blocks' activations, by full name."""
-    files = (block_file(output, number) for number in range(num_blocks))
-    return {name: grid for path in files for name, grid in read_activations(path).items()}
-
-
-def _merged(output: Path, plan: Plan, which: int, read: Callable[[Path], Iterator]) -> Iterator:
-    for block_index in range(plan.num_blocks):
-        yield from read(encodings_files(output, block_index)[which])
+    return [*rest, *merged, output / "config.json", output / INDEX_FILE]
 
 
 def export(config: ExportConfig, ranks: Ranks) -> dict:
@@ -154,6 +139,9 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
     skeleton = open_skeleton(Path(config.run))
     grids = {name: spec for path in _block_files(skeleton) for name, spec in read_grids(path).items()}
     match config.format:
+        case "aimet":
+            scale_change = 0.0
+            write_encodings(skeleton.folder, len(skeleton.names), folder, config.aimet.version)
         case "onnx":
             scale_change = _write_onnx(skeleton, grids, folder)
         case "gguf":
@@ -210,6 +198,10 @@ def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str,
             scale_dtype = torch.float32
             dtype = torch.float32 if config.dtype == "float32" else model_dtype
             convert = partial(plain_tensors, dtype=dtype)
+        case "gptq":
+            gptq.check_grid(spec)
+            convert = partial(gptq.linear_tensors, dtype=dtype)
+            entries = {"quantization_config": gptq.quantization_config(spec, ignored)}
         case "compressed-tensors":
             bits = config.activation_bits
             compressed_tensors.check_grid(spec, bits)

@@ -11,7 +11,8 @@ from shardq.files import sha256_of
 from shardq.formats.shards import Index, read_sample
 
 # May differ when a run goes on.
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "device", "cache", "checkpoint", "parallel")
+NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "device", "tensor_parallel", "cache", "checkpoint",
+                     "parallel")  # fmt: skip
 # What blocks that are done again may differ in from those before them.
 REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.method")
 
@@ -20,7 +21,7 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
     """Everything that decides a run's result, but for the last bits that depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
-    del options["export"]["formats"]  # may be written at any time
+    del options["export"]["formats"], options["export"]["aimet"]  # may be written at any time
     if not config.activations.asked:
         del options["activations"]  # the others decide nothing then
     manifest = {

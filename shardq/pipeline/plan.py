@@ -5,10 +5,12 @@ from pathlib import Path
 
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
+from shardq.formats import encodings
 from shardq.formats.checkpoint import group_by_size, shard_name
 from shardq.formats.shards import TensorInfo
 from shardq.model.skeleton import Skeleton, linears_to_quantize
 
+ENCODINGS: tuple[encodings.Version, ...] = ("1.0.0", "0.6.1")  # AIMET's default, and what its load_encodings reads
 REST_SHARD_BYTES = 1 << 30  # tensors outside the blocks are copied in files of about this size
 
 
@@ -20,11 +22,13 @@ class Plan:
         names: each block's name in the checkpoint.
         linears: for each block, names within it of the linears to quantize.
         rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
+        num_scales: of all linears together.
     """
 
     names: list[str]
     linears: list[list[str]]
     rest: list[list[TensorInfo]]
+    num_scales: int
 
     @property
     def num_blocks(self) -> int:
@@ -35,6 +39,11 @@ class Plan:
     def num_shards(self) -> int:
         """Files of the output checkpoint: one a block, then the rest."""
         return self.num_blocks + len(self.rest)
+
+    @property
+    def encoding_versions(self) -> list[encodings.Version]:
+        """Versions of AIMET encodings that the run writes: those whose file a program can be expected to load."""
+        return [version for version in ENCODINGS if encodings.fits(version, self.num_scales)]
 
     def block_shard(self, block_index: int) -> str:
         """File name of a block's weights."""
@@ -62,7 +71,12 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
         info.name for number in range(len(skeleton.blocks)) for info in skeleton.block_tensors(number).values()
     }
     rest = [info for name, info in skeleton.index.items() if name not in in_blocks]
-    return Plan(skeleton.names, linears, group_by_size(rest, REST_SHARD_BYTES))
+    num_scales = sum(
+        linear.out_features * (linear.in_features // (quant.spec.group_size or linear.in_features))
+        for block, names in zip(skeleton.blocks, linears, strict=True)
+        for linear in map(block.get_submodule, names)
+    )
+    return Plan(skeleton.names, linears, group_by_size(rest, REST_SHARD_BYTES), num_scales)
 
 
 def _check_group_size(skeleton: Skeleton, linears: list[list[str]], group_size: int | None) -> None:
@@ -83,7 +97,9 @@ def block_file(output: Path, block_index: int) -> Path:
     return output / "blocks" / f"block-{block_index:05d}.safetensors"
 
 
-def encodings_files(output: Path, block_index: int) -> tuple[Path, Path]:
-    """A block's AIMET encodings: version 1.0.0, and the `_torch.encodings` body."""
-    folder = output / "encodings"
-    return folder / f"block-{block_index:05d}.json", folder / f"block-{block_index:05d}_torch.json"
+def encodings_file(output: Path, version: encodings.Version, block_index: int | None = None) -> Path:
+    """AIMET encodings of a block, or of the whole model; those of 0.6.1 have the name that aimet_torch gives them."""
+    suffix = "_torch" if version == "0.6.1" else ""
+    if block_index is None:
+        return output / f"model{suffix}.encodings"
+    return output / "encodings" / f"block-{block_index:05d}{suffix}.json"

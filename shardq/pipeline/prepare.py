@@ -12,6 +12,7 @@ from shardq.config import QuantizeConfig, check_quantize
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.files import remove_asides
+from shardq.formats import encodings
 from shardq.logs import Display
 from shardq.model.ends import BlockArguments, prologue, record_arguments
 from shardq.model.hub import local_folder
@@ -25,7 +26,7 @@ from shardq.pipeline.folders import cache_folder, output_folder
 from shardq.pipeline.lock import only_run
 from shardq.pipeline.manifest import make_manifest
 from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
-from shardq.pipeline.plan import Plan, make_plan
+from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
 from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.target import check_served
 
@@ -159,6 +160,9 @@ def _say_what_will_be_done(run: Run) -> None:
         f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
     )
+    for version in ENCODINGS:
+        if version not in run.plan.encoding_versions:
+            line(f"no AIMET encodings of version {version}: {encodings.size_of(version, run.plan.num_scales)}")
     if config.quant.method != "rtn":
         # Asked only where it is not compiled: the answer takes an import of seconds.
         missing = why_not(run.ranks.device) if optimize.compile == "off" else None

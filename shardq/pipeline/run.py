@@ -34,6 +34,7 @@ from shardq.pipeline.export import (
 )
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
+from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, begin, prepare
 from shardq.pipeline.redo import remove_what_completes
 from shardq.pipeline.space import check_space
@@ -235,7 +236,7 @@ def _write_formats(run: Run) -> None:
     for chosen in options.asked:
         folder = run.output / chosen
         if not (folder / MODEL_CARD).exists():
-            asked = {"dtype": options.dtype, "activation_bits": options.activation_bits}
+            asked = {"dtype": options.dtype, "activation_bits": options.activation_bits, "aimet": options.aimet}
             write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
 
 
@@ -250,7 +251,8 @@ def _say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:
             display.line(f"  {name}: {_not_finite(entry)}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
-    display.line(f"  {output}/model.encodings, model_torch.encodings  AIMET encodings (per block in encodings/)")
+    for version in run.plan.encoding_versions:
+        display.line(f"  {encodings_file(output, version)}  AIMET encodings {version} (per block in encodings/)")
     for chosen in run.config.export.asked:
         display.line(f"  {output}/{chosen}/  the same model as {chosen}")
     display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")

@@ -10,18 +10,17 @@ from pathlib import Path
 from shardq.calib.partition import owned_samples
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
+from shardq.formats import encodings
 from shardq.model.weights import COMPUTE_DTYPE
 from shardq.parallel.collectives import together
 from shardq.pipeline import ledger
 from shardq.pipeline.export import stored_dtype
 from shardq.pipeline.folders import cache_folder
 from shardq.pipeline.memory import block_size, largest_block
-from shardq.pipeline.plan import block_file, encodings_files
+from shardq.pipeline.plan import block_file, encodings_file
 from shardq.pipeline.prepare import Run
 from shardq.quant.packing import packed_width
 
-# A scale as JSON, with its offset: in version 1.0.0, and with both ends of its grid in `_torch.encodings`.
-ENCODING_BYTES = (29, 163)
 HEADER_BYTES = 256  # of a safetensors file, a tensor
 
 
@@ -110,18 +109,22 @@ def _files(run: Run) -> Iterator[tuple[Path, int]]:
         if block_index not in finished:
             yield output / plan.block_shard(block_index), others + weights * itemsize
             yield block_file(output, block_index), codes
-            for path, size in zip(encodings_files(output, block_index), ENCODING_BYTES, strict=True):
-                yield path, size * scales
+            for version in plan.encoding_versions:
+                yield encodings_file(output, version, block_index), encodings.BYTES_A_SCALE[version] * scales
         all_scales, all_codes, all_others = all_scales + scales, all_codes + codes, all_others + others
         all_weights += weights
     for number, infos in enumerate(plan.rest):
         rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
         all_others += rest
         yield output / plan.rest_shard(number), rest
-    for name, size in zip(("model.encodings", "model_torch.encodings"), ENCODING_BYTES, strict=True):
-        yield output / name, size * all_scales
+    for version in plan.encoding_versions:
+        yield encodings_file(output, version), encodings.BYTES_A_SCALE[version] * all_scales
     for chosen in run.config.export.asked:
-        yield output / chosen, all_others + (all_weights * itemsize if chosen == "hf" else all_codes)
+        if chosen == "aimet":
+            size = 2 * encodings.BYTES_A_SCALE[run.config.export.aimet.version] * all_scales
+        else:
+            size = all_others + (all_weights * itemsize if chosen == "hf" else all_codes)
+        yield output / chosen, size
 
 
 def _by_disk(needs: list[Need]) -> Iterator[tuple[list[Need], int]]:

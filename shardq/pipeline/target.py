@@ -1,19 +1,25 @@
 """What the program that is to serve a run's result asks of it, checked before work starts."""
 
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+
 import torch
 from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
-from shardq.formats import compressed_tensors
+from shardq.formats import compressed_tensors, encodings, gptq
 from shardq.model.skeleton import Skeleton
 from shardq.pipeline.export import check_installed, stored_dtype
 from shardq.pipeline.plan import Plan
+from shardq.quant.spec import QuantSpec
 
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
 # activations) ask of a linear's sizes.
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
+VLLM_KV = ("k_proj", "v_proj")
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix, and one scheme, there
 
 
@@ -32,19 +38,34 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     Raises:
         ConfigError: naming the rule, and the linear that breaks it.
     """
-    spec, activation_bits = config.quant.spec, config.export.activation_bits
-    for kind in config.export.asked:
+    spec, export = config.quant.spec, config.export
+    for kind in export.asked:
         check_installed(kind)
-    if config.target == "vllm" or "compressed-tensors" in config.export.asked:
-        compressed_tensors.check_grid(spec, activation_bits)
-    if config.target == "gguf" or "gguf" in config.export.asked:
+    if config.target == "vllm" or "compressed-tensors" in export.asked:
+        compressed_tensors.check_grid(spec, export.activation_bits)
+    if "gptq" in export.asked:
+        gptq.check_grid(spec)
+        for name, linear in _linears(skeleton, plan):
+            gptq.check_shape(name, linear.out_features, linear.in_features)
+    if config.target == "gguf" or "gguf" in export.asked:
         check_installed("gguf")
         from shardq.pipeline.gguf_export import check_gguf  # its package is an extra
 
-        linears = zip(plan.names, plan.linears, strict=True)
-        check_gguf(skeleton, {f"{block}.{name}": spec for block, names in linears for name in names})
-    if config.target != "vllm":
-        return
+        check_gguf(skeleton, {name: spec for name, _ in _linears(skeleton, plan)})
+    if "aimet" in export.asked:
+        encodings.check_size(export.aimet.version, plan.num_scales)
+    if config.target == "vllm":
+        _check_vllm(config, skeleton, plan)
+
+
+def _linears(skeleton: Skeleton, plan: Plan) -> Iterator[tuple[str, nn.Linear]]:
+    """The linears to quantize, by full name."""
+    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
+        yield from ((f"{block_name}.{name}", block.get_submodule(name)) for name in names)
+
+
+def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
+    spec, activation_bits = config.quant.spec, config.export.activation_bits
     if spec.decompressed_bits:
         raise ConfigError(
             "quant.decompressed_bits: vLLM keeps scales in the model's dtype, in which they are no whole multiples; "
@@ -56,20 +77,45 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         )
     if not spec.symmetric and spec.bits != 4:
         raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {spec.bits} bits, only of 4")
+    if "gptq" in config.export.asked and not gptq.is_served_by_vllm(spec):
+        raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
+    fault_on = partial(_shape_fault, skeleton, plan, spec, VLLM_MULTIPLE[activation_bits])
+    if fault := fault_on(config.tensor_parallel):
+        served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
+        advice = f"on {' or '.join(served)} it is served" if served else "leave it as it is with --quant.ignore"
+        raise ConfigError(f"target: {fault}; {advice}")
     for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
-        _check_shapes(block_name, block, names, VLLM_MULTIPLE[activation_bits])
         _check_fused(block_name, block, names)
 
 
-def _check_shapes(block_name: str, block: nn.Module, names: list[str], multiple: int) -> None:
-    for name in names:
-        linear = block.get_submodule(name)
-        for size, kind in ((linear.in_features, "input"), (linear.out_features, "output")):
-            if size % multiple:
-                raise ConfigError(
-                    f"target: {block_name}.{name} has {size} {kind} channels, vLLM's kernels need a multiple of "
-                    f"{multiple}; leave it as it is with --quant.ignore"
-                )
+def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int, degree: int) -> str | None:
+    """What keeps vLLM from splitting the quantized linears over `degree` GPUs, if anything does.
+
+    Which side of a linear is split is the architecture's own declaration. Heads of keys and values that are fewer than
+    GPUs are repeated, not split.
+    """
+    ways = getattr(skeleton.model, "tp_plan", None) or {}
+    config = skeleton.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", degree)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if degree > 1 and not ways:
+        return f"on {degree} GPUs: {type(skeleton.model).__name__} declares no way to split it"
+    if heads % degree:
+        return f"on {degree} GPUs: {heads} attention heads do not divide"
+    if max(kv_heads, degree) % min(kv_heads, degree):
+        return f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated"
+    for name, linear in _linears(skeleton, plan):
+        way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
+        over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
+        parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
+        for kind, size in (("input", linear.in_features), ("output", linear.out_features)):
+            split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
+            part = f"{name} has {size} {kind} channels{split}"
+            if size % (parts[kind] * multiple):
+                return f"{part}; vLLM's kernels need a multiple of {multiple}"
+            if kind == "input" and spec.group_size and size % (parts[kind] * spec.group_size):
+                return f"{part}; these must be whole groups of {spec.group_size}"
+    return None
 
 
 def _check_fused(block_name: str, block: nn.Module, names: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Whether a finished run is whole: every file against the ledger, and the files against one another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.plan import Plan, block_file, encodings_files, make_plan
+from shardq.pipeline.plan import Plan, block_file, encodings_file, make_plan
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 
@@ -95,7 +95,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     if len(entries) - 1 != plan.num_blocks:
         faults["ledger"].append(f"{output}: the ledger has {len(entries) - 1} blocks, the model {plan.num_blocks}")
     faults |= {check: [] for check in CHECKS if check not in faults}
-    all_encodings = _Encodings(output)
+    all_encodings = _Encodings(output, plan.encoding_versions)
     for block_index in range(plan.num_blocks):
         names = [f"{plan.names[block_index]}.{name}" for name in plan.linears[block_index]]
         linears = _check_block(skeleton, block_file(output, block_index), names, faults)
@@ -151,24 +151,22 @@ def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLi
 class _Encodings:
     """The encodings of each block, and beside them the model's, which are read on from block to block."""
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, versions: list[encodings.Version]):
         self._output = output
-        self._readers = (encodings.read_v1, encodings.read_torch)
-        self._wholes = (output / "model.encodings", output / "model_torch.encodings")
-        self._streams = [read(path) for read, path in zip(self._readers, self._wholes, strict=True)]
+        self._wholes = {version: encodings_file(output, version) for version in versions}
+        self._streams = {version: encodings.read(path, version) for version, path in self._wholes.items()}
 
     def faults_of(self, block_index: int, names: list[str], linears: dict[str, QuantizedLinear]) -> Iterator[str]:
         """Entries, of this block and of the model, that are not what codes and scales make; in the order of `names`."""
-        files = encodings_files(self._output, block_index)
-        for which, make in enumerate((_entry_v1, _entry_torch)):
-            yield from _differences(files[which], self._readers[which](files[which]), names, linears, make)
-            of_block = islice(self._streams[which], len(names))
-            yield from _differences(self._wholes[which], of_block, names, linears, make)
+        for version, stream in self._streams.items():
+            path = encodings_file(self._output, version, block_index)
+            yield from _differences(path, encodings.read(path, version), version, names, linears)
+            yield from _differences(self._wholes[version], islice(stream, len(names)), version, names, linears)
 
     def left_over(self) -> Iterator[str]:
         """Files of the model that go on after the last block, or end in disorder."""
-        for path, stream in zip(self._wholes, self._streams, strict=True):
-            yield from _differences(path, stream, [], {}, _entry_v1)
+        for version, stream in self._streams.items():
+            yield from _differences(self._wholes[version], stream, version, [], {})
 
 
 def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
@@ -178,34 +176,29 @@ def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
         for block_index in range(plan.num_blocks):
             grids = read_activations(block_file(output, block_index))
             merged |= grids
-            yield from _activation_differences(encodings_files(output, block_index), grids)
-        yield from _activation_differences((output / "model.encodings", output / "model_torch.encodings"), merged)
+            yield from _activation_differences(output, plan, block_index, grids)
+        yield from _activation_differences(output, plan, None, merged)
     except ShardQError as error:
         yield str(error)
 
 
-def _activation_differences(files: tuple[Path, Path], grids: dict[str, ActivationGrid]) -> Iterator[str]:
-    for path, made in zip(files, (encodings.activations_v1(grids), encodings.activations_torch(grids)), strict=True):
-        if encodings.read_activation_entries(path) != made:
+def _activation_differences(
+    output: Path, plan: Plan, block_index: int | None, grids: dict[str, ActivationGrid]
+) -> Iterator[str]:
+    for version in plan.encoding_versions:
+        path = encodings_file(output, version, block_index)
+        if encodings.read_activations(path, version) != encodings.activations_of(version, grids):
             yield f"{path}: its activations are not what their grids make"
 
 
-def _entry_v1(name: str, linear: QuantizedLinear) -> dict:
-    return encodings.encoding_v1(f"{name}.weight", linear)
-
-
-def _entry_torch(name: str, linear: QuantizedLinear) -> tuple[str, list[dict]]:
-    return f"{name}.weight", encodings.encoding_torch(linear)
-
-
 def _differences(
-    path: Path, found: Iterator, names: list[str], linears: dict[str, QuantizedLinear], make: Callable
+    path: Path, found: Iterator, version: encodings.Version, names: list[str], linears: dict[str, QuantizedLinear]
 ) -> Iterator[str]:
     try:
-        for name, entry in zip_longest(names, found):
+        for name, item in zip_longest(names, found):
             if name is None:
                 yield f"{path}: holds more than the quantized linears"
-            elif name in linears and entry != make(name, linears[name]):
+            elif name in linears and item != encodings.item_of(version, f"{name}.weight", linears[name]):
                 yield f"{path}: {name} is not what its codes and scales make"
     except ShardQError as error:
         yield str(error)

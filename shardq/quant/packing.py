@@ -5,7 +5,8 @@ from torch import Tensor
 
 from shardq.quant.spec import QuantSpec
 
-ROWS_AT_ONCE_ELEMENTS = 1 << 22  # bounds the temporary bit planes to a few tens of MiB
+CODES_AT_ONCE = 1 << 20  # what a processor's cache holds
+LANES = (8, 16, 32)  # bits: 8 codes lie in a word of 64 bits, first a byte each, at last one behind the other
 
 
 def packed_width(num_codes: int, bits: int) -> int:
@@ -19,30 +20,51 @@ def pack(codes_OI: Tensor, spec: QuantSpec) -> Tensor:
     Each row starts on a byte. A code is stored as `code - qmin`, little-endian: bit j of code i is bit
     `i * bits + j` of the row, and bit n of a row is bit `n % 8` of its byte `n // 8`.
     """
-    shifts = torch.arange(spec.bits, dtype=torch.uint8, device=codes_OI.device)
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes_OI.device)
+    num_codes = codes_OI.shape[1]
+    num_words = -(-num_codes // 8)
 
     def pack_rows(rows: Tensor) -> Tensor:
-        unsigned = (rows.to(torch.int16) - spec.qmin).to(torch.uint8)
-        bits = ((unsigned[:, :, None] >> shifts) & 1).flatten(1)
-        bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8))
-        return (bits.unflatten(1, (-1, 8)) * weights).sum(2, dtype=torch.uint8)
+        unsigned = rows.view(torch.uint8) - spec.qmin  # wraps around as it should
+        words = torch.nn.functional.pad(unsigned, (0, -num_codes % 8)).flatten().view(torch.int64)
+        for lane in LANES:  # the upper half of each pair of lanes moves down to where the lower one's codes end
+            kept, moved = _halves(lane, spec.bits)
+            words = (words & kept) | ((words >> (lane - lane // 8 * spec.bits)) & moved)
+        by_word = words.view(torch.uint8).view(len(rows), num_words, 8)
+        return by_word[:, :, : spec.bits].flatten(1)[:, : packed_width(num_codes, spec.bits)]
 
-    return torch.cat([pack_rows(rows) for rows in _row_chunks(codes_OI, codes_OI.shape[1])])
+    return torch.cat([pack_rows(rows) for rows in _row_chunks(codes_OI, num_codes)])
 
 
 def unpack(packed_OB: Tensor, num_inputs: int, spec: QuantSpec) -> Tensor:
     """Codes [O, I] (int8) of bytes made by `pack`."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed_OB.device)
-    weights = 1 << torch.arange(spec.bits, dtype=torch.int16, device=packed_OB.device)
+    num_words = -(-num_inputs // 8)
 
     def unpack_rows(rows: Tensor) -> Tensor:
-        bits = ((rows[:, :, None] >> shifts) & 1).flatten(1)[:, : num_inputs * spec.bits]
-        unsigned = (bits.unflatten(1, (num_inputs, spec.bits)) * weights).sum(2, dtype=torch.int16)
-        return (unsigned + spec.qmin).to(torch.int8)
+        by_word = torch.nn.functional.pad(rows, (0, num_words * spec.bits - rows.shape[1]))
+        by_word = torch.nn.functional.pad(by_word.unflatten(1, (num_words, spec.bits)), (0, 8 - spec.bits))
+        words = by_word.flatten().view(torch.int64)
+        for lane in reversed(LANES):
+            kept, moved = _halves(lane, spec.bits)
+            shift = lane - lane // 8 * spec.bits
+            words = (words & kept) | ((words & moved) << shift)
+        return words.view(torch.int8).view(len(rows), -1)[:, :num_inputs] + spec.qmin  # wraps around as it should
 
     return torch.cat([unpack_rows(rows) for rows in _row_chunks(packed_OB, num_inputs)])
 
 
+def pack_words(codes_RC: Tensor, spec: QuantSpec) -> Tensor:
+    """Pack as `pack`, each row filled up with zeros to int32 words [R, ceil(C * bits / 32)]."""
+    packed_RB = pack(codes_RC, spec)
+    filled_RB = torch.nn.functional.pad(packed_RB, (0, -packed_RB.shape[1] % 4))
+    return filled_RB.flatten().view(torch.int32).view(len(codes_RC), -1)
+
+
+def _halves(lane: int, bits: int) -> tuple[int, int]:
+    """Masks of a 64-bit word, as signed: of the codes in the lower of two lanes, and of those that follow them."""
+    width = lane // 8 * bits
+    lower = sum(((1 << width) - 1) << start for start in range(0, 64, 2 * lane))
+    return tuple(mask - (mask >> 63 << 64) for mask in (lower, lower << width))
+
+
 def _row_chunks(rows: Tensor, num_codes: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, ROWS_AT_ONCE_ELEMENTS // max(1, num_codes)))
+    return rows.split(max(1, CODES_AT_ONCE // max(1, num_codes)))

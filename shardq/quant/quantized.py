@@ -1,6 +1,6 @@
 """The result of quantizing one linear."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,3 +43,18 @@ class QuantizedLinear:
         rows_Rg = affine.to_rows(self.codes_OI, self.spec)
         values_Rg = affine.dequantize(rows_Rg, self.scale_OG.reshape(-1, 1), self.zero_point_OG.reshape(-1, 1))
         return values_Rg.reshape(self.codes_OI.shape)
+
+    def with_positive_scales(self) -> "QuantizedLinear":
+        """The same weight with positive scales alone: on a full-range grid, as the asymmetric grid that it equals.
+
+        Under a negative scale s a code q becomes -1 - q, and its zero point -1: (-1 - q + 1) * |s| = q * s.
+        """
+        if not self.spec.full_range:
+            return self
+        is_negative_OG = self.scale_OG < 0
+        rows_Rg = affine.to_rows(self.codes_OI, self.spec)
+        codes_Rg = torch.where(is_negative_OG.reshape(-1, 1), -1 - rows_Rg, rows_Rg)
+        spec = replace(self.spec, symmetric=False, full_range=False)
+        return QuantizedLinear(
+            codes_Rg.reshape(self.codes_OI.shape), self.scale_OG.abs(), -is_negative_OG.float(), spec
+        )

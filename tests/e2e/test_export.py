@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from runs import ONE_RANK, run_quantize
 from shardq.cli import parse
 from shardq.errors import ConfigError, ResumeError
+from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
-from shardq.formats.shards import open_index
+from shardq.formats.shards import open_index, read_tensor
 from shardq.pipeline.export import export
+from shardq.pipeline.plan import encodings_file
+from shardq.pipeline.verify import verify
 from shardq.quant.activation import rounded
 
 RTN = ("--quant.method", "rtn")
@@ -134,6 +137,76 @@ def test_export_later_is_the_export_of_the_run(served: Path, tmp_path: Path):
     assert all(path.read_bytes() == (tmp_path / "later" / path.name).read_bytes() for path in earlier)
 
 
+def gptq_weight(folder: Path, name: str) -> torch.Tensor:
+    """The weight [O, I] of a GPTQ checkpoint of 4 or 8 bits, by the format's description."""
+    index, config = open_index(folder), json.loads((folder / "config.json").read_text())["quantization_config"]
+    bits, shifts = config["bits"], torch.arange(0, 32, config["bits"])
+    kinds = ("qweight", "qzeros", "scales", "g_idx")
+    qweight, qzeros, scales, g_idx = (read_tensor(index[f"{name}.{kind}"]) for kind in kinds)
+    codes = (qweight[:, None, :] >> shifts[:, None]) % 2**bits  # [I / codes in a word, codes in a word, O]
+    zero_points = ((qzeros[:, :, None] >> shifts) % 2**bits).flatten(1) + (config["checkpoint_format"] == "gptq")
+    groups = g_idx.long()
+    return ((codes.flatten(0, 1) - zero_points[groups]) * scales[groups].float()).T
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: " ".join(map(str, grid)))
+def test_gptq_holds_the_runs_weights(llama: Path, token_file: Path, tmp_path: Path, grid: tuple):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN, "--target", "vllm", *grid)
+    assert run_export(run, "--format", "gptq")["scale_change"] == 0
+    source, written = open_index(run), open_index(run / "gptq")
+    linears = {name for path in (run / "blocks").iterdir() for name in read_block(path)}
+    for name, info in source.items():
+        linear = name.removesuffix(".weight")
+        weight = gptq_weight(run / "gptq", linear) if linear in linears else read_tensor(written[name])
+        assert torch.equal(weight, read_tensor(info)), name
+    assert len(written) == len(source) + 3 * len(linears)
+    card = (run / "gptq" / "README.md").read_text()
+    assert ("vllm serve" in card) == (grid[2:] != ("--quant.symmetric", "false", *grid[4:]) and "true" not in grid)
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
+def test_aimet_export_describes_the_runs_weights(served: Path, tmp_path: Path, version: str):
+    run_export(served, "--format", "aimet", "--aimet.version", version, "--output", tmp_path / "aimet")
+    expected = []
+    for number, path in enumerate(sorted((served / "blocks").iterdir())):
+        of_block = [encodings.item_of(version, f"{name}.weight", linear) for name, linear in read_block(path).items()]
+        assert list(encodings.read(encodings_file(tmp_path / "aimet", version, number), version)) == of_block
+        expected += of_block
+    whole = encodings_file(tmp_path / "aimet", version)
+    assert list(encodings.read(whole, version)) == expected and len(expected) == 21
+    if version in ("0.6.1", "1.0.0"):  # which the run itself writes
+        of_run = sorted(encodings.read(encodings_file(served, version), version), key=json.dumps)
+        assert sorted(expected, key=json.dumps) == of_run
+    assert "load_encodings" in (tmp_path / "aimet" / "README.md").read_text()
+
+
+def test_encodings_that_no_program_could_load_are_not_written(
+    llama: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    run, per_group = tmp_path / "run", ("--quant.group_size", 32)
+    monkeypatch.setattr(encodings, "LARGEST_BYTES", 200_000)  # 3456 scales: 553 and 90 kB
+    run_quantize(llama, token_file, run, *RTN, *per_group)
+    assert "no AIMET encodings of version 0.6.1: 3456 scales" in capsys.readouterr().out
+    assert not list(run.rglob("*_torch*")) and (run / "model.encodings").exists()
+    assert verify(parse("verify", [str(run)]), ONE_RANK)["linears"] == 21
+    with pytest.raises(
+        ConfigError, match=r"0\.6\.1: 3456 scales would make about 0\.0 GB.*choose --aimet.version 1\.0"
+    ):
+        run_export(run, "--format", "aimet", "--aimet.version", "0.6.1")
+    asked = ("--export.formats", "aimet", "--export.aimet.version", "0.6.1")
+    with pytest.raises(ConfigError, match=r"aimet\.version: 0\.6\.1"):
+        run_quantize(llama, token_file, tmp_path / "other", *RTN, *per_group, *asked)
+
+
+def test_a_run_writes_every_format_that_it_is_asked_for(llama: Path, token_file: Path, tmp_path: Path):
+    formats = ("--export.formats", "[gptq,aimet,hf]", "--export.aimet.version", "2.1.0", "--export.activation_bits", 8)
+    run_quantize(llama, token_file, tmp_path / "run", *RTN, *formats)
+    assert json.loads((tmp_path / "run/aimet/model.encodings").read_text())["version"] == "2.1.0"
+    cards = [(tmp_path / "run" / chosen / "README.md").read_text() for chosen in ("gptq", "aimet", "hf")]
+    assert all("# W4A16, symmetric, per-channel" in card for card in cards)
+
+
 def test_linears_left_as_they_are_are_ignored_and_kept(llama: Path, token_file: Path, tmp_path: Path):
     run = tmp_path / "run"
     run_quantize(llama, token_file, run, *RTN, "--target", "vllm", "--quant.ignore", "*.down_proj")
@@ -155,6 +228,8 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
         run_export(served, "--format", "hf", "--activation_bits", 8)
     with pytest.raises(ConfigError, match="dtype: source"):
         run_export(served, "--dtype", "source")
+    with pytest.raises(ConfigError, match="aimet.version: 2.0.0"):
+        run_export(served, "--aimet.version", "2.0.0")
     run_quantize(llama, token_file, tmp_path / "w3", *RTN, "--quant.bits", 3)
     with pytest.raises(ConfigError, match="3 bits"):
         run_export(tmp_path / "w3")

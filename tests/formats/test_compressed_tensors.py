@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 
 from shardq.errors import ConfigError
@@ -52,6 +53,15 @@ def test_weights_beside_int8_activations_are_the_grid_points(bits: int, group_si
     ]
     activations = scheme.input_activations
     assert (activations.num_bits, activations.strategy, activations.dynamic) == (8, "token", True)
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (33, 50)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_are_those_of_the_librarys_own_packing(bits: int, shape: tuple[int, int]):
+    linear = random_linear(QuantSpec(bits=bits, symmetric=False), shape)
+    written = linear_tensors("l", linear, torch.bfloat16, 16)
+    assert torch.equal(written["l.weight_packed"], pack_to_int32(linear.codes_OI, bits))
+    assert torch.equal(written["l.weight_zero_point"], pack_to_int32(linear.zero_point_OG.char(), bits, packed_dim=0))
 
 
 def test_packing_is_dense_and_little_endian_along_the_input_channels():

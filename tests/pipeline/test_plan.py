@@ -15,7 +15,7 @@ from shardq.config import QuantOptions
 from shardq.errors import ConfigError
 from shardq.model.skeleton import open_skeleton
 from shardq.pipeline import plan as plan_module
-from shardq.pipeline.plan import Plan, block_file, encodings_files, make_plan
+from shardq.pipeline.plan import ENCODINGS, Plan, block_file, encodings_file, make_plan
 
 SOURCE = QuantOptions()
 
@@ -85,18 +85,17 @@ class TestFiles:
         assert [plan.block_shard(number) for number in range(3)] + [plan.rest_shard(0)] == expected
 
     def test_names_stay_in_order_beyond_ten_thousand(self):
-        plan = Plan(names=["x"] * 10_000, linears=[[]] * 10_000, rest=[[], []])
+        plan = Plan(names=["x"] * 10_000, linears=[[]] * 10_000, rest=[[], []], num_scales=0)
         assert plan.block_shard(9_999) == "model-10000-of-10002.safetensors"
         assert plan.rest_shard(1) == "model-10002-of-10002.safetensors" == plan.shards()[-1]
         assert sorted(plan.shards()) == plan.shards()
 
     def test_every_block_has_its_own_files(self):
-        files = [
-            file for block in range(12) for file in (block_file(Path("o"), block), *encodings_files(Path("o"), block))
-        ]
-        assert len(set(files)) == 36
+        files = [block_file(Path("o"), block) for block in range(12)]
+        files += [encodings_file(Path("o"), version, block) for version in ENCODINGS for block in (None, *range(12))]
+        assert len(set(files)) == 38
         assert block_file(Path("o"), 7) == Path("o/blocks/block-00007.safetensors")
-        assert encodings_files(Path("o"), 7)[0] == Path("o/encodings/block-00007.json")
+        assert encodings_file(Path("o"), "1.0.0", 7) == Path("o/encodings/block-00007.json")
 
 
 class TestRest:

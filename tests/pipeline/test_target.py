@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import OPTConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
@@ -13,9 +14,13 @@ from shardq.pipeline.plan import make_plan
 from shardq.pipeline.target import check_served, scale_dtype
 
 
-def check(folder: Path, target: str | None = "vllm", activation_bits: int = 16, formats=(), **quant: object) -> None:
+def check(
+    folder: Path, target: str | None = "vllm", gpus: int = 1, activation_bits: int = 16, formats=(), **quant: object
+) -> None:
     export = ExportOptions(activation_bits=activation_bits, formats=formats)
-    config = QuantizeConfig(model=str(folder), target=target, quant=QuantOptions(**quant), export=export)
+    config = QuantizeConfig(
+        model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
+    )
     skeleton = open_skeleton(folder)
     check_served(config, skeleton, make_plan(skeleton, config.quant))
 
@@ -48,6 +53,63 @@ def test_a_size_that_no_kernel_takes_is_refused_by_the_linears_name(tmp_path: Pa
     check(folder, bits=8, activation_bits=8)
     check(folder, bits=4, target=None)
     check(folder, bits=4, ignore="*.gate_proj,*.up_proj,*.down_proj")
+
+
+WIDE = {"num_blocks": 1, "hidden": 256, "head_dim": 64}  # 4 heads, 2 of them of keys and values
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_shapes_that_can_be_split_pass(tmp_path: Path, gpus: int, group_size: int | None):
+    """On 4, each head of keys and values is on two."""
+    check(tiny.save_llama(tmp_path, **WIDE), gpus=gpus, group_size=group_size)
+
+
+@pytest.mark.parametrize(
+    "model, gpus, quant, reason",
+    [
+        ({}, 8, {}, "4 attention heads do not divide; on 1 or 2 or 4"),
+        ({}, 3, {}, "on 3 GPUs: 4 attention heads"),
+        ({"num_attention_heads": 16, "num_key_value_heads": 3}, 4, {}, "3 heads of keys and values neither"),
+        ({"head_dim": 32}, 4, {}, r"o_proj has 128 input channels, 32 on each of 4 GPUs; .* whole groups of 64"),
+        ({"intermediate_size": 320}, 4, {}, r"gate_proj has 320 output channels, 80 on each .* multiple of 32"),
+        ({"intermediate_size": 320}, 2, {}, r"down_proj has 320 input channels, 160 on each .* groups of 64"),
+    ],
+)
+def test_shapes_that_cannot_be_split_are_refused(tmp_path: Path, model: dict, gpus: int, quant: dict, reason: str):
+    folder = tiny.save_llama(tmp_path, **(WIDE | model))
+    with pytest.raises(ConfigError, match=reason):
+        check(folder, gpus=gpus, group_size=64, **quant)
+
+
+def test_an_architecture_that_declares_no_split_is_refused(tmp_path: Path):
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "vocab_size": 300}
+    config = OPTConfig(num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=128, **sizes)
+    folder = tiny.save_model(tmp_path, config)
+    check(folder)
+    with pytest.raises(ConfigError, match="OPTForCausalLM declares no way to split it; on 1 it is served"):
+        check(folder, gpus=2)
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"bits": 5}, "gptq: 5 bits"),
+        ({"bits": 4, "symmetric": False, "target": "vllm"}, "vLLM takes gptq on symmetric grids"),
+        ({"bits": 2, "target": "vllm"}, "2 bits"),
+    ],
+)
+def test_gptq_is_refused_before_the_run(llama: Path, wrong: dict, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        check(llama, **({"target": None, "formats": "gptq"} | wrong))
+    check(llama, target=None, formats="gptq", bits=2)
+
+
+def test_sizes_that_gptq_cannot_hold_are_refused_before_the_run(tmp_path: Path):
+    folder = tiny.save_llama(tmp_path, num_blocks=1, intermediate_size=80)
+    with pytest.raises(ConfigError, match=r"gptq: model\.layers\.0\.mlp\.gate_proj has 80 output"):
+        check(folder, target=None, formats="gptq")
+    check(folder, target=None, formats="gptq", ignore="*.mlp.*")
 
 
 @pytest.mark.parametrize(

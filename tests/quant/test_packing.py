@@ -63,11 +63,11 @@ def packed_by_numpy(codes: Tensor, bits: int) -> np.ndarray:
     return np.packbits(planes.reshape(len(unsigned), -1), axis=1, bitorder="little")
 
 
-# More codes than are packed at once (4 Mi): many short rows, few long ones, and rows longer than a whole chunk.
+# More codes than are packed at once (1 Mi): many short rows, few long ones, and rows longer than a whole chunk.
 @pytest.mark.parametrize("shape", [(150_001, 31), (5, 1_000_001), (2, 4_200_001)], ids=str)
 @pytest.mark.parametrize("bits", [3, 4])
 def test_weights_of_several_chunks_are_packed_as_one(bits: int, shape: tuple[int, int]):
-    assert shape[0] * shape[1] > packing.ROWS_AT_ONCE_ELEMENTS
+    assert shape[0] * shape[1] > packing.CODES_AT_ONCE
     codes, spec = random_codes(*shape, bits), QuantSpec(bits=bits)
     packed = packing.pack(codes, spec)
     assert np.array_equal(packed.numpy(), packed_by_numpy(codes, bits))

@@ -18,7 +18,9 @@ import serve_check  # noqa: E402
 
 @pytest.fixture
 def options(llama: Path, token_file: Path) -> Namespace:
-    return Namespace(checkpoint=str(llama), tokens=str(token_file), column=None, samples=3, length=48, new_tokens=4)
+    return Namespace(
+        checkpoint=str(llama), reference=None, tokens=str(token_file), column=None, samples=3, length=48, new_tokens=4
+    )
 
 
 @torch.inference_mode()

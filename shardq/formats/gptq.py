@@ -1,0 +1,99 @@
+"""GPTQ checkpoints, which vLLM, and transformers with GPTQModel, load: tensors of a quantized linear, and the config.
+
+`qweight` int32 [I * bits / 32, O] and `qzeros` int32 [G, O * bits / 32] hold unsigned codes and zero points, densely,
+the first in the lowest bits, along the input and the output channels; `scales` [G, O]; `g_idx` int32 [I] is the group
+of each input channel. A weight is `(code - zero_point) * scale`. Version 1 (`checkpoint_format` "gptq") stores each
+zero point less one, which a zero point of 0 does not survive in every reader: it is kept for symmetric grids, which
+all programs read; asymmetric grids are version 2, which stores them as they are. (AutoGPTQ's `qlinear_cuda.py`,
+GPTQModel's `utils/model.py`.)
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from shardq import __version__
+from shardq.errors import ConfigError
+from shardq.quant import packing
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+BITS = (2, 3, 4, 8)
+WORD_CODES = 32  # of channels a multiple: then a row of codes of any width fills whole words
+
+
+def check_grid(spec: QuantSpec) -> None:
+    """Check that the format can express a grid.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if spec.bits not in BITS:
+        raise ConfigError(f"gptq: {spec.bits} bits are not supported, only 2, 3, 4 and 8; export hf instead")
+
+
+def check_shape(name: str, num_outputs: int, num_inputs: int) -> None:
+    """Check that the format can hold a linear of some size.
+
+    Raises:
+        ConfigError: it cannot; names the linear.
+    """
+    for size, kind in ((num_inputs, "input"), (num_outputs, "output")):
+        if size % WORD_CODES:
+            raise ConfigError(
+                f"gptq: {name} has {size} {kind} channels, the format needs a multiple of {WORD_CODES}; leave it as it "
+                "is with --quant.ignore"
+            )
+
+
+def is_served_by_vllm(spec: QuantSpec) -> bool:
+    """Whether vLLM (0.32) takes a GPTQ checkpoint of a grid: it reads no zero points."""
+    return spec.bits in (4, 8) and spec.symmetric and not spec.full_range
+
+
+def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors, by full name, that a linear's weight becomes.
+
+    Args:
+        name: of the linear.
+        dtype: that scales are stored in, the model's: programs would round them to it as they load.
+
+    Raises:
+        ConfigError: as `check_shape`.
+    """
+    num_outputs, num_inputs = linear.codes_OI.shape
+    check_shape(name, num_outputs, num_inputs)
+    positive = linear.with_positive_scales()
+    zero_point_GO = positive.zero_point_OG.T.to(torch.int8)
+    # One less may be below the smallest code, but not on a symmetric grid, where zero points are 0.
+    stored_GO = zero_point_GO - 1 if positive.spec.symmetric else zero_point_GO
+    group_size = linear.spec.group_size or num_inputs
+    return {
+        f"{name}.qweight": packing.pack_words(positive.codes_OI, positive.spec).T.contiguous(),
+        f"{name}.qzeros": packing.pack_words(stored_GO, positive.spec),
+        f"{name}.scales": positive.scale_OG.T.to(dtype).contiguous(),
+        f"{name}.g_idx": torch.arange(num_inputs, dtype=torch.int32) // group_size,
+    }
+
+
+def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
+    """The entry `quantization_config` of config.json.
+
+    Args:
+        ignored: full names of the model's linears that are not quantized.
+    """
+    is_symmetric = spec.symmetric and not spec.full_range
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq" if is_symmetric else "gptq_v2",
+        "bits": spec.bits,
+        "group_size": spec.group_size or -1,
+        "sym": is_symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in sorted(ignored)},
+        "meta": {"quantizer": [f"shardq:{__version__}"]},
+    }

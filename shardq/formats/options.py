@@ -1,0 +1,38 @@
+"""Options of what a run is written as."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shardq.formats import encodings
+
+Format = Literal["compressed-tensors", "gptq", "hf", "onnx", "gguf", "aimet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AimetOptions:
+    """The encodings of `aimet`."""
+
+    version: encodings.Version = "1.0.0"
+    """Version of the encodings; 0.6.1 is what load_encodings of aimet_torch reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The checkpoints that a run writes."""
+
+    dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
+    dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
+    formats: Format | tuple[Format, ...] = ()
+    """Further formats to write when the run is done, each to a folder of its name in the output folder; `shardq export`
+    does it later."""
+    activation_bits: Literal[8, 16] = 16
+    """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has those that
+    enter the linears rounded to int8 while the model runs (W8A8, W4A8): on the run's own grids (activations.bits 8), or
+    with a scale a token."""
+    aimet: AimetOptions = field(default_factory=AimetOptions)
+
+    @property
+    def asked(self) -> tuple[Format, ...]:
+        """The further formats."""
+        return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats)

@@ -1,0 +1,98 @@
+"""GPTQ tensors, taken apart bit by bit as the format describes them, give back the grid points."""
+
+import pytest
+import torch
+
+from shardq.errors import ConfigError
+from shardq.formats.gptq import check_grid, linear_tensors, quantization_config
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+
+def random_linear(spec: QuantSpec, shape: tuple[int, int] = (32, 96)) -> QuantizedLinear:
+    grid_shape = shape[0], shape[1] // (spec.group_size or shape[1])
+    scale = torch.rand(grid_shape) + 0.01
+    if spec.full_range:
+        scale *= torch.randint(2, grid_shape) * 2 - 1
+    zero_point = torch.zeros(grid_shape)
+    if not spec.symmetric:
+        zero_point = torch.randint(spec.qmin, spec.qmax + 1, grid_shape).float()
+    return QuantizedLinear(torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8), scale, zero_point, spec)
+
+
+def numbers(words: torch.Tensor, bits: int) -> list[int]:
+    """The unsigned numbers that lie in a run of int32 words, the first in the lowest bits."""
+    whole = sum((word % 2**32) << (32 * place) for place, word in enumerate(words.tolist()))
+    return [(whole >> (bits * place)) % 2**bits for place in range(len(words) * 32 // bits)]
+
+
+def unpacked(tensors: dict[str, torch.Tensor], config: dict) -> torch.Tensor:
+    """The weight [O, I] by the format's description, one element after the other."""
+    bits, zeros_less_one = config["bits"], config["checkpoint_format"] == "gptq"
+    codes = [numbers(column, bits) for column in tensors["l.qweight"].T]
+    zero_points = [numbers(row, bits) for row in tensors["l.qzeros"]]
+    groups, scales = tensors["l.g_idx"].tolist(), tensors["l.scales"]
+    return torch.stack([
+        torch.stack([
+            (code - (zero_points[group][output] + zeros_less_one)) * scales[group, output]
+            for code, group in zip(row, groups, strict=True)
+        ])
+        for output, row in enumerate(codes)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("group_size", [None, 32], ids=["channel", "group"])
+@pytest.mark.parametrize("kind", ["symmetric", "full_range", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_tensors_hold_the_grid_points(bits: int, kind: str, group_size: int | None):
+    spec = QuantSpec(bits=bits, symmetric=kind != "asymmetric", full_range=kind == "full_range", group_size=group_size)
+    check_grid(spec)
+    linear = random_linear(spec)
+    tensors, config = linear_tensors("l", linear, torch.float32), quantization_config(spec, [])
+    assert torch.equal(unpacked(tensors, config), linear.dequantized())
+    num_groups = 96 // (group_size or 96)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == {
+        "l.qweight": ((96 * bits // 32, 32), torch.int32), "l.qzeros": ((num_groups, 32 * bits // 32), torch.int32),
+        "l.scales": ((num_groups, 32), torch.float32), "l.g_idx": ((96,), torch.int32),
+    }  # fmt: skip
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert (config["sym"], config["group_size"]) == (kind == "symmetric", group_size or -1)
+    assert (tensors["l.scales"] > 0).all()
+
+
+def test_three_bits_straddle_words_as_autogptq_packs_them():
+    """Its description: 10 codes a word, the 11th in bits 30 and 31 and bit 0 of the next, the 22nd in bit 31 and two
+    of the third."""
+    codes = torch.randint(0, 8, (1, 32))
+    row = codes[0].tolist()
+    words = [
+        sum(row[place] << (3 * place) for place in range(10)) | (row[10] << 30) % 2**32,
+        (row[10] >> 2) | sum(row[11 + place] << (3 * place + 1) for place in range(10)) | (row[21] << 31) % 2**32,
+        (row[21] >> 1) | sum(row[22 + place] << (3 * place + 2) for place in range(10)),
+    ]
+    spec = QuantSpec(bits=3)
+    linear = QuantizedLinear((codes - 4).to(torch.int8).repeat(32, 1), torch.ones(32, 1), torch.zeros(32, 1), spec)
+    assert [word % 2**32 for word in linear_tensors("l", linear, torch.float16)["l.qweight"][:, 0].tolist()] == words
+
+
+def test_symmetric_zero_points_are_those_that_every_reader_expects():
+    """Version 1 of 4 bits: 7 in every place."""
+    tensors = linear_tensors("l", random_linear(QuantSpec(bits=4)), torch.float16)
+    assert (tensors["l.qzeros"] == 0x77777777).all()
+
+
+def test_linears_left_as_they_are_are_named():
+    config = quantization_config(QuantSpec(bits=4), ["lm_head", "model.layers.0.mlp.up_proj"])
+    assert set(config["dynamic"]) == {r"-:^lm_head$", r"-:^model\.layers\.0\.mlp\.up_proj$"}
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_other_widths_are_refused(bits: int):
+    with pytest.raises(ConfigError, match=f"gptq: {bits} bits"):
+        check_grid(QuantSpec(bits=bits))
+
+
+@pytest.mark.parametrize("shape, kind", [((40, 64), "40 output"), ((32, 72), "72 input")])
+def test_sizes_that_do_not_fill_words_are_refused_by_name(shape: tuple[int, int], kind: str):
+    with pytest.raises(ConfigError, match=f"gptq: a.b has {kind} channels"):
+        linear_tensors("a.b", random_linear(QuantSpec(bits=4), shape), torch.float16)
