@@ -3,7 +3,7 @@
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from shardq.config import ExportConfig, Format, check_export
 from shardq.errors import ConfigError
 from shardq.files import write_text, write_whole
 from shardq.formats import compressed_tensors, encodings
-from shardq.formats.block_file import read_block, read_grids, write_block
+from shardq.formats.block_file import read_activations, read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.model_card import model_card
 from shardq.formats.shards import DTYPES, read_header, read_tensor
@@ -26,6 +26,7 @@ from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.plan import Plan, block_file, encodings_files
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -53,26 +54,28 @@ def write_block_files(
     plan: Plan,
     block_index: int,
     linears: dict[str, QuantizedLinear],
+    activations: dict[str, ActivationGrid],
     dtype: torch.dtype,
 ) -> list[Path]:
     """Write a block's codes, encodings and weights; each file appears whole.
 
     Args:
-        linears: by name within the block.
+        linears, activations: by name within the block.
 
     Returns:
         The files.
     """
     prefix = plan.names[block_index]
     full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
+    grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
     codes_file = block_file(output, block_index)
     v1_file, torch_file = encodings_files(output, block_index)
     weights_file = output / plan.block_shard(block_index)
-    write_block(codes_file, full)
-    encodings.write_v1(v1_file, (encodings.encoding_v1(f"{name}.weight", linear) for name, linear in full.items()))
-    encodings.write_torch(
-        torch_file, ((f"{name}.weight", encodings.encoding_torch(linear)) for name, linear in full.items())
-    )
+    write_block(codes_file, full, grids)
+    entries = (encodings.encoding_v1(f"{name}.weight", linear) for name, linear in full.items())
+    encodings.write_v1(v1_file, entries, grids)
+    entries = ((f"{name}.weight", encodings.encoding_torch(linear)) for name, linear in full.items())
+    encodings.write_torch(torch_file, entries, grids)
     weights = {}
     for name, info in skeleton.block_tensors(block_index).items():
         linear = linears.get(name.removesuffix(".weight"))
@@ -93,12 +96,19 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
         rest.append(output / plan.rest_shard(number))
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
     v1_file, torch_file = output / "model.encodings", output / "model_torch.encodings"
-    encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1))
-    encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch))
+    grids = all_activations(output, plan.num_blocks)
+    encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1), grids)
+    encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch), grids)
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
     return [*rest, v1_file, torch_file, output / "config.json", output / "model.safetensors.index.json"]
+
+
+def all_activations(output: Path, num_blocks: int) -> dict[str, ActivationGrid]:
+    """The grids of all blocks' activations, by full name."""
+    files = (block_file(output, number) for number in range(num_blocks))
+    return {name: grid for path in files for name, grid in read_activations(path).items()}
 
 
 def _merged(output: Path, plan: Plan, which: int, read: Callable[[Path], Iterator]) -> Iterator:
@@ -199,8 +209,10 @@ def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str,
         case "compressed-tensors":
             bits = config.activation_bits
             compressed_tensors.check_grid(spec, bits)
-            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits)
-            entries = {"quantization_config": compressed_tensors.quantization_config(spec, bits, ignored)}
+            inputs = _input_grids(skeleton, grids) if bits == 8 else {}
+            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits, inputs=inputs)
+            scheme = compressed_tensors.quantization_config(spec, bits, ignored, *list(inputs.values())[:1])
+            entries = {"quantization_config": scheme}
     scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
     copy_companions(skeleton.folder, folder)
     write_config(skeleton.folder, folder, _name(dtype), **entries)
@@ -232,6 +244,23 @@ def _write_shards(
         write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
     write_index(folder, shards)
     return largest
+
+
+def _input_grids(skeleton: Skeleton, linear_names: Iterable[str]) -> dict[str, ActivationGrid]:
+    """The 8-bit grids, one a linear, by its stored name, that a run has for what enters them; none if it has none.
+
+    Raises:
+        ConfigError: it has others.
+    """
+    activations = all_activations(skeleton.folder, len(skeleton.names))
+    inputs = {name: activations[f"{name}.input"] for name in linear_names if f"{name}.input" in activations}
+    for name, grid in inputs.items():
+        if grid.bits != 8:
+            raise ConfigError(
+                f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
+                "quantize with --activations.bits 8, or export with --activation_bits 16"
+            )
+    return {skeleton.stored(f"{name}.weight").name.removesuffix(".weight"): grid for name, grid in inputs.items()}
 
 
 def _block_files(skeleton: Skeleton) -> list[Path]:

@@ -45,6 +45,11 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         check_gguf(skeleton, {f"{block}.{name}": spec for block, names in linears for name in names})
     if config.target != "vllm":
         return
+    if spec.decompressed_bits:
+        raise ConfigError(
+            "quant.decompressed_bits: vLLM keeps scales in the model's dtype, in which they are no whole multiples; "
+            "leave out quant.decompressed_bits or target"
+        )
     if spec.group_size not in VLLM_GROUP_SIZES:
         raise ConfigError(
             f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"

@@ -44,7 +44,7 @@ from shardq.parallel.collectives import barrier, max_over_ranks
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.pipeline.block_pass import block_loss
+from shardq.pipeline.bench import block_loss
 from shardq.pipeline.memory import BlockSize, saved_bytes, state_bytes
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
