@@ -66,7 +66,9 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
     unread = frozenset(info.name for info in skeleton.index.values())
     with materialised(skeleton, skeleton.model, "", CPU, unread):
         ones_NT = torch.ones(BATCH, LENGTH, dtype=torch.long)
-        skeleton.model(input_ids=ones_NT, attention_mask=ones_NT, use_cache=False)
+        # Where nothing is padded and no window reached, some models pass None in place of masks that differ later.
+        padded_NT = ones_NT.index_fill(1, torch.tensor(LENGTH - 1), 0)
+        skeleton.model(input_ids=ones_NT, attention_mask=padded_NT, use_cache=False)
         seen = [stand_in.seen for stand_in in skeleton.stand_ins]
         hidden_NTD = seen[0][0]
         yield "embedding", None, _trace(_Part(skeleton, None, True), ones_NT, {"model": ""}, opset)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3TextConfig
+from transformers import Gemma3TextConfig, PretrainedConfig, Qwen2Config
 
 import tiny
 from shardq.errors import UnsupportedModelError
@@ -13,11 +13,14 @@ from shardq.model import graph
 from shardq.model.graph import traced_parts
 from shardq.model.skeleton import open_skeleton
 
-GEMMA = Gemma3TextConfig(
-    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, sliding_window=4,
-    layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
-)  # fmt: skip
+SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
+         "num_key_value_heads": 1}  # fmt: skip
+# Windows longer than the traced example, in which they do not show.
+SLIDING = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] + ["sliding_attention"] * 2}
+ALTERNATING = [
+    Gemma3TextConfig(**SHAPE, **SLIDING, head_dim=8),  # other masks, and other frequencies
+    Qwen2Config(**SHAPE, **SLIDING, use_sliding_window=True),  # other masks alone
+]
 
 
 def count_traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -32,9 +35,10 @@ def count_traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return traced
 
 
-def test_blocks_that_compute_alike_are_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("config", ALTERNATING, ids=lambda config: config.model_type)
+def test_blocks_that_compute_alike_are_traced_once(config: PretrainedConfig, tmp_path: Path, monkeypatch):
     traced = count_traces(monkeypatch)
-    skeleton = open_skeleton(tiny.save_model(tmp_path, GEMMA))
+    skeleton = open_skeleton(tiny.save_model(tmp_path, config))
     parts = list(traced_parts(skeleton, 21))
     assert [name for name, _, _ in parts] == ["embedding", *(f"block-{n:05d}" for n in range(4)), "head"]
     assert [index for _, index, _ in parts] == [None, 0, 1, 2, 3, None]
