@@ -34,7 +34,7 @@ def distill(
     for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
         quantizer.load(stepper.forward())
         loss = accumulate(loss_of, inputs_NTD, targets_NTD, micro_batch, mean_over or len(inputs_NTD))
-        stepper.backward(*quantizer.collected())
+        stepper.backward(quantizer.collected())
         stepper.step()
         on_step(loss)
         if not goes_on(done):

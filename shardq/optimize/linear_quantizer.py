@@ -46,7 +46,8 @@ class LinearQuantizer(nn.Module):
             importance_I: of each input channel: the start grid is searched with it (`quant/search.py`). None: min-max.
         """
         self._hold(affine.to_rows(weight_OI, self.spec))
-        min_R1, max_R1 = affine.start_range(self.rows.float(), self.spec)
+        ends = [affine.start_range(self.rows[some].float(), self.spec) for some in affine.row_chunks(self.rows)]
+        min_R1, max_R1 = (torch.cat(parts) for parts in zip(*ends, strict=True))
         if importance_I is not None:
             importance_Gg = importance_I.view(-1, self.rows.shape[1])
             min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.spec)

@@ -28,11 +28,14 @@ class Stepper(Protocol):
     def forward(self) -> list[Tensor]:
         """Fake-quantized weights of all quantizers, in order; differentiable."""
 
-    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take the gradient of this rank's loss from `tensors` on to the parameters they were computed from."""
+    def backward(self, collected: Tensor) -> None:
+        """Take the gradient of this rank's loss from `BlockQuantizer.collected` on to the parameters."""
 
     def step(self) -> None:
         """Change the parameters by the mean of the ranks' gradients, and clear it."""
+
+    def rest(self) -> None:
+        """Training is over until the next start: let go of what that can make anew."""
 
 
 class LocalStepper:
@@ -60,9 +63,9 @@ class LocalStepper:
         """The quantizers' own forward."""
         return self._module()
 
-    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
+    def backward(self, collected: Tensor) -> None:
         """Accumulate the gradient."""
-        torch.autograd.backward(tensors, gradients)
+        collected.backward()
 
     def step(self) -> None:
         """One step at the schedule's learning rate."""
@@ -74,6 +77,10 @@ class LocalStepper:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done += 1
+
+    def rest(self) -> None:
+        """Let go of the moments."""
+        self._optimizer.state.clear()
 
 
 def cosine_factor(done: int, iterations: int) -> float:

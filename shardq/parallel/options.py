@@ -5,15 +5,16 @@ from typing import Literal
 
 import torch
 
-Engine = Literal["local", "allreduce", "zero1", "zero2", "zero3"]
+Engine = Literal["local", "rows", "allreduce", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     """What each rank holds of a block that is being trained."""
 
-    engine: Literal["auto", "local", "allreduce", "zero1", "zero2", "zero3"] = "auto"
-    """`local`: one rank alone; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
+    engine: Literal["auto", "local", "rows", "allreduce", "zero1", "zero2", "zero3"] = "auto"
+    """`local`: one rank alone; `rows`: every rank trains its part of each linear's outputs, and the quantized weight
+    alone is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
     state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: the first of local,
     allreduce, zero2 and zero3 that fits the memory, or the one that takes least."""
     reduce_dtype: Literal["float32", "bf16"] = "float32"

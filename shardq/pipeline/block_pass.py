@@ -30,6 +30,7 @@ from shardq.parallel.collectives import add_over_ranks, sum_over_ranks
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
+from shardq.parallel.row_share import RowShare
 from shardq.pipeline.passes import Activations, advance, compare
 from shardq.quant import adascale
 from shardq.quant.quantized import QuantizedLinear
@@ -112,6 +113,7 @@ def quantize_block(
         del linears
         with span("train") as facts:
             facts["iterations"] = _train(job, bench, loaded, arguments, forward, best)
+        bench.stepper.rest()
         # 4. They become codes and grid.
         with span("fold"):
             linears = best.linears if best else bench.quantizer.folded(gathered)
@@ -171,7 +173,8 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
     is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
     dtype = optimize.dtype if is_whole else torch.float32
-    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
+    share = RowShare(job.ranks, job.parallel) if job.parallel.engine == "rows" else None
+    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype, share)
     bench = Bench(quantizer, None, job.compiled(block_loss, False))
     if job.method == "rtn" or not linear_names:
         return bench
@@ -188,14 +191,14 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     loss_of, size = _loss_of(job, bench, loaded, arguments), len(samples)
     bench.quantizer.load(bench.quantizer())
     accumulate(loss_of, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
-    torch.autograd.backward(*bench.quantizer.collected())
+    bench.quantizer.collected().backward()
     bench.quantizer.zero_grad()
 
 
 def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
     if job.parallel.zero_stage:
         return DeepSpeedStepper(quantizer, job.optimize, job.parallel, job.ranks)
-    if job.parallel.engine == "local":
+    if job.parallel.engine in ("local", "rows"):
         return LocalStepper(quantizer, job.optimize)
     return AllReduceStepper(quantizer, job.optimize, job.parallel, job.ranks)
 

@@ -1,6 +1,6 @@
 """The result of quantizing one linear."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class QuantizedLinear:
         """Whether every scale is finite and positive; on a full-range grid, finite and not zero."""
         signed_OG = self.scale_OG.abs() if self.spec.full_range else self.scale_OG
         return bool((torch.isfinite(self.scale_OG) & (signed_OG > 0)).all())
+
+    def of(self, outputs: slice) -> "QuantizedLinear":
+        """Some of the output channels; a view."""
+        return replace(
+            self,
+            codes_OI=self.codes_OI[outputs],
+            scale_OG=self.scale_OG[outputs],
+            zero_point_OG=self.zero_point_OG[outputs],
+        )
 
     def dequantized(self) -> Tensor:
         """The weight [O, I] that the codes stand for, float32."""
