@@ -1,10 +1,13 @@
 """The quantizers of a block's linears, and how their weights get into the block and out of it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from shardq.errors import QuantizationError
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
@@ -93,6 +96,35 @@ class BlockQuantizer(nn.Module):
             linear.weight.requires_grad_(True)
             linear.weight.grad = None
 
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Have each weight leave the block as the backward pass of what is computed in the body comes past it.
+
+        So its gradient takes its place, instead of one beside it. Nothing is computed with the block after that until
+        the next `load`.
+        """
+        places = {linear.weight.untyped_storage().data_ptr(): linear for linear in self._linears}
+        uses: Counter[nn.Linear] = Counter()
+
+        def keep(tensor: Tensor) -> Tensor | _Use:
+            linear = places.get(tensor.untyped_storage().data_ptr()) if tensor.untyped_storage().nbytes() else None
+            if linear is None:
+                return tensor
+            uses[linear] += 1
+            return _Use(linear, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+
+        def give(kept: Tensor | _Use) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            weight = kept.linear.weight.data
+            uses[kept.linear] -= 1
+            if not uses[kept.linear]:
+                kept.linear.weight.data = _placeholder(weight)
+            return weight.as_strided(*kept.view)
+
+        with saved_tensors_hooks(keep, give):
+            yield
+
     def collected(self) -> Tensor:
         """A zero whose backward pass takes what was collected since the last `load` on to what was loaded.
 
@@ -134,8 +166,8 @@ class BlockQuantizer(nn.Module):
         for name, linear in zip(self.names, self._linears, strict=True):
             linear.weight.requires_grad_(False)
             linear.weight.grad = None
-            if not linear.weight.numel():  # its gradient has taken its place
-                linear.weight.data = linear.weight.new_empty(linears[name].codes_OI.shape)
+            if not linear.weight.is_contiguous():  # a placeholder
+                linear.weight.data = linear.weight.new_empty(linear.weight.shape)
             for outputs in row_chunks(linear.weight):
                 linear.weight[outputs] = stored(linears[name].of(outputs).dequantized())
 
@@ -147,6 +179,18 @@ class BlockQuantizer(nn.Module):
     def _whole(self, part: QuantizedLinear, num_outputs: int) -> QuantizedLinear:
         tensors = self._share.joined((part.codes_OI, part.scale_OG, part.zero_point_OG), [num_outputs] * 3)
         return QuantizedLinear(*tensors, part.spec)
+
+
+class _Use(NamedTuple):
+    """A view of a linear's weight that a backward pass will ask for: size, stride and offset."""
+
+    linear: nn.Linear
+    view: tuple[torch.Size, tuple[int, ...], int]
+
+
+def _placeholder(weight: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return weight.new_zeros(()).expand(weight.shape)
 
 
 class _Collect(torch.autograd.Function):
@@ -165,7 +209,7 @@ class _Collect(torch.autograd.Function):
         # A linear that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
         gradient_OI = torch.zeros_like(weight) if weight.grad is None else weight.grad
         weight.grad = None
-        weight.data = weight.new_empty(0)
+        weight.data = _placeholder(weight)
         return gradient_OI, None
 
 

@@ -2,8 +2,8 @@
 
 Rounding, its gradient and Adam's step act on each output channel alone. So a rank holds frozen weight, s2, moments and
 s2's gradient of its outputs and no others; what all ranks need of it is the fake-quantized weight, and what they know
-of its gradient, both in the dtype of the matrix multiplies. It is ZeRO's second stage (arXiv 1910.02054, section 5) with
-all that the weight is computed from in the place of the optimizer's float32 copy.
+of its gradient, both in the dtype of the matrix multiplies. It is ZeRO's second stage (arXiv 1910.02054, section 5),
+with all that the weight is computed from in the place of the optimizer's float32 copy.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ from shardq.optimize.share import Result
 from shardq.parallel.collectives import together
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, contact
+from shardq.quant.affine import row_chunks
 
 
 class RowShare:
@@ -54,13 +55,19 @@ class RowShare:
         return whole
 
     def averaged(self, gradient: Tensor) -> Tensor:
-        """The mean over ranks of this rank's part of a whole gradient, added up in float32."""
-        sent = gradient.to(self._dtype) if gradient.itemsize > self._dtype.itemsize else gradient
-        sizes = [outputs.stop - outputs.start for outputs in self._slices(len(sent))]
-        received = sent.new_empty(len(sizes), sizes[self._ranks.rank], *sent.shape[1:])
-        with contact("exchanging gradients"):
-            dist.all_to_all_single(received.flatten(0, 1), sent.contiguous(), [received.shape[1]] * len(sizes), sizes)
-        return received.sum(0, dtype=torch.float32).div_(len(sizes))
+        """The mean over ranks of this rank's part of a whole gradient [O, I], added up in float32 piece by piece."""
+        dtype = self._dtype if gradient.itemsize > self._dtype.itemsize else gradient.dtype
+        shares = self._slices(len(gradient))
+        mean = gradient.new_empty(len(gradient[shares[self._ranks.rank]]), gradient.shape[1])
+        longest = max((gradient[share] for share in shares), key=len)
+        for some in row_chunks(longest):  # the same pieces on every rank, the last one shorter on some
+            pieces = [gradient[share][some] for share in shares]
+            sent, sizes = torch.cat(pieces).to(dtype), [len(piece) for piece in pieces]
+            received = sent.new_empty(len(sizes), len(mean[some]), sent.shape[1])
+            with contact("exchanging gradients"):
+                dist.all_to_all_single(received.flatten(0, 1), sent, [received.shape[1]] * len(sizes), sizes)
+            mean[some] = received.sum(0, dtype=torch.float32).div_(len(sizes))
+        return mean
 
     def _slices(self, num_outputs: int) -> list[slice]:
         bounds = [num_outputs * rank // self._ranks.world_size for rank in range(self._ranks.world_size + 1)]

@@ -22,14 +22,19 @@ from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.folders import output_folder
 from shardq.pipeline.lock import only_run
-from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
+from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit, reads_ahead
 from shardq.pipeline.plan import Plan, make_plan
 from shardq.pipeline.target import check_served
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has passed all checks, on one rank."""
+    """A run that has passed all checks, on one rank.
+
+    Attributes:
+        finished: the ledger's entries so far.
+        reads_ahead: whether a block's weights are read while the one before is trained.
+    """
 
     config: QuantizeConfig
     output: Path
@@ -38,6 +43,7 @@ class Run:
     arguments: list[BlockArguments]
     tokens_NT: Tensor
     finished: list[dict]
+    reads_ahead: bool
     ranks: Ranks
     display: Display
 
@@ -77,7 +83,9 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     tokens_NT, finished, chosen = on_rank_zero(ranks, begin)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
-    run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ranks, display)
+    ahead = reads_ahead(skeleton, plan, arguments, config.calib.sequence_length, config.optimize, config.parallel,
+                        limit, ranks.world_size)  # fmt: skip
+    run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ahead, ranks, display)
     _say_what_will_be_done(run)
     return run
 
@@ -144,6 +152,8 @@ def _say_what_will_be_done(run: Run) -> None:
             f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
             "in every step some ranks wait for the others"
         )
+    if not run.reads_ahead:
+        line("no block is read while the one before is trained: memory has no room for both")
     if len(run.finished) > run.plan.num_blocks:
         line(f"{run.output}: this run is finished, nothing is left to do")
 

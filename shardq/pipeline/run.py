@@ -99,7 +99,9 @@ def _finish(run: Run, events: Events) -> list[dict]:
 def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock]:
     """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
     indices = range(first, run.plan.num_blocks)
-    blocks = stream_blocks(run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"))
+    blocks = stream_blocks(
+        run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"), ahead=run.reads_ahead
+    )
     for block_index in indices:
         with events.span("load", block=block_index):
             loaded = together(run.ranks, lambda: next(blocks))

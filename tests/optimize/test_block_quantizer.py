@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -107,7 +108,9 @@ def loaded(quantizer: BlockQuantizer) -> list[Tensor]:
 def test_gradients_of_several_passes_add_up_in_the_weights(method: Method, dtype: torch.dtype):
     block = Block()
     weights = loaded(quantizer := trained(block, QuantSpec(bits=4), method, dtype))
-    leaves = {f"{name}.weight": weight.detach().clone().requires_grad_() for name, weight in zip(NAMES, weights)}
+    leaves = {
+        f"{name}.weight": weight.detach().clone().requires_grad_() for name, weight in zip(NAMES, weights, strict=True)
+    }
     passes = torch.randn(2, 3, 16)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         for inputs in passes:
@@ -146,7 +149,28 @@ def test_one_linear_after_the_other_makes_room_for_the_gradients_of_s2():
         )
     quantizer.collected().backward()
     assert alive in ([1, 0], [2, 1])
-    assert not any(linear.weight.numel() for linear in linears)
+    assert not any(linear.weight.is_contiguous() for linear in linears), "memory is still taken"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_leave_the_block_once_their_last_use_is_past(dtype: torch.dtype):
+    """The block is used twice, so a weight is asked for twice on the way back."""
+    block, gradients, there = Block(), [], []
+    quantizer, inputs = trained(block, QuantSpec(bits=4), "adascale", dtype), torch.randn(2, 3, 16)
+    linears = [block.get_submodule(name) for name in NAMES]
+    for context in (nullcontext, quantizer.leaving):
+        weights = loaded(quantizer)
+        with context(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            first = inputs.clone().requires_grad_()
+            between = block(first)
+            loss = block(between).square().sum()
+        between.register_hook(lambda _: there.append([linear.weight.is_contiguous() for linear in linears]))
+        loss.backward()
+        there.append([linear.weight.is_contiguous() for linear in linears])
+        quantizer.collected().backward()
+        gradients.append([weight.grad for weight in weights])
+    assert there == [[True, True]] * 3 + [[False, False]]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_weights_in_bfloat16_give_float32_gradients():

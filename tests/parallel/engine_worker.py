@@ -87,7 +87,7 @@ def tensors_of(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
 
 
 def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer, Stepper]:
-    """Block, quantizer, started, and stepper of what a name such as `zero2-bf16-offload` or `zero3-frugal` stands for."""
+    """Block, started quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-frugal` stands for."""
     engine, *more = name.split("-")
     reduce_dtype = "bf16" if "bf16" in more else "float32"
     files = [str(file) for file in SETTINGS.iterdir() if file.stem in more]

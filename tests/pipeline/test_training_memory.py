@@ -33,6 +33,8 @@ from shardq.pipeline.memory import (
 from shardq.pipeline.plan import Plan, make_plan
 
 CPU = torch.device("cpu")
+ATTENTION, MLP = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48  # weights of the linears of a gated block
+NUM_WEIGHTS, SOURCE = ATTENTION + MLP, 2 * (ATTENTION + MLP + 2 * 48)
 WHOLE = ParallelOptions(engine="allreduce")
 HIDDEN, LENGTH = 48, 32
 SHAPE = {"vocab_size": 60, "hidden_size": HIDDEN, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -129,48 +131,47 @@ class TestSavedBytes:
 @pytest.mark.parametrize(
     ("chosen", "bytes_a_weight"),
     [
-        ({"precision": "float32"}, 24),
-        ({"precision": "bf16"}, 20),
-        ({"precision": "float32", "held_out": 4}, 25),
-        ({"precision": "float32", "optimizer": "sign"}, 16),
+        ({"precision": "float32"}, 20),
+        ({"precision": "bf16"}, 16),
+        ({"precision": "float32", "held_out": 4}, 21),
+        ({"precision": "float32", "optimizer": "sign"}, 12),
     ],
     ids=str,
 )
 def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_a_weight: int):
-    """s2 and its gradient: 8 bytes; Adam's moments: 8; the quantized weight and its gradient: 8, or 4 in bf16; the
-    best iterate's code: 1.
+    """s2: 4 bytes; Adam's moments: 8; the quantized weight and its gradient: 8, or 4 in bf16, then in their place
+    s2's gradient; the best iterate's code: 1.
     """
-    attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
-    source = 2 * (attention + mlp + norms)
     options = OptimizeOptions(**chosen)
     counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, WHOLE, 2)
-    assert counted == 2 * source + bytes_a_weight * (attention + mlp)
+    assert counted == SOURCE + bytes_a_weight * NUM_WEIGHTS
 
 
 @pytest.mark.parametrize(
     ("engine", "offload", "whole", "shared"),
     [
-        ("zero1", False, 8 + 4 + 4, 4 + 8),
-        ("zero2", False, 8 + 4, 4 + 4 + 8),
-        ("zero3", False, 8, 4 + 4 + 4 + 8),
-        ("zero2", True, 8 + 4, 4),
+        ("rows", False, 4, 4 + 8),
+        ("zero1", False, 4 + 4, 8),
+        ("zero2", False, 4, 4 + 8),
+        ("zero3", False, 0, 4 + 4 + 8),
+        ("zero2", True, 4, 4),
     ],
 )
-def test_zero_shares_state_between_ranks(llama_model: Model, engine: str, offload: bool, whole: int, shared: int):
-    """Whole: the quantized weight and its gradient, s2, its gradient; shared: moments and the copy that is stepped.
+def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offload: bool, whole: int, shared: int):
+    """Shared by ZeRO: moments, then s2's gradient, then s2. Rows share all that the quantized weight comes from.
 
-    Beside that, what is reduced: a bucket, here as large as all gradients, and the largest linear's gradient. With
-    ZeRO 3 another bucket, and s2 and weights gathered twice.
+    Beside that ZeRO has what is reduced: a bucket, here as large as all gradients, and the largest linear's gradient;
+    with stage 3 another bucket, and s2 and weights gathered twice. That is more than the quantized weight and its
+    gradient, which are gone by then; rows have the two.
     """
-    attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
-    source, num_weights = 2 * (attention + mlp + norms), attention + mlp
     parallel = ParallelOptions(engine=engine, offload=offload)
-    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options_for(4), parallel, 4)
-    held = source + source // 4 if engine == "zero3" else 2 * source
-    moved = 4 * (num_weights + 80 * 48)
+    options = options_for(4, precision="bf16")
+    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, parallel, 4)
+    held = SOURCE // 4 if engine in ("rows", "zero3") else SOURCE
+    moved = 0 if engine == "rows" else 4 * (NUM_WEIGHTS + 80 * 48)
     if engine == "zero3":
-        moved += 4 * num_weights + 2 * (4 + 2) * num_weights
-    assert counted == held + whole * num_weights + shared * num_weights // 4 + moved
+        moved += 4 * NUM_WEIGHTS + 2 * (4 + 2) * NUM_WEIGHTS
+    assert counted == held + whole * NUM_WEIGHTS + shared * NUM_WEIGHTS // 4 + moved
 
 
 class TestEngine:
@@ -205,11 +206,8 @@ class TestEngine:
 
 def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
     model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
-    attention, mlp, norms = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48, 2 * 48
-    source = 2 * (attention + mlp + norms)
-    assert (
-        state_bytes(block_size(model.skeleton, model.plan, 0), options_for(1), WHOLE, 2) == 2 * source + 24 * attention
-    )
+    size = block_size(model.skeleton, model.plan, 0)
+    assert state_bytes(size, options_for(1), WHOLE, 2) == SOURCE + 20 * ATTENTION
 
 
 class TestChoice:
