@@ -190,7 +190,7 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     bench.quantizer.start(loaded.source)
     loss_of, size = _loss_of(job, bench, loaded, arguments), len(samples)
     bench.quantizer.load(bench.quantizer())
-    accumulate(loss_of, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
+    accumulate(loss_of, hidden_NTD, hidden_NTD, size, size, bench.quantizer.leaving)
     bench.quantizer.collected().backward()
     bench.quantizer.zero_grad()
 
