@@ -143,12 +143,12 @@ def make_stepper(
 def predicted_bytes(
     shape: Shape, num_tokens: int, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
 ) -> int:
-    """The plan's figure for one sample at once."""
+    """The plan's figure for one sample at once, the next block read ahead."""
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
     state = state_bytes(size, options, parallel, world_size)
-    return state + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
+    return state + size.source + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
 
 
 def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
