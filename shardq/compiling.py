@@ -6,6 +6,7 @@ Torch's compiler is imported by the functions that need it: the import takes sec
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import TypeVar
 
 import torch
@@ -41,6 +42,14 @@ def keep_between_runs() -> None:
 def eager(function: Function, varying: bool) -> Function:
     """Leave a function as it is."""
     return function
+
+
+def apart(function: Function) -> Function:
+    """A copy of a function that shares no compiled code with it.
+
+    Compiled code is reused wherever arguments are alike, whatever hooks their modules have.
+    """
+    return FunctionType(function.__code__.replace(), function.__globals__, argdefs=function.__defaults__)
 
 
 def compiler(say: Callable[[str], None]) -> Compile:

@@ -10,7 +10,8 @@ from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
-from shardq.quant.spec import QuantSpec
+from shardq.quant.activation import ActivationOptions
+from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class QuantOptions:
     is a quarter of the grid)."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
+    decompressed_bits: int | None = None
+    """Two-level scales (LPBQ; AIMET's decompressed_bw) of a symmetric grid in groups: each a whole multiple, at most
+    2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it; 8
+    beside 4 bits (default: each group has a float scale of its own)."""
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
     nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
@@ -38,8 +43,15 @@ class QuantOptions:
     def spec(self) -> QuantSpec:
         """The grid that these options describe."""
         group_size = None if self.group_size in (None, -1) else self.group_size
-        full_range = self.bits == 2 and self.symmetric if self.full_range is None else self.full_range
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=group_size, full_range=full_range)
+        # A multiplier is positive, so two-level scales are.
+        by_default = self.bits == 2 and self.symmetric and self.decompressed_bits is None
+        return QuantSpec(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=group_size,
+            full_range=by_default if self.full_range is None else self.full_range,
+            decompressed_bits=self.decompressed_bits,
+        )
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -48,7 +60,7 @@ class QuantOptions:
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 
-Format = Literal["compressed-tensors", "hf"]
+Format = Literal["compressed-tensors", "hf", "onnx", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,15 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Saving the training of a block while it runs."""
+
+    every_iterations: int = 0
+    """Iterations from one checkpoint to the next, from which a killed run goes on within the block; each replaces the
+    one before. 0: none; the block at hand is trained again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """A quantization run."""
 
@@ -86,15 +107,17 @@ class QuantizeConfig:
     start anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
-    target: Literal["vllm"] | None = None
-    """Program that is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
-    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work
-    starts."""
+    target: Literal["vllm", "gguf"] | None = None
+    """What is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as vLLM keeps
+    them, so that what is measured is what is served; and its rules on shapes are checked before work starts. `gguf`
+    (llama.cpp): the same with float16 and its rules."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     optimize: OptimizeOptions = field(default_factory=OptimizeOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
 
 
@@ -106,6 +129,8 @@ class EvaluateConfig:
     """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
+    activations: Literal["float", "simulated"] = "float"
+    """`simulated`: round activations to the grids that a finished run has for them, as the model runs."""
     quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
     eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
@@ -119,7 +144,7 @@ class ExportConfig:
     """Output folder of a finished run."""
     format: Format = "compressed-tensors"
     """`compressed-tensors`: codes and scales, for vLLM and transformers; `hf`: plain weights, for anything that loads
-    Hugging Face checkpoints."""
+    Hugging Face checkpoints; `onnx`: a graph with packed codes, for onnxruntime; `gguf`: one file for llama.cpp."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"
@@ -154,11 +179,15 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
         ConfigError: naming the option, its value and what is allowed.
     """
     _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
+    _check_activations(config.activations)
     _check_text("calib", config.calib)
     optimize = config.optimize
     _check_parallel(config.parallel, optimize.optimizer, world_size)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
+    _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
+    every = config.checkpoint.every_iterations
+    _require(every >= 0, "checkpoint.every_iterations", every, "at least 0")
     for name in ("grid_lr", "weight_lr"):
         _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
     memory = optimize.memory_gib
@@ -211,10 +240,10 @@ def check_export(config: ExportConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    plain = config.format == "hf"
-    _require(plain or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
-    _require(not plain or config.activation_bits == 16, "activation_bits", config.activation_bits,
-             "16 for --format hf, which describes no activations")  # fmt: skip
+    chosen = config.format
+    _require(chosen == "hf" or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
+    _require(chosen == "compressed-tensors" or config.activation_bits == 16, "activation_bits", config.activation_bits,
+             f"16 for --format {chosen}, which describes no activations")  # fmt: skip
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
@@ -224,6 +253,24 @@ def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
              "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
     size = quant.group_size
     _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
+    wide, spec = quant.decompressed_bits, quant.spec
+    _require(wide is None or (spec.symmetric and spec.group_size and not spec.full_range), "quant.decompressed_bits",
+             wide, "left out but for symmetric grids in groups that are not full-range")  # fmt: skip
+    _require(wide is None or quant.bits < wide <= MAX_DECOMPRESSED_BITS, "quant.decompressed_bits", wide,
+             f"above quant.bits ({quant.bits}), at most {MAX_DECOMPRESSED_BITS}")  # fmt: skip
+
+
+def _check_activations(activations: ActivationOptions) -> None:
+    for name in ("bits", "kv_bits"):
+        bits = getattr(activations, name)
+        _require(bits is None or 4 <= bits <= 16, f"activations.{name}", bits, "between 4 and 16")
+    _require(activations.tensors == "inputs" or activations.bits is not None, "activations.tensors",
+             activations.tensors, "inputs without activations.bits")  # fmt: skip
+    trains_linears = activations.bits is not None and activations.tensors == "inputs" and activations.kv_bits is None
+    _require(not activations.in_training or trains_linears, "activations.in_training", activations.in_training,
+             "false but for activations.bits of the linears' inputs alone")  # fmt: skip
+    percentile = activations.percentile
+    _require(50 < percentile <= 100, "activations.percentile", percentile, "above 50 and at most 100")
 
 
 def _check_text(section: str, text: TextOptions) -> None:

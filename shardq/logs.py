@@ -129,10 +129,15 @@ class Display:
         self._bar = None
 
     def start_block(self, name: str) -> None:
-        """Begin a block: its iterations start at 0."""
-        self._name, self._steps = name, 0
+        """Begin a block."""
+        self._name = name
+        self.start_training(0)
+
+    def start_training(self, done: int) -> None:
+        """The block's iterations go on from here."""
+        self._steps = done
         if self._bar:
-            self._bar.reset(self._iterations, description=name)
+            self._bar.reset(self._iterations, completed=done, description=self._name)
 
     def advance_iteration(self, loss: Tensor) -> None:
         """One optimizer step is done; its loss is read, which waits for the device, only now and then."""

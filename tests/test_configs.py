@@ -71,6 +71,7 @@ def test_readme_commands_parse(command, num_ranks, arguments, monkeypatch):
 def test_grid_is_full_range_by_default_at_2_symmetric_bits_alone(bits, symmetric, full_range):
     assert QuantOptions(bits=bits, symmetric=symmetric).spec.full_range is full_range
     assert QuantOptions(bits=bits, full_range=not full_range).spec.full_range is not full_range
+    assert not QuantOptions(bits=bits, group_size=64, decompressed_bits=8).spec.full_range
 
 
 def test_later_options_win_over_recipes(tmp_path):

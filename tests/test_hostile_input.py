@@ -15,7 +15,7 @@ from safetensors.torch import save
 from shardq.cli import parse
 from shardq.errors import CheckpointError, ConfigError, ResumeError, ShardQError
 from shardq.formats import encodings
-from shardq.formats.block_file import read_block, write_block
+from shardq.formats.block_file import read_activations, read_block, write_block
 from shardq.formats.shards import INDEX_FILE, open_index, read_header, read_tensor
 from shardq.formats.tensor_file import read_checked
 from shardq.pipeline import ledger
@@ -135,18 +135,22 @@ def make_block(path: Path) -> bytes:
 def test_block_file_reader(tmp_path, data, described):
     whole = make_block(tmp_path / "block")
     for text in (data.draw(mutated(whole)), save({"a.scale": torch.ones(1, 1)}, {"shardq": json.dumps(described)}),
-                 save({}, {"shardq": json.dumps({"version": 1, "linears": {"a": described}})})):  # fmt: skip
+                 save({}, {"shardq": json.dumps({"version": 1, "linears": {"a": described}})}),
+                 save({}, {"shardq": json.dumps({"version": 1, "activations": described})}),
+                 save({}, {"shardq": json.dumps({"version": 1, "activations": [described]})})):  # fmt: skip
         (tmp_path / "block").write_bytes(text)
         only_own_errors(CheckpointError, read_block, tmp_path / "block")
+        only_own_errors(CheckpointError, read_activations, tmp_path / "block")
 
 
 @hostile
 @given(
-    raw=some.binary(max_size=16) | mutated(b'{"version": 1, "param_encodings": [\n{"name": "a"},\n{"name": "b"}\n]}\n')
+    raw=some.binary(max_size=16)
+    | mutated(b'{"activation_encodings": [], "param_encodings": [\n{"name": "a"},\n{"name": "b"}\n]}\n')
 )
 def test_encodings_reader(tmp_path, raw):
     (tmp_path / "encodings").write_bytes(raw)
-    for read in (encodings.read_v1, encodings.read_torch):
+    for read in (encodings.read_v1, encodings.read_torch, encodings.read_activation_entries):
         only_own_errors(CheckpointError, lambda read=read: list(read(tmp_path / "encodings")))
 
 

@@ -39,7 +39,7 @@ def main() -> None:
 
 def read_tokens(options: argparse.Namespace) -> list[list[int]]:
     """The sequences that `launch/evaluate.py` takes: at even distances, and of each the first `length` token ids."""
-    from safetensors.torch import load_file
+    from safetensors.numpy import load_file
 
     columns = load_file(options.tokens)
     ids = columns[options.column or next(iter(columns))][:, : options.length]

@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments go to pytest, for example: tools/test.sh -m slow
+# Runs the tests, two files at a time; with arguments for pytest one after another, for example: tools/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
+if [[ $# -eq 0 ]]; then
+    # one thread each: the tests' tensors are small, and threads beyond the cores wait for one another
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    set -- --numprocesses 2 --dist loadfile
+fi
 exec "$python" -m pytest "$@"

@@ -14,6 +14,7 @@ from shardq.errors import ShardQError, StorageError
 from shardq.formats.tensor_file import read_checked, write_checked
 
 Stream = Literal["fp", "quant"]
+HIDDEN = "hidden"
 
 
 class ActivationStore(Protocol):
@@ -69,7 +70,7 @@ class DiskStore:
 
     def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
         """Write one file; it is on the disk when this returns."""
-        write_checked(self._path(stream, generation, sample), hidden_TD)
+        write_checked(self._path(stream, generation, sample), {HIDDEN: hidden_TD})
 
     def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
         """Read one file into CPU memory. A damaged one is deleted, so that a resume computes it anew.
@@ -79,8 +80,8 @@ class DiskStore:
         """
         path = self._path(stream, generation, sample)
         try:
-            return read_checked(path)
-        except ShardQError as error:
+            return read_checked(path)[0][HIDDEN]
+        except (ShardQError, KeyError) as error:
             path.unlink(missing_ok=True)
             raise StorageError(
                 f"{path}: cached activations are gone or damaged; run the same command again to compute them anew"

@@ -2,7 +2,8 @@
 
 `<linear>.codes` uint8 [O, ceil(I * bits / 8)] as `shardq.quant.packing` packs them, `<linear>.scale` float32 [O, G]
 and, on an asymmetric grid, `<linear>.zero_point` int8 [O, G]; G groups of I / G input channels, 1 per channel. The
-header's only metadata entry, `shardq`, is JSON with the grid and each linear's number of input channels.
+header's only metadata entry, `shardq`, is JSON with the grid and each linear's number of input channels, and with the
+grids of the block's activations where there are any.
 """
 
 import json
@@ -15,14 +16,17 @@ from shardq.errors import CheckpointError
 from shardq.formats.shards import read_header, read_metadata
 from shardq.formats.tensor_file import read_tensors, write_tensors
 from shardq.quant import packing
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
+from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
 
 VERSION = 1
 
 
-def write_block(path: Path, linears: dict[str, QuantizedLinear]) -> None:
-    """Write one block's linears, by full name, to a file that appears whole."""
+def write_block(
+    path: Path, linears: dict[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
+) -> None:
+    """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
     tensors: dict[str, Tensor] = {}
     for name, linear in linears.items():
         tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.spec)
@@ -32,7 +36,11 @@ def write_block(path: Path, linears: dict[str, QuantizedLinear]) -> None:
     described = {
         name: {"in_features": linear.codes_OI.shape[1], **asdict(linear.spec)} for name, linear in linears.items()
     }
-    write_tensors(path, tensors, {"shardq": json.dumps({"version": VERSION, "linears": described}, sort_keys=True)})
+    content = {"version": VERSION, "linears": described}
+    if activations:
+        # A list: their order is that of the block's code.
+        content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
+    write_tensors(path, tensors, {"shardq": json.dumps(content, sort_keys=True)})
 
 
 def read_block(path: Path) -> dict[str, QuantizedLinear]:
@@ -62,16 +70,48 @@ def read_grids(path: Path) -> dict[str, QuantSpec]:
     return {name: spec for name, (_, spec) in _described(path).items()}
 
 
+def read_activations(path: Path) -> dict[str, ActivationGrid]:
+    """The grids of a block's activations, by full name, from its file's header alone.
+
+    Raises:
+        CheckpointError: as `read_block`.
+    """
+    read_header(path)  # for its errors
+    grids = {}
+    try:
+        for facts in _content(path).get("activations", []):
+            name, grid = facts.pop("name"), ActivationGrid(**facts)
+            if not (4 <= grid.bits <= 16 and grid.is_valid):
+                raise ValueError(f"{name}: {grid}")
+            grids[name] = grid
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the activations in its header are damaged ({error})") from error
+    return grids
+
+
+def _content(path: Path) -> dict:
+    """The header's JSON.
+
+    Raises:
+        CheckpointError: it is none of this version's.
+        ValueError, AttributeError, RecursionError: it is damaged.
+    """
+    content = json.loads(read_metadata(path).get("shardq", "{}"))
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
+    return content
+
+
 def _described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
     """Number of input channels and grid of each linear."""
     try:
-        content = json.loads(read_metadata(path).get("shardq", "{}"))
-        if content.get("version") != VERSION:
-            raise CheckpointError(f"{path}: not a block file of version {VERSION}; another program wrote it")
-        linears = {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in content["linears"].items()}
+        described = _content(path)["linears"]
+        linears = {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in described.items()}
         for num_inputs, spec in linears.values():
             if not (2 <= spec.bits <= 8 and num_inputs % (spec.group_size or num_inputs) == 0):
                 raise ValueError(f"{num_inputs} input channels, {spec}")
+            if not (spec.decompressed_bits is None or spec.bits < spec.decompressed_bits <= MAX_DECOMPRESSED_BITS):
+                raise ValueError(f"{spec.decompressed_bits} decompressed bits, {spec}")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(f"{path}: the grids in its header are damaged ({error})") from error
     return linears

@@ -2,8 +2,9 @@
 
 `pack-quantized` where only weights are quantized: `weight_packed` int32 [O, ceil(I * bits / 32)], `weight_scale`
 [O, G], `weight_shape` int64 [2] and, on an asymmetric grid, `weight_zero_point` int32 [ceil(O * bits / 32), G].
-`int-quantized` where activations are int8 too, with a scale a token that is found while it runs: `weight` int8 [O, I]
-and `weight_scale`. Codes, packing and config are the library's own (https://github.com/vllm-project/compressed-tensors).
+`int-quantized` where activations are int8 too: `weight` int8 [O, I] and `weight_scale`; each token has a scale that is
+found while it runs, or all have the `input_scale` [1] and, on an asymmetric grid, `input_zero_point` int8 [1]. Codes,
+packing and config are the library's own (https://github.com/vllm-project/compressed-tensors).
 """
 
 from collections.abc import Iterable
@@ -21,10 +22,11 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from shardq.errors import ConfigError
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
-PER_TOKEN_INT8 = QuantizationArgs(num_bits=8, symmetric=True, strategy=QuantizationStrategy.TOKEN, dynamic=True)
+PER_TOKEN_INT8 = ActivationGrid(8, symmetric=True)
 
 
 def check_grid(spec: QuantSpec, activation_bits: int) -> None:
@@ -47,17 +49,25 @@ def check_grid(spec: QuantSpec, activation_bits: int) -> None:
         )
 
 
-def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype, activation_bits: int) -> dict[str, Tensor]:
+def linear_tensors(
+    name: str,
+    linear: QuantizedLinear,
+    dtype: torch.dtype,
+    activation_bits: int,
+    inputs: dict[str, ActivationGrid] | None = None,
+) -> dict[str, Tensor]:
     """The tensors, by full name, that a linear's weight becomes.
 
     Args:
         name: of the linear.
         dtype: that scales are stored in, the model's: programs would round them to it as they load.
+        inputs: by a linear's name the grid of what enters it, where activation_bits is 8 (default: PER_TOKEN_INT8).
     """
     spec = linear.spec
     tensors = {f"{name}.weight_scale": linear.scale_OG.to(dtype)}
     if activation_bits == 8:
-        return tensors | {f"{name}.weight": linear.codes_OI}
+        grid = (inputs or {}).get(name, PER_TOKEN_INT8)
+        return tensors | {f"{name}.weight": linear.codes_OI} | _input_tensors(name, grid, dtype)
     tensors[f"{name}.weight_packed"] = pack_to_int32(linear.codes_OI, spec.bits)
     tensors[f"{name}.weight_shape"] = torch.tensor(linear.codes_OI.shape)
     if not spec.symmetric:
@@ -65,11 +75,23 @@ def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype, activ
     return tensors
 
 
-def quantization_config(spec: QuantSpec, activation_bits: int, ignored: Iterable[str]) -> dict:
+def _input_tensors(name: str, grid: ActivationGrid, dtype: torch.dtype) -> dict[str, Tensor]:
+    if not grid.is_static:
+        return {}
+    tensors = {f"{name}.input_scale": torch.tensor([grid.scale], dtype=dtype)}
+    if not grid.symmetric:
+        tensors[f"{name}.input_zero_point"] = torch.tensor([grid.zero_point], dtype=torch.int8)
+    return tensors
+
+
+def quantization_config(
+    spec: QuantSpec, activation_bits: int, ignored: Iterable[str], inputs: ActivationGrid = PER_TOKEN_INT8
+) -> dict:
     """The entry `quantization_config` of config.json.
 
     Args:
         ignored: full names of the model's linears that are not quantized.
+        inputs: a grid like those of all linears' inputs, where activation_bits is 8.
     """
     is_packed = activation_bits == 16
     stored_as = CompressionFormat.pack_quantized if is_packed else CompressionFormat.int_quantized
@@ -79,10 +101,14 @@ def quantization_config(spec: QuantSpec, activation_bits: int, ignored: Iterable
         strategy=QuantizationStrategy.GROUP if spec.group_size else QuantizationStrategy.CHANNEL,
         group_size=spec.group_size,
     )
+    strategy = QuantizationStrategy.TENSOR if inputs.is_static else QuantizationStrategy.TOKEN
+    activations = QuantizationArgs(
+        num_bits=inputs.bits, symmetric=inputs.symmetric, strategy=strategy, dynamic=not inputs.is_static
+    )
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=weights,
-        input_activations=None if is_packed else PER_TOKEN_INT8,
+        input_activations=None if is_packed else activations,
         format=stored_as.value,
     )
     config = QuantizationConfig(

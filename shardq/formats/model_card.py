@@ -5,10 +5,19 @@ import yaml
 from shardq.quant.spec import QuantSpec
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+LOAD_GGUF = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", gguf_file="model.gguf")'
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
 LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
 )"""
+
+LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
+(logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
+
+ONNX_PARTS = """`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts, each of which takes
+`attention_mask` beside `input_ids` or `hidden_states`. By default onnxruntime rounds activations to int8 where it
+multiplies by packed weights; the session option `session.qdq_matmulnbits_accuracy_level`, set to `1`, keeps them in
+float32."""
 
 
 def model_card(manifest: dict, spec: QuantSpec, kind: str, activation_bits: int, scale_change: float) -> str:
@@ -59,6 +68,13 @@ def _exactness(scale_change: float) -> str:
 def _how_to_serve(spec: QuantSpec, kind: str) -> str:
     if kind == "hf":
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
+    if kind == "onnx":
+        return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"
+    if kind == "gguf":
+        return (
+            "```bash\nllama-cli -m path/to/this/folder/model.gguf\n```\n\n"
+            f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF}\n```"
+        )
     load = LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC
     return (
         "```bash\nvllm serve path/to/this/folder\n```\n\n"

@@ -1,5 +1,6 @@
 """Our own safetensors files: written whole, read without a memory map."""
 
+import json
 import zlib
 from pathlib import Path
 
@@ -11,8 +12,6 @@ from torch import Tensor
 from shardq.errors import CheckpointError, StorageError
 from shardq.files import write_whole
 from shardq.formats.shards import read_header, read_metadata, read_tensor
-
-CHECKED = "tensor"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -48,24 +47,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: read_tensor(info) for name, info in read_header(path).items()}
 
 
-def write_checked(path: Path, tensor: Tensor) -> None:
-    """Write one tensor and a checksum of its bytes to a file that appears whole; raises as `write_tensors`."""
-    on_cpu = tensor.detach().cpu().contiguous()
-    write_tensors(path, {CHECKED: on_cpu}, {"crc32": _checksum(on_cpu)})
+def write_checked(path: Path, tensors: dict[str, Tensor], about: dict | None = None) -> None:
+    """Write tensors, JSON about them, and a checksum of it all to a file that appears whole.
+
+    Raises as `write_tensors`.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(about, sort_keys=True)
+    write_tensors(path, on_cpu, {"checked": f"{_checksum(on_cpu, text)} {text}"})
 
 
-def read_checked(path: Path) -> Tensor:
-    """Read what `write_checked` wrote.
+def read_checked(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """Read what `write_checked` wrote: the tensors, and what it says about them.
 
     Raises:
         CheckpointError: the file is missing or truncated, or its bytes are not those that were written.
     """
-    tensor = read_tensors(path).get(CHECKED)
-    if tensor is None or read_metadata(path).get("crc32") != _checksum(tensor):
+    tensors = read_tensors(path)
+    checksum, _, text = read_metadata(path).get("checked", "").partition(" ")
+    if checksum != _checksum(tensors, text):
         raise CheckpointError(f"{path}: damaged; its checksum differs")
-    return tensor
+    try:
+        return tensors, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged; what it says about itself is no JSON") from error
 
 
-def _checksum(tensor: Tensor) -> str:
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
     """CRC-32: finds every flipped bit and all bursts up to 32 bits, at a fraction of SHA-256's cost."""
-    return f"{zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())):08x}"
+    crc = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        if tensor.numel():
+            crc = zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), crc)
+    return f"{crc:08x}"

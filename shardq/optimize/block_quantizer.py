@@ -83,6 +83,16 @@ class BlockQuantizer(nn.Module):
             with gathered(quantizer, True):
                 quantizer.start(part_OI, (importance or {}).get(name))
 
+    def restart(self, gathered: Gathered = whole) -> None:
+        """Go back to the start for the weights at hand.
+
+        Args:
+            gathered: the stepper's, where there is one.
+        """
+        for quantizer in self.quantizers:
+            with gathered(quantizer, True):
+                quantizer.restart()
+
     def forward(self) -> list[Tensor]:
         """The fake-quantized weights [O, I], in the order of the names; differentiable."""
         parts = (quantizer(self._dtype, self._kernels) for quantizer in self.quantizers)

@@ -55,7 +55,8 @@ def accumulate(
 ) -> Tensor:
     """Collect the gradient of a batch's loss in the block's weights; gives that loss.
 
-    It is the sum over the batch's samples, divided by `mean_over`.
+    It is the sum over the batch's samples, divided by `mean_over`. The gradient of a loss that is not finite is NaN
+    everywhere: thereby all ranks hear of it in what they reduce anyway.
 
     Args:
         last: entered for the last micro-batch's forward pass.
@@ -65,6 +66,6 @@ def accumulate(
         inputs, targets = inputs_NTD[start : start + micro_batch], targets_NTD[start : start + micro_batch]
         with last() if start + micro_batch >= len(inputs_NTD) else nullcontext():
             loss = loss_of(inputs, targets) * (len(inputs) / mean_over)
-        loss.backward()
+        loss.backward(1 + 0 * loss.detach())
         total += loss.detach()
     return total

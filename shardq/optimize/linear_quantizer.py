@@ -28,6 +28,7 @@ class LinearQuantizer(nn.Module):
         self.rows: Tensor | None = None
         self.shape = weight_OI.shape
         rows_Rg = affine.to_rows(weight_OI, spec)
+        self.num_groups = weight_OI.shape[1] // rows_Rg.shape[1]
         row_R1 = rows_Rg[:, :1]
         self.register_buffer("min", _zeros(row_R1))
         self.register_buffer("max", _zeros(row_R1))
@@ -53,6 +54,11 @@ class LinearQuantizer(nn.Module):
             min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.spec)
         self.min.copy_(min_R1)
         self.max.copy_(max_R1)
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Go back to the start for the weight at hand; in place."""
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
@@ -80,10 +86,10 @@ class LinearQuantizer(nn.Module):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point [R, 1] as trained so far; differentiable."""
         if self.step is not None:
-            return adascale.learned_grid(self.min, self.max, self.step, self.step, self.spec)
+            return adascale.learned_grid(self.min, self.max, self.step, self.step, self.spec, self.num_groups)
         if self.beta is not None:
-            return adascale.learned_grid(self.min, self.max, self.beta, self.gamma, self.spec)
-        scale_R1 = affine.scale_of(self.min, self.max, self.spec)
+            return adascale.learned_grid(self.min, self.max, self.beta, self.gamma, self.spec, self.num_groups)
+        scale_R1 = affine.scale_of(self.min, self.max, self.spec, self.num_groups)
         return scale_R1, affine.zero_point_of(self.min, scale_R1, self.spec)
 
     def forward(self, dtype: torch.dtype, kernels: adascale.Kernels) -> Tensor:
@@ -99,11 +105,10 @@ class LinearQuantizer(nn.Module):
         """Codes and grid that the trained quantizer becomes."""
         scale_R1, zero_point_R1 = self.grid()
         codes_Rg = adascale.fold(self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.spec)
-        num_outputs = self.shape[0]
         return QuantizedLinear(
             codes_Rg.view(self.shape),
-            scale_R1.reshape(num_outputs, -1),
-            zero_point_R1.reshape(num_outputs, -1),
+            scale_R1.reshape(-1, self.num_groups),
+            zero_point_R1.reshape(-1, self.num_groups),
             self.spec,
         )
 

@@ -1,6 +1,7 @@
 """What turns a loss into changed parameters. The training loop knows only this; ranks are the stepper's business."""
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -22,8 +23,12 @@ class Stepper(Protocol):
             changed: the body writes to them, the same on every rank.
         """
 
-    def start(self) -> None:
-        """Forget what the last block left: moments and the place in the schedule. The quantizers are at their start."""
+    def start(self, rate: float = 1.0) -> None:
+        """Forget what the last block left: moments and the place in the schedule. The quantizers are at their start.
+
+        Args:
+            rate: the learning rates are multiplied by it.
+        """
 
     def forward(self) -> list[Tensor]:
         """Fake-quantized weights of all quantizers, in order; differentiable."""
@@ -32,7 +37,19 @@ class Stepper(Protocol):
         """Take the gradient of this rank's loss from `BlockQuantizer.collected` on to the parameters."""
 
     def step(self) -> None:
-        """Change the parameters by the mean of the ranks' gradients, and clear it."""
+        """Change the parameters by the mean of the ranks' gradients, and clear it; a non-finite one changes nothing."""
+
+    def is_finite(self) -> bool:
+        """Whether all gradients since the start were finite; from one that was not on, no step changes anything.
+
+        All ranks are told the same. Waits for the device.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank holds of the parameters and the optimizer's moments, by name; no copies."""
+
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """After `start`: go on from what `state` gave once `done` steps were done, on the same ranks."""
 
     def rest(self) -> None:
         """Training is over until the next start: let go of what that can make anew."""
@@ -46,14 +63,17 @@ class LocalStepper:
         optimizer = torch.optim.SGD if self._by_sign else torch.optim.Adam
         self._optimizer = optimizer(parameter_groups(module, options), fused=True)
         self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
-        self._iterations, self._done = options.iterations, 0
+        self._iterations, self._done, self._rate = options.iterations, 0, 1.0
+        self._watched = watched(module)
+        self._not_finite = skipped_where(self._optimizer, next(module.parameters()).device)
 
-    def start(self) -> None:
+    def start(self, rate: float = 1.0) -> None:
         """Zero the optimizer's moments and step counts in place, and go to the start of the schedule."""
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self._done = 0
+        self._done, self._rate = 0, rate
+        self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
         """Nothing to do: they are whole."""
@@ -69,7 +89,8 @@ class LocalStepper:
 
     def step(self) -> None:
         """One step at the schedule's learning rate."""
-        factor = cosine_factor(self._done, self._iterations)
+        self._not_finite.masked_fill_(~self._gradient_norm().isfinite(), 1.0)
+        factor = self._rate * cosine_factor(self._done, self._iterations)
         for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
             group["lr"] = start_lr * factor
             if self._by_sign:
@@ -81,6 +102,53 @@ class LocalStepper:
     def rest(self) -> None:
         """Let go of the moments."""
         self._optimizer.state.clear()
+
+    def is_finite(self) -> bool:
+        """Read the flag: all ranks have set it by the same gradients."""
+        return not self._not_finite.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, the same on all ranks."""
+        return dict(held(self._optimizer, self._parameters()))
+
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """Take everything over."""
+        take_over(self._optimizer, self._parameters(), state)
+        self._done = done
+
+    def _gradient_norm(self) -> Tensor:
+        """Not finite where a gradient is not."""
+        return nn.utils.get_total_norm([parameter.grad for parameter in self._watched])
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def skipped_where(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
+    """A flag for a fused optimizer: while it is 1, a step changes nothing; the host need not know its value."""
+    optimizer.found_inf = torch.zeros((), device=device)  # as torch.amp.GradScaler tells it
+    return optimizer.found_inf
+
+
+def held(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Some of an optimizer's parameters, and what it keeps for each, with names."""
+    for number, parameter in enumerate(parameters):
+        yield f"{number}.value", parameter.detach()
+        yield from ((f"{number}.{name}", value) for name, value in optimizer.state.get(parameter, {}).items())
+
+
+@torch.no_grad()
+def take_over(optimizer: torch.optim.Optimizer, parameters: list[Tensor], state: dict[str, Tensor]) -> None:
+    """Put back what `held` gave, in place where there is a place for it."""
+    for number, parameter in enumerate(parameters):
+        prefix, kept = f"{number}.", optimizer.state[parameter]
+        saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        parameter.copy_(saved.pop("value"))
+        for name, value in saved.items():
+            if name in kept:
+                kept[name].copy_(value)
+            else:
+                kept[name] = value.to(parameter.device)
 
 
 def cosine_factor(done: int, iterations: int) -> float:
@@ -100,3 +168,10 @@ def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     grid = [parameter for name, parameter in named if name.endswith(GRID_PARAMETERS)]
     return grid, [parameter for name, parameter in named if not name.endswith(GRID_PARAMETERS)]
+
+
+def watched(module: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters whose gradients show whether all are finite: s3's are sums of s2's, and many fewer."""
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    summed = {name.removesuffix("3") + "2" for name in named if name.endswith(".s3")}
+    return [parameter for name, parameter in named.items() if name not in summed]

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,11 +93,14 @@ def max_over_ranks(ranks: Ranks, value: float) -> float:
     return tensor.item()
 
 
-def add_over_ranks(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, in place."""
+def reduce_over_ranks(
+    ranks: Ranks, tensors: list[torch.Tensor], reduction: Literal["sum", "min", "max"] = "sum"
+) -> None:
+    """Replace each tensor by its sum, least or greatest over ranks, element by element and in place."""
+    operation = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[reduction]
     if ranks.world_size > 1:
-        with contact("adding up statistics"):
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        with contact("putting statistics together"):
+            for work in [dist.all_reduce(tensor, op=operation, async_op=True) for tensor in tensors]:
                 work.wait()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.options import OptimizeOptions
-from shardq.optimize.stepper import cosine_factor, parameter_groups
+from shardq.optimize.stepper import cosine_factor, held, parameter_groups, skipped_where, take_over
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 
@@ -26,7 +26,7 @@ OWN_SETTINGS = {
     "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "communication_data_type",
 }  # fmt: skip
-OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param"}
+OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param", "compute_grad_norm"}
 
 
 class DeepSpeedStepper:
@@ -47,15 +47,17 @@ class DeepSpeedStepper:
         if not (self._shards_parameters or parallel.offload):
             _step_in_place(self._optimizer)
         self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
-        self._iterations, self._done = options.iterations, 0
+        self._iterations, self._done, self._rate = options.iterations, 0, 1.0
+        self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
-    def start(self) -> None:
+    def start(self, rate: float = 1.0) -> None:
         """Take the parameters' start into the shards, zero the moments, go to the start of the schedule."""
         self._optimizer.refresh_fp32_params()
         for state in self._optimizer.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self._done = 0
+        self._done, self._rate = 0, rate
+        self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
         """Have the module's parameters whole on every rank; every rank has to take part."""
@@ -74,14 +76,43 @@ class DeepSpeedStepper:
 
     def step(self) -> None:
         """Step each rank's shard, and give the others what changed."""
-        factor = cosine_factor(self._done, self._iterations)
+        factor = self._rate * cosine_factor(self._done, self._iterations)
         for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
             group["lr"] = start_lr * factor
         self._engine.step()
+        # DeepSpeed adds up the gradients' norm over all ranks, and leaves out a step whose norm is not finite.
+        if self._optimizer.overflow:
+            self._not_finite.fill_(1.0)
         self._done += 1
 
     def rest(self) -> None:
         """Nothing: DeepSpeed keeps its flat buffers."""
+
+    def is_finite(self) -> bool:
+        """Read the flag: all ranks have set it by the same norms."""
+        return not self._not_finite.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's shard of the parameters and the moments."""
+        return dict(held(self._optimizer.optimizer, self._shards()))
+
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """Take the shard over, and bring the parameters to where a step would leave them."""
+        take_over(self._optimizer.optimizer, self._shards(), state)
+        if self._shards_parameters:
+            self._optimizer.checkpoint_event_prologue()
+            for number in range(len(self._shards())):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            self._optimizer.checkpoint_event_epilogue()
+        else:
+            self._optimizer.update_lp_params()
+        self._done = done
+
+    def _shards(self) -> list[Tensor]:
+        """What DeepSpeed has the optimizer step on this rank."""
+        if self._shards_parameters:
+            return self._optimizer.fp32_partitioned_groups_flat
+        return self._optimizer.single_partition_of_fp32_groups
 
 
 def deepspeed_settings(parallel: ParallelOptions) -> dict:

@@ -30,6 +30,11 @@ class ParallelOptions:
         return {"float32": torch.float32, "bf16": torch.bfloat16}[self.reduce_dtype]
 
     @property
+    def shards(self) -> bool:
+        """Whether each rank holds parameters and moments of its own."""
+        return self.engine == "rows" or self.zero_stage > 0
+
+    @property
     def zero_stage(self) -> int:
         """DeepSpeed's name for the engine; 0 without DeepSpeed."""
         return int(self.engine[4:]) if self.engine.startswith("zero") else 0

@@ -13,6 +13,7 @@ from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import load_tokens
 from shardq.config import EvaluateConfig, check_evaluate
+from shardq.errors import ConfigError
 from shardq.logs import Display, peak_rss_bytes
 from shardq.model.ends import block_forward, epilogue, prologue, record_arguments
 from shardq.model.hub import local_folder
@@ -21,8 +22,10 @@ from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
+from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.passes import Activations, advance, embed_samples
-from shardq.pipeline.plan import Plan, make_plan
+from shardq.pipeline.plan import Plan, block_file, make_plan
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.adascale import Kernels
 
 LOGITS_TOKENS = 256  # positions whose logits are in memory at once
@@ -46,7 +49,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
     scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
     activations = Activations(open_store(config.cache, scratch), samples, tokens_NT.shape[1], ranks.device)
-    together(ranks, lambda: _through_blocks(config, skeleton, plan, tokens_NT, activations, display))
+    grids = together(ranks, lambda: _activation_grids(skeleton, config))
+    together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, tokens_NT, activations, display))
     loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))
     shutil.rmtree(scratch, ignore_errors=True)
     num_tokens = len(tokens_NT) * (tokens_NT.shape[1] - 1)
@@ -65,10 +69,26 @@ def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
     return skeleton, make_plan(skeleton, config.quant)
 
 
+def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[str, ActivationGrid]]:
+    """For each block the grids that its activations are rounded to, by name within the block."""
+    if config.activations == "float":
+        return [{} for _ in skeleton.names]
+    numbered = list(enumerate(skeleton.names))
+    is_run = all(block_file(skeleton.folder, number).is_file() for number, _ in numbered)
+    grids = [written_grids(skeleton.folder, name, number) for number, name in numbered] if is_run else []
+    if not any(grids):
+        raise ConfigError(
+            f"activations: {skeleton.folder} holds no grids of activations to simulate; quantize with "
+            "--activations.bits, or leave them float"
+        )
+    return grids
+
+
 def _through_blocks(
     config: EvaluateConfig,
     skeleton: Skeleton,
     plan: Plan,
+    grids: list[dict[str, ActivationGrid]],
     tokens_NT: Tensor,
     activations: Activations,
     display: Display,
@@ -80,7 +100,8 @@ def _through_blocks(
         for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
             _round_to_nearest(loaded, plan.linears[loaded.index], config)
             forward = block_forward(loaded.module, arguments[loaded.index], torch.float32)
-            advance(activations, "fp", loaded.index, forward)
+            with simulated(loaded.module, grids[loaded.index]):
+                advance(activations, "fp", loaded.index, forward)
             activations.drop(loaded.index)
             display.advance_block()
             del loaded, forward  # its source must not stay in memory while the block after the next is read

@@ -19,7 +19,8 @@ from shardq.formats.shards import Index, read_sample
 from shardq.pipeline.lock import LOCK
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "parallel")  # may differ when a run goes on
+# May differ when a run goes on.
+NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "checkpoint", "parallel")
 
 
 def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str) -> dict:
@@ -27,6 +28,8 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"]  # may be written at any time
+    if not config.activations.asked:
+        del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
         "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},

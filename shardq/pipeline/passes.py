@@ -14,7 +14,7 @@ from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, to_device, to_host
 from shardq.model.ends import BlockArguments, block_forward, prologue
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import stream_blocks
+from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.loss import ErrorSums, Loss, error_sums
 
 Forward = Callable[[Tensor], Tensor]
@@ -95,11 +95,13 @@ def replay(
     num_blocks: int,
     dtype: torch.dtype,
     written: Callable[[int], Iterable[tuple[str, Tensor]]],
+    rounding: Callable[[LoadedBlock], AbstractContextManager],
 ) -> None:
     """Compute what enters block `num_blocks`: the embeddings, then both streams through the blocks before it.
 
     Args:
         written: gives a block's quantized weights by their linear's name.
+        rounding: rounds a block's activations where the quantized stream moves on through rounded ones.
     """
     with prologue(skeleton, activations.device) as embed:
         embed_samples(activations, tokens_NT, embed)
@@ -108,7 +110,8 @@ def replay(
         advance(activations, "fp", loaded.index, forward)
         for name, weight in written(loaded.index):
             loaded.module.get_submodule(name).weight.copy_(weight)
-        advance(activations, "quant", loaded.index, forward)
+        with rounding(loaded):
+            advance(activations, "quant", loaded.index, forward)
         activations.drop(loaded.index)
         del loaded, forward  # its source must not stay in memory while the block after the next is read
 

@@ -20,6 +20,7 @@ from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
+from shardq.pipeline.activations import plan_activations
 from shardq.pipeline.folders import output_folder
 from shardq.pipeline.lock import only_run
 from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit, reads_ahead
@@ -32,6 +33,7 @@ class Run:
     """A run that has passed all checks, on one rank.
 
     Attributes:
+        activations: bits of those that get a grid, by name within each block.
         finished: the ledger's entries so far.
         reads_ahead: whether a block's weights are read while the one before is trained.
     """
@@ -41,6 +43,7 @@ class Run:
     skeleton: Skeleton
     plan: Plan
     arguments: list[BlockArguments]
+    activations: list[dict[str, int]]
     tokens_NT: Tensor
     finished: list[dict]
     reads_ahead: bool
@@ -60,13 +63,14 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     together(ranks, lambda: check_quantize(config, ranks.world_size))
     folder = on_every_host(ranks, lambda: local_folder(config.model))
 
-    def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments]]:
-        skeleton = open_skeleton(folder)
-        _check_length(skeleton, config.calib.sequence_length)
+    def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
+        skeleton, length = open_skeleton(folder), config.calib.sequence_length
+        _check_length(skeleton, length)
         plan = make_plan(skeleton, config.quant)
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
-            return skeleton, plan, record_arguments(skeleton, embed, config.calib.sequence_length)
+            arguments = record_arguments(skeleton, embed, length)
+        return skeleton, plan, arguments, plan_activations(skeleton, plan, arguments, length, config.activations)
 
     def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
@@ -78,14 +82,14 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         remove_asides(output)
         return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
 
-    skeleton, plan, arguments = together(ranks, open_and_plan)
+    skeleton, plan, arguments, activations = together(ranks, open_and_plan)
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
     tokens_NT, finished, chosen = on_rank_zero(ranks, begin)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
     ahead = reads_ahead(skeleton, plan, arguments, config.calib.sequence_length, config.optimize, config.parallel,
                         limit, ranks.world_size)  # fmt: skip
-    run = Run(config, output, skeleton, plan, arguments, tokens_NT, finished, ahead, ranks, display)
+    run = Run(config, output, skeleton, plan, arguments, activations, tokens_NT, finished, ahead, ranks, display)
     _say_what_will_be_done(run)
     return run
 

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,26 @@ from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seco
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline import ledger
-from shardq.pipeline.block_pass import BlockJob, BlockResult, quantize_block
-from shardq.pipeline.export import rounding_to, stored_dtype, write_block_files, write_format, write_run_files
+from shardq.pipeline import ledger, training_checkpoint
+from shardq.pipeline.activations import simulated, written_grids
+from shardq.pipeline.bench import BlockJob
+from shardq.pipeline.block_pass import quantize_block
+from shardq.pipeline.export import (
+    MODEL_CARD,
+    rounding_to,
+    stored_dtype,
+    write_block_files,
+    write_format,
+    write_run_files,
+)
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.prepare import Run, prepare
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
+from shardq.pipeline.training import BlockResult
+from shardq.pipeline.training_checkpoint import Checkpoints
+from shardq.quant.activation import ActivationGrid
 
 
 def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
@@ -63,7 +75,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
             "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
             "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
         }
-        _say_what_is_where(run, summary)
+        _say_what_is_where(run, summary, blocks)
         return summary
 
 
@@ -78,8 +90,9 @@ def _finish(run: Run, events: Events) -> list[dict]:
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
         config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
-        rounding_to(dtype), activations, ranks, events, run.display,
+        rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
+        Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
     )  # fmt: skip
     with events.span("prepare activations"):
         _prepare_activations(run, cache, activations)
@@ -130,7 +143,7 @@ def _prepare_activations(run: Run, cache: Path, activations: Activations) -> Non
     def compute() -> None:
         if not are_there:
             replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
-                   partial(_written_weights, run))  # fmt: skip
+                   partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
 
     together(run.ranks, compute)
 
@@ -142,32 +155,50 @@ def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]
         yield name, read_tensor(written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name])
 
 
+def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
+    """Round a finished block's activations as it did when the quantized stream moved on through it."""
+    if not run.config.activations.in_training:
+        return nullcontext()
+    return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
+
+
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
     """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger entry."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    result = quantize_block(job, loaded, run.plan.linears[block_index], run.arguments[block_index], is_last)
+    asked = (run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index])
+    result, grids = quantize_block(job, loaded, *asked, is_last)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
-        losses = {"loss_before": result.loss_before, "loss_after": result.loss_after}
-        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, losses, dtype))
+        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))
         job.activations.drop(block_index)
     job.display.advance_block()
     job.display.line(
         f"block {block_index + 1}/{run.plan.num_blocks} {name}: "
         f"relative loss {result.loss_before:.3e} -> {result.loss_after:.3e}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
+        + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
     )
-    return losses
+    return result.facts
 
 
-def _commit(run: Run, block_index: int, result: BlockResult, losses: dict, dtype: torch.dtype) -> None:
-    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, dtype)
-    ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **losses)
+def _not_finite(entry: dict) -> str:
+    """What became of a block that met numbers which are not finite."""
+    then = "left at its best finite iterate" if entry["gave_up"] else "then trained at lower rates"
+    return f"numbers were not finite in {entry['failed_tries']} training(s), {then}"
+
+
+def _commit(
+    run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
+) -> None:
+    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype)
+    ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)
+    training_checkpoint.remove(run.output)
 
 
 def _complete(run: Run, dtype: torch.dtype) -> None:
+    training_checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
     files = write_run_files(run.output, run.skeleton, run.plan, dtype)
     ledger.commit(run.output, None, files)
 
@@ -177,17 +208,20 @@ def _write_formats(run: Run) -> None:
     options = run.config.export
     for chosen in options.asked:
         folder = run.output / chosen
-        if not (folder / "config.json").exists():
+        if not (folder / MODEL_CARD).exists():
             asked = {"dtype": options.dtype, "activation_bits": options.activation_bits}
             write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
 
 
-def _say_what_is_where(run: Run, summary: dict) -> None:
+def _say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:
     display, output = run.display, run.output
     display.line(
         f"done: mean relative loss {summary['loss_before']:.3e} -> {summary['loss_after']:.3e}, "
         f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
     )
+    for name, entry in zip(run.plan.names, blocks, strict=True):
+        if entry.get("failed_tries"):
+            display.line(f"  {name}: {_not_finite(entry)}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     display.line(f"  {output}/model.encodings, model_torch.encodings  AIMET encodings (per block in encodings/)")

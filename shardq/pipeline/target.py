@@ -7,7 +7,7 @@ from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
 from shardq.formats import compressed_tensors
 from shardq.model.skeleton import Skeleton
-from shardq.pipeline.export import stored_dtype
+from shardq.pipeline.export import check_installed, stored_dtype
 from shardq.pipeline.plan import Plan
 
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
@@ -18,10 +18,12 @@ VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one m
 
 
 def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
-    """Name of the dtype that the target keeps scales in: the model's, or bfloat16 for a model in float32."""
+    """Name of the dtype that the target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
     if config.target is None:
         return None
-    return "float16" if stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
+    return (
+        "float16" if config.target == "gguf" or stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
+    )
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -31,10 +33,23 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         ConfigError: naming the rule, and the linear that breaks it.
     """
     spec, activation_bits = config.quant.spec, config.export.activation_bits
+    for kind in config.export.asked:
+        check_installed(kind)
     if config.target == "vllm" or "compressed-tensors" in config.export.asked:
         compressed_tensors.check_grid(spec, activation_bits)
-    if config.target is None:
+    if config.target == "gguf" or "gguf" in config.export.asked:
+        check_installed("gguf")
+        from shardq.pipeline.gguf_export import check_gguf  # its package is an extra
+
+        linears = zip(plan.names, plan.linears, strict=True)
+        check_gguf(skeleton, {f"{block}.{name}": spec for block, names in linears for name in names})
+    if config.target != "vllm":
         return
+    if spec.decompressed_bits:
+        raise ConfigError(
+            "quant.decompressed_bits: vLLM keeps scales in the model's dtype, in which they are no whole multiples; "
+            "leave out quant.decompressed_bits or target"
+        )
     if spec.group_size not in VLLM_GROUP_SIZES:
         raise ConfigError(
             f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"

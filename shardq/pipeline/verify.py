@@ -9,7 +9,7 @@ import torch
 from shardq.config import QuantOptions, VerifyConfig
 from shardq.errors import ResumeError, ShardQError
 from shardq.formats import encodings
-from shardq.formats.block_file import read_block
+from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.checkpoint import index_of
 from shardq.formats.shards import INDEX_FILE, read_tensor
 from shardq.logs import Display
@@ -17,7 +17,8 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.plan import block_file, encodings_files, make_plan
+from shardq.pipeline.plan import Plan, block_file, encodings_files, make_plan
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 
 CHECKS = {
@@ -25,9 +26,9 @@ CHECKS = {
     "index": "the checkpoint opens; its index names every tensor in every shard, and nothing else",
     "linears": "every linear to quantize is in its block's file, once, and nothing else",
     "codes": "codes are all there and fit the weight; zero points are codes of the grid",
-    "scales": "scales are finite and positive (not zero on a full-range grid)",
+    "scales": "scales are finite and positive (full-range: not zero; two-level: whole multiples of their channel's)",
     "weights": "every quantized weight of the checkpoint is (code - zero point) * scale, in the dtype it is stored in",
-    "encodings": "encodings, of each block and of the model, are those of the codes and scales",
+    "encodings": "encodings, of each block and of the model, are those of the codes, scales and activations' grids",
 }
 SHOWN = 5  # faults of a check that the table names
 
@@ -100,6 +101,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         linears = _check_block(skeleton, block_file(output, block_index), names, faults)
         faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
     faults["encodings"] += all_encodings.left_over()
+    faults["encodings"] += _activation_faults(output, plan)
     return faults, plan.num_blocks, sum(map(len, plan.linears))
 
 
@@ -166,6 +168,25 @@ class _Encodings:
         """Files of the model that go on after the last block, or end in disorder."""
         for path, stream in zip(self._wholes, self._streams, strict=True):
             yield from _differences(path, stream, [], {}, _entry_v1)
+
+
+def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
+    """Encodings of activations, of each block and of the model, that are not what their grids make."""
+    merged: dict[str, ActivationGrid] = {}
+    try:
+        for block_index in range(plan.num_blocks):
+            grids = read_activations(block_file(output, block_index))
+            merged |= grids
+            yield from _activation_differences(encodings_files(output, block_index), grids)
+        yield from _activation_differences((output / "model.encodings", output / "model_torch.encodings"), merged)
+    except ShardQError as error:
+        yield str(error)
+
+
+def _activation_differences(files: tuple[Path, Path], grids: dict[str, ActivationGrid]) -> Iterator[str]:
+    for path, made in zip(files, (encodings.activations_v1(grids), encodings.activations_torch(grids)), strict=True):
+        if encodings.read_activation_entries(path) != made:
+            yield f"{path}: its activations are not what their grids make"
 
 
 def _entry_v1(name: str, linear: QuantizedLinear) -> dict:

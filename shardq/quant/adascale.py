@@ -20,16 +20,17 @@ from shardq.quant.spec import QuantSpec
 
 
 def learned_grid(
-    min_R1: Tensor, max_R1: Tensor, beta_R1: Tensor, gamma_R1: Tensor, spec: QuantSpec
+    min_R1: Tensor, max_R1: Tensor, beta_R1: Tensor, gamma_R1: Tensor, spec: QuantSpec, num_groups: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point after learned clipping; differentiable in beta and gamma.
 
     Args:
         min_R1, max_R1: frozen ends of the start grid.
         beta_R1, gamma_R1: logarithms of the factors on min and max; 0 leaves an end where it is.
+        num_groups: neighbouring rows that are one output channel; a two-level grid needs it.
     """
     low_R1, high_R1 = beta_R1.exp() * min_R1, gamma_R1.exp() * max_R1
-    scale_R1 = affine.scale_of(low_R1, high_R1, spec)
+    scale_R1 = affine.scale_of(low_R1, high_R1, spec, num_groups)
     return scale_R1, affine.zero_point_of(low_R1, scale_R1, spec)
 
 

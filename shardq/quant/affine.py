@@ -52,20 +52,40 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return spec.qmin * step_R1, spec.qmax * step_R1
 
 
-def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec) -> Tensor:
+def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec, num_groups: int | None = None) -> Tensor:
     """Step of the grid between two ends, in weight units per code; differentiable. Its sign is that of `max - min`.
 
-    Rounded, straight through, to `spec.scale_dtype`, so that search, training and codes all see the step that is kept.
+    Rounded, straight through, to a whole multiple of its channel's scale (`two_levels`) on a two-level grid, or to
+    `spec.scale_dtype`, so that search, training and codes all see the step that is kept.
+
+    Args:
+        num_groups: neighbouring rows that are one output channel; a two-level grid needs it.
     """
     step_R1 = (max_R1 - min_R1) / spec.num_steps
     if spec.full_range:
         step_R1 = torch.where(step_R1 < 0, step_R1.clamp(max=-SCALE_FLOOR), step_R1.clamp(min=SCALE_FLOOR))
     else:
         step_R1 = step_R1.clamp(min=SCALE_FLOOR)
-    if spec.scale_dtype is None:
-        return step_R1
-    # Exact in float32: the two are so near each other that neither their difference nor the sum is rounded.
-    return step_R1 + (step_R1.to(getattr(torch, spec.scale_dtype)).float() - step_R1).detach()
+    kept_R1 = step_R1.detach()
+    if spec.decompressed_bits:
+        multiplier_OG, channel_O1 = two_levels(kept_R1.reshape(-1, num_groups), spec)
+        kept_R1 = (multiplier_OG * channel_O1).reshape(-1, 1)
+    if spec.scale_dtype:
+        kept_R1 = kept_R1.to(getattr(torch, spec.scale_dtype)).float()
+    return kept_R1 + (step_R1 - step_R1.detach())  # the kept step to the bit: what is added is 0
+
+
+def two_levels(scale_OG: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Whole multipliers [O, G], as float32, and channels' scales [O, 1] whose products are nearest to the scales.
+
+    A channel's largest scale is `spec.max_multiplier` times the channel's own. Scales that are such products already,
+    as float32 rounds them, are taken apart without a change to any bit.
+
+    Source: low-power blockwise quantization, AIMET's `GroupedBlockQuantizeDequantize` with one block group a channel.
+    """
+    # Division by a power of two and multiplication by it are exact, so the largest scale stays what it is.
+    channel_O1 = scale_OG.amax(1, keepdim=True) / spec.max_multiplier
+    return (scale_OG / channel_O1).round().clamp(1, spec.max_multiplier), channel_O1
 
 
 def zero_point_of(min_R1: Tensor, scale_R1: Tensor, spec: QuantSpec) -> Tensor:

@@ -27,9 +27,16 @@ class QuantizedLinear:
 
     @property
     def has_valid_scales(self) -> bool:
-        """Whether every scale is finite and positive; on a full-range grid, finite and not zero."""
+        """Whether every scale is finite and positive; on a full-range grid, finite and not zero.
+
+        On a two-level grid, a whole multiple of its channel's, to the bit, too.
+        """
         signed_OG = self.scale_OG.abs() if self.spec.full_range else self.scale_OG
-        return bool((torch.isfinite(self.scale_OG) & (signed_OG > 0)).all())
+        is_valid_OG = torch.isfinite(self.scale_OG) & (signed_OG > 0)
+        if self.spec.decompressed_bits:
+            multiplier_OG, channel_O1 = affine.two_levels(self.scale_OG, self.spec)
+            is_valid_OG &= multiplier_OG * channel_O1 == self.scale_OG
+        return bool(is_valid_OG.all())
 
     def of(self, outputs: slice) -> "QuantizedLinear":
         """Some of the output channels; a view."""

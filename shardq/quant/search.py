@@ -4,6 +4,8 @@ Source: the idea of `opt_rtn` in AutoRound and of AIMET's SeqMSE, on AdaScale's 
 channels' mean square is the diagonal of GPTQ's Hessian (arXiv 2210.17323).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ def searched_range(
             square; all zero counts as all equal.
         min_R1, max_R1: ends of the min-max grid (`affine.start_range`).
     """
+    # On a two-level grid too each row is searched by itself; its scale is then the nearest whole multiple.
+    spec = replace(spec, decompressed_bits=None)
     num_groups, group = importance_Gg.shape
     importance_Gg = torch.where(importance_Gg.any(), importance_Gg, 1.0)
     outputs = max(1, CHUNK // (num_groups * group))

@@ -31,7 +31,7 @@ from shardq.formats import tensor_file
 from shardq.model import weights
 from shardq.optimize.stepper import LocalStepper
 from shardq.parallel.ranks import started
-from shardq.pipeline import ledger, run
+from shardq.pipeline import ledger, run, training_checkpoint
 from shardq.pipeline.run import quantize
 
 POINTS = {  # name: where the function is looked up when it is called
@@ -46,6 +46,9 @@ POINTS = {  # name: where the function is looked up when it is called
     "block files": (run, "write_block_files"),
     "barrier": (run, "barrier"),
     "step": (LocalStepper, "step"),
+    "save checkpoint": (training_checkpoint, "save"),
+    "load checkpoint": (training_checkpoint, "load"),
+    "remove checkpoint": (training_checkpoint, "remove"),
     "read activations": (DiskStore, "read"),
     "write activations": (DiskStore, "write"),
     "drop activations": (DiskStore, "drop"),
@@ -170,7 +173,8 @@ class Setting:
         self.tokens = tiny.save_tokens(folder / "tokens.safetensors", num=4, length=16)
 
     def arguments(self, name: str) -> list[str]:
-        more = ["--calib.samples", 4, "--calib.sequence_length", 16, "--optimize.iterations", 3]
+        more = ["--calib.samples", 4, "--calib.sequence_length", 16, "--optimize.iterations", 3,
+                "--checkpoint.every_iterations", 1]  # fmt: skip
         return quantize_arguments(self.model, self.tokens, self.folder / name, *more)
 
     def finished(self, num_ranks: int) -> tuple[dict[str, bytes], dict[str, int], float]:

@@ -105,6 +105,27 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
         (["--quant.bits", 9], errors.ConfigError, "quant.bits: 9"),
         (["--quant.bits", -9], errors.ConfigError, "quant.bits: -9"),
         (["--quant.full_range", "true", "--quant.symmetric", "false"], errors.ConfigError, "quant.full_range: True"),
+        (
+            ["--quant.decompressed_bits", 8],
+            errors.ConfigError,
+            "quant.decompressed_bits: 8 is not allowed, it must be left",
+        ),
+        (
+            ["--quant.group_size", 32, "--quant.decompressed_bits", 4],
+            errors.ConfigError,
+            "above quant.bits (4), at most",
+        ),
+        (["--quant.group_size", 32, "--quant.decompressed_bits", 17], errors.ConfigError, "decompressed_bits: 17"),
+        (
+            ["--quant.group_size", 32, "--quant.decompressed_bits", 8, "--quant.symmetric", "false"],
+            errors.ConfigError,
+            "symmetric grids in groups",
+        ),
+        (
+            ["--quant.group_size", 32, "--quant.decompressed_bits", 8, "--quant.full_range", "true"],
+            errors.ConfigError,
+            "not full-range",
+        ),
         (["--quant.group_size", 48], errors.ConfigError, "48 does not divide the 64 input channels"),
         (["--quant.group_size", 0], errors.ConfigError, "quant.group_size: 0"),
         (["--quant.ignore", "nothing_like_it"], errors.ConfigError, "'nothing_like_it' matches no linear"),

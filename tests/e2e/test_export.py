@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from runs import ONE_RANK, run_quantize
 from shardq.cli import parse
 from shardq.errors import ConfigError, ResumeError
-from shardq.formats.block_file import read_block
+from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.shards import open_index
 from shardq.pipeline.export import export
+from shardq.quant.activation import rounded
 
 RTN = ("--quant.method", "rtn")
 TOKENS = torch.arange(3, 51).view(2, 24)
@@ -93,9 +94,12 @@ def rounded_by_token(module: torch.nn.Module, inputs: tuple) -> torch.Tensor:
     return (inputs[0] / scale).round().clamp(-128, 127) * scale
 
 
-def test_scales_of_a_run_without_a_target_are_rounded_on_the_way(llama: Path, token_file: Path, tmp_path: Path):
+@pytest.mark.parametrize("grid", [(), ("--quant.group_size", 32, "--quant.decompressed_bits", 8)])
+def test_scales_of_a_run_without_a_target_are_rounded_on_the_way(
+    llama: Path, token_file: Path, tmp_path: Path, grid: tuple
+):
     run = tmp_path / "run"
-    run_quantize(llama, token_file, run, *RTN)
+    run_quantize(llama, token_file, run, *RTN, *grid)
     summary = run_export(run, "--output", tmp_path / "exported")
     scales = [linear.scale_OG for path in (run / "blocks").iterdir() for linear in read_block(path).values()]
     changes = [(scale.bfloat16().double() / scale.double() - 1).abs().max().item() for scale in scales]
@@ -145,8 +149,8 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
         run_export(served)
     with pytest.raises(ResumeError, match="no finished run"):
         run_export(llama)
-    with pytest.raises(ConfigError, match="gguf"):
-        run_export(served, "--format", "gguf")
+    with pytest.raises(ConfigError, match="pickle"):
+        run_export(served, "--format", "pickle")
     with pytest.raises(ConfigError, match="activation_bits: 8"):
         run_export(served, "--format", "hf", "--activation_bits", 8)
     with pytest.raises(ConfigError, match="dtype: source"):
@@ -154,3 +158,37 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
     run_quantize(llama, token_file, tmp_path / "w3", *RTN, "--quant.bits", 3)
     with pytest.raises(ConfigError, match="3 bits"):
         run_export(tmp_path / "w3")
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_int8_activations_are_rounded_to_the_runs_grids(
+    llama: Path, token_file: Path, tmp_path: Path, granularity: str, symmetric: str
+):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN, "--target", "vllm", "--quant.bits", 8, "--activations.bits", 8,
+                 "--activations.granularity", granularity, "--activations.symmetric", symmetric)  # fmt: skip
+    run_export(run, "--activation_bits", 8)
+    grids = {name: grid for path in (run / "blocks").iterdir() for name, grid in read_activations(path).items()}
+    dtype = torch.float32  # in bfloat16 the library rounds the quotients, too
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=dtype).eval()
+    for name, grid in grids.items():
+        module = model.get_submodule(name.removesuffix(".input"))
+        module.register_forward_pre_hook(lambda module, inputs, grid=grid: rounded(inputs[0], grid))
+    assert len(grids) == 21
+    with torch.inference_mode():
+        expected = model(TOKENS).logits
+    assert torch.equal(logits(run / "compressed-tensors", dtype=dtype), expected)
+    assert not torch.equal(logits(run, dtype=dtype), expected)
+    stored = {name for name in open_index(run / "compressed-tensors") if "input" in name.rpartition(".")[2]}
+    kinds = {"tensor": {"input_scale"}, "token": set()}[granularity]
+    assert {name.rpartition(".")[2] for name in stored} == kinds | (
+        {"input_zero_point"} if kinds and symmetric == "false" else set()
+    )
+
+
+def test_activations_of_other_widths_are_not_exported_as_int8(llama: Path, token_file: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run_quantize(llama, token_file, run, *RTN, "--quant.bits", 8, "--activations.bits", 16)
+    with pytest.raises(ConfigError, match="activation_bits: 8, but the run has grids of 16 bits"):
+        run_export(run, "--activation_bits", 8)

@@ -156,6 +156,8 @@ def test_cache_placement_does_not_change_the_result(run, llama, token_file, tmp_
         ["--optimize.optimizer", "sign"],
         ["--quant.bits", 3, "--quant.full_range", "true"],
         ["--quant.bits", 2],
+        ["--quant.group_size", 16, "--quant.decompressed_bits", 8],
+        ["--quant.group_size", 16, "--quant.decompressed_bits", 5, "--optimize.start", "search", "--quant.bits", 3],
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
@@ -295,7 +297,7 @@ def cached_files(monkeypatch):
     """List into which the paths of cached activations go."""
     written, write_checked = [], store.write_checked
     monkeypatch.setattr(
-        store, "write_checked", lambda path, tensor: written.append(path) or write_checked(path, tensor)
+        store, "write_checked", lambda path, tensors: written.append(path) or write_checked(path, tensors)
     )
     return written
 

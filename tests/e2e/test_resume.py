@@ -50,6 +50,15 @@ def cut_ledger(output, num_blocks):
     (output / "ledger.jsonl").write_text("".join(lines[:num_blocks]))
 
 
+def test_run_on_two_level_scales_goes_on(llama, token_file, tmp_path):
+    more = ["--quant.group_size", 16, "--quant.decompressed_bits", 8, "--optimize.iterations", 6]
+    run_quantize(llama, token_file, tmp_path / "whole", *more)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    cut_ledger(tmp_path / "out", 1)
+    run_quantize(llama, token_file, tmp_path / "out", *more)
+    assert result_files(tmp_path / "out") == result_files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("num_blocks", [0, 1, 2, 3])
 def test_lost_activations_are_computed_again(uninterrupted, llama, token_file, tmp_path, num_blocks):
     shutil.copytree(uninterrupted, tmp_path / "out")

@@ -28,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(scope="module", params=["symmetric", "asymmetric", "full range"])
+@pytest.fixture(scope="module", params=["symmetric", "asymmetric", "full range", "two-level"])
 def finished(request, llama, token_file, tmp_path_factory) -> Path:
     """A finished run of each kind of grid. Read only."""
     output = tmp_path_factory.mktemp("finished") / "out"
@@ -36,6 +36,7 @@ def finished(request, llama, token_file, tmp_path_factory) -> Path:
         "symmetric": ["--quant.bits", 3],
         "asymmetric": ["--quant.symmetric", "false", "--quant.group_size", 32, "--export.dtype", "source"],
         "full range": ["--quant.bits", 2, "--quant.ignore", "*.q_proj"],
+        "two-level": ["--quant.group_size", 16, "--quant.decompressed_bits", 8],
     }
     run_quantize(llama, token_file, output, "--quant.method", "rtn", *more[request.param])
     return output
@@ -198,6 +199,17 @@ def test_zero_point_beyond_the_codes_is_found(run):
     edit_tensors(run / CODES, set_value(f"{NAME}.zero_point", 8))
     faults, _, _ = find_faults(run)
     assert any(f"{NAME} has a zero point beyond the codes -8 to 7" in fault for fault in faults["codes"])
+
+
+def test_scale_that_is_no_whole_multiple_is_found(run):
+    linear = read_block(run / CODES)[NAME]
+    if not linear.spec.decompressed_bits:
+        pytest.skip("scales of other grids are no multiples")
+    column = linear.scale_OG[-1].argmin()
+    off = torch.nextafter(linear.scale_OG[-1, column], torch.tensor(1.0))
+    edit_tensors(run / CODES, lambda tensors: tensors[f"{NAME}.scale"][-1].index_fill_(0, column, off))
+    faults, _, _ = find_faults(run)
+    assert any(f"{NAME} has a scale that its grid does not allow" in fault for fault in faults["scales"])
 
 
 def test_bits_behind_the_last_code_are_found(tmp_path):

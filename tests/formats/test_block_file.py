@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError
-from shardq.formats.block_file import read_block, write_block
+from shardq.formats.block_file import read_activations, read_block, write_block
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -75,7 +77,7 @@ def test_header_describes_every_linear(tmp_path):
     with safe_open(tmp_path / "block.safetensors", "pt") as file:
         metadata = file.metadata()
     assert list(metadata) == ["shardq"]
-    common = {"full_range": False, "in_features": 24, "scale_dtype": None}
+    common = {"decompressed_bits": None, "full_range": False, "in_features": 24, "scale_dtype": None}
     assert json.loads(metadata["shardq"]) == {
         "version": 1,
         "linears": {
@@ -110,8 +112,48 @@ def test_block_that_cannot_be_read_is_named(tmp_path, damage: str):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("decompressed_bits", [4, 17, 10**12])
+def test_scales_on_levels_that_there_are_not_are_refused(tmp_path, decompressed_bits: int):
+    linear = random_linear(4, group_size=8)
+    spec = replace(linear.spec, decompressed_bits=decompressed_bits)
+    write_block(tmp_path / "block.safetensors", {NAME: replace(linear, spec=spec)})
+    with pytest.raises(CheckpointError, match=f"grids in its header are damaged .{decompressed_bits} decompressed"):
+        read_block(tmp_path / "block.safetensors")
+
+
 @pytest.mark.parametrize("metadata", [None, {"shardq": '{"version": 2, "linears": {}}'}], ids=["none", "newer"])
 def test_file_of_another_program_or_version_is_refused(tmp_path, metadata):
     save_file({"a": torch.zeros(2)}, tmp_path / "block.safetensors", metadata)
     with pytest.raises(CheckpointError, match=r"block\.safetensors: not a block file of version 1"):
         read_block(tmp_path / "block.safetensors")
+
+
+GRIDS = {
+    "b.fc.input": ActivationGrid(8, False, 0.1, -3),
+    "b.attn.key": ActivationGrid(4, True),
+    "b.a": ActivationGrid(16, True, 2.0, 0),
+}
+
+
+def test_grids_of_activations_are_kept_in_their_order(tmp_path):
+    path, linears = tmp_path / "block.safetensors", {NAME: random_linear(4)}
+    write_block(path, linears)
+    assert read_activations(path) == {}
+    write_block(path, linears, GRIDS)
+    assert list(read_activations(path).items()) == list(GRIDS.items())
+    assert torch.equal(read_block(path)[NAME].codes_OI, linears[NAME].codes_OI)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ActivationGrid(8, True, -1.0, 0),
+        ActivationGrid(8, True, 1.0, 3),
+        ActivationGrid(17, True),
+        ActivationGrid(8, True, "a", 0),
+    ],
+)
+def test_damaged_grids_of_activations_are_named(tmp_path, grid):
+    write_block(tmp_path / "block.safetensors", {NAME: random_linear(4)}, {"b.fc.input": grid})
+    with pytest.raises(CheckpointError, match="the activations in its header are damaged"):
+        read_activations(tmp_path / "block.safetensors")

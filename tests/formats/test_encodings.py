@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from shardq import __version__
 from shardq.formats import encodings
 from shardq.quant import affine
+from shardq.quant.activation import ActivationGrid, grid_between
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "golden.json").read_text())
+RECORDED_LPBQ = json.loads((GOLDEN / "lpbq.json").read_text())
 PER_CHANNEL = [name for name, case in RECORDED.items() if case["group"] is None]
 
 
@@ -64,6 +66,17 @@ def test_grouped_version_1_entry_is_aimets_per_block_layout():
     found = encodings.encoding_v1("l.weight", golden_linear("w4_group16"))
     per_block = {"name": "l.weight", "enc_type": "PER_BLOCK", "block_size": 16}
     assert same_json(found, RECORDED["w4_group16"]["encodings"]["1.0.0"] | per_block)
+
+
+@pytest.mark.parametrize("name", RECORDED_LPBQ)
+def test_two_level_entries_are_aimets_lpbq_and_its_plain_groups(name: str):
+    """AIMET's own scales: multipliers and channels' scales are found in them to the bit."""
+    case, scale = RECORDED_LPBQ[name], load_file(GOLDEN / f"{name}.safetensors")["scale"]
+    spec = QuantSpec(bits=case["bits"], group_size=case["group"], decompressed_bits=case["decompressed"])
+    codes = torch.zeros(len(scale), scale.shape[1] * case["group"], dtype=torch.int8)
+    linear = QuantizedLinear(codes, scale, torch.zeros_like(scale), spec)
+    assert same_json(encodings.encoding_v1("l.weight", linear), case["encodings"]["1.0.0"] | {"name": "l.weight"})
+    assert same_json(encodings.encoding_torch(linear), case["encodings"]["0.6.1"])
 
 
 def test_groups_run_along_the_inputs_of_one_output_first():
@@ -208,3 +221,43 @@ def test_full_range_grid_is_the_asymmetric_one_of_the_same_points(bits: int, gro
         described = (torch.arange(2**bits) + offset) * positive
         assert torch.equal(described, points.sort().values)
         assert (row["min"], row["max"]) == (points.min().item(), points.max().item())
+
+
+ACTIVATIONS = json.loads((GOLDEN / "activations.json").read_text())["encodings"]
+
+
+def activation_grid(case: str) -> ActivationGrid:
+    values, (bits, kind) = load_file(GOLDEN / "activations.safetensors")["outlier"], case.split()
+    return grid_between(values.min(), values.max(), QuantSpec(bits=int(bits), symmetric=kind == "symmetric"))
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_entries_of_activations_are_aimets(case: str):
+    grids = {"block.fc.input": activation_grid(case)}
+    (v1,), recorded = encodings.activations_v1(grids), ACTIVATIONS[case]
+    assert same_json(v1, recorded["1.0.0"] | {"name": "block.fc.input"})
+    assert list(v1)[1:] == list(recorded["1.0.0"])
+    row = encodings.activations_torch(grids)["block.fc"]["input"]["0"]
+    assert same_json(row, recorded["0.6.1"][0]) and list(row) == list(recorded["0.6.1"][0])
+
+
+def test_activations_lie_under_their_modules_and_only_static_ones_are_listed():
+    static, by_token = ActivationGrid(8, True, 0.5, 0), ActivationGrid(8, True)
+    names = ["b.input", "b.fc.input", "b.fc.output", "b.attn.query", "b.attn.context"]
+    grids = dict.fromkeys(names, static) | {"b.norm.output": by_token}
+    assert [entry["name"] for entry in encodings.activations_v1(grids)] == names
+    by_module = encodings.activations_torch(grids)
+    assert {module: list(sides) for module, sides in by_module.items()} == {"b": ["input"], "b.fc": ["input", "output"]}
+
+
+def test_files_give_activations_back_beside_the_weights(tmp_path: Path):
+    grids = {"b.fc.input": ActivationGrid(8, False, 0.25, 3), "b.fc.output": ActivationGrid(16, True, 1e-3, 0)}
+    linear, _ = asymmetric_linear()
+    entry, rows = encodings.encoding_v1("b.fc.weight", linear), encodings.encoding_torch(linear)
+    encodings.write_v1(tmp_path / "v1", [entry], grids)
+    encodings.write_torch(tmp_path / "torch", [("b.fc.weight", rows)], grids)
+    for path, made in ((tmp_path / "v1", encodings.activations_v1(grids)),
+                       (tmp_path / "torch", encodings.activations_torch(grids))):  # fmt: skip
+        assert encodings.read_activation_entries(path) == made == json.loads(path.read_text())["activation_encodings"]
+    assert list(encodings.read_v1(tmp_path / "v1")) == [entry]
+    assert list(encodings.read_torch(tmp_path / "torch")) == [("b.fc.weight", rows)]

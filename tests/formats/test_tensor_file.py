@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError, StorageError
 from shardq.formats.shards import read_metadata
-from shardq.formats.tensor_file import read_tensors, write_tensors
+from shardq.formats.tensor_file import read_checked, read_tensors, write_checked, write_tensors
 
 TENSORS = {
     "codes": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
@@ -134,3 +134,33 @@ def test_folder_in_the_files_place_is_named(tmp_path):
     message = message_of(StorageError, write_tensors, tmp_path / "a.safetensors", {"x": torch.zeros(4)})
     assert str(tmp_path / "a.safetensors") in message
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+ABOUT = {"done": 3, "linears": ["b", "a"], "loss": 0.1}
+
+
+def test_checked_file_gives_back_tensors_and_what_is_said_about_them(tmp_path):
+    tensors = TENSORS | {"step": torch.tensor(3.0), "empty": torch.zeros(0, 2)}
+    write_checked(tmp_path / "a.safetensors", tensors, ABOUT)
+    found, about = read_checked(tmp_path / "a.safetensors")
+    assert_same_tensors(found, tensors)
+    assert about == ABOUT
+    write_checked(tmp_path / "b.safetensors", {"x": torch.zeros(2)})
+    assert read_checked(tmp_path / "b.safetensors")[1] is None
+
+
+def test_no_flipped_bit_of_a_checked_file_goes_unnoticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_checked(path, {"codes": TENSORS["codes"], "scale": TENSORS["scale"]}, ABOUT)
+    whole = path.read_bytes()
+    padding = whole.index(b"}  ") if b"}  " in whole else len(whole)  # blanks behind the header mean nothing
+    for number in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[number // 8] ^= 1 << number % 8
+        path.write_bytes(content)
+        try:
+            found, about = read_checked(path)
+        except CheckpointError:
+            continue
+        assert number // 8 > padding and about == ABOUT
+        assert torch.equal(found["codes"], TENSORS["codes"]) and torch.equal(found["scale"], TENSORS["scale"])

@@ -75,6 +75,21 @@ def test_block_starts_with_its_weights_rounded_to_the_nearest(method: Method):
     assert not block.mlp.up.weight[0, 4:].any()  # a fresh linear's weights are at most 1/4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_restart_leads_back_to_the_start_without_the_source(method: Method):
+    block = Block()
+    quantizer = started(block, QuantSpec(bits=3, symmetric=False), method)
+    start = quantizer.folded()
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.fill_(torch.nan)
+    quantizer.restart()
+    for name, linear in quantizer.folded().items():
+        assert torch.equal(linear.codes_OI, start[name].codes_OI)
+        assert torch.equal(linear.scale_OG, start[name].scale_OG)
+        assert torch.equal(linear.zero_point_OG, start[name].zero_point_OG)
+
+
 def test_only_the_named_linears_weights_are_overwritten():
     block = Block()
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}

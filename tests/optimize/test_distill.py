@@ -352,3 +352,45 @@ def test_training_ends_where_it_is_told_to():
 
     distill(trainer.loss_of, trainer.quantizer, trainer.stepper, make_batches(block), 2, losses.append, goes_on)
     assert seen == [1, 2, 3] and len(losses) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_loss_that_is_not_finite_stops_all_steps_though_its_gradient_is(symmetric: bool, bad: float, method: Method):
+    block = make_block()
+    trainer, source = Trainer(block, QuantSpec(bits=3, symmetric=symmetric), method), weights_of(block)
+    loss_of, batches, calls = trainer.loss_of, make_batches(block)[:6], []
+
+    def bad_once(inputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(None)
+        return loss_of(inputs, targets) + (bad if len(calls) == 4 else 0)
+
+    def trained(batches: list) -> dict[str, Tensor]:
+        trainer.quantizer.start(source)
+        trainer.stepper.start()
+        distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 2, lambda loss: None)
+        return {name: parameter.detach().clone() for name, parameter in trainer.quantizer.named_parameters()}
+
+    expected = trained(batches[:3])
+    assert trainer.stepper.is_finite()
+    trainer.loss_of = bad_once
+    stopped = trained(batches)
+    assert not trainer.stepper.is_finite() and len(calls) == 6
+    for name, value in expected.items():
+        assert torch.equal(stopped[name], value) and value.any(), name
+
+
+def test_s3_gradient_shows_whether_s2_has_one_that_is_not_finite():
+    """The stepper looks at s3's alone."""
+    for method in ("adascale", "flexround"):
+        block = make_block()
+        quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=4), method, PLAIN, torch.float32)
+        quantizer.start(weights_of(block))
+        weights = quantizer()
+        gradients = [torch.ones_like(weight) for weight in weights]
+        gradients[1][3, 5] = float("inf")
+        torch.autograd.backward(weights, gradients)
+        found = {name: bool(p.grad.isfinite().all()) for name, p in quantizer.named_parameters()}
+        assert not found["quantizers.1.s2"] and not found["quantizers.1.s3"]
+        assert found["quantizers.0.s2"] and found["quantizers.0.s3"]

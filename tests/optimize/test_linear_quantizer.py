@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,6 +162,24 @@ def test_folded_weight_is_the_one_that_was_trained(method: Method, symmetric: bo
     quantizer = started(make_weight(), spec, method)
     set_randomly(quantizer, 0.3)
     assert torch.equal(quantizer.folded().dequantized(), fake_quantized(quantizer))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scales_on_two_levels_are_whole_multiples_from_start_to_fold(method: Method):
+    plain, spec = (QuantSpec(bits=4, group_size=8, decompressed_bits=wide) for wide in (None, 8))
+    weight_OI, importance_I = make_weight(), torch.rand(24)
+    quantizers = [LinearQuantizer(weight_OI, grid, method) for grid in (plain, spec)]
+    for quantizer in quantizers:
+        quantizer.start(weight_OI, importance_I)
+    searched, found = (quantizer.folded() for quantizer in quantizers)
+    channel_O1 = searched.scale_OG.amax(1, keepdim=True) / 16
+    multiplier_OG = (searched.scale_OG / channel_O1).round()
+    assert found.has_valid_scales and not replace(searched, spec=spec).has_valid_scales
+    assert torch.equal(found.scale_OG, multiplier_OG * channel_O1)
+    set_randomly(quantizers[1], 0.3)
+    trained = quantizers[1].folded()
+    assert trained.has_valid_scales
+    assert torch.equal(trained.dequantized(), fake_quantized(quantizers[1]))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -1,6 +1,7 @@
 """Adam on one rank: which parameters, at which learning rates, from which gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,3 +111,69 @@ def test_start_forgets_moments_and_schedule(rests: bool):
     # Adam's very first step is its whole learning rate, against the gradient's sign.
     torch.testing.assert_close(block.linear.beta, torch.full((3,), -GRID_LR), rtol=1e-4, atol=0)
     torch.testing.assert_close(block.linear.s2, torch.full((3,), -WEIGHT_LR), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["beta", "s3"])
+def test_from_a_gradient_that_is_not_finite_on_no_step_changes_anything(where: str, bad: float, optimizer: str):
+    block = make_block("beta", "s2", "s3")
+    stepper = LocalStepper(block, replace(OPTIONS, optimizer=optimizer))
+    collect(stepper, block)
+    stepper.step()
+    assert stepper.is_finite()
+    before = {name: value.clone() for name, value in stepper.state().items()}
+    collect(stepper, block)
+    getattr(block.linear, where).grad[1] = bad
+    stepper.step()
+    assert not stepper.is_finite()
+    for _ in range(2):
+        collect(stepper, block)
+        stepper.step()
+    assert not stepper.is_finite()
+    for name, value in stepper.state().items():
+        assert torch.equal(value, before[name]), name
+    stepper.start()
+    assert stepper.is_finite()
+    collect(stepper, block)
+    stepper.step()
+    assert not torch.equal(stepper.state()["0.value"], before["0.value"])
+
+
+def test_rate_of_the_start_holds_until_the_next():
+    block = make_block("beta", "s2")
+    stepper = LocalStepper(block, OPTIONS)
+    moved = []
+    for rate in (1.0, 0.25, 1.0):
+        before = block.linear.s2.detach().clone()
+        stepper.start(rate)
+        collect(stepper, block)
+        stepper.step()
+        moved.append((before - block.linear.s2.detach()).mean().item())
+    assert moved == pytest.approx([WEIGHT_LR, WEIGHT_LR / 4, WEIGHT_LR], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+@pytest.mark.parametrize("used", [False, True])
+def test_stepper_that_takes_over_a_state_goes_on_as_the_one_that_gave_it(used: bool, optimizer: str):
+    options = replace(OPTIONS, optimizer=optimizer)
+
+    def steps(stepper: LocalStepper, block: nn.Module, factors: list[float]) -> None:
+        for factor in factors:
+            collect(stepper, block, factor)
+            stepper.step()
+
+    block, other = make_block("beta", "s2"), make_block("beta", "s2")
+    first, second = LocalStepper(block, options), LocalStepper(other, options)
+    steps(first, block, [1.0, -2.0, 3.0])
+    saved = {name: value.clone() for name, value in first.state().items()}
+    steps(first, block, [4.0, -1.0])
+    if used:
+        steps(second, other, [7.0, 7.0])
+    second.start()
+    second.restore(saved, 3)
+    steps(second, other, [4.0, -1.0])
+    assert first.state().keys() == second.state().keys()
+    assert len(saved) == (8 if optimizer == "adam" else 2)
+    for name, value in first.state().items():
+        assert torch.equal(value, second.state()[name]), name

@@ -14,11 +14,11 @@ import torch
 from rank_process import end_apart, run_and_leave
 from shardq.errors import ConfigError, ShardQError, StorageError
 from shardq.parallel.collectives import (
-    add_over_ranks,
     barrier,
     max_over_ranks,
     on_every_host,
     on_rank_zero,
+    reduce_over_ranks,
     shared_by_all,
     sum_over_ranks,
     together,
@@ -74,8 +74,12 @@ def check_numbers(ranks: Ranks, note: dict) -> None:
     note["sums"] = sum_over_ranks(ranks, [0.1 + 0.1 * ranks.rank, 2.0**53 * ranks.rank, -5.0])
     note["largest"] = max_over_ranks(ranks, 3.5 - ranks.rank)
     statistics = [torch.full((2, 3), 1.0 + ranks.rank), torch.tensor([10.0, -4.0]) * ranks.rank]
-    add_over_ranks(ranks, statistics)
+    reduce_over_ranks(ranks, statistics)
     note["added"] = [tensor.tolist() for tensor in statistics]
+    for reduction in ("min", "max"):
+        values = [torch.tensor([1.0, -2.0]) * (1 - 2 * ranks.rank), torch.tensor(5 + ranks.rank)]
+        reduce_over_ranks(ranks, values, reduction)
+        note[reduction] = [tensor.tolist() for tensor in values]
 
 
 def check_barrier(ranks: Ranks, note: dict) -> None:
@@ -93,7 +97,7 @@ def check_lost_peer(ranks: Ranks, note: dict) -> None:
         "comparing results": lambda: together(ranks, lambda: None),
         "adding up losses": lambda: sum_over_ranks(ranks, [1.0]),
         "comparing memory": lambda: max_over_ranks(ranks, 1.0),
-        "adding up statistics": lambda: add_over_ranks(ranks, [torch.ones(2)]),
+        "putting statistics together": lambda: reduce_over_ranks(ranks, [torch.ones(2)]),
     }
     note["lost"] = {doing: outcome(call) for doing, call in calls.items()}
 

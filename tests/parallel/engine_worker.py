@@ -5,10 +5,12 @@ Run by torchrun with a folder and the names of engines, such as `zero2-bf16-offl
 
 import ctypes
 import gc
+import itertools
 import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +24,13 @@ from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Share
-from shardq.optimize.stepper import LocalStepper, Stepper
+from shardq.optimize.stepper import Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
 from shardq.parallel.row_share import RowShare
+from shardq.parallel.row_stepper import RowStepper
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -64,16 +67,33 @@ def make_batches(number: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def train(
-    block: nn.Module, quantizer: BlockQuantizer, stepper: Stepper, number: int, mine: slice
+    block: nn.Module,
+    quantizer: BlockQuantizer,
+    stepper: Stepper,
+    number: int,
+    mine: slice,
+    steps: slice = slice(None),
+    saved: dict[str, Tensor] | None = None,
+    is_bad: Callable[[int], bool] = lambda call: False,
 ) -> dict[str, QuantizedLinear]:
-    """Train block `number` on some of each batch's samples, one at a time."""
+    """Train block `number` on some of each batch's samples, one at a time.
+
+    Args:
+        steps: of all its batches, those to train on.
+        saved: the stepper's state before the first of these.
+        is_bad: whether the loss of a sample is infinite, by its number.
+    """
+    calls = itertools.count()
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return distillation_loss(block(inputs), targets) + (torch.inf if is_bad(next(calls)) else 0)
+
     quantizer.start(make_source(block, number), None, stepper.gathered)
     stepper.start()
-    batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches(number)]
-    distill(
-        lambda inputs, targets: distillation_loss(block(inputs), targets), quantizer, stepper, batches, 1,
-        on_step=lambda loss: None,
-    )  # fmt: skip
+    if saved:
+        stepper.restore(saved, steps.start)
+    batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches(number)][steps]
+    distill(loss_of, quantizer, stepper, batches, 1, on_step=lambda loss: None)
     linears = quantizer.folded(stepper.gathered)
     quantizer.serve(linears, lambda weight: weight)
     quantizer.release()
@@ -99,7 +119,7 @@ def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer,
     if parallel.zero_stage:
         return block, quantizer, DeepSpeedStepper(quantizer, OPTIONS, parallel, ranks)
     if engine == "rows":
-        return block, quantizer, LocalStepper(quantizer, OPTIONS)
+        return block, quantizer, RowStepper(quantizer, OPTIONS)
     return block, quantizer, AllReduceStepper(quantizer, OPTIONS, parallel, ranks)
 
 
@@ -143,8 +163,31 @@ def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
         del linears
         if number in (1, NUM_BLOCKS - 1):  # the first may still make what all need
             footprints.append(footprint(quantizer, stepper))
-    note = {"held": held, "moments": moments_held(stepper), "footprints": footprints}
+    note = {"stopped": leave_off(name, block, quantizer, stepper, ranks, folder)}
+    note |= {"held": held, "moments": moments_held(stepper), "footprints": footprints}
     (folder / f"{name}-rank-{ranks.rank}.json").write_text(json.dumps(note))
+
+
+def leave_off(
+    name: str, block: nn.Module, quantizer: BlockQuantizer, stepper: Stepper, ranks: Ranks, folder: Path
+) -> list[bool]:
+    """Train block 0 to its half, another one, and block 0 on from there; then to an infinite loss of the last rank.
+
+    Gives whether all numbers were finite, before that and after it.
+    """
+    training = block, quantizer, stepper
+    mine, half = slice(ranks.rank, None, ranks.world_size), OPTIONS.iterations // 2
+    results = {"half": train(*training, 0, mine, slice(0, half))}
+    saved = {name: tensor.clone() for name, tensor in stepper.state().items()}
+    train(*training, 1, mine, slice(0, 1))
+    results["resumed"] = train(*training, 0, mine, slice(half, None), saved)
+    finite = [stepper.is_finite()]
+    bad_call = half * BATCH // ranks.world_size  # the first sample of the step after the half
+    is_last = ranks.rank == ranks.world_size - 1
+    results["stopped"] = train(*training, 0, mine, slice(0, half + 2), is_bad=lambda call: is_last and call == bad_call)
+    for kind, linears in results.items():
+        save_file(tensors_of(linears), folder / f"{name}-{kind}-{ranks.rank}.safetensors")
+    return [*finite, stepper.is_finite()]
 
 
 def main() -> None:

@@ -96,6 +96,10 @@ class TestNumbers:
     def test_tensors_are_added_up(self, notes: list[dict]):
         assert both(notes, "added") == [[[[3.0] * 3] * 2, [10.0, -4.0]]] * 2
 
+    def test_least_and_greatest_are_found_element_by_element(self, notes: list[dict]):
+        assert both(notes, "min") == [[[-1.0, -2.0], 5]] * 2
+        assert both(notes, "max") == [[[1.0, 2.0], 6]] * 2
+
 
 def test_nobody_leaves_a_barrier_before_the_last_has_come(notes: list[dict]):
     times = both(notes, "barrier")
@@ -111,7 +115,7 @@ def test_nobody_leaves_a_barrier_before_the_last_has_come(notes: list[dict]):
         "comparing results",
         "adding up losses",
         "comparing memory",
-        "adding up statistics",
+        "putting statistics together",
     ],
 )
 def test_lost_rank_is_reported_in_one_line(notes: list[dict], doing: str):

@@ -63,6 +63,23 @@ def test_every_rank_has_the_same_bytes(num_ranks: int, name: str, folders: dict[
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), CASES)
+def test_state_that_is_taken_over_leads_to_the_same_bytes(num_ranks: int, name: str, folders: dict[int, Path]):
+    for rank in range(num_ranks):
+        whole, half, resumed = (
+            folders[num_ranks] / f"{name}-{kind}-{rank}.safetensors" for kind in ("block-0", "half", "resumed")
+        )
+        assert resumed.read_bytes() == whole.read_bytes() != half.read_bytes()
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), CASES)
+def test_infinite_loss_of_one_rank_stops_all_before_the_step(num_ranks: int, name: str, folders: dict[int, Path]):
+    assert [note["stopped"] for note in notes_of(name, num_ranks, folders)] == [[True, False]] * num_ranks
+    for rank in range(num_ranks):
+        half, stopped = (folders[num_ranks] / f"{name}-{kind}-{rank}.safetensors" for kind in ("half", "stopped"))
+        assert stopped.read_bytes() == half.read_bytes()
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), CASES)
 def test_nothing_grows_from_block_to_block(num_ranks: int, name: str, folders: dict[int, Path]):
     """Tensors, process groups and hooks: not by one. Resident memory: by less than a block's own tensors."""
     for note in notes_of(name, num_ranks, folders):

@@ -45,7 +45,8 @@ from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
 from shardq.parallel.row_share import RowShare
-from shardq.pipeline.block_pass import block_loss
+from shardq.parallel.row_stepper import RowStepper
+from shardq.pipeline.bench import block_loss
 from shardq.pipeline.memory import BlockSize, saved_bytes, state_bytes
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
@@ -135,7 +136,9 @@ def make_stepper(
     """The stepper that the pipeline would take."""
     if parallel.zero_stage:
         return DeepSpeedStepper(quantizer, options, parallel, ranks)
-    if parallel.engine in ("local", "rows"):
+    if parallel.engine == "rows":
+        return RowStepper(quantizer, options)
+    if parallel.engine == "local":
         return LocalStepper(quantizer, options)
     return AllReduceStepper(quantizer, options, parallel, ranks)
 

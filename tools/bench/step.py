@@ -25,7 +25,7 @@ from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.optimize.stepper import LocalStepper
-from shardq.pipeline.block_pass import block_loss
+from shardq.pipeline.bench import block_loss
 from shardq.pipeline.memory import saved_tensors
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec

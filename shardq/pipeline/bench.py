@@ -1,0 +1,149 @@
+"""What trains blocks of one kind, built for the first of them, and the job that all blocks of a run share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+
+from shardq.calib.partition import largest_part
+from shardq.compiling import Compile, apart
+from shardq.devices import training_attention
+from shardq.logs import Display, Events
+from shardq.model.ends import BlockArguments, run_block
+from shardq.model.weights import LoadedBlock
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.distill import accumulate
+from shardq.optimize.loss import Loss, distillation_loss
+from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.rounded_inputs import RoundedInputs
+from shardq.optimize.stepper import LocalStepper, Stepper
+from shardq.parallel.allreduce_stepper import AllReduceStepper
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks
+from shardq.parallel.row_share import RowShare
+from shardq.parallel.row_stepper import RowStepper
+from shardq.pipeline.passes import Activations
+from shardq.pipeline.training_checkpoint import Checkpoints
+from shardq.quant import adascale
+from shardq.quant.activation import ActivationOptions
+from shardq.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What trains blocks of one kind: built for the first of them, started anew for each."""
+
+    quantizer: BlockQuantizer
+    stepper: Stepper | None  # None where nothing is trained
+    loss: Callable[..., Tensor]
+    inputs: RoundedInputs
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """What quantizing a block needs beside the block, the same for all blocks of a run.
+
+    `encodings` says how activations get their grids. `benches` fills up as kinds of blocks are met; its keys are the
+    shared module and the linears quantized in it.
+    """
+
+    seed: int
+    method: str
+    spec: QuantSpec
+    optimize: OptimizeOptions
+    parallel: ParallelOptions
+    num_samples: int
+    stored: Callable[[Tensor], Tensor]
+    encodings: ActivationOptions
+    activations: Activations
+    ranks: Ranks
+    events: Events
+    display: Display
+    compiled: Compile
+    checkpoints: Checkpoints
+    benches: dict[tuple, Bench] = field(default_factory=dict)
+
+
+def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
+    """The bench for blocks of this kind; compiled if this is the first of them."""
+    key = (loaded.module, tuple(linear_names))
+    if key not in job.benches:
+        start = time.perf_counter()
+        with job.events.span("compile", block=loaded.index):
+            job.benches[key] = _make_bench(job, loaded, linear_names, arguments)
+        if job.optimize.compile == "on":
+            job.display.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+    return job.benches[key]
+
+
+def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
+    optimize = job.optimize
+    kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
+    # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
+    is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
+    dtype = optimize.dtype if is_whole else torch.float32
+    share = RowShare(job.ranks, job.parallel) if job.parallel.engine == "rows" else None
+    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype, share)
+    rounds = job.encodings.in_training
+    inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
+    bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)
+    if job.method == "rtn" or not linear_names:
+        return bench
+    _rehearse(job, bench, loaded, arguments)
+    return replace(bench, stepper=_make_stepper(job, quantizer))
+
+
+def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
+    """One forward and backward without a step, so that compiling happens, and is timed, here."""
+    part = largest_part(job.optimize.batch_size, job.ranks.world_size)
+    samples = list(job.activations.samples[: min(job.optimize.micro_batch, part)])
+    hidden_NTD = job.activations.load("fp", loaded.index, samples)
+    bench.quantizer.start(loaded.source)
+    loss, size = loss_of(job, bench, loaded, arguments), len(samples)
+    bench.quantizer.load(bench.quantizer())
+    with bench.inputs.active({}):
+        accumulate(loss, hidden_NTD, hidden_NTD, size, size, bench.quantizer.leaving)
+    bench.quantizer.collected().backward()
+    bench.quantizer.zero_grad()
+
+
+def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
+    if job.parallel.zero_stage:
+        return DeepSpeedStepper(quantizer, job.optimize, job.parallel, job.ranks)
+    if job.parallel.engine == "rows":
+        return RowStepper(quantizer, job.optimize)
+    if job.parallel.engine == "local":
+        return LocalStepper(quantizer, job.optimize)
+    return AllReduceStepper(quantizer, job.optimize, job.parallel, job.ranks)
+
+
+def block_loss(
+    block: nn.Module,
+    inputs_NTD: Tensor,
+    targets_NTD: Tensor,
+    args: tuple,
+    kwargs: dict,
+    dtype: torch.dtype,
+    kind: Loss = "squared",
+) -> Tensor:
+    """Training loss of a block: what is compiled, forward and backward, as one piece."""
+    with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1], dtype)):
+        return distillation_loss(run_block(block, inputs_NTD, args, kwargs, dtype), targets_NTD, kind)
+
+
+def loss_of(
+    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Training loss of a block on its bench, by inputs and targets [N, T, D]."""
+
+    def loss(inputs_NTD: Tensor, targets_NTD: Tensor) -> Tensor:
+        return bench.loss(
+            loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype,
+            job.optimize.loss,
+        )  # fmt: skip
+
+    return loss

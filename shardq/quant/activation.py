@@ -1,0 +1,125 @@
+"""Integer grids of activations: one for a whole tensor, known beforehand, or one a token, found as the model runs."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shardq.quant import affine
+from shardq.quant.spec import QuantSpec
+
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationOptions:
+    """Grids of activations, beside those of the weights."""
+
+    bits: int | None = None
+    """Bits of activations, 4 to 16 (default: activations stay as they are, and nothing below counts but kv_bits)."""
+    kv_bits: int | None = None
+    """Bits of keys and values, 4 to 16 (default: they are no different from other activations)."""
+    tensors: Literal["inputs", "all"] = "inputs"
+    """Which activations: `inputs` of the quantized linears, as servers round them; or `all` that can be reached: inputs
+    and outputs of the block and of every module in it, and attention's query, key, value and context."""
+    symmetric: bool = True
+    """Symmetric grids, or asymmetric ones."""
+    granularity: Literal["tensor", "token"] = "tensor"
+    """`tensor`: one grid for all values, found from the calibration samples; `token`: one for each token, found as the
+    model runs, so that there is nothing to collect."""
+    observer: Literal["minmax", "average", "percentile", "sqnr"] = "minmax"
+    """Range of a tensor's grid: `minmax` of all values; `average` of the samples' own extremes; `percentile`; `sqnr`,
+    where the noise of rounding and clipping is least (AIMET's tf-enhanced)."""
+    percentile: float = 99.99
+    """Percentile that the upper end of the range is at; the lower end leaves as many values below it."""
+
+    in_training: bool = False
+    """Train blocks with what enters their linears rounded (W8A8, W4A8), straight through for gradients: a tensor's
+    grid is then that of the fp stream, and the quantized stream moves on through rounded activations."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether any activation gets a grid."""
+        return self.bits is not None or self.kv_bits is not None
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """The grid of one activation.
+
+    Attributes:
+        scale: float32 step; None: each token has a grid of its own, found as the model runs.
+        zero_point: the code that stands for 0, 0 on a symmetric grid; None like the scale.
+    """
+
+    bits: int
+    symmetric: bool
+    scale: float | None = None
+    zero_point: int | None = None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """Codes of the grid."""
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the grid is known beforehand."""
+        return self.scale is not None
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether a static grid's scale is finite and positive and its zero point one of its codes."""
+        if not self.is_static:
+            return self.zero_point is None
+        zero_points = (0, 0) if self.symmetric else (self.spec.qmin, self.spec.qmax)
+        return 0 < self.scale < math.inf and zero_points[0] <= self.zero_point <= zero_points[1]
+
+
+def grid_between(low: Tensor, high: Tensor, spec: QuantSpec) -> ActivationGrid:
+    """The static grid that reaches from `low` to `high` (scalars), as AIMET's min-max calibration makes it."""
+    min_11, max_11 = affine.start_range(torch.stack([low, high]).float().view(1, 2), spec)
+    scale_11 = affine.scale_of(min_11, max_11, spec)
+    zero_point_11 = affine.zero_point_of(min_11, scale_11, spec)
+    return ActivationGrid(spec.bits, spec.symmetric, scale_11.item(), int(zero_point_11.item()))
+
+
+def rounded(values: Tensor, grid: ActivationGrid) -> Tensor:
+    """The nearest grid points, found in float32; same dtype."""
+    exact, spec = values.float(), grid.spec
+    scale, zero_point = (grid.scale, grid.zero_point) if grid.is_static else token_grid(exact, spec)
+    codes = (exact / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
+    return codes.sub_(zero_point).mul_(scale).to(values.dtype)
+
+
+class RoundThrough(torch.autograd.Function):
+    """`rounded`, whose gradient passes straight through but for values beyond the grid's ends, which have none."""
+
+    @staticmethod
+    def forward(ctx, values, scale, zero_point, spec):
+        """Return the nearest grid points, found in float32, in the dtype of `values`."""
+        codes = (values.float() / scale).round() + zero_point
+        ctx.save_for_backward((codes >= spec.qmin) & (codes <= spec.qmax))
+        return ((codes.clamp(spec.qmin, spec.qmax) - zero_point) * scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Gradient of the values."""
+        (is_inside,) = ctx.saved_tensors
+        return gradient * is_inside, None, None, None
+
+
+def token_grid(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [..., 1] of each token, whose float32 values lie along the last axis.
+
+    Symmetric grids reach half a step beyond the largest code, as compressed-tensors' do.
+    """
+    if spec.symmetric:
+        scale = values.abs().amax(-1, keepdim=True) / (spec.num_steps / 2)
+        scale = scale.clamp(min=SMALLEST)
+        return scale, torch.zeros_like(scale)
+    low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / spec.num_steps).clamp(min=SMALLEST)
+    return scale, (spec.qmin - low / scale).clamp_(spec.qmin, spec.qmax).round_()

@@ -1,0 +1,88 @@
+"""Blocks of GGUF, read back by the package gguf."""
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as BlockType
+
+from shardq.errors import ConfigError, QuantizationError
+from shardq.formats import gguf_tensors
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+OUTPUTS, INPUTS = 6, 128
+GRIDS = {
+    QuantSpec(bits=4, group_size=32): BlockType.Q4_0,
+    QuantSpec(bits=4): BlockType.Q4_0,
+    QuantSpec(bits=4, full_range=True, group_size=64): BlockType.Q4_0,
+    QuantSpec(bits=2, full_range=True): BlockType.Q4_0,
+    QuantSpec(bits=4, symmetric=False, group_size=32): BlockType.Q4_1,
+    QuantSpec(bits=3, symmetric=False): BlockType.Q4_1,
+    QuantSpec(bits=8, group_size=32): BlockType.Q8_0,
+    QuantSpec(bits=5, full_range=True): BlockType.Q8_0,
+}
+
+
+def quantized(spec: QuantSpec, *, in_half: bool = True) -> QuantizedLinear:
+    """Random codes and scales, scales that float16 holds if `in_half`."""
+    groups = INPUTS // (spec.group_size or INPUTS)
+    codes = torch.randint(spec.qmin, spec.qmax + 1, (OUTPUTS, INPUTS)).to(torch.int8)
+    scale = torch.rand(OUTPUTS, groups) * 0.01 + 0.001
+    scale = scale.half().float() if in_half else scale
+    if spec.full_range:
+        scale *= torch.randint(2, scale.shape) * 2 - 1
+    zero_point = torch.zeros_like(scale)
+    if not spec.symmetric:
+        zero_point = torch.randint(spec.qmin, spec.qmax + 1, scale.shape).float()
+    return QuantizedLinear(codes, scale, zero_point, spec)
+
+
+@pytest.mark.parametrize(("spec", "kind"), GRIDS.items(), ids=str)
+def test_the_package_reads_the_run_s_weights(spec: QuantSpec, kind: BlockType):
+    assert gguf_tensors.block_type(spec) == kind
+    linear = quantized(spec)
+    packed = gguf_tensors.pack("a", linear)
+    assert packed.nbytes == gguf_tensors.num_bytes((OUTPUTS, INPUTS), kind)
+    found = torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind))
+    exact = linear.dequantized()
+    if spec.symmetric:
+        assert torch.equal(found, exact)
+        assert gguf_tensors.largest_change(packed, linear) == 0
+    else:  # the offset, of up to 15 steps, is rounded to float16
+        step = linear.scale_OG.repeat_interleave(INPUTS // linear.scale_OG.shape[1], 1)
+        assert ((found - exact).abs() <= 15 * 2**-11 * step).all() and not torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(bits=4, group_size=32), QuantSpec(bits=8)], ids=str)
+def test_the_change_by_rounding_scales_is_the_scales(spec: QuantSpec):
+    linear = quantized(spec, in_half=False)
+    expected = (linear.scale_OG.half().double() / linear.scale_OG.double() - 1).abs().max().item()
+    assert gguf_tensors.largest_change(gguf_tensors.pack("a", linear), linear) == pytest.approx(expected, rel=1e-3)
+    assert 0 < expected < 2**-11
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+def test_scales_beyond_float16_are_refused(scale: float):
+    linear = quantized(QuantSpec(bits=4))
+    linear.scale_OG[2] = scale
+    with pytest.raises(QuantizationError, match="a scale of blocks.0.q is too large or too small for float16"):
+        gguf_tensors.pack("blocks.0.q", linear)
+
+
+def test_grids_that_fit_no_block_are_refused():
+    with pytest.raises(ConfigError, match="groups of 16"):
+        gguf_tensors.block_type(QuantSpec(bits=4, group_size=16))
+    with pytest.raises(ConfigError, match="asymmetric grids of 5 bits"):
+        gguf_tensors.block_type(QuantSpec(bits=5, symmetric=False))
+    with pytest.raises(ConfigError, match="q_proj has 80 input channels"):
+        gguf_tensors.check_width("q_proj", 80)
+
+
+def test_rows_are_where_llama_cpp_rotates_them():
+    num_heads, head_dim = 3, 8
+    rows = torch.arange(num_heads * head_dim).unsqueeze(1)
+    moved = gguf_tensors.rows_for_rope(rows, num_heads).view(num_heads, head_dim)
+    for head in range(num_heads):
+        for pair in range(head_dim // 2):
+            first, second = moved[head, 2 * pair], moved[head, 2 * pair + 1]
+            assert (first, second) == (head * head_dim + pair, head * head_dim + pair + head_dim // 2)

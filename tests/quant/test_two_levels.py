@@ -1,0 +1,148 @@
+"""Two-level scales (LPBQ): against AIMET's recorded quantizer and a naive version in float64, and to the bit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shardq.quant import adascale, affine
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RECORDED = json.loads((GOLDEN / "lpbq.json").read_text())
+SPECS = [QuantSpec(bits=bits, group_size=8, decompressed_bits=wide) for bits, wide in ((4, 8), (3, 8), (2, 3), (8, 16))]
+
+
+@pytest.fixture(params=RECORDED, name="golden")
+def _golden(request) -> tuple[dict[str, Tensor], QuantSpec]:
+    case = RECORDED[request.param]
+    spec = QuantSpec(bits=case["bits"], group_size=case["group"], decompressed_bits=case["decompressed"])
+    return load_file(GOLDEN / f"{request.param}.safetensors"), spec
+
+
+def start_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale [R, 1] of the min-max grid."""
+    ends = affine.start_range(affine.to_rows(weight, spec), spec)
+    return affine.scale_of(*ends, spec, weight.shape[1] // spec.group_size)
+
+
+def test_grid_is_aimets(golden):
+    tensors, spec = golden
+    scale_OG = start_scale(tensors["weight"], spec).view_as(tensors["scale"])
+    torch.testing.assert_close(scale_OG, tensors["scale"], rtol=1e-6, atol=0)
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    assert torch.equal(multiplier_OG, tensors["multiplier"])
+    torch.testing.assert_close(channel_O1, tensors["channel_scale"], rtol=1e-6, atol=0)
+
+
+def test_round_to_nearest_is_aimets(golden):
+    tensors, spec = golden
+    rows, scale = affine.to_rows(tensors["weight"], spec), start_scale(tensors["weight"], spec)
+    codes = affine.quantize(rows, scale, torch.zeros_like(scale), spec)
+    rounded = affine.dequantize(codes, scale, torch.zeros_like(scale)).view_as(tensors["output"])
+    torch.testing.assert_close(rounded, tensors["output"], rtol=1e-6, atol=0)
+
+
+def test_aimets_own_scales_are_taken_apart_to_the_bit(golden):
+    tensors, spec = golden
+    multiplier_OG, channel_O1 = affine.two_levels(tensors["scale"], spec)
+    assert torch.equal(multiplier_OG, tensors["multiplier"]) and torch.equal(channel_O1, tensors["channel_scale"])
+
+
+def spread_weight(spec: QuantSpec) -> Tensor:
+    """A weight [60, 48] whose groups differ in size by more than the multipliers reach; a zero channel and group."""
+    generator = torch.Generator().manual_seed(spec.bits)
+    sizes = torch.rand(60, 6, generator=generator).mul(9).sub(9).exp().repeat_interleave(8, dim=1)
+    weight = torch.randn(60, 48, generator=generator) * sizes
+    weight[3], weight[4, 8:16] = 0, 0
+    return weight
+
+
+def naive_scale(weight: Tensor, spec: QuantSpec) -> np.ndarray:
+    """Scales [O, G] of the min-max grid on two levels, one channel after the other in float64."""
+    scales = []
+    for row in weight.double().numpy().reshape(len(weight), -1, spec.group_size):
+        top = 2 if spec.bits == 2 else spec.qmax
+        plain = [max(group.max() / top, group.min() / spec.qmin, affine.SCALE_FLOOR) for group in row]
+        channel = max(plain) / 2 ** (spec.decompressed_bits - spec.bits)
+        most = 2 ** (spec.decompressed_bits - spec.bits)
+        scales.append([min(max(round(scale / channel), 1), most) * channel for scale in plain])
+    return np.array(scales)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_scales_are_those_of_a_naive_version(spec: QuantSpec):
+    weight = spread_weight(spec)
+    expected = torch.from_numpy(naive_scale(weight, spec)).float()
+    found = start_scale(weight, spec).view_as(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    multiplier_OG, _ = affine.two_levels(found, spec)
+    assert multiplier_OG.amin() == 1 or spec.decompressed_bits == 16, "some group was meant to be below the reach"
+    assert (multiplier_OG.amax(1) == spec.max_multiplier).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_products_are_taken_apart_to_the_bit(spec: QuantSpec):
+    generator = torch.Generator().manual_seed(1)
+    multiplier_OG = torch.randint(1, spec.max_multiplier + 1, (20000, 5), generator=generator).float()
+    multiplier_OG[:, 2] = spec.max_multiplier
+    channel_O1 = torch.rand(20000, 1, generator=generator).mul(12).sub(12).exp()
+    found = affine.two_levels(multiplier_OG * channel_O1, spec)
+    assert torch.equal(found[0], multiplier_OG) and torch.equal(found[1], channel_O1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_decompressed_codes_lie_on_the_channels_grid_of_so_many_bits(spec: QuantSpec):
+    """What a runtime does: multiply codes and multipliers as integers, and the sum by the channel's scale."""
+    weight = spread_weight(spec)
+    scale = start_scale(weight, spec)
+    codes = affine.quantize(affine.to_rows(weight, spec), scale, torch.zeros_like(scale), spec)
+    scale_OG = scale.view(60, 6)
+    linear = QuantizedLinear(codes.view(60, 48), scale_OG, torch.zeros_like(scale_OG), spec)
+    assert linear.has_valid_scales
+    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    wide_OI = linear.codes_OI.int() * multiplier_OG.int().repeat_interleave(8, dim=1)
+    half = 1 << (spec.decompressed_bits - 1)
+    assert -half <= wide_OI.amin() and wide_OI.amax() < half
+    torch.testing.assert_close(wide_OI * channel_O1, linear.dequantized(), rtol=1e-6, atol=0)
+
+
+def test_scale_one_bit_off_is_not_valid():
+    spec = SPECS[0]
+    scale_OG = start_scale(spread_weight(spec), spec).view(60, 6)
+    codes = torch.zeros(60, 48, dtype=torch.int8)
+    assert QuantizedLinear(codes, scale_OG, torch.zeros_like(scale_OG), spec).has_valid_scales
+    column = (scale_OG[7] < scale_OG[7].amax()).nonzero()[0]
+    for towards in (0.0, 1.0):
+        off_OG = scale_OG.clone()
+        off_OG[7, column] = torch.nextafter(off_OG[7, column], torch.tensor(towards))
+        assert not QuantizedLinear(codes, off_OG, torch.zeros_like(scale_OG), spec).has_valid_scales
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_learned_ends_give_whole_multiples_and_get_their_gradient_straight_through(spec: QuantSpec):
+    weight = spread_weight(spec)
+    plain = QuantSpec(bits=spec.bits, group_size=8)
+    ends = affine.start_range(affine.to_rows(weight, spec), spec)
+    beta, gamma = (torch.empty(360, 1).uniform_(-0.4, 0.4).requires_grad_() for _ in range(2))
+    scale, zero_point = adascale.learned_grid(*ends, beta, gamma, spec, 6)
+    multiplier_OG, channel_O1 = affine.two_levels(scale.detach().view(60, 6), spec)
+    assert torch.equal((multiplier_OG * channel_O1).view(-1, 1), scale) and not zero_point.any()
+    expected, _ = adascale.learned_grid(*ends, beta, gamma, plain)
+    inside = multiplier_OG.view(-1, 1) > 1
+    nearest = (scale - expected).abs() <= channel_O1.expand(60, 6).reshape(-1, 1) * 0.5001
+    assert inside.any() and nearest[inside].all()
+    weights = torch.randn_like(scale)
+    found = torch.autograd.grad((scale * weights).sum(), (beta, gamma))
+    for value, of_plain in zip(found, torch.autograd.grad((expected * weights).sum(), (beta, gamma)), strict=True):
+        assert torch.equal(value, of_plain)
+
+
+def test_without_the_number_of_groups_there_is_no_scale():
+    with pytest.raises(TypeError):
+        affine.scale_of(-torch.ones(4, 1), torch.ones(4, 1), SPECS[0])
