@@ -15,8 +15,8 @@ class ParallelOptions:
     engine: Literal["auto", "local", "rows", "allreduce", "zero1", "zero2", "zero3"] = "auto"
     """`local`: one rank alone; `rows`: every rank trains its part of each linear's outputs, and the quantized weight
     alone is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
-    state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: the first of local,
-    allreduce, zero2 and zero3 that fits the memory, or the one that takes least."""
+    state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: `local` on one rank,
+    else `allreduce` where that fits the memory, `rows` where not."""
     reduce_dtype: Literal["float32", "bf16"] = "float32"
     """Dtype in which gradients travel between ranks and are added up; `bf16` halves the bytes and rounds the sums."""
     offload: bool = False

@@ -161,6 +161,8 @@ def state_bytes(size: BlockSize, options: OptimizeOptions, parallel: ParallelOpt
 
     moments = 0 if parallel.offload else held(4 * MOMENTS[options.optimizer] * num_weights, 1)
     state = moments + held(4 * num_weights, 3) + held(size.source, 3)
+    if stage == 3:
+        state += held(4 * num_weights, 3)  # DeepSpeed steps a copy of s2
     if options.held_out:
         state += num_weights  # the best iterate's codes
     quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2)
