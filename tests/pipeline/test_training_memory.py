@@ -160,8 +160,8 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
 def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offload: bool, whole: int, shared: int):
     """Shared by ZeRO: moments, then s2's gradient, then s2. Rows share all but the quantized weight, here in bf16.
 
-    Stage 3 steps a copy of s2. Beside that ZeRO has what is reduced: a bucket, here as large as all gradients, and the largest linear's gradient;
-    with stage 3 another bucket, and s2 and weights gathered twice.
+    Stage 3 steps a copy of s2. Beside that ZeRO has what is reduced: a bucket, here as large as all gradients, and the
+    largest linear's gradient; with stage 3 another bucket, and s2 and weights gathered twice.
     """
     parallel = ParallelOptions(engine=engine, offload=offload)
     options = options_for(4, precision="bf16")
