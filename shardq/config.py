@@ -105,6 +105,10 @@ class QuantizeConfig:
     resume: Literal["auto", "never", "require"] = "auto"
     """What to do with an unfinished run in the output folder: go on (`auto`), refuse (`never`); `require` refuses to
     start anew."""
+    redo: str | None = None
+    """Blocks of the run in the output folder to do again, counted from 0, such as `3,12-14`: damaged ones, or chosen
+    ones with another seed, optimize, calib or quant.method. Those after one that comes out with other bytes are done
+    again too. `end`: only the files that complete the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
     target: Literal["vllm", "gguf"] | None = None

@@ -65,10 +65,25 @@ def make_folder(folder: Path) -> None:
         sync(folder.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if it is there; raises StorageError where the disk does not let it go."""
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> bool:
+    """Remove a folder with all that is in it; False if there was none; raises as `remove`."""
+    with storage_errors(folder):
+        if not folder.exists():
+            return False
+        shutil.rmtree(folder)
+        return True
+
+
 def remove_asides(folder: Path) -> None:
     """Remove what dead processes have left half-written in a folder and those below it."""
     for aside in folder.rglob(f"*{ASIDE}"):
-        aside.unlink(missing_ok=True)
+        remove(aside)
 
 
 def sync(path: Path) -> None:
@@ -84,6 +99,11 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with storage_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nearest_folder(folder: Path) -> Path:
+    """A folder, or the first above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
 @contextmanager
@@ -106,5 +126,4 @@ def _advice(error: OSError, path: Path) -> str:
 
 
 def _free_mib(path: Path) -> int:
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    return shutil.disk_usage(existing).free >> 20
+    return shutil.disk_usage(nearest_folder(path.parent)).free >> 20

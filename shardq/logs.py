@@ -148,7 +148,7 @@ class Display:
             self._bar.update(self._iterations, description=f"{self._name} loss {loss.item():.3e}")
         self._bar.advance(self._iterations)
 
-    def advance_block(self) -> None:
-        """One block is done."""
+    def advance_block(self, steps: int = 1) -> None:
+        """One block is done; or some less are than before, as they have to be done again."""
         if self._bar:
-            self._bar.advance(self._blocks)
+            self._bar.advance(self._blocks, steps)

@@ -16,6 +16,7 @@ from shardq.cli import parse
 from shardq.errors import CheckpointError, ConfigError, ResumeError, ShardQError
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block, write_block
+from shardq.formats.checkpoint import copy_companions
 from shardq.formats.shards import INDEX_FILE, open_index, read_header, read_tensor
 from shardq.formats.tensor_file import read_checked
 from shardq.pipeline import ledger
@@ -95,23 +96,95 @@ def test_index_never_leads_out_of_the_folder(tmp_path, name):
         open_index(tmp_path / "model")
 
 
+@pytest.fixture
+def hub_cache(tmp_path) -> Path:
+    """A snapshot as `huggingface_hub` keeps it: links, from its own folder into one of blobs beside it."""
+    repository = tmp_path / "models--owner--model"
+    snapshot = repository / "snapshots" / "0123abc"
+    for name, content in (("a.safetensors", SHARD), (INDEX_FILE, json.dumps({"weight_map": {"a": "a.safetensors"}}))):
+        blob = repository / "blobs" / name.encode().hex()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content if isinstance(content, bytes) else content.encode())
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("how", ["itself", "through a link to the folder", "through a link to the cache"])
+def test_links_of_the_hub_cache_are_followed(hub_cache, tmp_path, how):
+    (tmp_path / "folder").symlink_to(hub_cache)
+    (tmp_path / "cache").symlink_to(tmp_path / "models--owner--model")
+    folder = {"itself": hub_cache, "through a link to the folder": tmp_path / "folder"}.get(
+        how, tmp_path / "cache" / "snapshots" / "0123abc"
+    )
+    assert torch.equal(read_tensor(open_index(folder)["a"]), torch.ones(3, 2))
+
+
+def test_links_within_the_folder_are_followed(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "kept.bin").write_bytes(SHARD)
+    (tmp_path / "model" / "model.safetensors").symlink_to("kept.bin")
+    assert set(open_index(tmp_path / "model")) == {"a", "b"}
+
+
+OUTSIDE = ["secret", "models--owner--model/secret", "models--owner--model/blobs/deeper/secret",
+           "models--owner--other/blobs/secret"]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", OUTSIDE)
+@pytest.mark.parametrize("name", ["a.safetensors", "model.safetensors"])
+def test_link_out_of_the_folder_is_refused(hub_cache, tmp_path, target, name):
+    """Also one that leads elsewhere in the cache, and one that no index names."""
+    secret, link = tmp_path / target, hub_cache / name
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    secret.write_bytes(SHARD)
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    if name == "model.safetensors":
+        (hub_cache / INDEX_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: a link out of the folder, to {secret}; refused"):
+        open_index(hub_cache)
+
+
+def test_link_in_a_circle_is_refused(hub_cache):
+    (hub_cache / "a.safetensors").unlink()
+    (hub_cache / "a.safetensors").symlink_to("a.safetensors")
+    with pytest.raises(CheckpointError, match="'a.safetensors' is no file's name"):
+        open_index(hub_cache)
+
+
+def test_link_out_of_the_folder_is_not_copied_into_the_output(tmp_path):
+    for folder in ("model", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "secret").write_text("words")
+    (tmp_path / "model" / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="LICENSE: a link out of the folder"):
+        copy_companions(tmp_path / "model", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 LINE = json.dumps({"block": 0, "files": {"a": "0" * 64}}).encode() + b"\n"
 
 
 @hostile
 @given(value=VALUES, files=VALUES, raw=some.binary(max_size=40) | mutated(LINE * 2) | some.just(NESTED + b"\n"))
 def test_ledger_reader(tmp_path, value, files, raw):
-    for content in (raw, json.dumps(value).encode(), json.dumps({"block": 0, "files": files}).encode() + b"\n"):
+    for content in (
+        raw,
+        json.dumps(value).encode(),
+        json.dumps({"block": 0, "files": files}).encode() + b"\n",
+        json.dumps({"redo": value, "manifest": files}).encode() + b"\n",
+    ):
         (tmp_path / "ledger.jsonl").write_bytes(content)
-        only_own_errors(ResumeError, ledger.read_entries, tmp_path)
-        only_own_errors(ShardQError, ledger._read_ledger, tmp_path)
+        only_own_errors(ResumeError, ledger.read_lines, tmp_path)
+        only_own_errors(ShardQError, ledger.check_finished, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a", "blocks/../../a"])
 def test_ledger_never_leads_out_of_the_folder(tmp_path, name):
     (tmp_path / "ledger.jsonl").write_text(json.dumps({"block": 0, "files": {name: "0"}}) + "\n")
     with pytest.raises(ResumeError, match="line 1 names a file outside the folder"):
-        ledger.read_entries(tmp_path)
+        ledger.read_lines(tmp_path)
 
 
 @hostile
@@ -120,7 +193,8 @@ def test_manifest_reader(tmp_path, value, raw):
     for content in (raw, json.dumps(value).encode(), json.dumps({"options": value}).encode()):
         (tmp_path / "manifest.json").write_bytes(content)
         only_own_errors(ResumeError, ledger.stored_options, tmp_path, "quant")
-        only_own_errors(ShardQError, ledger.open_run, tmp_path, {"options": {}}, "auto")
+        for redo in (None, [0]):
+            only_own_errors(ShardQError, ledger.open_run, tmp_path, {"options": {}}, "auto", redo)
 
 
 def make_block(path: Path) -> bytes:

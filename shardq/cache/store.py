@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardq.cache.options import CacheOptions
 from shardq.errors import ShardQError, StorageError
+from shardq.files import remove
 from shardq.formats.tensor_file import read_checked, write_checked
 
 Stream = Literal["fp", "quant"]
@@ -82,7 +83,7 @@ class DiskStore:
         try:
             return read_checked(path)[0][HIDDEN]
         except (ShardQError, KeyError) as error:
-            path.unlink(missing_ok=True)
+            remove(path)
             raise StorageError(
                 f"{path}: cached activations are gone or damaged; run the same command again to compute them anew"
             ) from error
@@ -100,7 +101,7 @@ class DiskStore:
         """Delete a generation's files of these samples, and its folder once it is empty."""
         for sample in samples:
             for stream in ("fp", "quant"):
-                self._path(stream, generation, sample).unlink(missing_ok=True)
+                remove(self._path(stream, generation, sample))
         folder = self._folder / f"generation-{generation:05d}"
         with suppress(OSError):  # not empty: another rank's samples; not there: another rank removed it
             folder.rmdir()

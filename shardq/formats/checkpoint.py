@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shardq.files import write_json, write_whole
-from shardq.formats.shards import INDEX_FILE, TensorInfo, read_header
+from shardq.formats.shards import INDEX_FILE, TensorInfo, inside, read_header
 from shardq.quant.quantized import QuantizedLinear
 
 COPIED_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
@@ -65,4 +66,4 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copy the tokenizer and the other small files that a checkpoint needs to load and generate."""
     for pattern in COPIED_PATTERNS:
         for file in sorted(path for path in source.glob(pattern) if path.is_file()):
-            write_whole(folder / file.name, lambda aside, file=file: shutil.copyfile(file, aside))
+            write_whole(folder / file.name, partial(shutil.copyfile, inside(source, file.name)))

@@ -54,11 +54,12 @@ def open_index(folder: Path) -> Index:
         Every tensor by name, in the order of the shards. No weight is read.
 
     Raises:
-        CheckpointError: no safetensors, a shard missing or truncated, a tensor not where the index says.
+        CheckpointError: no safetensors, a shard missing or truncated, a tensor not where the index says, a name that
+            leads out of the folder.
     """
     if (folder / INDEX_FILE).exists():
         weight_map = _read_weight_map(folder / INDEX_FILE)
-        headers = {name: read_header(_inside(folder, name)) for name in dict.fromkeys(weight_map.values())}
+        headers = {name: read_header(inside(folder, name)) for name in dict.fromkeys(weight_map.values())}
         for tensor, shard in weight_map.items():
             if tensor not in headers[shard]:
                 raise CheckpointError(
@@ -67,7 +68,7 @@ def open_index(folder: Path) -> Index:
                 )
         return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
     if (folder / SINGLE_FILE).exists():
-        return read_header(folder / SINGLE_FILE)
+        return read_header(inside(folder, SINGLE_FILE))
     raise CheckpointError(
         f"{folder}: holds neither {INDEX_FILE} nor {SINGLE_FILE}; shardq reads safetensors checkpoints only"
     )
@@ -83,9 +84,25 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a valid index ({error}); download the checkpoint again") from error
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
+    """A file of a checkpoint folder, which links lead to no other place than the Hugging Face cache's own.
+
+    That cache keeps files as `blobs/DIGEST`, beside `snapshots/REVISION` with links to them.
+
+    Raises:
+        CheckpointError: the name, or a link of that name, leads elsewhere.
+    """
     if Path(name).name != name:
         raise CheckpointError(f"{folder / INDEX_FILE}: shard name {name!r} points outside the folder; refused")
+    try:
+        real, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name that no file can have
+        raise CheckpointError(f"{folder}: {name!r} is no file's name ({error}); download it again") from error
+    blobs = real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+    if not target.is_relative_to(real) and target.parent != blobs:
+        raise CheckpointError(
+            f"{folder / name}: a link out of the folder, to {target}; refused, put the file itself there"
+        )
     return folder / name
 
 

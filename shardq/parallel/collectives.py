@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shardq.errors import ShardQError, StorageError
-from shardq.files import ASIDE, write_text
+from shardq.files import ASIDE, remove, write_text
 from shardq.parallel.ranks import Ranks, contact, this_rank
 
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ def shared_by_all(ranks: Ranks, folder: Path) -> None:
         together(ranks, find)
     finally:
         if ranks.rank == 0:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:

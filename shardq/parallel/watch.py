@@ -21,10 +21,12 @@ import torch.distributed as dist
 
 from shardq.errors import Interrupted, RankError, ShardQError
 from shardq.logs import print_error
+from shardq.parallel.stall import Stall, main_place
 
 BEAT_SECONDS = 1.0
 # Counted in this process's own beats: while it was stopped itself, or the whole machine was, nobody else was silent.
 MAX_MISSED_BEATS = 20
+STALL_SECONDS = 600.0  # nothing that works is silent in every way for so long
 MEETING_SECONDS = 300.0  # importing from a cold network disk takes minutes
 SEND_SECONDS = 5.0
 MEETING_PLACE = "watch"
@@ -92,7 +94,7 @@ class Watch:
         self._send_all("leaving", last_words, interrupted)
 
     def _listen(self) -> None:
-        due = time.monotonic()
+        due, stall = time.monotonic(), Stall()
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
@@ -103,6 +105,8 @@ class Watch:
                 if time.monotonic() >= due:
                     due = time.monotonic() + BEAT_SECONDS
                     self._beat()
+                    if stall.look(BEAT_SECONDS) * BEAT_SECONDS > STALL_SECONDS:
+                        self._end_stalled()
 
     def _hear(self, peer: Peer) -> bool:
         """Take in what a peer sent; False once it has left."""
@@ -149,6 +153,13 @@ class Watch:
             hung = [silent.launcher, silent.pid] if silent else None
             self._send_all("verdict", verdict, hung, interrupted)
             self._end(verdict, hung, interrupted)
+
+    def _end_stalled(self) -> None:
+        """End this process, which will not come to what the others wait for; they hear where it stands."""
+        words = f"stands still at {main_place()}: nothing has run for {STALL_SECONDS:.0f} s; check its host's disks"
+        self._send_all("leaving", words, False)
+        print_error(words, self._name)
+        os._exit(RankError.exit_code)
 
     def _end(self, verdict: str, hung: tuple[str, int] | None, interrupted: bool) -> None:
         """End this process, unless it is about to end with words of its own.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from shardq.formats import compressed_tensors, encodings
 from shardq.formats.block_file import read_activations, read_block, read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.model_card import model_card
-from shardq.formats.shards import DTYPES, read_header, read_tensor
+from shardq.formats.shards import DTYPES, INDEX_FILE, read_header, read_tensor
 from shardq.formats.tensor_file import write_tensors
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
@@ -32,6 +33,9 @@ from shardq.quant.spec import QuantSpec
 
 MODEL_CARD = "README.md"
 PACKAGES: dict[Format, str] = {"onnx": "onnxscript", "gguf": "gguf"}  # that a run without these formats needs not
+
+COMPLETING = ("config.json", INDEX_FILE, "model.encodings", "model_torch.encodings")
+FORMATS: tuple[Format, ...] = get_args(Format)  # each to a folder of its name
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
@@ -95,14 +99,14 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
     for number, infos in enumerate(plan.rest):
         rest.append(output / plan.rest_shard(number))
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
-    v1_file, torch_file = output / "model.encodings", output / "model_torch.encodings"
+    config_file, index_file, v1_file, torch_file = (output / name for name in COMPLETING)
     grids = all_activations(output, plan.num_blocks)
     encodings.write_v1(v1_file, _merged(output, plan, 0, encodings.read_v1), grids)
     encodings.write_torch(torch_file, _merged(output, plan, 1, encodings.read_torch), grids)
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, _name(dtype))
     write_index(output, plan.shards())
-    return [*rest, v1_file, torch_file, output / "config.json", output / "model.safetensors.index.json"]
+    return [*rest, v1_file, torch_file, config_file, index_file]
 
 
 def all_activations(output: Path, num_blocks: int) -> dict[str, ActivationGrid]:

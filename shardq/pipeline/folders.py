@@ -16,15 +16,15 @@ def output_folder(config: QuantizeConfig) -> Path:
     return Path(config.output or f"runs/{Path(config.model).resolve().name}-w{spec.bits}{group}")
 
 
-def cache_folder(config: QuantizeConfig, output: Path) -> Path:
+def cache_folder(config: QuantizeConfig, output: Path, num_redos: int) -> Path:
     """Folder of this run's cached activations, and of nothing else.
 
-    Outside the output folder its name depends on that and on what the run is: files that another run has left on a
-    host's disk are never taken for this one's.
+    Outside the output folder its name depends on that, on what the run is and how often blocks of it were done again:
+    files that another run, or former blocks, have left on a host's disk are never taken for this one's.
     """
     if config.cache.folder is None:
         return output / "cache"
-    identity = f"{output.resolve()} {sha256_of(output / MANIFEST)}"
+    identity = f"{output.resolve()} {sha256_of(output / MANIFEST)} {num_redos}"
     return Path(config.cache.folder) / f"shardq-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 

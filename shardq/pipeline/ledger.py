@@ -1,73 +1,23 @@
 """What a run is (manifest.json) and what it has finished (ledger.jsonl).
 
 A block counts as finished once its ledger line, with the digests of its files, is on the disk; that line is written
-after the files themselves. Both files depend on the run's inputs alone: no times, no paths of the output.
+after the files themselves. A line of another kind begins a redo: its blocks count no longer, and from there on the
+manifest is the one that it holds. Both files depend on the run's inputs alone: no times, no paths of the output.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-from shardq import __version__
-from shardq.config import QuantizeConfig
 from shardq.errors import ResumeError
 from shardq.files import ASIDE, append_line, sha256_of, storage_errors, write_json
-from shardq.formats.shards import Index, read_sample
 from shardq.pipeline.lock import LOCK
+from shardq.pipeline.manifest import REDO_MAY_CHANGE, differences
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
-# May differ when a run goes on.
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "device", "cache", "checkpoint", "parallel")
-
-
-def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str) -> dict:
-    """Everything that decides a run's result, but for the last bits that depend on ranks and engine."""
-    options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
-    del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
-    del options["export"]["formats"]  # may be written at any time
-    if not config.activations.asked:
-        del options["activations"]  # the others decide nothing then
-    manifest = {
-        "shardq": __version__,
-        "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},
-        "calibration_tokens": tokens_digest,
-        "options": options,
-    }
-    return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
-
-
-def _fingerprint(index: Index) -> str:
-    """Digest over every tensor's name, place, shape, dtype and 4 KiB from its middle.
-
-    Hashing all bytes of a 70B model would take minutes at every start; a retrained or another model differs here too.
-    """
-    digest = hashlib.sha256()
-    for info in index.values():
-        digest.update(repr((info.name, info.file.name, info.dtype, info.shape, info.offset)).encode())
-        digest.update(read_sample(info))
-    return digest.hexdigest()
-
-
-def differences(stored: object, current: object, path: str = "") -> list[str]:
-    """Dotted names, with both values, of what differs between two manifests."""
-    if isinstance(stored, dict) and isinstance(current, dict):
-        names = sorted(stored.keys() | current.keys())
-        return [
-            line
-            for name in names
-            for line in differences(stored.get(name), current.get(name), f"{path}.{name}" if path else name)
-        ]
-    return (
-        [] if stored == current else [f"{path.removeprefix('options.')} (was {_short(stored)}, is {_short(current)})"]
-    )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
+Entries = dict[int | None, dict]
+"""Ledger lines by the block that each is about; None: about the files that complete the run."""
 
 
 def stored_options(output: Path, section: str) -> dict:
@@ -81,8 +31,9 @@ def stored_options(output: Path, section: str) -> dict:
 
 
 def read_manifest(output: Path) -> dict:
-    """What the run in a folder is."""
-    return read_json(output / MANIFEST)
+    """What the run in a folder is: as it began, or since its last redo."""
+    redos = redo_lines(read_lines(output))
+    return redos[-1]["manifest"] if redos else read_json(output / MANIFEST)
 
 
 def check_folder(output: Path, resume: str) -> None:
@@ -102,30 +53,56 @@ def check_folder(output: Path, resume: str) -> None:
         raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
 
 
-def open_run(output: Path, manifest: dict, resume: str) -> list[dict]:
-    """Begin a run in a folder, or find what an unfinished run there has done.
+def open_run(
+    output: Path, manifest: dict, resume: str, redo: list[int] | None = None
+) -> tuple[list[dict], dict | None]:
+    """Find what the run in a folder has done, or that one may begin there.
+
+    Args:
+        redo: blocks to do again.
 
     Returns:
-        The ledger's entries, one a finished block and a last one once the run is complete; empty for a new run.
+        The ledger's lines, none for a new run; and the line, if there is to be one, that begins a redo. `begin_run`
+        and appending that line are left to the caller.
 
     Raises:
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
     """
     check_folder(output, resume)
-    path = output / MANIFEST
-    if not path.exists():
-        write_json(path, manifest)
-        return []
+    if not (output / MANIFEST).exists():
+        if redo is not None:
+            raise ResumeError(f"{output}: no run to redo blocks of (no {MANIFEST}); check --output or drop --redo")
+        return [], None
     if resume == "never":
         raise ResumeError(f"{output}: already holds a run and --resume is never; choose another --output or delete it")
-    differing = differences(read_json(path), manifest)
-    if differing:
-        raise ResumeError(
-            f"{output}: belongs to another run; different: {'; '.join(differing)}; choose another --output or the "
-            "same options"
-        )
     _cut_torn_line(output)
-    return _read_ledger(output)
+    lines, differing = read_lines(output), differences(read_manifest(output), manifest)
+    lasting = [text for name, text in differing.items() if redo is None or not name.startswith(REDO_MAY_CHANGE)]
+    if lasting:
+        raise ResumeError(
+            f"{output}: belongs to another run; different: {'; '.join(lasting)}; choose another --output or the same "
+            "options"
+        )
+    entries = finished(lines)
+    damaged = dict(damaged_files(output, entries))
+    line = None if redo is None else _redo_line(lines, redo, manifest, damaged)
+    left = [block for block in damaged if block in finished([*lines, *([line] if line else [])])]
+    if left:
+        numbers = ",".join("end" if block is None else str(block) for block in damaged)
+        raise ResumeError(f"{damaged[left[0]]}; restore it, or do it again with --redo {numbers}")
+    return lines, line
+
+
+def begin_run(output: Path, manifest: dict) -> None:
+    """Make a folder a run's, if it is none yet."""
+    if not (output / MANIFEST).exists():
+        write_json(output / MANIFEST, manifest)
+
+
+def _redo_line(lines: list[dict], redo: list[int], manifest: dict, damaged: dict[int | None, str]) -> dict | None:
+    """What begins a redo; None where the last one has asked for the same, and nothing of it is damaged since."""
+    line, redos = {"redo": redo, "manifest": manifest}, redo_lines(lines)
+    return None if redos and redos[-1] == line and not damaged.keys() & {*redo, None} else line
 
 
 def check_finished(output: Path) -> None:
@@ -134,9 +111,15 @@ def check_finished(output: Path) -> None:
     Raises:
         ResumeError: it does not.
     """
-    entries = _read_ledger(output)
-    if not entries or entries[-1]["block"] is not None:
-        raise ResumeError(f"{output}: holds no finished run; run the command that began it to its end")
+    entries = finished(read_lines(output))
+    for fault in (*why_unfinished(output, entries), *dict(damaged_files(output, entries)).values()):
+        raise ResumeError(fault)
+
+
+def why_unfinished(output: Path, entries: Entries) -> list[str]:
+    """One line where a run is not finished."""
+    done = len(entries.keys() - {None})
+    return [] if None in entries else [f"{output}: not finished, {done} block(s) are; run its command to the end"]
 
 
 def read_json(path: Path) -> dict:
@@ -154,48 +137,87 @@ def read_json(path: Path) -> dict:
         raise ResumeError(f"{path}: damaged ({error}); choose another --output") from error
 
 
-def _read_ledger(output: Path) -> list[dict]:
-    entries = read_entries(output)
-    for fault in damaged_files(output, entries):
-        raise ResumeError(f"{fault}; restore it or start anew")
-    return entries
-
-
-def read_entries(output: Path) -> list[dict]:
+def read_lines(output: Path) -> list[dict]:
     """The ledger's whole lines; a kill inside an append leaves a line without its end, which was never committed.
 
     Raises:
         ResumeError: a line is damaged or out of order.
     """
-    path, entries = output / LEDGER, []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines):
+    path, lines = output / LEDGER, []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else []):
         try:
-            entry = json.loads(line)
-            block, names = entry["block"], [Path(name) for name in entry["files"].keys()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ResumeError(f"{path}: line {number + 1} is damaged; choose another --output") from error
-        if block != number and not (block is None and number == len(lines) - 1):
-            raise ResumeError(
-                f"{path}: line {number + 1} is about block {block}, not {number}; choose another --output"
-            )
-        if any(name.is_absolute() or ".." in name.parts for name in names):
-            raise ResumeError(f"{path}: line {number + 1} names a file outside the folder; choose another --output")
-        entries.append(entry)
-    return entries
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        fault = _fault(line, finished(lines))
+        if fault:
+            raise ResumeError(f"{path}: line {number + 1} {fault}; choose another --output")
+        lines.append(line)
+    return lines
 
 
-def damaged_files(output: Path, entries: list[dict]) -> Iterator[str]:
-    """One line for each file of the ledger's that is not what it was when it was finished."""
-    for entry in entries:
+def _fault(line: object, before: Entries) -> str:
+    """What is wrong with a line after those whose entries count; nothing if it may stand there."""
+    damaged = "is damaged"
+    if not isinstance(line, dict):
+        return damaged
+    if "redo" in line:
+        redo, manifest = line["redo"], line.get("manifest")
+        numbers = isinstance(redo, list) and all(type(block) is int for block in redo)
+        return "" if numbers and isinstance(manifest, dict) else damaged
+    if "block" not in line or not isinstance(line.get("files"), dict):
+        return damaged
+    block, expected = line["block"], blocks_to_do(before, len(before) + 1).start
+    if None in before:
+        return f"is about block {block} although the run was complete"
+    if block != expected and not (block is None and expected == len(before)):
+        return f"is about block {block}, not {expected}"
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in line["files"]):
+        return "names a file outside the folder"
+    return ""
+
+
+def redo_lines(lines: list[dict]) -> list[dict]:
+    """The lines that begin a redo."""
+    return [line for line in lines if "redo" in line]
+
+
+def finished(lines: list[dict]) -> Entries:
+    """The entries that count.
+
+    A redo takes out its blocks, and the completion. One of them that comes out with other bytes takes out all blocks
+    after it, as they were made for the former one; with the same bytes it leaves them as they are.
+    """
+    counting: Entries = {}
+    former: Entries = {}
+    for line in lines:
+        if "redo" in line:
+            counting = {block: entry for block, entry in counting.items() if block not in (*line["redo"], None)}
+            continue
+        block = line["block"]
+        if block is not None and block in former and former[block]["files"] != line["files"]:
+            counting = {other: entry for other, entry in counting.items() if other < block}
+        counting[block] = former[block] = line
+    return counting
+
+
+def blocks_to_do(entries: Entries, num_blocks: int) -> range:
+    """The first blocks that are not finished, up to the next one that is; empty at `num_blocks` if all are."""
+    first = next((block for block in range(num_blocks) if block not in entries), num_blocks)
+    return range(first, next((block for block in range(first, num_blocks) if block in entries), num_blocks))
+
+
+def damaged_files(output: Path, entries: Entries) -> Iterator[tuple[int | None, str]]:
+    """The block, and a line about it, of each file of the ledger's that is not what it was when it was finished."""
+    for block, entry in entries.items():
         for name, digest in entry["files"].items():
             path = output / name
             with storage_errors(path):
                 is_there = path.is_file()
             if not is_there:
-                yield f"{path}: missing although the ledger has it as finished"
+                yield block, f"{path}: missing although the ledger has it as finished"
             elif sha256_of(path) != digest:
-                yield f"{path}: changed since it was finished (its digest differs)"
+                yield block, f"{path}: changed since it was finished (its digest differs)"
 
 
 def _cut_torn_line(output: Path) -> None:
@@ -206,7 +228,14 @@ def _cut_torn_line(output: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> None:
-    """Append the ledger line that makes a block's files count; `block` None: the whole run is complete."""
+def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> dict:
+    """Append the ledger line that makes a block's files count, and give it; `block` None: the whole run is complete."""
     digests = {str(path.relative_to(output)): sha256_of(path) for path in files}
-    append_line(output / LEDGER, json.dumps({"block": block, "files": digests, **facts}, sort_keys=True))
+    return append(output, {"block": block, "files": digests, **facts})
+
+
+def append(output: Path, line: dict) -> dict:
+    """Append a line to the ledger; give it as it will be read."""
+    text = json.dumps(line, sort_keys=True)
+    append_line(output / LEDGER, text)
+    return json.loads(text)

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -48,7 +48,9 @@ def only_run(output: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is locked: afterwards it might be another run's
+            # While it is locked: afterwards it might be another run's. A disk that has failed keeps it, as a kill does.
+            with suppress(OSError):
+                path.unlink()
 
 
 def _locked(path: Path, say: Callable[[str], None]) -> TextIO:

@@ -21,21 +21,25 @@ from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_z
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.activations import plan_activations
-from shardq.pipeline.folders import output_folder
+from shardq.pipeline.folders import cache_folder, output_folder
 from shardq.pipeline.lock import only_run
+from shardq.pipeline.manifest import make_manifest
 from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit, reads_ahead
 from shardq.pipeline.plan import Plan, make_plan
+from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.target import check_served
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has passed all checks, on one rank.
+    """A run that has passed all checks, on one rank; `begin` has it take its folder.
 
-    Attributes:
-        activations: bits of those that get a grid, by name within each block.
-        finished: the ledger's entries so far.
-        reads_ahead: whether a block's weights are read while the one before is trained.
+        Attributes:
+                activations: the bits of those that get a grid, by name within each block.
+            manifest: what it is.
+            lines: of its ledger, the one that begins a redo included.
+            begins_redo: whether the last of them has still to be written.
+            reads_ahead: whether a block's weights are read while the one before is trained.
     """
 
     config: QuantizeConfig
@@ -45,14 +49,16 @@ class Run:
     arguments: list[BlockArguments]
     activations: list[dict[str, int]]
     tokens_NT: Tensor
-    finished: list[dict]
+    manifest: dict
+    lines: list[dict]
+    begins_redo: bool
     reads_ahead: bool
     ranks: Ranks
     display: Display
 
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitStack) -> Run:
-    """Check everything that can be checked before work starts, and begin or find the run in the output folder.
+    """Check everything that can be checked before work starts, and find what the output folder holds of the run.
 
     Args:
         held: keeps other runs out of that folder until it is closed.
@@ -72,26 +78,39 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
             arguments = record_arguments(skeleton, embed, length)
         return skeleton, plan, arguments, plan_activations(skeleton, plan, arguments, length, config.activations)
 
-    def begin() -> tuple[Tensor, list[dict], QuantizeConfig]:
+    def find() -> tuple[Tensor, dict, tuple[list[dict], dict | None], QuantizeConfig]:
+        redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, skeleton, plan, arguments, limit, ranks, display)
-        manifest = ledger.make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
         ledger.check_folder(output, config.resume)
         held.enter_context(only_run(output, display.line))
         remove_asides(output)
-        return tokens_NT, ledger.open_run(output, manifest, config.resume), chosen
+        return tokens_NT, manifest, ledger.open_run(output, manifest, config.resume, redo), chosen
 
     skeleton, plan, arguments, activations = together(ranks, open_and_plan)
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
-    tokens_NT, finished, chosen = on_rank_zero(ranks, begin)
+    tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
     ahead = reads_ahead(skeleton, plan, arguments, config.calib.sequence_length, config.optimize, config.parallel,
                         limit, ranks.world_size)  # fmt: skip
-    run = Run(config, output, skeleton, plan, arguments, activations, tokens_NT, finished, ahead, ranks, display)
+    lines += [redo] if redo else []
+    run = Run(
+        config, output, skeleton, plan, arguments, activations, tokens_NT, manifest, lines, redo is not None, ahead,
+        ranks, display,
+    )  # fmt: skip
     _say_what_will_be_done(run)
     return run
+
+
+def begin(run: Run) -> None:
+    """Make the output folder this run's, and have the blocks of a redo count no longer."""
+    on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
+    if run.begins_redo:
+        former = cache_folder(run.config, run.output, len(ledger.redo_lines(run.lines)) - 1)
+        begin_redo(run.output, former, run.lines[-1], run.ranks, run.display)
 
 
 def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:
@@ -122,7 +141,7 @@ def _fitted(
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
         micro_batch = stored.get("micro_batch")
-        if micro_batch is None:
+        if micro_batch is None or stored.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
             micro_batch = choose_micro_batch(*per_block, parallel, limit, ranks.world_size)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
@@ -158,7 +177,7 @@ def _say_what_will_be_done(run: Run) -> None:
         )
     if not run.reads_ahead:
         line("no block is read while the one before is trained: memory has no room for both")
-    if len(run.finished) > run.plan.num_blocks:
+    if None in ledger.finished(run.lines):
         line(f"{run.output}: this run is finished, nothing is left to do")
 
 

@@ -34,7 +34,9 @@ from shardq.pipeline.export import (
 )
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.passes import Activations, replay
-from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.prepare import Run, begin, prepare
+from shardq.pipeline.redo import remove_what_completes
+from shardq.pipeline.space import check_space
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
 from shardq.pipeline.training import BlockResult
@@ -56,17 +58,20 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     display = Display(ranks.rank)
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)
+        check_space(run)
+        begin(run)
         events = Events(events_file(run.output, ranks), ranks.rank)
-        entries = run.finished
-        if len(entries) <= run.plan.num_blocks:
+        lines = run.lines
+        if None not in ledger.finished(lines):
             # No file to write to before the checks have passed.
             events.record("start-up", started)
             events.record("prepare", time.perf_counter() - start)
             with stoppable(run.output, ranks):
-                entries = _finish(run, events)
+                lines = _finish(run, events)
             events.record("run", started + time.perf_counter() - start)
         on_rank_zero(ranks, lambda: _write_formats(run))
-        blocks = entries[: run.plan.num_blocks]
+        entries = ledger.finished(lines)
+        blocks = [entries[block_index] for block_index in range(run.plan.num_blocks)]
         summary = {
             "output": str(run.output),
             "blocks": len(blocks),
@@ -80,9 +85,9 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
 
 def _finish(run: Run, events: Events) -> list[dict]:
-    """Quantize the blocks that are left and complete the output; give the ledger's entries."""
+    """Quantize the blocks that are left and complete the output; give the ledger's lines."""
     config, ranks, plan = run.config, run.ranks, run.plan
-    cache = cache_folder(config, run.output)
+    cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
     store = open_store(config.cache, cache)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
@@ -94,24 +99,45 @@ def _finish(run: Run, events: Events) -> list[dict]:
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
         Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
     )  # fmt: skip
-    with events.span("prepare activations"):
-        _prepare_activations(run, cache, activations)
-    entries = list(run.finished)
-    with run.display.bars(plan.num_blocks, len(entries), config.optimize.iterations):
-        for loaded in _agreed_blocks(run, len(entries), events):
-            entries.append(_quantize_and_commit(run, job, loaded, dtype))
+    on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
+    lines = list(run.lines)
+    with run.display.bars(plan.num_blocks, len(ledger.finished(lines)), config.optimize.iterations):
+        for loaded in _blocks_to_do(run, lines, cache, activations, events):
+            block_index, num_before = loaded.index, len(ledger.finished(lines))
+            lines.append(_quantize_and_commit(run, job, loaded, dtype))
             del loaded  # its source must not stay in memory while the block after the next is read
-            if len(entries) < plan.num_blocks:
-                stop_if_asked(run.output, ranks, len(entries), plan.num_blocks)
+            num_done = len(ledger.finished(lines))
+            run.display.advance_block(num_done - num_before)
+            if num_done <= num_before:
+                run.display.line(f"block {block_index} has come out otherwise; all after it are done again")
+            if num_done < plan.num_blocks:
+                stop_if_asked(run.output, ranks, block_index + 1, plan.num_blocks)
     with events.span("export"):
         shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
-        on_rank_zero(ranks, lambda: _complete(run, dtype))
-    return entries
+        lines.append(on_rank_zero(ranks, lambda: _complete(run, dtype)))
+    return lines
 
 
-def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock]:
+def _blocks_to_do(
+    run: Run, lines: list[dict], cache: Path, activations: Activations, events: Events
+) -> Iterator[LoadedBlock]:
+    """Blocks that are not finished, stretch by stretch where finished ones lie between them.
+
+    Args:
+        lines: of the ledger, to which the block at hand has been added before the next is asked for.
+    """
+    while True:
+        entries = ledger.finished(lines)
+        todo = ledger.blocks_to_do(entries, run.plan.num_blocks)
+        with events.span("prepare activations"):
+            _prepare_activations(run, cache, activations, entries, todo.start)
+        yield from _agreed_blocks(run, todo, events)
+        if not ledger.blocks_to_do(ledger.finished(lines), run.plan.num_blocks):
+            return
+
+
+def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
     """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
-    indices = range(first, run.plan.num_blocks)
     blocks = stream_blocks(
         run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"), ahead=run.reads_ahead
     )
@@ -122,25 +148,27 @@ def _agreed_blocks(run: Run, first: int, events: Events) -> Iterator[LoadedBlock
         del loaded
 
 
-def _prepare_activations(run: Run, cache: Path, activations: Activations) -> None:
-    """Bring every rank's samples to the first unfinished block, and say what a resume has to compute again.
+def _prepare_activations(run: Run, cache: Path, activations: Activations, entries: ledger.Entries, first: int) -> None:
+    """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
 
     On the disk, samples are found by whichever rank owns them now.
     """
     if run.config.cache.placement == "cpu":
         # An earlier attempt's files: they would not belong to the blocks that are committed from now on.
         on_rank_zero(run.ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
-    first = len(run.finished)
     are_there = first == run.plan.num_blocks or (first > 0 and activations.holds(first))
     num_without = int(sum_over_ranks(run.ranks, [float(not are_there)])[0])
     if first:
         cost = f"activations are computed again through {first} block(s) for {num_without} rank(s)"
         run.display.line(
-            f"resuming in {run.output}: {first} of {run.plan.num_blocks} blocks are done; {run.ranks.world_size} "
-            f"rank(s), begun with {run.finished[0]['world_size']}; {cost if num_without else 'nothing is done again'}"
+            f"resuming in {run.output}: {len(entries)} of {run.plan.num_blocks} blocks are done; "
+            f"{run.ranks.world_size} rank(s), begun with {entries[0]['world_size']}; "
+            f"{cost if num_without else 'nothing is done again'}"
         )
 
     def compute() -> None:
+        if first and are_there:
+            activations.drop(first - 1)  # a kill right after a commit leaves it
         if not are_there:
             replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
                    partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
@@ -163,7 +191,7 @@ def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
 
 
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
-    """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger entry."""
+    """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger line."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
@@ -171,16 +199,15 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
     result, grids = quantize_block(job, loaded, *asked, is_last)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
-        on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))
+        line = on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))
         job.activations.drop(block_index)
-    job.display.advance_block()
     job.display.line(
         f"block {block_index + 1}/{run.plan.num_blocks} {name}: "
         f"relative loss {result.loss_before:.3e} -> {result.loss_after:.3e}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
         + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
     )
-    return result.facts
+    return line
 
 
 def _not_finite(entry: dict) -> str:
@@ -191,16 +218,17 @@ def _not_finite(entry: dict) -> str:
 
 def _commit(
     run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
-) -> None:
+) -> dict:
     files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype)
-    ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)
+    line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)
     training_checkpoint.remove(run.output)
+    return line
 
 
-def _complete(run: Run, dtype: torch.dtype) -> None:
+def _complete(run: Run, dtype: torch.dtype) -> dict:
     training_checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
     files = write_run_files(run.output, run.skeleton, run.plan, dtype)
-    ledger.commit(run.output, None, files)
+    return ledger.commit(run.output, None, files)
 
 
 def _write_formats(run: Run) -> None:

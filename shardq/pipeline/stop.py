@@ -2,10 +2,11 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shardq.errors import Stopped
+from shardq.errors import Stopped, StorageError
+from shardq.files import remove
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 
@@ -22,7 +23,8 @@ def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGUSR1, former)
         if ranks.rank == 0:
-            _taken_away(output)
+            with suppress(StorageError):  # what has failed is said already
+                _taken_away(output)
 
 
 def stop_if_asked(output: Path, ranks: Ranks, num_done: int, num_blocks: int) -> None:
@@ -39,5 +41,6 @@ def stop_if_asked(output: Path, ranks: Ranks, num_done: int, num_blocks: int) ->
 
 def _taken_away(output: Path) -> bool:
     was_there = (output / STOP).exists()
-    (output / STOP).unlink(missing_ok=True)
+    if was_there:
+        remove(output / STOP)
     return was_there

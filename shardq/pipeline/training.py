@@ -225,8 +225,7 @@ def agreed_loss(at_hand: BlockAtHand) -> float:
     total = ErrorSums(*sum_over_ranks(job.ranks, [sums.squared_error, sums.target_power]))
     if not torch.isfinite(torch.tensor(total.relative_loss)):
         error = QuantizationError(
-            f"block {block_index}: the loss is not finite; lower optimize.grid_lr and optimize.weight_lr, or check the "
-            "model's activations for overflow"
+            f"the loss of block {block_index} is not finite; check the model's activations for overflow"
         )
         error.agreed = True  # every rank has added up the same numbers
         raise error

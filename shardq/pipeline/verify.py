@@ -78,12 +78,12 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
     faults: Faults = {"ledger": [], "index": []}
     try:
-        entries = ledger.read_entries(output)
+        entries = ledger.finished(ledger.read_lines(output))
     except ResumeError as error:
         return faults | {"ledger": [str(error)]}, 0, 0
-    faults["ledger"] = list(ledger.damaged_files(output, entries))
-    if not entries or entries[-1]["block"] is not None:
-        faults["ledger"].append(f"{output}: not finished, {len(entries)} block(s) are; run its command to the end")
+    unfinished = ledger.why_unfinished(output, entries)
+    faults["ledger"] = [fault for _, fault in ledger.damaged_files(output, entries)] + unfinished
+    if unfinished:
         return faults, 0, 0
     try:
         skeleton = open_skeleton(output)
@@ -105,9 +105,10 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     return faults, plan.num_blocks, sum(map(len, plan.linears))
 
 
-def _index_faults(skeleton: Skeleton, entries: list[dict]) -> Iterator[str]:
+def _index_faults(skeleton: Skeleton, entries: ledger.Entries) -> Iterator[str]:
     folder = skeleton.folder
-    shards = sorted(name for entry in entries for name in entry["files"] if Path(name).match("model-*.safetensors"))
+    files = (name for entry in entries.values() for name in entry["files"])
+    shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
     expected, stored = index_of(folder, shards), ledger.read_json(folder / INDEX_FILE)
     for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
         is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))

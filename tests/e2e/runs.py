@@ -69,6 +69,14 @@ def assert_nearly_equal(output: Path, reference: Path) -> None:
             assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > 0.99
 
 
+def failing_launch(arguments: list[str]) -> list[str]:
+    """Run on two ranks what must fail; give the lines that shardq itself printed, by whatever rank."""
+    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    assert finished.returncode != 0
+    assert 'launch/quantize.py", line' not in finished.stderr  # torchrun shows a stack of its own, the ranks none
+    return [line for line in finished.stderr.splitlines() if line.startswith("shardq:")]
+
+
 def start_and_kill(num_ranks: int, arguments: list[str], output: Path, after_blocks: int) -> int:
     """Start a run with torchrun and SIGKILL its last rank as soon as some blocks are committed; give the exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from runs import LAUNCH, committed, quantize_arguments, run_evaluate, run_quantize
+from runs import LAUNCH, committed, failing_launch, quantize_arguments, run_evaluate, run_quantize
 from shardq import errors
 from shardq.cli import parse
 
@@ -244,14 +244,6 @@ def test_bad_option_ends_the_command_with_code_2_and_one_line(llama, token_file,
     )
 
 
-def failing_launch(arguments):
-    """Run on two ranks what must fail; give the lines that shardq itself printed, by whatever rank."""
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
-    assert finished.returncode != 0
-    assert 'launch/quantize.py", line' not in finished.stderr  # torchrun shows a stack of its own, the ranks none
-    return [line for line in finished.stderr.splitlines() if line.startswith("shardq:")]
-
-
 def test_an_error_that_all_ranks_see_is_printed_once(llama, token_file, tmp_path):
     lines = failing_launch(quantize_arguments(llama, token_file, tmp_path / "out", "--quant.group_size", 48))
     assert len(lines) == 1 and "48 does not divide" in lines[0]
@@ -270,25 +262,3 @@ def test_damaged_weights_end_both_ranks(model, token_file, tmp_path):
     edit_tensor(model, "model.layers.0.mlp.up_proj.weight", lambda tensor: with_value(tensor, torch.nan))
     lines = failing_launch(quantize_arguments(model, token_file, tmp_path / "out"))
     assert len(lines) == 1 and "model.layers.0.mlp.up_proj.weight holds nan" in lines[0]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MiB: room for the first activations, not for a run."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_full_disk_ends_both_ranks_and_the_run_goes_on_with_room(small_disk, llama, token_file, tmp_path):
-    arguments = quantize_arguments(llama, token_file, small_disk / "out")
-    (small_disk / "ballast").write_bytes(bytes(1_600_000))
-    lines = failing_launch(arguments)
-    assert any("no space left" in line.lower() for line in lines), lines
-    assert not list(small_disk.rglob("*.partial"))
-    (small_disk / "ballast").unlink()
-    assert tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).returncode == 0

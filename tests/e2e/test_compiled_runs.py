@@ -35,7 +35,7 @@ class Notes:
         self.graphs: list[int] = []
         self.resident: list[int] = []
         self.lines: list[str] = []
-        monkeypatch.setattr(Display, "advance_block", lambda display: self.note())
+        monkeypatch.setattr(Display, "advance_block", lambda *_: self.note())
         monkeypatch.setattr(Display, "line", lambda display, text: self.lines.append(text))
 
     def note(self) -> None:

@@ -133,7 +133,7 @@ def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, t
     def ask(*_: object) -> None:
         (output / STOP).touch() if how == "file" else os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask()))
+    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask())[0])
     for done in (1, 2):
         with pytest.raises(Stopped, match=f"stopped after block {done} of 3"):
             run_quantize(llama, token_file, output, "--quant.method", "rtn")

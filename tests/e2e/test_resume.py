@@ -141,12 +141,13 @@ def test_flipped_bit_in_the_cache_never_reaches_the_result(
     """Found by the pass that reads it, or by the resume: either way the activations are computed anew."""
 
     def flip_and_stop(output, block, *args, **facts):
-        commit(output, block, *args, **facts)
+        line = commit(output, block, *args, **facts)
         if block == 0:
             (output / STOP).touch()  # a resume meets the next generation
         if block == generation - 1:
             file = output / "cache" / f"generation-{generation:05d}" / f"{stream}-000003.safetensors"
             file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+        return line
 
     monkeypatch.setattr("shardq.pipeline.run.ledger.commit", flip_and_stop)
     with pytest.raises(Stopped):

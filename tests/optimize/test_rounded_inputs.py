@@ -31,10 +31,10 @@ def test_inputs_are_rounded_while_it_is_active(granularity: str):
             found = block(values)
         assert torch.equal(found, by_hand(block, values, list(grids.values())))
         assert torch.equal(block(values), plain)
-        other = {name: ActivationGrid(4, False, 1.0, 1) for name in GRIDS}
-        with inputs.active(other if granularity == "tensor" else grids):  # the next block's
-            again = block(values)
-    assert torch.equal(again, found) is (granularity == "token")
+        following = {name: ActivationGrid(4, False, 1.0, 1) for name in GRIDS} if granularity == "tensor" else grids
+        with inputs.active(following):  # the next block's
+            found = block(values)
+        assert torch.equal(found, by_hand(block, values, list(following.values())))
     with inputs.active({}), pytest.raises(RuntimeError, match="on purpose"):
         raise RuntimeError("on purpose")
     assert not block[0]._forward_pre_hooks

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ BUSY_SECONDS = 6.0
 
 watch.BEAT_SECONDS = 0.2  # so that silence is found after 4 s
 watch.MEETING_SECONDS = 10.0
+watch.STALL_SECONDS = 5.0
 
 
 def knock() -> None:
@@ -49,6 +51,10 @@ def fail(how: str) -> None:
         raise StorageError("disk of one rank is full")
     elif how == "busy":
         compute(BUSY_SECONDS)
+    elif how == "blocked":
+        blocked = threading.Lock()
+        blocked.acquire()
+        blocked.acquire()
 
 
 def main() -> None:

@@ -37,17 +37,18 @@ def make_run(output: Path, manifest: str) -> Path:
 
 
 def test_cache_is_in_the_output_folder(tmp_path: Path):
-    assert cache_folder(config(), tmp_path) == tmp_path / "cache"
+    assert cache_folder(config(), tmp_path, 0) == tmp_path / "cache"
 
 
 def test_cache_elsewhere_is_found_again_by_the_same_run_alone(tmp_path: Path):
     there = config(cache=CacheOptions(folder=str(tmp_path / "disk")))
     first, other = make_run(tmp_path / "a", "one"), make_run(tmp_path / "b", "one")
-    folder = cache_folder(there, first)
-    assert folder.parent == tmp_path / "disk" and folder == cache_folder(there, tmp_path / "b" / ".." / "a")
-    assert folder != cache_folder(there, other), "two runs at a time would share one cache"
+    folder = cache_folder(there, first, 0)
+    assert folder.parent == tmp_path / "disk" and folder == cache_folder(there, tmp_path / "b" / ".." / "a", 0)
+    assert folder != cache_folder(there, other, 0), "two runs at a time would share one cache"
+    assert folder != cache_folder(there, first, 1), "blocks that are done again would find the former ones'"
     (first / "manifest.json").write_text("another")
-    assert folder != cache_folder(there, first), "a run would take another's activations for its own"
+    assert folder != cache_folder(there, first, 0), "a run would take another's activations for its own"
 
 
 @pytest.mark.parametrize("rank, local_rank, name", [(1, 1, "events.jsonl"), (5, 1, "events-rank-4.jsonl")])

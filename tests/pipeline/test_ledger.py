@@ -16,7 +16,8 @@ from shardq.config import QuantizeConfig, QuantOptions
 from shardq.errors import ResumeError
 from shardq.formats.shards import open_index
 from shardq.optimize.options import OptimizeOptions
-from shardq.pipeline.ledger import commit, make_manifest, open_run
+from shardq.pipeline.ledger import begin_run, blocks_to_do, commit, finished, open_run, read_lines
+from shardq.pipeline.manifest import make_manifest
 
 MANIFEST = {
     "shardq": "1.0",
@@ -34,6 +35,14 @@ def assert_refused(output: Path, *parts: str, manifest: dict = MANIFEST, resume:
     assert [part for part in parts if part not in message] == [], message
 
 
+def opened(output: Path, manifest: dict, resume: str) -> list[dict]:
+    """The ledger's lines of a run that is opened without a redo."""
+    lines, redo = open_run(output, manifest, resume)
+    assert redo is None
+    begin_run(output, manifest)
+    return lines
+
+
 def write(path: Path, text: str) -> Path:
     """Write a file and the folders it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +54,7 @@ def write(path: Path, text: str) -> Path:
 def output(tmp_path: Path) -> Path:
     """Folder of a run with two finished blocks of one file each."""
     folder = tmp_path / "out"
-    assert open_run(folder, MANIFEST, "auto") == []
+    assert opened(folder, MANIFEST, "auto") == []
     for block in range(2):
         commit(folder, block, [write(folder / "blocks" / f"{block}.bin", f"block {block}")], loss_after=0.5 + block)
     return folder
@@ -58,21 +67,21 @@ class TestResumeModes:
         folder = tmp_path / "a" / "b"
         if exists:
             folder.mkdir(parents=True)
-        assert open_run(folder, MANIFEST, resume) == []
+        assert opened(folder, MANIFEST, resume) == []
         assert json.loads((folder / "manifest.json").read_text()) == MANIFEST
 
     @pytest.mark.parametrize("resume", ["auto", "require"])
     def test_begun_run_goes_on_after_its_finished_blocks(self, output: Path, resume: str):
-        entries = open_run(output, MANIFEST, resume)
+        entries = opened(output, MANIFEST, resume)
         assert [(entry["block"], entry["loss_after"]) for entry in entries] == [(0, 0.5), (1, 1.5)]
 
     def test_run_without_a_finished_block_goes_on_from_the_start(self, tmp_path: Path):
-        open_run(tmp_path / "out", MANIFEST, "auto")
-        assert open_run(tmp_path / "out", MANIFEST, "require") == []
+        opened(tmp_path / "out", MANIFEST, "auto")
+        assert opened(tmp_path / "out", MANIFEST, "require") == []
 
     def test_complete_run_ends_with_an_entry_of_no_block(self, output: Path):
         commit(output, None, [write(output / "config.json", "{}")])
-        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0, 1, None]
+        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0, 1, None]
 
     def test_never_refuses_a_begun_run(self, output: Path):
         assert_refused(output, str(output), "--resume is never", "another --output", resume="never")
@@ -103,7 +112,7 @@ class TestOtherRun:
 
     def test_what_is_equal_is_not_named(self, output: Path):
         with pytest.raises(ResumeError) as caught:
-            open_run(output, MANIFEST | {"calibration_tokens": "e"}, "auto")
+            opened(output, MANIFEST | {"calibration_tokens": "e"}, "auto")
         assert "bits" not in str(caught.value) and "seed" not in str(caught.value)
 
     def test_field_that_one_side_lacks_is_a_difference(self, output: Path):
@@ -136,27 +145,27 @@ class TestLedger:
         path = output / "ledger.jsonl"
         first, second = path.read_text().splitlines(keepends=True)
         path.write_text(first + second[:kept_bytes])
-        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0]
+        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0]
         assert path.read_text() == first
 
     def test_line_without_its_line_end_was_not_committed(self, output: Path):
         path = output / "ledger.jsonl"
         first, second = path.read_text().splitlines()
         path.write_text(f"{first}\n{second}")
-        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0]
+        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0]
 
     def test_torn_line_that_is_the_only_one_leaves_an_empty_ledger(self, output: Path):
         path = output / "ledger.jsonl"
         path.write_text('{"block": 0, "fil')
-        assert open_run(output, MANIFEST, "auto") == []
+        assert opened(output, MANIFEST, "auto") == []
         assert path.read_bytes() == b""
 
     def test_blocks_committed_after_a_torn_line_count(self, output: Path):
         with open(output / "ledger.jsonl", "a") as file:
             file.write('{"block": 2, "fi')
-        open_run(output, MANIFEST, "auto")
+        opened(output, MANIFEST, "auto")
         commit(output, 2, [write(output / "blocks" / "2.bin", "block 2")])
-        assert [entry["block"] for entry in open_run(output, MANIFEST, "auto")] == [0, 1, 2]
+        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0, 1, 2]
 
     def test_damaged_line_before_the_last_is_refused_by_number(self, output: Path):
         path = output / "ledger.jsonl"
@@ -185,7 +194,7 @@ class TestLedger:
 
     def test_files_of_blocks_that_were_not_committed_do_not_matter(self, output: Path):
         write(output / "blocks" / "2.bin", "half a blo")
-        assert len(open_run(output, MANIFEST, "auto")) == 2
+        assert len(opened(output, MANIFEST, "auto")) == 2
 
 
 class TestMakeManifest:
@@ -197,8 +206,8 @@ class TestMakeManifest:
         return make_manifest(config, open_index(folder), folder, digest)
 
     def test_it_survives_the_file_unchanged(self, llama: Path, tmp_path: Path):
-        assert open_run(tmp_path, self.manifest(llama), "auto") == []
-        assert open_run(tmp_path, self.manifest(llama), "require") == []
+        assert opened(tmp_path, self.manifest(llama), "auto") == []
+        assert opened(tmp_path, self.manifest(llama), "require") == []
 
     def test_neither_time_nor_paths_are_in_it(self, llama: Path, tmp_path: Path):
         first = self.manifest(llama)
@@ -230,7 +239,7 @@ class TestMakeManifest:
         ],
     )
     def test_what_changes_the_result_is_a_difference(self, llama: Path, tmp_path: Path, change: dict, report: str):
-        open_run(tmp_path, self.manifest(llama), "auto")
+        opened(tmp_path, self.manifest(llama), "auto")
         assert_refused(tmp_path, report, manifest=self.manifest(llama, **change))
 
     @pytest.mark.parametrize(
@@ -245,7 +254,7 @@ class TestMakeManifest:
         self, llama: Path, tmp_path: Path, damage: Callable[[Path], object], report: str
     ):
         folder = shutil.copytree(llama, tmp_path / "model")
-        open_run(tmp_path / "out", self.manifest(folder), "auto")
+        opened(tmp_path / "out", self.manifest(folder), "auto")
         damage(folder)
         assert_refused(tmp_path / "out", report, manifest=self.manifest(folder))
 
@@ -266,10 +275,75 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path):
 
 def test_folder_left_by_a_kill_before_the_manifest_was_whole_is_taken(tmp_path: Path):
     write(tmp_path / "manifest.json.partial", "{")
-    assert open_run(tmp_path, MANIFEST, "auto") == []
+    assert opened(tmp_path, MANIFEST, "auto") == []
 
 
 @pytest.mark.parametrize("line", [b"{}", b"[]", b'{"block": 0}', b"\xff\xfe"])
 def test_line_that_is_no_entry_is_refused_by_number(output: Path, line: bytes):
     (output / "ledger.jsonl").write_bytes(line + b"\n")
+    assert_refused(output, "line 1 is damaged")
+
+
+class TestFinished:
+    """What counts after the lines of a ledger, in which `b2` stands for block 2 with the bytes b."""
+
+    @pytest.mark.parametrize(
+        "text, counting",
+        [
+            ("", ""),
+            ("a0 a1", "a0 a1"),
+            ("a0 a1 aEnd", "a0 a1 aEnd"),
+            ("a0 a1 a2 aEnd redo1", "a0 a2"),
+            ("a0 a1 a2 aEnd redo1 a1", "a0 a1 a2"),
+            ("a0 a1 a2 aEnd redo1 b1", "a0 b1"),
+            ("a0 a1 a2 aEnd redo1 b1 b2", "a0 b1 b2"),
+            ("a0 a1 a2 aEnd redo1 b1 a2 aEnd", "a0 b1 a2 aEnd"),
+            ("a0 a1 a2 aEnd redo0,2 a0", "a0 a1"),
+            ("a0 a1 a2 aEnd redo0,2 a0 b2 bEnd", "a0 a1 b2 bEnd"),
+            ("a0 a1 a2 aEnd redo", "a0 a1 a2"),
+            ("a0 a1 a2 aEnd redo redo1 a1 bEnd", "a0 a1 a2 bEnd"),
+            ("a0 a1 redo0 redo0 b0", "b0"),
+            ("a0 a1 redo5", "a0 a1"),
+        ],
+    )
+    def test_entries_that_count(self, tmp_path: Path, text: str, counting: str):
+        lines = [self.line(word) for word in text.split()]
+        write(tmp_path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        assert read_lines(tmp_path) == lines
+        expected = {line["block"]: line for line in map(self.line, counting.split())}
+        assert finished(lines) == expected
+
+    @staticmethod
+    def line(word: str) -> dict:
+        if word.startswith("redo"):
+            return {"redo": [int(number) for number in word[4:].split(",") if number], "manifest": {}}
+        return {"block": None if word[1:] == "End" else int(word[1:]), "files": {"f": word[0]}}
+
+    @pytest.mark.parametrize(
+        "text, report",
+        [
+            ("a0 aEnd a1", "line 3 is about block 1 although the run was complete"),
+            ("a0 a1 a2 redo1 aEnd", "line 5 is about block None, not 1"),
+            ("a0 a1 a2 redo1 a3", "line 5 is about block 3, not 1"),
+        ],
+    )
+    def test_lines_that_cannot_follow_are_refused(self, tmp_path: Path, text: str, report: str):
+        lines = [self.line(word) for word in text.split()]
+        write(tmp_path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ResumeError, match=report):
+            read_lines(tmp_path)
+
+    @pytest.mark.parametrize("blocks, num_blocks, expected", [
+        ([], 3, range(0, 3)), ([0, 1], 3, range(2, 3)), ([0, 1, 2], 3, range(3, 3)), ([0, 2], 3, range(1, 2)),
+        ([0, 2, None], 4, range(1, 2)), ([1, 2], 3, range(0, 1)),
+    ])  # fmt: skip
+    def test_blocks_to_do_end_before_finished_ones(self, blocks: list, num_blocks: int, expected: range):
+        assert blocks_to_do(dict.fromkeys(blocks, {}), num_blocks) == expected
+
+
+@pytest.mark.parametrize(
+    "redo", ['1, "manifest": {}', '["1"], "manifest": {}', '[true], "manifest": {}', "[]", '[], "manifest": 1']
+)
+def test_redo_that_is_none_is_refused_by_number(output: Path, redo: str):
+    write(output / "ledger.jsonl", f'{{"redo": {redo}}}\n')
     assert_refused(output, "line 1 is damaged")

@@ -1,0 +1,65 @@
+"""Blocks that are done again because they are asked for: damaged ones, or chosen ones with other settings."""
+
+import re
+import shutil
+from collections.abc import Container
+from pathlib import Path
+
+from shardq.errors import ConfigError
+from shardq.files import remove, remove_folder
+from shardq.logs import Display
+from shardq.parallel.collectives import on_rank_zero, together
+from shardq.parallel.ranks import Ranks
+from shardq.pipeline import ledger
+from shardq.pipeline.export import COMPLETING, FORMATS
+
+END = "end"
+
+
+def blocks_asked(text: str, num_blocks: int) -> list[int]:
+    """Numbers in rising order from a list such as `3,12-14`; `end` stands for the files that complete a run.
+
+    Raises:
+        ConfigError: it is no such list, or names a block that the model does not have.
+    """
+    blocks: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        if part == END:
+            continue
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < num_blocks:
+            raise ConfigError(
+                f"redo: {part!r} is not allowed, it must be blocks from 0 to {num_blocks - 1} such as 3,12-14, or {END}"
+            )
+        blocks.update(range(first, last + 1))
+    return sorted(blocks)
+
+
+def begin_redo(output: Path, cache: Path, line: dict, ranks: Ranks, display: Display) -> None:
+    """Have the blocks that a line names count no longer, once the activations that came from them are gone.
+
+    Outside the output folder, where other hosts may keep some, their folder's next name is another.
+    """
+
+    def begin() -> None:
+        remove_folder(cache)
+        ledger.append(output, line)
+
+    together(ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
+    on_rank_zero(ranks, begin)
+    blocks = f"block(s) {', '.join(map(str, line['redo']))}" if line["redo"] else "the files that complete the run"
+    display.line(f"redo: {blocks}, and every block after one that comes out with other bytes")
+
+
+def remove_what_completes(output: Path, asked: Container[str], display: Display) -> None:
+    """Remove what only a finished run has, so that nothing loads a mixture of blocks, or an export of former ones.
+
+    Args:
+        asked: formats that this run will write.
+    """
+    for name in COMPLETING:
+        remove(output / name)
+    for folder in (output / name for name in FORMATS):
+        if remove_folder(folder) and folder.name not in asked:
+            display.line(f"{folder}: removed; shardq export {output} --format {folder.name} makes it anew")

@@ -1,0 +1,141 @@
+"""Room on the disks: counted before work starts, and said when it ends all the same; the run goes on with more."""
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+import tiny
+from runs import LAUNCH, ONE_RANK, committed, failing_launch, quantize_arguments, result_files, run_quantize
+from shardq.cli import parse
+from shardq.errors import StorageError
+from shardq.logs import Display
+from shardq.pipeline import space
+from shardq.pipeline.ledger import commit
+from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.run import quantize
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """A file that takes all room, but for some bytes."""
+    ballast = disk / "ballast"
+    with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with open(ballast, "r+b") as file:
+        file.truncate(max(0, ballast.stat().st_size - leave))
+    return ballast
+
+
+@pytest.mark.parametrize("where", ["output", "cache"])
+def test_run_that_will_not_fit_is_refused_before_it_begins(small_disk, llama, token_file, tmp_path, where):
+    fill(small_disk, leave=400_000)
+    output = small_disk / "out" if where == "output" else tmp_path / "out"
+    more = [] if where == "output" else ["--cache.folder", small_disk / "cache"]
+    with pytest.raises(StorageError) as caught:
+        run_quantize(llama, token_file, output, *more)
+    named, parts = {
+        "output": (output, r"weights and encodings 1\.\d MB, activations 0\.5 MB"),
+        "cache": (small_disk / "cache", r"activations 0\.5 MB"),
+    }[where]
+    assert re.fullmatch(
+        rf"{named}: \d\.\d MB are still to be written there \({parts}\), 0\.4 MB are free; make room, or choose "
+        r"another --output or --cache\.folder", str(caught.value),
+    )  # fmt: skip
+    assert result_files(output) == {}
+
+
+def test_disks_are_told_apart_by_their_file_system(small_disk, llama, token_file, tmp_path):
+    """Each alone has room for its part only."""
+    fill(small_disk, leave=900_000)
+    run_quantize(llama, token_file, tmp_path / "out", "--cache.folder", small_disk, "--optimize.iterations", 1)
+
+
+def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_path, monkeypatch):
+    output, seen = tmp_path / "out", []
+
+    def note(run: Run) -> None:
+        seen.append((sum(need.num_bytes for need in space.needed(run)), space._there(output)))
+
+    def commit_and_end(folder: Path, block: int | None, *args: object, **facts: object) -> dict:
+        line = commit(folder, block, *args, **facts)
+        if block in (0, 1):
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("shardq.pipeline.run.check_space", note)
+    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", commit_and_end)
+    for _ in range(3):
+        with suppress(KeyboardInterrupt):
+            run_quantize(llama, token_file, output, "--quant.method", "rtn")
+    (everything, _), *later = seen
+    assert later[0][1] > 0.3 * everything and later[1][1] > later[0][1]
+    assert all(abs(needed + there - everything) < 0.05 * everything for needed, there in later)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--quant.symmetric", "false", "--quant.group_size", 32, "--export.dtype", "source"],
+        ["--quant.bits", 3, "--quant.ignore", "*.q_proj", "--cache.placement", "cpu"],
+        ["--export.formats", '["hf", "compressed-tensors"]'],
+    ],
+    ids=["default", "groups", "three bits", "formats"],
+)
+def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeypatch, more):
+    output, cached = tmp_path / "out", [0]
+
+    def look(folder: Path, *args: object, **facts: object) -> dict:
+        cached.append(space._there(folder / "cache"))
+        return commit(folder, *args, **facts)
+
+    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", look)
+    arguments = quantize_arguments(llama, token_file, output, "--quant.method", "rtn", *more)
+    with ExitStack() as held:
+        run = prepare(parse("quantize", arguments), ONE_RANK, Display(1), held)
+        predicted = {need.what: need.num_bytes for need in space.needed(run)}
+    quantize(parse("quantize", arguments), ONE_RANK)
+    small = ("manifest.json", "ledger.jsonl")
+    written = sum(len(content) for name, content in result_files(output).items() if name not in small)
+    assert written <= predicted["weights and encodings"] * 1.02 and predicted["weights and encodings"] < 1.15 * written
+    assert max(cached) <= predicted.get("activations", 0) <= 1.05 * max(cached)
+
+
+def test_full_disk_ends_both_ranks_and_the_run_goes_on_with_room(small_disk, llama, token_file, two_ranks):
+    """Somebody else takes what was free when the run began."""
+    output = small_disk / "out"
+    arguments = quantize_arguments(llama, token_file, output)
+
+    def fill_later() -> None:
+        deadline = time.monotonic() + tiny.LAUNCH_TIMEOUT_SECONDS
+        while committed(output) < 1 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        fill(small_disk)
+
+    other = threading.Thread(target=fill_later)
+    other.start()
+    lines = failing_launch(arguments)
+    other.join()
+    assert any("no space left" in line.lower() for line in lines), lines
+    assert not list(small_disk.rglob("*.partial")) and 1 <= committed(output) < 4
+    (small_disk / "ballast").unlink()
+    assert tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).returncode == 0
+    assert result_files(output) == result_files(two_ranks[0])
