@@ -42,6 +42,17 @@ def lookahead(
             del value, future
 
 
+def one_by_one(
+    load: Callable[[Key], Value], keys: Iterable[Key], waiting: Waiting = nullcontext
+) -> Iterator[tuple[Key, Value]]:
+    """As `lookahead`, but nothing runs ahead: only the value in use is alive."""
+    for key in keys:
+        with waiting():
+            value = load(key)
+        yield key, value
+        del value
+
+
 @contextmanager
 def behind(work: Callable[..., None], waiting: Waiting = nullcontext) -> Iterator[Callable[..., None]]:
     """Yield a function that has `work` done on its arguments later, one call after the other.

@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from shardq.background import MAX_BEHIND, behind, lookahead
+from shardq.background import MAX_BEHIND, behind, lookahead, one_by_one
 
 SOON = 10.0  # seconds that a test waits for another thread before it fails
 
@@ -24,10 +24,25 @@ class Value:
         self.key = key
 
 
+@pytest.mark.parametrize("iterate", [lookahead, one_by_one])
 @pytest.mark.parametrize("num_keys", [0, 1, 2, 3, 20])
-def test_items_are_those_of_plain_iteration(num_keys: int):
+def test_items_are_those_of_plain_iteration(num_keys: int, iterate: Callable):
     keys = [number * 7 % 20 for number in range(num_keys)]
-    assert list(lookahead(lambda key: key * key, keys)) == [(key, key * key) for key in keys]
+    assert list(iterate(lambda key: key * key, keys)) == [(key, key * key) for key in keys]
+
+
+def test_one_by_one_keeps_nothing_but_the_item_in_use():
+    alive: list[weakref.ref] = []
+
+    def load(key: int) -> Value:
+        assert not any(value() for value in alive)
+        value = Value(key)
+        alive.append(weakref.ref(value))
+        return value
+
+    for key, value in one_by_one(load, range(3)):
+        assert value.key == key and len(alive) == key + 1
+        del value
 
 
 def test_keys_may_come_from_a_generator():

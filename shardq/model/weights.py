@@ -10,7 +10,7 @@ from types import NoneType
 import torch
 from torch import Tensor, nn
 
-from shardq.background import lookahead
+from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
 from shardq.formats.shards import read_weight
@@ -39,14 +39,16 @@ def stream_blocks(
     block_indices: Iterable[int],
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
+    ahead: bool = True,
 ) -> Iterator[LoadedBlock]:
-    """Yield blocks with their weights on the device, the next block's being read meanwhile.
+    """Yield blocks with their weights on the device.
 
     Blocks that are built alike share one module, whose storage is allocated once: what is yielded is valid until the
     next is asked for.
 
     Args:
         waiting: entered while the next block's weights are waited for.
+        ahead: read the next block's weights meanwhile, which takes their memory; else when it is asked for.
     """
     slots: dict[tuple, nn.Module] = {}
 
@@ -54,7 +56,7 @@ def stream_blocks(
         infos = skeleton.block_tensors(block_index)
         return {name: to_device(read_weight(info), device) for name, info in infos.items()}
 
-    for block_index, source in lookahead(read, block_indices, waiting):
+    for block_index, source in (lookahead if ahead else one_by_one)(read, block_indices, waiting):
         block = skeleton.blocks[block_index]
         kind = _signature(block)
         if kind not in slots:

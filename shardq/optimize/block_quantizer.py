@@ -1,14 +1,19 @@
 """The quantizers of a block's linears, and how their weights get into the block and out of it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from shardq.errors import QuantizationError
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
+from shardq.optimize.share import Everything, Share
 from shardq.quant.adascale import Kernels
+from shardq.quant.affine import row_chunks
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -37,17 +42,26 @@ class BlockQuantizer(nn.Module):
         method: Method,
         kernels: Kernels,
         dtype: torch.dtype,
+        share: Share | None = None,
     ):
-        """Allocate for the named linears of a block, whose weights will be in `dtype` while they are trained."""
+        """Allocate for the named linears of a block, whose weights will be in `dtype` while they are trained.
+
+        Args:
+            share: the outputs that are quantized here (default: all).
+        """
         super().__init__()
         self.names = linear_names
-        self.quantizers = nn.ModuleList(
-            LinearQuantizer(block.get_submodule(name).weight, spec, method) for name in linear_names
-        )
         # In a tuple: not submodules, whose parameters would be counted as trainable.
         self._linears = tuple(block.get_submodule(name) for name in linear_names)
-        self._kernels, self._dtype = kernels, dtype
-        self._quantized: list[Tensor] = []
+        self._num_outputs = [linear.weight.shape[0] for linear in self._linears]
+        self._kernels, self._dtype, self._share = kernels, dtype, share or Everything()
+        self.quantizers = nn.ModuleList(
+            LinearQuantizer(linear.weight[self._share.outputs(num)], spec, method)
+            for linear, num in zip(self._linears, self._num_outputs, strict=True)
+        )
+        self._collecting: list[Tensor] = []
+        for linear in self._linears:  # as it will be while it is trained: half of what it takes in float32
+            linear.weight.data = linear.weight.data.to(dtype)
 
     def start(
         self,
@@ -62,8 +76,12 @@ class BlockQuantizer(nn.Module):
             gathered: the stepper's, where there is one.
         """
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
+            weight_OI = source[f"{name}.weight"]
+            part_OI = weight_OI[self._share.outputs(len(weight_OI))]
+            if len(part_OI) < len(weight_OI):
+                part_OI = part_OI.clone()  # a view would keep the whole in memory
             with gathered(quantizer, True):
-                quantizer.start(source[f"{name}.weight"], (importance or {}).get(name))
+                quantizer.start(part_OI, (importance or {}).get(name))
 
     def restart(self, gathered: Gathered = whole) -> None:
         """Go back to the start for the weights at hand.
@@ -77,25 +95,53 @@ class BlockQuantizer(nn.Module):
 
     def forward(self) -> list[Tensor]:
         """The fake-quantized weights [O, I], in the order of the names; differentiable."""
-        return [quantizer(self._dtype, self._kernels) for quantizer in self.quantizers]
+        parts = (quantizer(self._dtype, self._kernels) for quantizer in self.quantizers)
+        return self._share.joined(parts, self._num_outputs)
 
     def load(self, quantized: list[Tensor]) -> None:
         """Write fake-quantized weights into the block; gradients that reach them are collected there."""
-        self._quantized = quantized
-        for linear, weight_OI in zip(self._linears, self._quantized, strict=True):
+        self._collecting = [_Collect.apply(*pair) for pair in zip(quantized, self._linears, strict=True)]
+        for linear, weight_OI in zip(self._linears, quantized, strict=True):
             linear.weight.data = weight_OI.detach()
             linear.weight.requires_grad_(True)
             linear.weight.grad = None
 
-    def collected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Fake-quantized weights of the last `load`, and the gradients collected since: where to go on back."""
-        weights, self._quantized = self._quantized, []
-        gradients = []
-        for linear in self._linears:
-            # A linear that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
-            gradients.append(torch.zeros_like(linear.weight) if linear.weight.grad is None else linear.weight.grad)
-            linear.weight.grad = None
-        return weights, gradients
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Have each weight leave the block as the backward pass of what is computed in the body comes past it.
+
+        So its gradient takes its place, instead of one beside it. Nothing is computed with the block after that until
+        the next `load`.
+        """
+        places = {linear.weight.untyped_storage().data_ptr(): linear for linear in self._linears}
+        uses: Counter[nn.Linear] = Counter()
+
+        def keep(tensor: Tensor) -> Tensor | _Use:
+            linear = places.get(tensor.untyped_storage().data_ptr()) if tensor.untyped_storage().nbytes() else None
+            if linear is None:
+                return tensor
+            uses[linear] += 1
+            return _Use(linear, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+
+        def give(kept: Tensor | _Use) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            weight = kept.linear.weight.data
+            uses[kept.linear] -= 1
+            if not uses[kept.linear]:
+                kept.linear.weight.data = _placeholder(weight)
+            return weight.as_strided(*kept.view)
+
+        with saved_tensors_hooks(keep, give):
+            yield
+
+    def collected(self) -> Tensor:
+        """A zero whose backward pass takes what was collected since the last `load` on to what was loaded.
+
+        It takes the weights and their gradients out of the block, so that they make room for those of s2.
+        """
+        collecting, self._collecting = self._collecting, []
+        return torch.stack(collecting).sum()
 
     def folded(self, gathered: Gathered = whole) -> dict[str, QuantizedLinear]:
         """The quantized linears by name that the quantizers stand for now.
@@ -107,11 +153,16 @@ class BlockQuantizer(nn.Module):
             QuantizationError: training drove a parameter or a scale to a value that is not finite, or a scale to one
                 that its grid does not have.
         """
-        linears = {}
-        for name, quantizer in zip(self.names, self.quantizers, strict=True):
-            with gathered(quantizer):
-                linears[name] = _checked(name, quantizer)
-        return linears
+
+        def fold() -> list[QuantizedLinear]:
+            parts = []
+            for name, quantizer in zip(self.names, self.quantizers, strict=True):
+                with gathered(quantizer):
+                    parts.append(_checked(name, quantizer))
+            return parts
+
+        parts = zip(self._share.agreed(fold), self._num_outputs, strict=True)
+        return dict(zip(self.names, (self._whole(part, num) for part, num in parts), strict=True))
 
     @torch.no_grad()
     def serve(self, linears: dict[str, QuantizedLinear], stored: Callable[[Tensor], Tensor]) -> None:
@@ -121,16 +172,55 @@ class BlockQuantizer(nn.Module):
             stored: rounds a dequantized weight to what the output checkpoint stores; with bf16 matrix multiplies the
                 weights are then rounded to that.
         """
-        self._quantized = []
+        self._collecting = []
         for name, linear in zip(self.names, self._linears, strict=True):
             linear.weight.requires_grad_(False)
             linear.weight.grad = None
-            linear.weight.data.copy_(stored(linears[name].dequantized()))
+            if not linear.weight.is_contiguous():  # a placeholder
+                linear.weight.data = linear.weight.new_empty(linear.weight.shape)
+            for outputs in row_chunks(linear.weight):
+                linear.weight[outputs] = stored(linears[name].of(outputs).dequantized())
 
     def release(self) -> None:
         """Let go of the source."""
         for quantizer in self.quantizers:
             quantizer.release()
+
+    def _whole(self, part: QuantizedLinear, num_outputs: int) -> QuantizedLinear:
+        tensors = self._share.joined((part.codes_OI, part.scale_OG, part.zero_point_OG), [num_outputs] * 3)
+        return QuantizedLinear(*tensors, part.spec)
+
+
+class _Use(NamedTuple):
+    """A view of a linear's weight that a backward pass will ask for: size, stride and offset."""
+
+    linear: nn.Linear
+    view: tuple[torch.Size, tuple[int, ...], int]
+
+
+def _placeholder(weight: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return weight.new_zeros(()).expand(weight.shape)
+
+
+class _Collect(torch.autograd.Function):
+    """Zero, whose gradient in a fake-quantized weight is the one that the block's linear has collected by then."""
+
+    @staticmethod
+    def forward(ctx, weight_OI, linear):
+        """Return the zero."""
+        ctx.linear = linear
+        return weight_OI.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        """The linear's gradient [O, I], which the linear gives away, its weight too."""
+        weight = ctx.linear.weight
+        # A linear that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
+        gradient_OI = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        weight.grad = None
+        weight.data = _placeholder(weight)
+        return gradient_OI, None
 
 
 def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:

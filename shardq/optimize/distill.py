@@ -1,6 +1,7 @@
 """Blockwise knowledge distillation: train a block's quantizers to give the fp block's output."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,8 +34,10 @@ def distill(
     done = 0
     for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
         quantizer.load(stepper.forward())
-        loss = accumulate(loss_of, inputs_NTD, targets_NTD, micro_batch, mean_over or len(inputs_NTD))
-        stepper.backward(*quantizer.collected())
+        loss = accumulate(
+            loss_of, inputs_NTD, targets_NTD, micro_batch, mean_over or len(inputs_NTD), quantizer.leaving
+        )
+        stepper.backward(quantizer.collected())
         stepper.step()
         on_step(loss)
         if not goes_on(done):
@@ -48,16 +51,21 @@ def accumulate(
     targets_NTD: Tensor,
     micro_batch: int,
     mean_over: float,
+    last: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tensor:
     """Collect the gradient of a batch's loss in the block's weights; gives that loss.
 
     It is the sum over the batch's samples, divided by `mean_over`. The gradient of a loss that is not finite is NaN
     everywhere: thereby all ranks hear of it in what they reduce anyway.
+
+    Args:
+        last: entered for the last micro-batch's forward pass.
     """
     total = torch.zeros((), device=inputs_NTD.device)
     for start in range(0, len(inputs_NTD), micro_batch):
         inputs, targets = inputs_NTD[start : start + micro_batch], targets_NTD[start : start + micro_batch]
-        loss = loss_of(inputs, targets) * (len(inputs) / mean_over)
+        with last() if start + micro_batch >= len(inputs_NTD) else nullcontext():
+            loss = loss_of(inputs, targets) * (len(inputs) / mean_over)
         loss.backward(1 + 0 * loss.detach())
         total += loss.detach()
     return total

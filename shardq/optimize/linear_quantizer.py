@@ -28,7 +28,7 @@ class LinearQuantizer(nn.Module):
         self.rows: Tensor | None = None
         self.shape = weight_OI.shape
         rows_Rg = affine.to_rows(weight_OI, spec)
-        self.num_groups = len(rows_Rg) // len(weight_OI)
+        self.num_groups = weight_OI.shape[1] // rows_Rg.shape[1]
         row_R1 = rows_Rg[:, :1]
         self.register_buffer("min", _zeros(row_R1))
         self.register_buffer("max", _zeros(row_R1))
@@ -47,7 +47,8 @@ class LinearQuantizer(nn.Module):
             importance_I: of each input channel: the start grid is searched with it (`quant/search.py`). None: min-max.
         """
         self._hold(affine.to_rows(weight_OI, self.spec))
-        min_R1, max_R1 = affine.start_range(self.rows.float(), self.spec)
+        ends = [affine.start_range(self.rows[some].float(), self.spec) for some in affine.row_chunks(self.rows)]
+        min_R1, max_R1 = (torch.cat(parts) for parts in zip(*ends, strict=True))
         if importance_I is not None:
             importance_Gg = importance_I.view(-1, self.rows.shape[1])
             min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.spec)

@@ -33,8 +33,8 @@ class Stepper(Protocol):
     def forward(self) -> list[Tensor]:
         """Fake-quantized weights of all quantizers, in order; differentiable."""
 
-    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take the gradient of this rank's loss from `tensors` on to the parameters they were computed from."""
+    def backward(self, collected: Tensor) -> None:
+        """Take the gradient of this rank's loss from `BlockQuantizer.collected` on to the parameters."""
 
     def step(self) -> None:
         """Change the parameters by the mean of the ranks' gradients, and clear it; a non-finite one changes nothing."""
@@ -50,6 +50,9 @@ class Stepper(Protocol):
 
     def restore(self, state: dict[str, Tensor], done: int) -> None:
         """After `start`: go on from what `state` gave once `done` steps were done, on the same ranks."""
+
+    def rest(self) -> None:
+        """Training is over until the next start: let go of what that can make anew."""
 
 
 class LocalStepper:
@@ -80,14 +83,13 @@ class LocalStepper:
         """The quantizers' own forward."""
         return self._module()
 
-    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
+    def backward(self, collected: Tensor) -> None:
         """Accumulate the gradient."""
-        torch.autograd.backward(tensors, gradients)
+        collected.backward()
 
     def step(self) -> None:
         """One step at the schedule's learning rate."""
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self._watched])
-        self._not_finite.masked_fill_(~norm.isfinite(), 1.0)
+        self._not_finite.masked_fill_(~self._gradient_norm().isfinite(), 1.0)
         factor = self._rate * cosine_factor(self._done, self._iterations)
         for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
             group["lr"] = start_lr * factor
@@ -96,6 +98,10 @@ class LocalStepper:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done += 1
+
+    def rest(self) -> None:
+        """Let go of the moments."""
+        self._optimizer.state.clear()
 
     def is_finite(self) -> bool:
         """Read the flag: all ranks have set it by the same gradients."""
@@ -109,6 +115,10 @@ class LocalStepper:
         """Take everything over."""
         take_over(self._optimizer, self._parameters(), state)
         self._done = done
+
+    def _gradient_norm(self) -> Tensor:
+        """Not finite where a gradient is not."""
+        return nn.utils.get_total_norm([parameter.grad for parameter in self._watched])
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

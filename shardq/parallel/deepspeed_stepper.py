@@ -44,6 +44,8 @@ class DeepSpeedStepper:
             model=module, optimizer=adam, config=settings, dist_init_required=False
         )
         self._shards_parameters = parallel.zero_stage == 3
+        if not (self._shards_parameters or parallel.offload):
+            _step_in_place(self._optimizer)
         self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._iterations, self._done, self._rate = options.iterations, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
@@ -68,9 +70,9 @@ class DeepSpeedStepper:
         """The fake-quantized weights, gathered linear by linear."""
         return self._engine()
 
-    def backward(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
+    def backward(self, collected: Tensor) -> None:
         """Average the gradient over ranks as it is made, each rank keeping its shard."""
-        torch.autograd.backward(tensors, gradients)
+        collected.backward()
 
     def step(self) -> None:
         """Step each rank's shard, and give the others what changed."""
@@ -82,6 +84,9 @@ class DeepSpeedStepper:
         if self._optimizer.overflow:
             self._not_finite.fill_(1.0)
         self._done += 1
+
+    def rest(self) -> None:
+        """Nothing: DeepSpeed keeps its flat buffers."""
 
     def is_finite(self) -> bool:
         """Read the flag: all ranks have set it by the same norms."""
@@ -154,6 +159,14 @@ def _read_settings(path: str) -> dict:
             "use --parallel.engine, --parallel.offload and --optimize options"
         )
     return given
+
+
+def _step_in_place(optimizer: "ZeROOptimizer") -> None:  # noqa: F821
+    """Have stages 1 and 2 step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
+    shards = zip(optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True)
+    for stepped, parameters in shards:
+        stepped.data = parameters[dist.get_rank()]
+    optimizer._link_all_hp_params()  # its map from parameters to what is stepped would keep the copy in memory
 
 
 def _imported(ranks: Ranks) -> ModuleType:

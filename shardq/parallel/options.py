@@ -5,17 +5,18 @@ from typing import Literal
 
 import torch
 
-Engine = Literal["local", "allreduce", "zero1", "zero2", "zero3"]
+Engine = Literal["local", "rows", "allreduce", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     """What each rank holds of a block that is being trained."""
 
-    engine: Literal["auto", "local", "allreduce", "zero1", "zero2", "zero3"] = "auto"
-    """`local`: one rank alone; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
-    state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: the first of local,
-    allreduce, zero2 and zero3 that fits the memory, or the one that takes least."""
+    engine: Literal["auto", "local", "rows", "allreduce", "zero1", "zero2", "zero3"] = "auto"
+    """`local`: one rank alone; `rows`: every rank trains its part of each linear's outputs, and the quantized weight
+    alone is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
+    state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: `local` on one rank,
+    else `allreduce` where that fits the memory, `rows` where not."""
     reduce_dtype: Literal["float32", "bf16"] = "float32"
     """Dtype in which gradients travel between ranks and are added up; `bf16` halves the bytes and rounds the sums."""
     offload: bool = False
@@ -27,6 +28,11 @@ class ParallelOptions:
     def dtype(self) -> torch.dtype:
         """What `reduce_dtype` stands for."""
         return {"float32": torch.float32, "bf16": torch.bfloat16}[self.reduce_dtype]
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank holds parameters and moments of its own."""
+        return self.engine == "rows" or self.zero_stage > 0
 
     @property
     def zero_stage(self) -> int:

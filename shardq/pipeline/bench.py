@@ -24,6 +24,8 @@ from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
+from shardq.parallel.row_share import RowShare
+from shardq.parallel.row_stepper import RowStepper
 from shardq.pipeline.passes import Activations
 from shardq.pipeline.training_checkpoint import Checkpoints
 from shardq.quant import adascale
@@ -84,7 +86,8 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
     is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
     dtype = optimize.dtype if is_whole else torch.float32
-    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype)
+    share = RowShare(job.ranks, job.parallel) if job.parallel.engine == "rows" else None
+    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
     bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)
@@ -103,14 +106,16 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     loss, size = loss_of(job, bench, loaded, arguments), len(samples)
     bench.quantizer.load(bench.quantizer())
     with bench.inputs.active({}):
-        accumulate(loss, hidden_NTD, hidden_NTD, micro_batch=size, mean_over=size)
-    torch.autograd.backward(*bench.quantizer.collected())
+        accumulate(loss, hidden_NTD, hidden_NTD, size, size, bench.quantizer.leaving)
+    bench.quantizer.collected().backward()
     bench.quantizer.zero_grad()
 
 
 def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
     if job.parallel.zero_stage:
         return DeepSpeedStepper(quantizer, job.optimize, job.parallel, job.ranks)
+    if job.parallel.engine == "rows":
+        return RowStepper(quantizer, job.optimize)
     if job.parallel.engine == "local":
         return LocalStepper(quantizer, job.optimize)
     return AllReduceStepper(quantizer, job.optimize, job.parallel, job.ranks)

@@ -19,9 +19,9 @@ from shardq.parallel.options import Engine, ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.plan import Plan
 
-# A weight while it is trained, beside its source dtype (once for this block, once for the next): fake-quantized
-# weight and its gradient in the matrix multiplies' dtype, s2 and its gradient and the optimizer's moments in float32.
-# ZeRO adds a float32 copy of s2, sharded like the moments.
+# A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
+# quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
+# gradient, in float32.
 MOMENTS = {"adam": 2, "sign": 0}
 
 
@@ -68,7 +68,7 @@ def choose_engine(
     limit: int,
     world_size: int,
 ) -> tuple[ParallelOptions, str]:
-    """The first engine whose training of one sample fits the memory, the least if none does; and why, in a sentence.
+    """`allreduce` if its training of one sample fits the memory, else `rows`, which takes least; and why, in words.
 
     Args:
         parallel: with the engine `auto`.
@@ -79,14 +79,12 @@ def choose_engine(
     size = block_size(skeleton, plan, largest_block(skeleton, plan))
     sample = sample_bytes(skeleton, plan, arguments, sequence_length)
     needed: dict[Engine, int] = {}
-    for engine in ("allreduce", "zero2", "zero3") if options.optimizer == "adam" else ("allreduce",):
+    for engine in ("allreduce", "rows"):
         needed[engine] = sample + state_bytes(size, options, replace(parallel, engine=engine), world_size)
         if needed[engine] <= limit:
             break
-    # What fits is less than all before it. What DeepSpeed moves at once can outweigh what few ranks share of a block.
-    least = min(needed, key=needed.get)
     reason = ", ".join(f"{engine} takes {count / 2**30:.2f} GiB a rank" for engine, count in needed.items())
-    return replace(parallel, engine=least), f"{reason}, of {limit / 2**30:.2f} GiB"
+    return replace(parallel, engine=engine), f"{reason}, of {limit / 2**30:.2f} GiB"
 
 
 def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
@@ -94,6 +92,29 @@ def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
     if options.memory_gib:
         return int(options.memory_gib * 2**30)
     return spare_bytes(ranks.device, ranks.local_world_size)
+
+
+def reads_ahead(
+    skeleton: Skeleton,
+    plan: Plan,
+    arguments: list[BlockArguments],
+    sequence_length: int,
+    options: OptimizeOptions,
+    parallel: ParallelOptions,
+    limit: int,
+    world_size: int,
+) -> bool:
+    """Whether there is room for the next block's weights beside a block's training.
+
+    Args:
+        options: resolved.
+        parallel: with the engine resolved.
+        limit: bytes that a rank may use.
+    """
+    size = block_size(skeleton, plan, largest_block(skeleton, plan))
+    sample = sample_bytes(skeleton, plan, arguments, sequence_length)
+    state = state_bytes(size, options, parallel, world_size)
+    return state + size.source + options.micro_batch * sample <= limit
 
 
 def largest_block(skeleton: Skeleton, plan: Plan) -> int:
@@ -131,30 +152,34 @@ def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
 
 
 def state_bytes(size: BlockSize, options: OptimizeOptions, parallel: ParallelOptions, world_size: int) -> int:
-    """A rank's memory for a block that is being trained, without activations."""
-    source, num_weights = size.source, size.num_weights
-    s2 = gradient = 4 * num_weights
-    sharded = 4 * MOMENTS[options.optimizer] * num_weights
-    whole = 2 * options.dtype.itemsize * num_weights + source  # of the next block, read ahead
+    """A rank's memory for a block that is being trained, without activations and without the next block."""
+    num_weights, stage, rows = size.num_weights, parallel.zero_stage, parallel.engine == "rows"
+
+    def held(num_bytes: int, sharded_from: int) -> int:
+        """What a rank has of something that `rows` and ZeRO from some stage on shard."""
+        return num_bytes // world_size if rows or stage >= sharded_from else num_bytes
+
+    moments = 0 if parallel.offload else held(4 * MOMENTS[options.optimizer] * num_weights, 1)
+    state = moments + held(4 * num_weights, 3) + held(size.source, 3)
+    if stage == 3:
+        state += held(4 * num_weights, 3)  # DeepSpeed steps a copy of s2
     if options.held_out:
-        whole += num_weights  # the best iterate's codes
-    stage = parallel.zero_stage
+        state += num_weights  # the best iterate's codes
+    quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2)
     if stage:
-        sharded += s2  # DeepSpeed steps a copy
-        # What is being reduced: DeepSpeed's bucket, and beside it the gradient of one linear, whole.
-        bucket = min(deepspeed_settings(parallel)["zero_optimization"]["reduce_bucket_size"], num_weights)
-        whole += 4 * (bucket + size.largest_linear)
-        if stage == 3:
-            # A copy of that to scatter from; s2 and source gathered for what is computed now and what comes next.
-            whole += (4 + 2 * (4 + source // num_weights)) * max(bucket, size.largest_linear)
-    if parallel.offload:
-        sharded = 0
-    for part, sharded_from in ((gradient, 2), (s2, 3), (source, 3)):
-        if stage >= sharded_from:
-            sharded += part
-        else:
-            whole += part
-    return whole + sharded // (world_size if stage else 1)
+        gradient += _moved_bytes(size, parallel)
+    return state + max(quantized, gradient) + 4 * size.largest_linear  # one linear's gradient beside that of its s2
+
+
+def _moved_bytes(size: BlockSize, parallel: ParallelOptions) -> int:
+    """What ZeRO reduces and gathers at once."""
+    # DeepSpeed's bucket, and beside it the gradient of one linear, whole.
+    bucket = min(deepspeed_settings(parallel)["zero_optimization"]["reduce_bucket_size"], size.num_weights)
+    moved = 4 * (bucket + size.largest_linear)
+    if parallel.zero_stage == 3:
+        # A copy of that to scatter from; s2 and source gathered for what is computed now and what comes next.
+        moved += (4 + 2 * (4 + size.source // size.num_weights)) * max(bucket, size.largest_linear)
+    return moved
 
 
 def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:

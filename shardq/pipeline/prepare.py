@@ -25,7 +25,7 @@ from shardq.pipeline.activations import plan_activations
 from shardq.pipeline.folders import cache_folder, output_folder
 from shardq.pipeline.lock import only_run
 from shardq.pipeline.manifest import make_manifest
-from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit
+from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit, reads_ahead
 from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
 from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.target import check_served
@@ -36,10 +36,11 @@ class Run:
     """A run that has passed all checks, on one rank; `begin` has it take its folder.
 
     Attributes:
-        activations: the bits of those that get a grid, by name within each block.
+            activations: the bits of those that get a grid, by name within each block.
         manifest: what it is.
         lines: of its ledger, the one that begins a redo included.
         begins_redo: whether the last of them has still to be written.
+        reads_ahead: whether a block's weights are read while the one before is trained.
     """
 
     config: QuantizeConfig
@@ -52,6 +53,7 @@ class Run:
     manifest: dict
     lines: list[dict]
     begins_redo: bool
+    reads_ahead: bool
     ranks: Ranks
     display: Display
 
@@ -93,10 +95,12 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
+    ahead = reads_ahead(skeleton, plan, arguments, config.calib.sequence_length, config.optimize, config.parallel,
+                        limit, ranks.world_size)  # fmt: skip
     lines += [redo] if redo else []
     run = Run(
-        config, output, skeleton, plan, arguments, activations, tokens_NT, manifest, lines, redo is not None, ranks,
-        display,
+        config, output, skeleton, plan, arguments, activations, tokens_NT, manifest, lines, redo is not None, ahead,
+        ranks, display,
     )  # fmt: skip
     _say_what_will_be_done(run)
     return run
@@ -175,6 +179,8 @@ def _say_what_will_be_done(run: Run) -> None:
             f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
             "in every step some ranks wait for the others"
         )
+    if not run.reads_ahead:
+        line("no block is read while the one before is trained: memory has no room for both")
     if None in ledger.finished(run.lines):
         line(f"{run.output}: this run is finished, nothing is left to do")
 

@@ -139,7 +139,9 @@ def _blocks_to_do(
 
 def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
     """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
-    blocks = stream_blocks(run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"))
+    blocks = stream_blocks(
+        run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"), ahead=run.reads_ahead
+    )
     for block_index in indices:
         with events.span("load", block=block_index):
             loaded = together(run.ranks, lambda: next(blocks))

@@ -121,6 +121,7 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
                                       optimize.batch_size / job.ranks.world_size)  # fmt: skip
     if not bench.stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
+    bench.stepper.rest()
     with span("fold"):
         linears = best.linears if best else bench.quantizer.folded(bench.stepper.gathered)
         bench.quantizer.serve(linears, job.stored)

@@ -62,7 +62,7 @@ class Checkpoints:
     @property
     def state_file(self) -> str:
         """The file with what this rank holds."""
-        return f"state-{self.ranks.rank if self.parallel.zero_stage else 0:05d}.safetensors"
+        return f"state-{self.ranks.rank if self.parallel.shards else 0:05d}.safetensors"
 
 
 def purpose_of(checkpoints: Checkpoints) -> dict:
@@ -97,7 +97,7 @@ def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress
     about = {"purpose": purpose, "failed": progress.failed, "done": progress.done, "has_best": best is not None}
 
     def write() -> None:
-        if checkpoints.parallel.zero_stage or ranks.rank == 0:
+        if checkpoints.parallel.shards or ranks.rank == 0:
             write_checked(folder / checkpoints.state_file, state, about)
         if best and ranks.rank == 0:
             facts = {"linears": list(best.linears), "loss": best.loss, "num_stale": best.num_stale}

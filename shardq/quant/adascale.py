@@ -128,4 +128,10 @@ def fold(
     spec: QuantSpec,
 ) -> Tensor:
     """Codes (int8) of the divided weight: what the trained quantizer becomes."""
-    return affine.quantize(divided_weight(rows_Rg, s2_Rg, s3_R1), scale_R1, zero_point_R1, spec)
+
+    def codes(rows: Tensor, s2: Tensor | None, s3: Tensor | None, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return affine.quantize(divided_weight(rows, s2, s3), scale, zero_point, spec)
+
+    tensors = (rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1)
+    chunks = ([None if tensor is None else tensor[some] for tensor in tensors] for some in affine.row_chunks(rows_Rg))
+    return torch.cat([codes(*chunk) for chunk in chunks])

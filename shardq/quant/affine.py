@@ -4,17 +4,26 @@ Shapes: a weight [O, I] (output, input channels) is handled as rows [R, g], one 
 channel, R = O * I / g and g = group size otherwise. Values of a row are [R, 1]. Everything is float32.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from shardq.quant.spec import QuantSpec
 
 SCALE_FLOOR = torch.finfo(torch.float32).eps  # AIMET's smallest scale
+CHUNK = 1 << 22  # values: 16 MiB in float32
 
 
 def to_rows(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
     """View a weight [O, I] as rows [R, g] that each have one scale."""
     return weight_OI.reshape(-1, spec.group_size or weight_OI.shape[1])
+
+
+def row_chunks(rows: Tensor) -> Iterator[slice]:
+    """Neighbouring rows of a matrix, so many that computing with them takes little memory; at least one slice."""
+    num = max(1, CHUNK // max(1, rows.shape[1]))
+    return (slice(start, start + num) for start in range(0, max(1, len(rows)), num))
 
 
 def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

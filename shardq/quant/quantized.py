@@ -38,6 +38,15 @@ class QuantizedLinear:
             is_valid_OG &= multiplier_OG * channel_O1 == self.scale_OG
         return bool(is_valid_OG.all())
 
+    def of(self, outputs: slice) -> "QuantizedLinear":
+        """Some of the output channels; a view."""
+        return replace(
+            self,
+            codes_OI=self.codes_OI[outputs],
+            scale_OG=self.scale_OG[outputs],
+            zero_point_OG=self.zero_point_OG[outputs],
+        )
+
     def dequantized(self) -> Tensor:
         """The weight [O, I] that the codes stand for, float32."""
         rows_Rg = affine.to_rows(self.codes_OI, self.spec)

@@ -43,7 +43,7 @@ def searched_range(
     ends = [
         _searched_chunk(rows_Rg[start : start + outputs * num_groups].float(), importance_Gg, low_R1, high_R1, spec)
         for start, low_R1, high_R1 in zip(
-            range(0, len(rows_Rg), outputs * num_groups),
+            range(0, max(1, len(rows_Rg)), outputs * num_groups),
             min_R1.split(outputs * num_groups),
             max_R1.split(outputs * num_groups),
             strict=True,

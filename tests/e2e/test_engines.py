@@ -17,12 +17,13 @@ from runs import (
 @pytest.mark.parametrize(
     ("engine", "more"),
     [
+        ("rows", []),
         pytest.param("zero1", [], marks=pytest.mark.slow),
         ("zero2", ["--parallel.offload", "true"]),
         ("zero3", []),
     ],
 )
-def test_zero_gives_the_result_of_whole_ranks(two_ranks, llama, token_file, tmp_path, engine, more):
+def test_sharding_gives_the_result_of_whole_ranks(two_ranks, llama, token_file, tmp_path, engine, more):
     output = tmp_path / "out"
     arguments = quantize_arguments(llama, token_file, output, "--parallel.engine", engine, *more)
     finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])

@@ -65,8 +65,9 @@ class TestStreamBlocks:
             for name, tensor in loaded.source.items():
                 assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, stored[prefix + name])
 
-    def test_only_the_asked_blocks_come_in_the_asked_order(self, llama: Path):
-        assert [loaded.index for loaded in stream_blocks(open_skeleton(llama), [2, 0], CPU)] == [2, 0]
+    @pytest.mark.parametrize("ahead", [True, False])
+    def test_only_the_asked_blocks_come_in_the_asked_order(self, llama: Path, ahead: bool):
+        assert [loaded.index for loaded in stream_blocks(open_skeleton(llama), [2, 0], CPU, ahead=ahead)] == [2, 0]
 
     def test_weights_are_frozen(self, llama: Path):
         for loaded in stream_blocks(open_skeleton(llama), range(2), CPU):

@@ -1,6 +1,8 @@
 """Fake-quantized weights into a block and quantized linears out of it, the rest of the block untouched."""
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -109,38 +111,81 @@ def test_weights_of_the_block_are_no_parameters_of_the_quantizer():
     assert trained_names == {f"quantizers.{i}.{name}" for i in (0, 1) for name in ("beta", "gamma")}
 
 
+def loaded(quantizer: BlockQuantizer) -> list[Tensor]:
+    """Fake-quantized weights that are now in the block, cut off from what they were computed from."""
+    weights = [weight.detach().clone().requires_grad_() for weight in quantizer()]
+    quantizer.load(weights)
+    return weights
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_gradients_of_several_passes_add_up_in_the_weights(method: Method, dtype: torch.dtype):
     block = Block()
-    quantizer = trained(block, QuantSpec(bits=4), method, dtype)
-    leaves = {f"{name}.weight": block.get_submodule(name).weight.detach().clone().requires_grad_() for name in NAMES}
+    weights = loaded(quantizer := trained(block, QuantSpec(bits=4), method, dtype))
+    leaves = {
+        f"{name}.weight": weight.detach().clone().requires_grad_() for name, weight in zip(NAMES, weights, strict=True)
+    }
     passes = torch.randn(2, 3, 16)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         for inputs in passes:
             block(inputs).square().sum().backward()
         losses = [torch.func.functional_call(block, leaves, inputs).square().sum() for inputs in passes]
-    weights, gradients = quantizer.collected()
+    quantizer.collected().backward()
     expected = torch.autograd.grad(sum(losses), leaves.values())
     rounding = 1e-5 if dtype == torch.float32 else 2e-2
-    for name, weight, gradient, exact in zip(NAMES, weights, gradients, expected, strict=True):
-        assert torch.equal(weight, leaves[f"{name}.weight"]) and gradient.dtype == dtype
-        torch.testing.assert_close(gradient, exact, rtol=rounding, atol=rounding * exact.abs().max().item())
-        assert block.get_submodule(name).weight.grad is None, "it would be counted again in the next step"
+    for weight, exact in zip(weights, expected, strict=True):
+        assert weight.grad.dtype == dtype
+        torch.testing.assert_close(weight.grad, exact, rtol=rounding, atol=rounding * exact.abs().max().item())
 
 
 def test_gradients_not_collected_are_dropped_by_quantizing_anew():
     block = Block()
     quantizer = trained(block, QuantSpec(bits=4), "adascale")
     block(torch.randn(3, 16)).square().sum().backward()
-    quantizer.load(quantizer())
-    inputs = torch.randn(3, 16)
-    block(inputs).square().sum().backward()
-    _, actual = quantizer.collected()
-    quantizer.load(quantizer())
-    block(inputs).square().sum().backward()
-    _, expected = quantizer.collected()
-    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    inputs, gradients = torch.randn(3, 16), []
+    for _ in range(2):
+        weights = loaded(quantizer)
+        block(inputs).square().sum().backward()
+        quantizer.collected().backward()
+        gradients.append([weight.grad for weight in weights])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_one_linear_after_the_other_makes_room_for_the_gradients_of_s2():
+    block, alive = Block(), []
+    quantizer = trained(block, QuantSpec(bits=4), "adascale")
+    linears = [block.get_submodule(name) for name in NAMES]
+    block(torch.randn(3, 16)).square().sum().backward()
+    gradients = [weakref.ref(linear.weight.grad) for linear in linears]
+    for linear_quantizer in quantizer.quantizers:
+        linear_quantizer.s2.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(gradient() is not None for gradient in gradients))
+        )
+    quantizer.collected().backward()
+    assert alive in ([1, 0], [2, 1])
+    assert not any(linear.weight.is_contiguous() for linear in linears), "memory is still taken"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_leave_the_block_once_their_last_use_is_past(dtype: torch.dtype):
+    """The block is used twice, so a weight is asked for twice on the way back."""
+    block, gradients, there = Block(), [], []
+    quantizer, inputs = trained(block, QuantSpec(bits=4), "adascale", dtype), torch.randn(2, 3, 16)
+    linears = [block.get_submodule(name) for name in NAMES]
+    for context in (nullcontext, quantizer.leaving):
+        weights = loaded(quantizer)
+        with context(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            first = inputs.clone().requires_grad_()
+            between = block(first)
+            loss = block(between).square().sum()
+        between.register_hook(lambda _: there.append([linear.weight.is_contiguous() for linear in linears]))
+        loss.backward()
+        there.append([linear.weight.is_contiguous() for linear in linears])
+        quantizer.collected().backward()
+        gradients.append([weight.grad for weight in weights])
+    assert there == [[True, True]] * 3 + [[False, False]]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_weights_in_bfloat16_give_float32_gradients():
@@ -149,7 +194,7 @@ def test_weights_in_bfloat16_give_float32_gradients():
     assert all(block.get_submodule(name).weight.dtype == torch.bfloat16 for name in NAMES)
     with torch.autocast("cpu", torch.bfloat16):
         block(torch.randn(3, 16)).square().sum().backward()
-    torch.autograd.backward(*quantizer.collected())
+    quantizer.collected().backward()
     for name, parameter in quantizer.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
         assert parameter.grad.any() and parameter.grad.isfinite().all(), name

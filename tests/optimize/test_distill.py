@@ -172,9 +172,11 @@ def test_mean_of_the_ranks_gradients_is_the_batchs_however_it_is_split(sizes: tu
     trainer.quantizer.start(source)
 
     def gradients(inputs: Tensor, targets: Tensor, mean_over: float) -> list[Tensor]:
-        trainer.quantizer.load(trainer.quantizer())
+        weights = [weight.detach().requires_grad_() for weight in trainer.quantizer()]
+        trainer.quantizer.load(weights)
         accumulate(trainer.loss_of, inputs, targets, 2, mean_over)
-        return trainer.quantizer.collected()[1]
+        trainer.quantizer.collected().backward()
+        return [weight.grad for weight in weights]
 
     expected = gradients(inputs, targets, sum(sizes))
     parts = zip(inputs.split(sizes), targets.split(sizes), strict=True)

@@ -33,9 +33,8 @@ def make_block(*names: str) -> nn.Module:
 
 
 def collect(stepper: LocalStepper, block: nn.Module, factor: float = 1.0) -> None:
-    """Give the stepper a tensor and its gradient; each trained element's own gradient is `factor`."""
-    doubled = [2 * parameter for parameter in block.parameters() if parameter.requires_grad]
-    stepper.backward(doubled, [torch.full_like(tensor, factor / 2) for tensor in doubled])
+    """Give the stepper a loss; each trained element's gradient is `factor`."""
+    stepper.backward(sum(factor * parameter.sum() for parameter in block.parameters() if parameter.requires_grad))
 
 
 def test_grid_and_weight_parameters_are_told_apart_and_frozen_ones_left_out():
@@ -94,7 +93,8 @@ def test_gradients_are_cleared_by_the_step():
     assert block.linear.s2.grad is None or not block.linear.s2.grad.any()
 
 
-def test_start_forgets_moments_and_schedule():
+@pytest.mark.parametrize("rests", [False, True])
+def test_start_forgets_moments_and_schedule(rests: bool):
     block = make_block("beta", "s2")
     stepper = LocalStepper(block, OPTIONS)
     for _ in range(ITERATIONS - 1):
@@ -103,6 +103,8 @@ def test_start_forgets_moments_and_schedule():
     with torch.no_grad():
         block.linear.beta.zero_()
         block.linear.s2.zero_()
+    if rests:
+        stepper.rest()
     stepper.start()
     collect(stepper, block)
     stepper.step()

@@ -23,11 +23,14 @@ from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.share import Share
 from shardq.optimize.stepper import Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
+from shardq.parallel.row_share import RowShare
+from shardq.parallel.row_stepper import RowStepper
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -38,12 +41,12 @@ SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 WIDTH = 320  # s2 has more than DeepSpeed's 100 000 elements below which ZeRO 3 keeps parameters whole
 
 
-def make_quantizer() -> tuple[nn.Sequential, BlockQuantizer]:
-    """Two linears, of bfloat16 checkpoints, and their quantizers."""
+def make_quantizer(share: Share | None = None) -> tuple[nn.Sequential, BlockQuantizer]:
+    """Two linears, of bfloat16 checkpoints, and the quantizers of a share of them."""
     block = nn.Sequential(
         nn.Linear(WIDTH, WIDTH, bias=False), nn.GELU(), nn.Linear(WIDTH, 16, bias=False)
     ).requires_grad_(False)
-    return block, BlockQuantizer(block, ["0", "2"], QuantSpec(bits=3), "adascale", Kernels(), torch.float32)
+    return block, BlockQuantizer(block, ["0", "2"], QuantSpec(bits=3), "adascale", Kernels(), torch.float32, share)
 
 
 def make_source(block: nn.Module, number: int) -> dict[str, Tensor]:
@@ -92,6 +95,7 @@ def train(
     batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches(number)][steps]
     distill(loss_of, quantizer, stepper, batches, 1, on_step=lambda loss: None)
     linears = quantizer.folded(stepper.gathered)
+    quantizer.serve(linears, lambda weight: weight)
     quantizer.release()
     return linears
 
@@ -102,17 +106,21 @@ def tensors_of(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     return codes | {f"{name}.scale": linear.scale_OG for name, linear in linears.items()}
 
 
-def make_stepper(name: str, quantizer: BlockQuantizer, ranks: Ranks) -> Stepper:
-    """The engine that a name such as `zero2-bf16-offload` or `zero3-frugal` stands for."""
+def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer, Stepper]:
+    """Block, started quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-frugal` stands for."""
     engine, *more = name.split("-")
     reduce_dtype = "bf16" if "bf16" in more else "float32"
     files = [str(file) for file in SETTINGS.iterdir() if file.stem in more]
     parallel = ParallelOptions(
         engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=files[0] if files else None
     )
+    block, quantizer = make_quantizer(RowShare(ranks, parallel) if engine == "rows" else None)
+    quantizer.start(make_source(block, 0))
     if parallel.zero_stage:
-        return DeepSpeedStepper(quantizer, OPTIONS, parallel, ranks)
-    return AllReduceStepper(quantizer, OPTIONS, parallel, ranks)
+        return block, quantizer, DeepSpeedStepper(quantizer, OPTIONS, parallel, ranks)
+    if engine == "rows":
+        return block, quantizer, RowStepper(quantizer, OPTIONS)
+    return block, quantizer, AllReduceStepper(quantizer, OPTIONS, parallel, ranks)
 
 
 def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
@@ -144,13 +152,12 @@ def moments_held(stepper: Stepper) -> int:
 
 def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
     """Train all blocks with one engine on this rank's samples."""
-    block, quantizer = make_quantizer()
-    quantizer.start(make_source(block, 0))
-    stepper = make_stepper(name, quantizer, ranks)
+    block, quantizer, stepper = make_engine(name, ranks)
     held = sum(parameter.numel() for parameter in quantizer.parameters())
     held += sum(0 if isinstance(linear.rows, nn.Parameter) else linear.rows.numel() for linear in quantizer.quantizers)
     footprints = []
     for number in range(NUM_BLOCKS):
+        stepper.rest()
         linears = train(block, quantizer, stepper, number, slice(ranks.rank, None, ranks.world_size))
         save_file(tensors_of(linears), folder / f"{name}-block-{number}-{ranks.rank}.safetensors")
         del linears

@@ -44,13 +44,17 @@ from shardq.parallel.collectives import barrier, max_over_ranks
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
+from shardq.parallel.row_share import RowShare
+from shardq.parallel.row_stepper import RowStepper
 from shardq.pipeline.bench import block_loss
 from shardq.pipeline.memory import BlockSize, saved_bytes, state_bytes
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 
 WARM_UP_STEPS = 2  # the first makes the moments
-COLLECTIVES = [name for name in dir(dist.ProcessGroup) if re.match(r"(?!__).*(gather|reduce|broadcast)", name)]
+COLLECTIVES = [
+    name for name in dir(dist.ProcessGroup) if re.match(r"(?!__).*(gather|reduce|broadcast|all_to_all)", name)
+]
 CPU = torch.device("cpu")
 
 
@@ -103,14 +107,19 @@ def _bytes_of(argument: object) -> int:
     return sum(map(_bytes_of, argument)) if isinstance(argument, list | tuple) else 0
 
 
-def expected_sent_bytes(parallel: ParallelOptions, num_trained: int, num_weights: int, world_size: int) -> float:
+def expected_sent_bytes(
+    parallel: ParallelOptions, dtype: torch.dtype, num_trained: int, num_weights: int, world_size: int
+) -> float:
     """What a rank sends in a step, by the engine's own account.
 
-    All reduce the gradient in the ring's two rounds, each (N - 1) / N of it; ZeRO gathers what was stepped, in one.
-    ZeRO 3 reduces in one round, to the ranks that hold the shards; it gathers s2, s3 and the 16-bit weight instead,
-    for the forward and for the backward pass.
+    `rows` gathers the quantized weight, in the matrix multiplies' `dtype`, and sends its gradient to the ranks that
+    hold the rows. All others reduce the gradient of what is trained in the ring's two rounds, each (N - 1) / N of it;
+    ZeRO gathers what was stepped, in one. ZeRO 3 reduces in one round, to the ranks that hold the shards; it gathers
+    s2, s3 and the 16-bit weight instead, for the forward and for the backward pass.
     """
     share, gradient = (world_size - 1) / world_size, parallel.dtype.itemsize * num_trained
+    if parallel.engine == "rows":
+        return share * num_weights * (dtype.itemsize + min(dtype.itemsize, parallel.dtype.itemsize))
     gathered = {0: 0, 1: 4 * num_trained, 2: 4 * num_trained, 3: 2 * (4 * num_trained + 2 * num_weights)}
     return share * ((1 if parallel.zero_stage == 3 else 2) * gradient + gathered[parallel.zero_stage])
 
@@ -127,6 +136,8 @@ def make_stepper(
     """The stepper that the pipeline would take."""
     if parallel.zero_stage:
         return DeepSpeedStepper(quantizer, options, parallel, ranks)
+    if parallel.engine == "rows":
+        return RowStepper(quantizer, options)
     if parallel.engine == "local":
         return LocalStepper(quantizer, options)
     return AllReduceStepper(quantizer, options, parallel, ranks)
@@ -135,12 +146,12 @@ def make_stepper(
 def predicted_bytes(
     shape: Shape, num_tokens: int, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
 ) -> int:
-    """The plan's figure for one sample at once."""
+    """The plan's figure for one sample at once, the next block read ahead."""
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
     state = state_bytes(size, options, parallel, world_size)
-    return state + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
+    return state + size.source + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
 
 
 def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
@@ -155,9 +166,9 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     ahead = {name: tensor.clone() for name, tensor in source.items()}  # the next block, read ahead
     compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
-    quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype)
+    share = RowShare(ranks, parallel) if parallel.engine == "rows" else None
+    quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype, share)
     quantizer.start(source)
-    num_trained = sum(parameter.numel() for parameter in quantizer.parameters())  # before any is sharded
     stepper = make_stepper(quantizer, options, parallel, ranks)
     quantizer.start(source, None, stepper.gathered)
     source.clear()
@@ -186,7 +197,8 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
         "compiled": compiled is not eager, "weights": shape.num_weights, "tokens": tokens,
         "peak_bytes": int(peak), "predicted_bytes": predicted, "ratio": round(peak / predicted, 3),
         "resident_bytes": int(resident), "sent_bytes": round(traffic.sent_bytes / arguments.iterations),
-        "expected_sent_bytes": round(expected_sent_bytes(parallel, num_trained, shape.num_weights, ranks.world_size)),
+        "expected_sent_bytes": round(expected_sent_bytes(
+            parallel, options.dtype, shape.num_trained, shape.num_weights, ranks.world_size)),
         "seconds": round(statistics.median(steps), 4), "best_seconds": round(min(steps), 4),
          "waiting_share": round(traffic.seconds_waiting / (times[-1] - times[0]), 3),
     }  # fmt: skip
@@ -224,8 +236,8 @@ def main() -> None:
         "--shape", default="smollm2", type=parse_shape, help="smollm2, llama3-8b, llama3-70b or HxIxNxK"
     )
     parser.add_argument("--tokens", type=int, default=128, help="tokens of the sample that each rank takes a step")
-    parser.add_argument("--engines", nargs="+", default=["local", "allreduce", "zero1", "zero2", "zero3"],
-                        help="also with endings: zero2-offload, allreduce-bf16 (default: all five, plain)")  # fmt: skip
+    parser.add_argument("--engines", nargs="+", default=["local", "rows", "allreduce", "zero1", "zero2", "zero3"],
+                        help="also with endings: zero2-offload, allreduce-bf16 (default: all six, plain)")  # fmt: skip
     parser.add_argument("--ranks", type=int, default=2, help="of all engines but local")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--iterations", type=int, default=3, help="steps to measure, after two")

@@ -58,8 +58,8 @@ def run_seconds(shape: Shape, num_blocks: int, arguments: argparse.Namespace, gp
 
 
 def state_gigabytes(shape: Shape) -> float:
-    """One block's training state on one GPU: source twice (the next is read ahead), s2, W^ and gradients, Adam."""
-    return shape.num_weights * (2 * 2 + 4 + 2 + 2 + 4 + 8) / 1e9
+    """One block's training state on one GPU: source twice (the next is read ahead), s2, its gradient, Adam."""
+    return shape.num_weights * (2 * 2 + 4 + 4 + 8) / 1e9
 
 
 def main() -> None:

@@ -70,6 +70,11 @@ class Shape:
         """Weights of the linears."""
         return sum(outputs * inputs for outputs, inputs in self.linears.values())
 
+    @property
+    def num_trained(self) -> int:
+        """Parameters of AdaScale per-channel: s2 of every weight; beta, gamma and s3 of every output channel."""
+        return self.num_weights + 3 * sum(outputs for outputs, _ in self.linears.values())
+
     def step_flop(self, num_tokens: int) -> int:
         """Floating-point operations of a step's matrix multiplies.
 
