@@ -171,10 +171,10 @@ def test_interrupted_run_ends_with_the_same_bytes(
     run_quantize(*whole)
     commit, arguments = ledger.commit, (*whole[:2], tmp_path / "out", *whole[3:])
 
-    def killed_after_two(output: Path, block: int | None, *rest, **facts) -> None:
+    def killed_after_two(output: Path, block: int | None, *rest, **facts) -> dict:
         if block == 2:
             raise Killed
-        commit(output, block, *rest, **facts)
+        return commit(output, block, *rest, **facts)
 
     monkeypatch.setattr(ledger, "commit", killed_after_two)
     with pytest.raises(Killed):

@@ -24,7 +24,7 @@ def planned(folder: Path, options: ActivationOptions, linears: list[list[str]] =
     skeleton = open_skeleton(folder)
     with prologue(skeleton, torch.device("cpu")) as embed:
         arguments = record_arguments(skeleton, embed, 8)
-    return plan_activations(skeleton, Plan(skeleton.names, linears, []), arguments, 8, options)
+    return plan_activations(skeleton, Plan(skeleton.names, linears, [], num_scales=0), arguments, 8, options)
 
 
 def test_by_default_no_activation_gets_a_grid(llama: Path):
