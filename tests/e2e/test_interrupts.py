@@ -82,8 +82,8 @@ def deadlock():
 
 interrupts.GRACE_SECONDS = 1.0
 with interrupts.interruptible("go on"):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         threading.Event().wait() if sys.argv[1] == "cleaning up" else deadlock()
     except KeyboardInterrupt:
         time.sleep(60)
