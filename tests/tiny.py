@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-LAUNCH_TIMEOUT_SECONDS = 120
+LAUNCH_TIMEOUT_SECONDS = 600
 
 
 def save_model(

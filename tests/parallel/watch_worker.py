@@ -22,7 +22,7 @@ from shardq.parallel.ranks import started, this_rank
 BUSY_SECONDS = 6.0
 
 watch.BEAT_SECONDS = 0.2  # so that silence is found after 4 s
-watch.MEETING_SECONDS = 10.0
+watch.MEETING_SECONDS = 20.0
 watch.STALL_SECONDS = 5.0
 
 
