@@ -10,8 +10,9 @@ import pytest
 from shardq.parallel import stall
 from shardq.parallel.stall import Stall, main_place
 
-BEAT_SECONDS = 0.05
-SECONDS = 1.0
+BEAT_SECONDS = 0.2
+SECONDS = 1.5
+LONG_SECONDS = 4.0  # twenty looks: a thread of the test runner's may run at some of them
 
 
 def blocked(seconds: float = SECONDS) -> None:
@@ -32,7 +33,7 @@ def named(path: str) -> Callable[[], None]:
 
 def computing_in_one_call() -> None:
     """A call into a library that holds no lock of Python's and comes back late."""
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)
 
 
 def computing_beside() -> None:
@@ -64,13 +65,13 @@ def most_looks(work: Callable[[], None]) -> tuple[int, str]:
 
 
 def test_blocked_process_is_found_and_its_place_is_named():
-    looks, place = most_looks(blocked)
-    assert looks >= 10 and place.startswith("test_stall.py:") and place.endswith("(blocked)")
+    looks, place = most_looks(lambda: blocked(LONG_SECONDS))
+    assert looks >= 5 and place.startswith("test_stall.py:") and place.endswith("(blocked)")
 
 
 @pytest.mark.parametrize("work", [computing_in_one_call, computing_beside])
 def test_process_that_works_is_none(work):
-    assert most_looks(work)[0] <= 5
+    assert most_looks(work)[0] <= 2
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_process_that_writes_is_none(monkeypatch):
     """As a library's own threads do that download at a slow pace: nothing of Python's runs, no core is busy."""
     traces = stall._traces
     monkeypatch.setattr(stall, "_traces", lambda: [*traces(), f"wchar: {int(time.monotonic() * 4)}"])
-    assert most_looks(blocked)[0] <= 6
+    assert most_looks(blocked)[0] <= 2
 
 
 def test_written_bytes_leave_a_trace(tmp_path):
