@@ -218,7 +218,7 @@ def _connect(name: str, rank: int, store: dist.Store) -> Peer:
         port, token, *who = json.loads(store.get(MEETING_PLACE))
         connection = socket.create_connection((address, port), timeout=MEETING_SECONDS)
         connection.sendall(json.dumps([token, rank, name, os.getpid(), _launcher()]).encode() + b"\n")
-        connection.settimeout(MEETING_SECONDS)
+        connection.settimeout(MEETING_SECONDS + SEND_SECONDS)  # rank 0 gives up first: it can say who is missing
         if not _read_line(connection):  # the first beat: all have come
             raise ConnectionError("it has ended")
         connection.settimeout(SEND_SECONDS)
