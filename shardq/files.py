@@ -12,6 +12,7 @@ from pathlib import Path
 from shardq.errors import StorageError
 
 ASIDE = ".partial"
+SAFETENSORS_ASIDE = ".tmp??????"  # that library writes to a name of its own before it takes the one it was given
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -82,8 +83,9 @@ def remove_folder(folder: Path) -> bool:
 
 def remove_asides(folder: Path) -> None:
     """Remove what dead processes have left half-written in a folder and those below it."""
-    for aside in folder.rglob(f"*{ASIDE}"):
-        remove(aside)
+    for pattern in (f"*{ASIDE}", SAFETENSORS_ASIDE):
+        for aside in folder.rglob(pattern):
+            remove(aside)
 
 
 def sync(path: Path) -> None:

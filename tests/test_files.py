@@ -4,7 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,3 +200,20 @@ def test_what_dead_processes_left_half_written_is_removed(tmp_path):
         (tmp_path / name).write_text("half")
     files.remove_asides(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["whole.txt"]
+
+
+KILLED_IN_A_WRITE = """
+import resource, signal, sys, torch
+from safetensors.torch import save_file
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+save_file({"a": torch.zeros(10_000)}, sys.argv[1])
+"""
+
+
+def test_what_safetensors_left_half_written_is_removed(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, str(tmp_path / "a.safetensors.partial")])
+    assert killed.returncode == -signal.SIGXFSZ
+    assert list(tmp_path.iterdir()) != []
+    files.remove_asides(tmp_path)
+    assert list(tmp_path.iterdir()) == []
