@@ -78,12 +78,13 @@ def killed_at(point: str, moment: str, call: int) -> None:
         if moment == "before":
             die()
         size = torn_from(point, args)
-        result = original(*args, **kwargs)
-        if moment == "within":
-            path = TORN[point](*args)
-            os.truncate(path, (size + path.stat().st_size) // 2)
-        die()
-        return result
+        try:
+            return original(*args, **kwargs)
+        finally:  # also where it fails, as to delete what is not there does
+            if moment == "within":
+                path = TORN[point](*args)
+                os.truncate(path, (size + path.stat().st_size) // 2)
+            die()
 
     setattr(owner, name, wrapped)
 
