@@ -1,6 +1,7 @@
 """Small seeded models, token files and launches that the tests share; nothing is downloaded."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+
 LAUNCH_TIMEOUT_SECONDS = 600
+PROGRAM_TIMEOUT_SECONDS = 1800
 
 
 def save_model(
@@ -94,3 +99,32 @@ def torchrun(
             stdout, stderr = process.communicate()
             raise AssertionError(f"still running after {LAUNCH_TIMEOUT_SECONDS} s: {command}\n{stderr}") from None
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def told_by(script: str | Path, *arguments: object) -> list[dict]:
+    """Run one of the tests' own programs, which tells a JSON object a line, to its end in a process of its own."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def random_linear(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> QuantizedLinear:
+    """A linear [O, I] of random codes, zero points and scales of either sign, as its grid has them.
+
+    Args:
+        dtype: one that holds the scales exactly.
+    """
+    grid_shape = shape[0], shape[1] // (spec.group_size or shape[1])
+    scale_OG = (torch.rand(grid_shape) * 0.01 + 0.001).to(dtype).float()
+    if spec.full_range:
+        scale_OG *= torch.randint(2, grid_shape) * 2 - 1
+    zero_point_OG = torch.zeros(grid_shape)
+    if not spec.symmetric:
+        zero_point_OG = torch.randint(spec.qmin, spec.qmax + 1, grid_shape).float()
+    codes_OI = torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8)
+    return QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)

@@ -6,9 +6,9 @@ and `context` of an attention module enter and leave its matrix products). In 0.
 module, and attention's four, which belong to no module of AIMET's, are left out. Grids that are each token's own are
 in none: AIMET has no such encoding.
 
-0.6.1: an object for each scale; `load_encodings` of aimet_torch
-reads this version alone. 1.0.0: an object for each weight with its scales in a flat list. 2.0.0 and 2.1.0, alike for
-weights: `y_scale` flat per-channel, nested [O, G] in groups. (aimet_torch 2.42, `quantization/affine/encoding.py`.)
+0.6.1: an object for each scale; `load_encodings` of aimet_torch reads this version alone. 1.0.0: an object for each
+weight with its scales in a flat list. 2.0.0 and 2.1.0, alike for weights: `y_scale` flat per-channel, nested [O, G] in
+groups. (aimet_torch 2.42, `quantization/affine/encoding.py`.)
 
 `offset` belongs to the unsigned code: -2^(b-1) on a symmetric grid, `round(min / scale)` on an asymmetric one;
 `y_zero_point` is 0, and left out, on a symmetric one, whose codes are signed, else `-offset`. Scales are positive: a
@@ -111,12 +111,8 @@ def _unsigned(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
     return torch.tensor([grid.scale]), torch.tensor([grid.spec.qmin - grid.zero_point])
 
 
-def _is_symmetric(spec: QuantSpec) -> bool:
-    return spec.symmetric and not spec.full_range
-
-
 def _dtype(spec: QuantSpec) -> str:
-    return f"{'' if _is_symmetric(spec) else 'u'}int{spec.bits}"
+    return f"{'' if spec.symmetric else 'u'}int{spec.bits}"
 
 
 def _objects(scale: Tensor, offset: Tensor, spec: QuantSpec) -> list[dict]:
@@ -129,7 +125,7 @@ def _objects(scale: Tensor, offset: Tensor, spec: QuantSpec) -> list[dict]:
     return [
         {
             "min": low, "max": high, "scale": scale, "offset": offset,
-            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(_is_symmetric(spec)),
+            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(spec.symmetric),
         }
         for low, high, scale, offset in rows
     ]  # fmt: skip
@@ -140,7 +136,7 @@ def _entry_v1(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec, kind: s
         "name": name,
         "dtype": "INT",
         "bw": spec.bits,
-        "is_sym": _is_symmetric(spec),
+        "is_sym": spec.symmetric,
         "scale": scale.flatten().tolist(),
         "offset": offset.flatten().tolist(),
         "enc_type": kind,
@@ -149,7 +145,7 @@ def _entry_v1(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec, kind: s
 
 def _entry_v2(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec) -> dict:
     entry = {"name": name, "output_dtype": _dtype(spec), "y_scale": scale.tolist()}
-    if not _is_symmetric(spec) and offset.any():
+    if not spec.symmetric and offset.any():
         entry["y_zero_point"] = (-offset).tolist()
     return entry
 

@@ -36,7 +36,7 @@ class Run:
     """A run that has passed all checks, on one rank; `begin` has it take its folder.
 
     Attributes:
-            activations: the bits of those that get a grid, by name within each block.
+        activations: the bits of those that get a grid, by name within each block.
         manifest: what it is.
         lines: of its ledger, the one that begins a redo included.
         begins_redo: whether the last of them has still to be written.

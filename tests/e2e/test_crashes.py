@@ -1,9 +1,6 @@
 """Whenever a run is killed, or the power is cut, the same command goes on and ends with the same bytes."""
 
-import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,17 +13,10 @@ from shardq import files
 from shardq.files import append_line, write_text
 from shardq.pipeline import ledger
 
-QUIET_SECONDS = 1800
-
 
 def crash(*arguments: object) -> list[dict]:
     """What `crashes.py` tells, a dictionary for each crash."""
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, crashes.__file__, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=QUIET_SECONDS)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return tiny.told_by(crashes.__file__, *arguments)
 
 
 def assert_survived(told: list[dict]) -> None:

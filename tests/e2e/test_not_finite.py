@@ -1,9 +1,6 @@
 """Numbers that are not finite: agreed by all ranks before the step, tried again at lower rates, never in the output."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from runs import result_files, run_quantize
 from shardq.optimize.stepper import LocalStepper
 from shardq.pipeline.verify import find_faults
 
-QUIET_SECONDS = 600
 WILD = ["--optimize.grid_lr", 60, "--optimize.iterations", 10]  # two tries break; the third one does not
 
 
@@ -29,12 +25,7 @@ WILD = ["--optimize.grid_lr", 60, "--optimize.iterations", 10]  # two tries brea
     ],
 )
 def test_number_of_one_rank_is_agreed_by_all(tmp_path, engine, cases):
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, not_finite_runs.__file__, str(tmp_path), engine, "2", *cases]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=QUIET_SECONDS)
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    told = tiny.told_by(not_finite_runs.__file__, tmp_path, engine, 2, *cases)
     assert [case["case"] for case in told] == cases
     for case in told:
         first, second, _ = case["entries"]

@@ -1,10 +1,6 @@
 """A run that is killed within a block goes on from the checkpoint there and ends with an uninterrupted run's bytes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +8,6 @@ import checkpoint_kills as kills
 import tiny
 from runs import run_quantize
 
-QUIET_SECONDS = 600
 AFTER = {  # case: steps after the kill in the block that was killed
     "step": kills.ITERATIONS - kills.EVERY,
     "writing": kills.ITERATIONS - kills.EVERY,
@@ -33,12 +28,7 @@ AFTER = {  # case: steps after the kill in the block that was killed
     ],
 )
 def test_killed_run_goes_on_within_the_block(tmp_path, engine, num_ranks, cases):
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, kills.__file__, str(tmp_path), engine, str(num_ranks), *cases]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=QUIET_SECONDS)
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    told = tiny.told_by(kills.__file__, tmp_path, engine, num_ranks, *cases)
     assert [case["case"] for case in told] == cases
     for case in told:
         assert case["wrong"] == "", case

@@ -6,21 +6,13 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 
+import tiny
 from shardq.errors import ConfigError
 from shardq.formats.compressed_tensors import check_grid, linear_tensors, quantization_config
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
-
-def random_linear(spec: QuantSpec, shape: tuple[int, int] = (40, 96)) -> QuantizedLinear:
-    grid_shape = shape[0], shape[1] // (spec.group_size or shape[1])
-    scale = (torch.rand(grid_shape) + 0.01).bfloat16().float()
-    if spec.full_range:
-        scale *= torch.randint(2, grid_shape) * 2 - 1
-    zero_point = torch.zeros(grid_shape)
-    if not spec.symmetric:
-        zero_point = torch.randint(spec.qmin, spec.qmax + 1, grid_shape).float()
-    return QuantizedLinear(torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8), scale, zero_point, spec)
+SHAPE = (40, 96)
 
 
 def decompressed(linear: QuantizedLinear, activation_bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,14 +31,14 @@ def decompressed(linear: QuantizedLinear, activation_bits: int, dtype: torch.dty
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_are_the_grid_points(bits: int, kind: str, group_size: int | None):
     spec = QuantSpec(bits=bits, symmetric=kind != "asymmetric", full_range=kind == "full_range", group_size=group_size)
-    linear = random_linear(spec)
+    linear = tiny.random_linear(spec, SHAPE, torch.bfloat16)
     assert torch.equal(decompressed(linear, 16, torch.float32), linear.dequantized())
     assert torch.equal(decompressed(linear, 16, torch.bfloat16), linear.dequantized().bfloat16())
 
 
 @pytest.mark.parametrize("bits, group_size", [(8, None), (4, None), (4, 32)])
 def test_weights_beside_int8_activations_are_the_grid_points(bits: int, group_size: int | None):
-    linear = random_linear(QuantSpec(bits=bits, group_size=group_size))
+    linear = tiny.random_linear(QuantSpec(bits=bits, group_size=group_size), SHAPE, torch.bfloat16)
     assert torch.equal(decompressed(linear, 8, torch.float32), linear.dequantized())
     scheme = QuantizationConfig.model_validate(quantization_config(linear.spec, 8, ["lm_head"])).config_groups[
         "group_0"
@@ -58,7 +50,7 @@ def test_weights_beside_int8_activations_are_the_grid_points(bits: int, group_si
 @pytest.mark.parametrize("shape", [(40, 96), (33, 50)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_words_are_those_of_the_librarys_own_packing(bits: int, shape: tuple[int, int]):
-    linear = random_linear(QuantSpec(bits=bits, symmetric=False), shape)
+    linear = tiny.random_linear(QuantSpec(bits=bits, symmetric=False), shape, torch.bfloat16)
     written = linear_tensors("l", linear, torch.bfloat16, 16)
     assert torch.equal(written["l.weight_packed"], pack_to_int32(linear.codes_OI, bits))
     assert torch.equal(written["l.weight_zero_point"], pack_to_int32(linear.zero_point_OG.char(), bits, packed_dim=0))

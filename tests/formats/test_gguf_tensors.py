@@ -5,9 +5,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as BlockType
 
+import tiny
 from shardq.errors import ConfigError, QuantizationError
 from shardq.formats import gguf_tensors
-from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 OUTPUTS, INPUTS = 6, 128
@@ -23,24 +23,10 @@ GRIDS = {
 }
 
 
-def quantized(spec: QuantSpec, *, in_half: bool = True) -> QuantizedLinear:
-    """Random codes and scales, scales that float16 holds if `in_half`."""
-    groups = INPUTS // (spec.group_size or INPUTS)
-    codes = torch.randint(spec.qmin, spec.qmax + 1, (OUTPUTS, INPUTS)).to(torch.int8)
-    scale = torch.rand(OUTPUTS, groups) * 0.01 + 0.001
-    scale = scale.half().float() if in_half else scale
-    if spec.full_range:
-        scale *= torch.randint(2, scale.shape) * 2 - 1
-    zero_point = torch.zeros_like(scale)
-    if not spec.symmetric:
-        zero_point = torch.randint(spec.qmin, spec.qmax + 1, scale.shape).float()
-    return QuantizedLinear(codes, scale, zero_point, spec)
-
-
 @pytest.mark.parametrize(("spec", "kind"), GRIDS.items(), ids=str)
 def test_the_package_reads_the_run_s_weights(spec: QuantSpec, kind: BlockType):
     assert gguf_tensors.block_type(spec) == kind
-    linear = quantized(spec)
+    linear = tiny.random_linear(spec, (OUTPUTS, INPUTS), torch.float16)
     packed = gguf_tensors.pack("a", linear)
     assert packed.nbytes == gguf_tensors.num_bytes((OUTPUTS, INPUTS), kind)
     found = torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind))
@@ -55,7 +41,7 @@ def test_the_package_reads_the_run_s_weights(spec: QuantSpec, kind: BlockType):
 
 @pytest.mark.parametrize("spec", [QuantSpec(bits=4, group_size=32), QuantSpec(bits=8)], ids=str)
 def test_the_change_by_rounding_scales_is_the_scales(spec: QuantSpec):
-    linear = quantized(spec, in_half=False)
+    linear = tiny.random_linear(spec, (OUTPUTS, INPUTS))
     expected = (linear.scale_OG.half().double() / linear.scale_OG.double() - 1).abs().max().item()
     assert gguf_tensors.largest_change(gguf_tensors.pack("a", linear), linear) == pytest.approx(expected, rel=1e-3)
     assert 0 < expected < 2**-11
@@ -63,7 +49,7 @@ def test_the_change_by_rounding_scales_is_the_scales(spec: QuantSpec):
 
 @pytest.mark.parametrize("scale", [1e-9, 1e6])
 def test_scales_beyond_float16_are_refused(scale: float):
-    linear = quantized(QuantSpec(bits=4))
+    linear = tiny.random_linear(QuantSpec(bits=4), (OUTPUTS, INPUTS), torch.float16)
     linear.scale_OG[2] = scale
     with pytest.raises(QuantizationError, match="a scale of blocks.0.q is too large or too small for float16"):
         gguf_tensors.pack("blocks.0.q", linear)

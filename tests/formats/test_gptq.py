@@ -3,21 +3,13 @@
 import pytest
 import torch
 
+import tiny
 from shardq.errors import ConfigError
 from shardq.formats.gptq import check_grid, linear_tensors, quantization_config
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
-
-def random_linear(spec: QuantSpec, shape: tuple[int, int] = (32, 96)) -> QuantizedLinear:
-    grid_shape = shape[0], shape[1] // (spec.group_size or shape[1])
-    scale = torch.rand(grid_shape) + 0.01
-    if spec.full_range:
-        scale *= torch.randint(2, grid_shape) * 2 - 1
-    zero_point = torch.zeros(grid_shape)
-    if not spec.symmetric:
-        zero_point = torch.randint(spec.qmin, spec.qmax + 1, grid_shape).float()
-    return QuantizedLinear(torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8), scale, zero_point, spec)
+SHAPE = (32, 96)
 
 
 def numbers(words: torch.Tensor, bits: int) -> list[int]:
@@ -47,7 +39,7 @@ def unpacked(tensors: dict[str, torch.Tensor], config: dict) -> torch.Tensor:
 def test_tensors_hold_the_grid_points(bits: int, kind: str, group_size: int | None):
     spec = QuantSpec(bits=bits, symmetric=kind != "asymmetric", full_range=kind == "full_range", group_size=group_size)
     check_grid(spec)
-    linear = random_linear(spec)
+    linear = tiny.random_linear(spec, SHAPE)
     tensors, config = linear_tensors("l", linear, torch.float32), quantization_config(spec, [])
     assert torch.equal(unpacked(tensors, config), linear.dequantized())
     num_groups = 96 // (group_size or 96)
@@ -77,7 +69,7 @@ def test_three_bits_straddle_words_as_autogptq_packs_them():
 
 def test_symmetric_zero_points_are_those_that_every_reader_expects():
     """Version 1 of 4 bits: 7 in every place."""
-    tensors = linear_tensors("l", random_linear(QuantSpec(bits=4)), torch.float16)
+    tensors = linear_tensors("l", tiny.random_linear(QuantSpec(bits=4), SHAPE), torch.float16)
     assert (tensors["l.qzeros"] == 0x77777777).all()
 
 
@@ -95,4 +87,4 @@ def test_other_widths_are_refused(bits: int):
 @pytest.mark.parametrize("shape, kind", [((40, 64), "40 output"), ((32, 72), "72 input")])
 def test_sizes_that_do_not_fill_words_are_refused_by_name(shape: tuple[int, int], kind: str):
     with pytest.raises(ConfigError, match=f"gptq: a.b has {kind} channels"):
-        linear_tensors("a.b", random_linear(QuantSpec(bits=4), shape), torch.float16)
+        linear_tensors("a.b", tiny.random_linear(QuantSpec(bits=4), shape), torch.float16)

@@ -9,27 +9,14 @@ import onnxruntime
 import pytest
 import torch
 
+import tiny
 from shardq.formats import onnx_graph
-from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 OUTPUTS, INPUTS = 24, 64
 GRIDS = [QuantSpec(bits=bits, group_size=size) for bits in range(2, 9) for size in (None, 32)]
 GRIDS += [QuantSpec(bits=bits, symmetric=False, group_size=size) for bits in (2, 3, 4, 8) for size in (None, 16, 2)]
 GRIDS += [QuantSpec(bits=bits, full_range=True, group_size=size) for bits in (2, 4) for size in (None, 32)]
-
-
-def quantized(spec: QuantSpec) -> QuantizedLinear:
-    """Random codes and scales that use all of a grid."""
-    groups = INPUTS // (spec.group_size or INPUTS)
-    codes = torch.randint(spec.qmin, spec.qmax + 1, (OUTPUTS, INPUTS)).to(torch.int8)
-    scale = torch.rand(OUTPUTS, groups) * 0.01 + 0.001
-    if spec.full_range:
-        scale *= torch.randint(2, scale.shape) * 2 - 1
-    zero_point = torch.zeros_like(scale)
-    if not spec.symmetric:
-        zero_point = torch.randint(spec.qmin, spec.qmax + 1, scale.shape).float()
-    return QuantizedLinear(codes, scale, zero_point, spec)
 
 
 def weight_graph(consume: str, opset: int) -> ir.Model:
@@ -58,7 +45,7 @@ def run(path: Path, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("consume", ["MatMul", "Gemm"])
 @pytest.mark.parametrize("spec", GRIDS, ids=str)
 def test_every_grid_is_multiplied_by_as_it_is(spec: QuantSpec, consume: str, tmp_path: Path):
-    linear = quantized(spec)
+    linear = tiny.random_linear(spec, (OUTPUTS, INPUTS))
     model = weight_graph(consume, onnx_graph.opset_for(spec))
     placed = onnx_graph.write_data(tmp_path / "weights.data", onnx_graph.linear_tensors("a", linear))
     onnx_graph.place_weights(model.graph, placed, {"a": spec})
