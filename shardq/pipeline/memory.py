@@ -25,15 +25,37 @@ from shardq.pipeline.plan import Plan
 MOMENTS = {"adam": 2, "sign": 0}
 
 
+@dataclass(frozen=True)
+class BlockSize:
+    """A block's bytes in the checkpoint, and its weights to train: of all its linears, and of the largest."""
+
+    source: int
+    num_weights: int
+    largest_linear: int
+
+
+@dataclass(frozen=True)
+class LargestBlock:
+    """The block with the most weights to train, which decides what a run takes; what one sample keeps there."""
+
+    name: str
+    size: BlockSize
+    sample_bytes: int
+
+
+def largest_block(
+    skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int
+) -> LargestBlock:
+    """The first block with the most weights to train."""
+    sizes = [block_size(skeleton, plan, number) for number in range(plan.num_blocks)]
+    largest = max(range(plan.num_blocks), key=lambda number: sizes[number].num_weights)
+    hidden_shape = (1, sequence_length, skeleton.model.get_input_embeddings().embedding_dim)
+    sample = saved_bytes(skeleton.blocks[largest], arguments[largest], hidden_shape)
+    return LargestBlock(plan.names[largest], sizes[largest], sample)
+
+
 def choose_micro_batch(
-    skeleton: Skeleton,
-    plan: Plan,
-    arguments: list[BlockArguments],
-    sequence_length: int,
-    options: OptimizeOptions,
-    parallel: ParallelOptions,
-    limit: int,
-    world_size: int,
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
 ) -> int:
     """The largest divisor of a rank's part of a batch whose training fits the memory; at least 1.
 
@@ -45,28 +67,19 @@ def choose_micro_batch(
     Raises:
         ConfigError: the options set a limit that one sample exceeds.
     """
-    largest = largest_block(skeleton, plan)
-    state = state_bytes(block_size(skeleton, plan, largest), options, parallel, world_size)
-    sample = sample_bytes(skeleton, plan, arguments, sequence_length)
+    state, sample = state_bytes(block.size, options, parallel, world_size), block.sample_bytes
     part = largest_part(options.batch_size, world_size)
     fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(
-            f"optimize.memory_gib: {options.memory_gib} is too little for one sample: {plan.names[largest]} needs "
+            f"optimize.memory_gib: {options.memory_gib} is too little for one sample: {block.name} needs "
             f"{state / 2**30:.2f} GiB and {sample / 2**30:.2f} GiB a sample; raise it or lower calib.sequence_length"
         )
     return max(fitting, default=1)
 
 
 def choose_engine(
-    skeleton: Skeleton,
-    plan: Plan,
-    arguments: list[BlockArguments],
-    sequence_length: int,
-    options: OptimizeOptions,
-    parallel: ParallelOptions,
-    limit: int,
-    world_size: int,
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
 ) -> tuple[ParallelOptions, str]:
     """`allreduce` if its training of one sample fits the memory, else `rows`, which takes least; and why, in words.
 
@@ -76,11 +89,10 @@ def choose_engine(
     """
     if world_size == 1:
         return replace(parallel, engine="local"), "one rank"
-    size = block_size(skeleton, plan, largest_block(skeleton, plan))
-    sample = sample_bytes(skeleton, plan, arguments, sequence_length)
     needed: dict[Engine, int] = {}
     for engine in ("allreduce", "rows"):
-        needed[engine] = sample + state_bytes(size, options, replace(parallel, engine=engine), world_size)
+        state = state_bytes(block.size, options, replace(parallel, engine=engine), world_size)
+        needed[engine] = block.sample_bytes + state
         if needed[engine] <= limit:
             break
     reason = ", ".join(f"{engine} takes {count / 2**30:.2f} GiB a rank" for engine, count in needed.items())
@@ -95,14 +107,7 @@ def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
 
 
 def reads_ahead(
-    skeleton: Skeleton,
-    plan: Plan,
-    arguments: list[BlockArguments],
-    sequence_length: int,
-    options: OptimizeOptions,
-    parallel: ParallelOptions,
-    limit: int,
-    world_size: int,
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
 ) -> bool:
     """Whether there is room for the next block's weights beside a block's training.
 
@@ -111,43 +116,15 @@ def reads_ahead(
         parallel: with the engine resolved.
         limit: bytes that a rank may use.
     """
-    size = block_size(skeleton, plan, largest_block(skeleton, plan))
-    sample = sample_bytes(skeleton, plan, arguments, sequence_length)
-    state = state_bytes(size, options, parallel, world_size)
-    return state + size.source + options.micro_batch * sample <= limit
-
-
-def largest_block(skeleton: Skeleton, plan: Plan) -> int:
-    """Index of the block with the most weights to train."""
-    return max(
-        range(plan.num_blocks), key=lambda number: sum(_linear_sizes(skeleton.blocks[number], plan.linears[number]))
-    )
-
-
-def sample_bytes(skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int) -> int:
-    """What one sample keeps for backward in the largest block."""
-    largest = largest_block(skeleton, plan)
-    hidden_size = skeleton.model.get_input_embeddings().embedding_dim
-    return saved_bytes(skeleton.blocks[largest], arguments[largest], (1, sequence_length, hidden_size))
-
-
-def _linear_sizes(block: nn.Module, linear_names: list[str]) -> list[int]:
-    return [block.get_submodule(name).weight.numel() for name in linear_names]
-
-
-@dataclass(frozen=True)
-class BlockSize:
-    """A block's bytes in the checkpoint, and its weights to train: of all its linears, and of the largest."""
-
-    source: int
-    num_weights: int
-    largest_linear: int
+    state = state_bytes(block.size, options, parallel, world_size)
+    return state + block.size.source + options.micro_batch * block.sample_bytes <= limit
 
 
 def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
     """Size of one of the model's blocks."""
     source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
-    linears = _linear_sizes(skeleton.blocks[block_index], plan.linears[block_index])
+    block = skeleton.blocks[block_index]
+    linears = [block.get_submodule(name).weight.numel() for name in plan.linears[block_index]]
     return BlockSize(source, sum(linears), max(linears, default=0))
 
 

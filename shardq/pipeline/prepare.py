@@ -25,7 +25,14 @@ from shardq.pipeline.activations import plan_activations
 from shardq.pipeline.folders import cache_folder, output_folder
 from shardq.pipeline.lock import only_run
 from shardq.pipeline.manifest import make_manifest
-from shardq.pipeline.memory import choose_engine, choose_micro_batch, memory_limit, reads_ahead
+from shardq.pipeline.memory import (
+    LargestBlock,
+    choose_engine,
+    choose_micro_batch,
+    largest_block,
+    memory_limit,
+    reads_ahead,
+)
 from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
 from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.target import check_served
@@ -49,6 +56,7 @@ class Run:
     plan: Plan
     arguments: list[BlockArguments]
     activations: list[dict[str, int]]
+    largest: LargestBlock
     tokens_NT: Tensor
     manifest: dict
     lines: list[dict]
@@ -83,7 +91,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = _fitted(config, stored, skeleton, plan, arguments, limit, ranks, display)
+        chosen = _fitted(config, stored, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
         ledger.check_folder(output, config.resume)
         held.enter_context(only_run(output, display.line))
@@ -91,16 +99,16 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         return tokens_NT, manifest, ledger.open_run(output, manifest, config.resume, redo), chosen
 
     skeleton, plan, arguments, activations = together(ranks, open_and_plan)
+    largest = largest_block(skeleton, plan, arguments, config.calib.sequence_length)
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
     tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
-    ahead = reads_ahead(skeleton, plan, arguments, config.calib.sequence_length, config.optimize, config.parallel,
-                        limit, ranks.world_size)  # fmt: skip
+    ahead = reads_ahead(largest, config.optimize, config.parallel, limit, ranks.world_size)
     lines += [redo] if redo else []
     run = Run(
-        config, output, skeleton, plan, arguments, activations, tokens_NT, manifest, lines, redo is not None, ahead,
-        ranks, display,
+        config, output, skeleton, plan, arguments, activations, largest, tokens_NT, manifest, lines,
+        redo is not None, ahead, ranks, display,
     )  # fmt: skip
     _say_what_will_be_done(run)
     return run
@@ -126,24 +134,21 @@ def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOpt
 def _fitted(
     config: QuantizeConfig,
     stored: dict,
-    skeleton: Skeleton,
-    plan: Plan,
-    arguments: list[BlockArguments],
+    largest: LargestBlock,
     limit: int,
     ranks: Ranks,
     display: Display,
 ) -> QuantizeConfig:
     """Options with engine, micro-batch and whether to compile decided for this model and machine."""
-    optimize, parallel, length = config.optimize, config.parallel, config.calib.sequence_length
-    per_block = (skeleton, plan, arguments, length, optimize)
+    optimize, parallel = config.optimize, config.parallel
     if parallel.engine == "auto":
-        parallel, reason = choose_engine(*per_block, parallel, limit, ranks.world_size)
+        parallel, reason = choose_engine(largest, optimize, parallel, limit, ranks.world_size)
         display.line(f"parallel.engine: {parallel.engine} ({reason})")
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
         micro_batch = stored.get("micro_batch")
         if micro_batch is None or stored.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
-            micro_batch = choose_micro_batch(*per_block, parallel, limit, ranks.world_size)
+            micro_batch = choose_micro_batch(largest, optimize, parallel, limit, ranks.world_size)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
         return replace(config, parallel=parallel, optimize=replace(optimize, compile="off"))

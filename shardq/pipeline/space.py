@@ -16,7 +16,6 @@ from shardq.parallel.collectives import together
 from shardq.pipeline import ledger
 from shardq.pipeline.export import stored_dtype
 from shardq.pipeline.folders import cache_folder
-from shardq.pipeline.memory import block_size, largest_block
 from shardq.pipeline.plan import block_file, encodings_file
 from shardq.pipeline.prepare import Run
 from shardq.quant.packing import packed_width
@@ -65,9 +64,8 @@ def needed(run: Run) -> list[Need]:
         growth = sum(max(0, size - _there(path)) for path, size in files.items())
         needs.append(Need("weights and encodings", run.output, growth + max(map(_there, files), default=0)))
         if run.config.checkpoint.every_iterations:
-            weights = block_size(run.skeleton, run.plan, largest_block(run.skeleton, run.plan)).num_weights
             # The newest of s2 and its moments stands beside its predecessor.
-            needs.append(Need("checkpoints", run.output, 2 * 3 * 4 * weights))
+            needs.append(Need("checkpoints", run.output, 2 * 3 * 4 * run.largest.size.num_weights))
     if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
         there, num_redos = 0, len(ledger.redo_lines(run.lines)) - run.begins_redo
         if (run.output / ledger.MANIFEST).exists():

@@ -21,12 +21,13 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import memory
 from shardq.pipeline.memory import (
+    LargestBlock,
     block_size,
     choose_engine,
     choose_micro_batch,
+    largest_block,
     memory_limit,
     reads_ahead,
-    sample_bytes,
     saved_bytes,
     state_bytes,
 )
@@ -59,16 +60,18 @@ class Model:
     plan: Plan
     arguments: list[BlockArguments]
 
+    @property
+    def largest(self) -> LargestBlock:
+        return largest_block(self.skeleton, self.plan, self.arguments, LENGTH)
+
     def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
         limit = limit_of(options, spare_bytes)
-        return choose_micro_batch(self.skeleton, self.plan, self.arguments, LENGTH, options, WHOLE, limit, world_size)
+        return choose_micro_batch(self.largest, options, WHOLE, limit, world_size)
 
     def engine(self, spare_bytes: int, world_size: int, **chosen: object) -> tuple[str, str]:
         options = OptimizeOptions(batch_size=world_size, precision="float32", **chosen)
         limit = limit_of(options, spare_bytes)
-        parallel, reason = choose_engine(
-            self.skeleton, self.plan, self.arguments, LENGTH, options, ParallelOptions(), limit, world_size
-        )
+        parallel, reason = choose_engine(self.largest, options, ParallelOptions(), limit, world_size)
         return parallel.engine, reason
 
 
@@ -179,7 +182,7 @@ class TestEngine:
 
     def test_ranks_hold_everything_where_that_fits_else_their_rows(self, llama_model: Model):
         size = block_size(llama_model.skeleton, llama_model.plan, 0)
-        sample = sample_bytes(llama_model.skeleton, llama_model.plan, llama_model.arguments, LENGTH)
+        sample = llama_model.largest.sample_bytes
         whole, rows = (
             sample + state_bytes(size, options_for(4), ParallelOptions(engine=engine), 4)
             for engine in ("allreduce", "rows")
@@ -197,11 +200,10 @@ class TestEngine:
 def test_next_block_is_read_ahead_where_there_is_room_for_it(llama_model: Model):
     options = replace(options_for(1), micro_batch=1)
     size = block_size(llama_model.skeleton, llama_model.plan, 0)
-    sample = sample_bytes(llama_model.skeleton, llama_model.plan, llama_model.arguments, LENGTH)
+    sample = llama_model.largest.sample_bytes
     needed = state_bytes(size, options, WHOLE, 1) + sample + SOURCE
     for limit, expected in ((needed, True), (needed - 1, False)):
-        model = (llama_model.skeleton, llama_model.plan, llama_model.arguments)
-        assert reads_ahead(*model, LENGTH, options, WHOLE, limit, 1) == expected
+        assert reads_ahead(llama_model.largest, options, WHOLE, limit, 1) == expected
 
 
 def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
