@@ -5,13 +5,14 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from shardq.errors import ConfigError, RankError
+from shardq.parallel.stall import Pace
 from shardq.parallel.watch import ended_together, meeting_store
 
 # Rank 0 may download a model or tokenize a large dataset while the others wait. A rank that is gone or stopped is found
@@ -24,7 +25,7 @@ class Ranks:
     """This process among those that torchrun started; a plain python process is rank 0 of 1.
 
     `local_world_size` is the number of ranks on this host, which share its memory; `local_rank` is this one's number
-    among them.
+    among them. Whoever takes the main thread through steps says so to `pace`.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Ranks:
     device: torch.device
     local_world_size: int = 1
     local_rank: int = 0
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def first_on_host(self) -> int:
@@ -63,8 +65,10 @@ def started(device: str) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
         return
     store = meeting_store(rank, world_size)
-    with ended_together(this_rank(), rank, world_size, store):
+    with ended_together(this_rank(), rank, world_size, store) as pace:
         ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
+        if ranks.device.type == "cpu":  # on a GPU a step that waits for other ranks looks like one that computes
+            ranks = replace(ranks, pace=pace)
         # CPU tensors and Python objects travel over gloo also where GPUs have NCCL.
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         with contact("meeting it"):

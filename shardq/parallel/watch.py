@@ -21,12 +21,11 @@ import torch.distributed as dist
 
 from shardq.errors import Interrupted, RankError, ShardQError
 from shardq.logs import print_error
-from shardq.parallel.stall import Stall, main_place
+from shardq.parallel.stall import Pace, Stall
 
 BEAT_SECONDS = 1.0
 # Counted in this process's own beats: while it was stopped itself, or the whole machine was, nobody else was silent.
 MAX_MISSED_BEATS = 20
-STALL_SECONDS = 600.0  # nothing that works is silent in every way for so long
 MEETING_SECONDS = 300.0  # importing from a cold network disk takes minutes
 SEND_SECONDS = 5.0
 MEETING_PLACE = "watch"
@@ -51,10 +50,11 @@ class Peer:
 
 
 @contextmanager
-def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> Iterator[None]:
+def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> Iterator[Pace]:
     """During the body, the end of any rank ends this process with one line that names that rank and says why.
 
-    If this rank's body fails, the others hear its error, but for one on which all ranks agree.
+    If this rank's body fails, the others hear its error, but for one on which all ranks agree. Steps of which it tells
+    the pace that is yielded are watched most closely.
 
     Args:
         name: what lines call this rank.
@@ -63,9 +63,10 @@ def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> 
     Raises:
         RankError: a rank has not come in time, or rank 0 cannot be reached.
     """
-    watch = Watch(name, _gather(name, world_size, store) if rank == 0 else [_connect(name, rank, store)])
+    pace = Pace()
+    watch = Watch(name, _gather(name, world_size, store) if rank == 0 else [_connect(name, rank, store)], pace)
     try:
-        yield
+        yield pace
     except BaseException as error:
         if isinstance(error, RankError):
             watch.wait()  # it knows which rank failed first, and why
@@ -77,8 +78,9 @@ def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> 
 class Watch:
     """Listens to the peers in a thread of its own from the start on; see `ended_together`."""
 
-    def __init__(self, name: str, peers: list[Peer]):
+    def __init__(self, name: str, peers: list[Peer], pace: Pace):
         self._name, self._peers, self._leaving = name, peers, False
+        self._stall = Stall(pace)
         self._sending = threading.Lock()
         self._launcher, self._parent = _launcher(), os.getppid()
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
@@ -94,7 +96,7 @@ class Watch:
         self._send_all("leaving", last_words, interrupted)
 
     def _listen(self) -> None:
-        due, stall = time.monotonic(), Stall()
+        due = time.monotonic()
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
@@ -105,8 +107,8 @@ class Watch:
                 if time.monotonic() >= due:
                     due = time.monotonic() + BEAT_SECONDS
                     self._beat()
-                    if stall.look(BEAT_SECONDS) * BEAT_SECONDS > STALL_SECONDS:
-                        self._end_stalled()
+                    if how := self._stall.look(BEAT_SECONDS):
+                        self._end_alone(how)
 
     def _hear(self, peer: Peer) -> bool:
         """Take in what a peer sent; False once it has left."""
@@ -143,10 +145,7 @@ class Watch:
                 self._end_all(f"{peer.name} {silence}: {reason}", peer)
         self._send_all("beat")
         if dist.is_torchelastic_launched() and os.getppid() != self._parent:
-            gone = "its launcher, torchrun, is gone"
-            self.leave(gone)
-            print_error(gone, self._name)
-            os._exit(RankError.exit_code)
+            self._end_alone("its launcher, torchrun, is gone")
 
     def _end_all(self, verdict: str, silent: Peer | None = None, interrupted: bool = False) -> None:
         if not self._leaving:
@@ -154,10 +153,9 @@ class Watch:
             self._send_all("verdict", verdict, hung, interrupted)
             self._end(verdict, hung, interrupted)
 
-    def _end_stalled(self) -> None:
-        """End this process, which will not come to what the others wait for; they hear where it stands."""
-        words = f"stands still at {main_place()}: nothing has run for {STALL_SECONDS:.0f} s; check its host's disks"
-        self._send_all("leaving", words, False)
+    def _end_alone(self, words: str) -> None:
+        """End this process for a reason of its own, which the others hear."""
+        self.leave(words)
         print_error(words, self._name)
         os._exit(RankError.exit_code)
 

@@ -48,7 +48,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
     scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
-    activations = Activations(open_store(config.cache, scratch), samples, tokens_NT.shape[1], ranks.device)
+    store = open_store(config.cache, scratch)
+    activations = Activations(store, samples, tokens_NT.shape[1], ranks.device, pace=ranks.pace)
     grids = together(ranks, lambda: _activation_grids(skeleton, config))
     together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, tokens_NT, activations, display))
     loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from shardq.model.ends import BlockArguments, block_forward, prologue
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.loss import ErrorSums, Loss, error_sums
+from shardq.parallel.stall import Pace
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -24,7 +25,7 @@ Forward = Callable[[Tensor], Tensor]
 class Activations:
     """This rank's samples, where their activations are kept, and the device that computes.
 
-    `waiting`, given `input` or `output`, is entered while the computation waits for the store.
+    `waiting`, given `input` or `output`, is entered while the computation waits for the store; `pace` hears of steps.
     """
 
     store: ActivationStore
@@ -32,6 +33,7 @@ class Activations:
     sequence_length: int
     device: torch.device
     waiting: Callable[[str], AbstractContextManager] = nullcontext
+    pace: Pace = field(default_factory=Pace)
 
     def load(self, stream: Stream, generation: int, samples: list[int]) -> Tensor:
         """Hidden states [N, T, D] of some samples, on the device."""
@@ -39,8 +41,8 @@ class Activations:
         return to_device(hidden_NTD, self.device)
 
     def ahead(self, load: Callable, keys: Iterable) -> Iterator:
-        """`(key, load(key))` in order, each loaded while the one before is in use."""
-        return lookahead(load, keys, partial(self.waiting, "input"))
+        """`(key, load(key))` in order, each loaded while the one before is in use: what is done with one is a step."""
+        return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input")))
 
     @contextmanager
     def keeping(self, stream: Stream, generation: int) -> Iterator[Callable[[list[int], Tensor], None]]:

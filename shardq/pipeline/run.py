@@ -91,7 +91,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
     store = open_store(config.cache, cache)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
-    activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting)
+    activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting, ranks.pace)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(

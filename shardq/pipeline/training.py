@@ -117,7 +117,7 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
     with span("train") as facts:
         goes_on, batches = _watcher(at_hand, progress, purpose), _batches(job, at_hand.index, progress.done)
         facts["iterations"] = distill(at_hand.loss, bench.quantizer, bench.stepper, batches, optimize.micro_batch,
-                                      job.display.advance_iteration, goes_on,
+                                      partial(_end_step, job), goes_on,
                                       optimize.batch_size / job.ranks.world_size)  # fmt: skip
     if not bench.stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
@@ -127,6 +127,11 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
         bench.quantizer.serve(linears, job.stored)
     with span("loss"):
         return linears, best.loss if best else agreed_loss(at_hand)
+
+
+def _end_step(job: BlockJob, loss: Tensor) -> None:
+    job.activations.pace.rest()  # looks, checkpoints and a terminal that is stopped take any time
+    job.display.advance_iteration(loss)
 
 
 def _watcher(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> Callable[[int], bool]:

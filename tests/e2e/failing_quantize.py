@@ -6,6 +6,7 @@ Arguments: how this rank fails, which rank that is, a file for the time at which
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,11 @@ STEPS_BEFORE = 5  # once the first block is committed
 
 def fail(how: str) -> None:
     """Fail, before this rank takes part in what the others wait for."""
-    if how.startswith("SIG"):
+    while how == "endless":
+        pass
+    if how == "still":
+        threading.Event().wait()
+    elif how.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, how))
     elif how == "fault":
         raise ZeroDivisionError("division by zero")

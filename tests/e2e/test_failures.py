@@ -11,6 +11,7 @@ import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files
 
 LIMIT_SECONDS = 30
+CORE_LIMIT_SECONDS = 90  # of a rank that is known by the time of a core that it takes, which other programs may want
 FAILURES = {
     "fault": "failed: ZeroDivisionError: division by zero",
     "error": "failed: disk of one rank is full",
@@ -18,19 +19,23 @@ FAILURES = {
     "SIGKILL": "ended without a message: it was killed",
     "SIGSTOP": "has not been heard of for 20 s",
 }
+HANGS = {
+    "still": "failed: stands still at distill.py:",
+    "endless": "failed: computes without end at distill.py:",
+}
 
 
-def fail(how, who, arguments, folder):
+def fail(how, who, arguments, folder, limit_seconds=LIMIT_SECONDS):
     """Let a run fail, in time and by name; give the lines that the ranks wrote."""
     failed_at = folder / "failed-at"
     script = [failing_quantize.__file__, how, str(who), failed_at, *arguments]
     path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
     finished = tiny.torchrun(2, script, PYTHONPATH=path)
     assert failed_at.exists(), finished.stderr
-    assert time.time() - float(failed_at.read_text()) < LIMIT_SECONDS
+    assert time.time() - float(failed_at.read_text()) < limit_seconds
     assert finished.returncode != 0
     lines = [line for line in finished.stderr.splitlines() if line.startswith(("shardq:", "[rank"))]
-    assert lines[-1].startswith(f"shardq: [rank {1 - who}] rank {who} {FAILURES[how]}"), finished.stderr
+    assert lines[-1].startswith(f"shardq: [rank {1 - who}] rank {who} {(FAILURES | HANGS)[how]}"), finished.stderr
     return lines
 
 
@@ -51,3 +56,12 @@ def test_run_goes_on_after_every_failure_of_a_rank(llama, token_file, two_ranks,
     assert finished.returncode == 0, finished.stderr
     assert "resuming" in finished.stdout and "1 of 3 blocks are done" in finished.stdout
     assert result_files(output) == result_files(two_ranks[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("how", HANGS)
+def test_rank_that_hangs_in_a_step_ends_the_run(llama, token_file, tmp_path, how, who):
+    limit_seconds = CORE_LIMIT_SECONDS if how == "endless" else LIMIT_SECONDS
+    lines = fail(how, who, quantize_arguments(llama, token_file, tmp_path / "out"), tmp_path, limit_seconds)
+    assert len(lines) == 2 and lines[0].startswith(f"shardq: [rank {who}] {HANGS[how][len('failed: ') :]}")

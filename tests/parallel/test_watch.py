@@ -82,6 +82,14 @@ def own_lines(folder: Path) -> list[str]:
             "blocked", RankError.exit_code, "shardq: [rank {}] stands still at watch_worker.py:",
             "failed: stands still at", marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "still", RankError.exit_code, "shardq: [rank {}] stands still at watch_worker.py:",
+            "failed: stands still at", marks=pytest.mark.slow,
+        ),
+        (
+            "endless", RankError.exit_code, "shardq: [rank {}] computes without end at watch_worker.py:",
+            "failed: computes without end at",
+        ),
     ],
 )  # fmt: skip
 def test_failure_of_one_rank_ends_all(tmp_path, how, code, own, named, who):
@@ -104,7 +112,7 @@ def test_error_on_which_all_ranks_agree_is_nobodys_failure(tmp_path):
     assert own_lines(tmp_path) == ["shardq: [rank 1] disk of one rank is full"] * NUM_RANKS
 
 
-@pytest.mark.parametrize("how", ["busy", "early", pytest.param("stranger", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["busy", "slow", "early", pytest.param("stranger", marks=pytest.mark.slow)])
 def test_ranks_that_do_not_fail_are_left_alone(tmp_path, how):
     codes, seconds = run(how, 1, tmp_path)
     assert codes == [0] * NUM_RANKS, own_lines(tmp_path)

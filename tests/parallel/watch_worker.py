@@ -4,6 +4,7 @@ Arguments: how the rank fails, which rank that is, and a folder for notes.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -15,15 +16,17 @@ from pathlib import Path
 from rank_process import run_and_leave
 from shardq.errors import ShardQError, StorageError
 from shardq.logs import print_error
-from shardq.parallel import watch
+from shardq.parallel import stall, watch
 from shardq.parallel.collectives import barrier, together
-from shardq.parallel.ranks import started, this_rank
+from shardq.parallel.ranks import Ranks, started, this_rank
 
 BUSY_SECONDS = 6.0
+SLOW_SECONDS = 0.5
+IN_STEPS = ("endless", "still", "slow")
 
 watch.BEAT_SECONDS = 0.2  # so that silence is found after 4 s
 watch.MEETING_SECONDS = 20.0
-watch.STALL_SECONDS = 5.0
+stall.STALL_SECONDS, stall.STEP_SECONDS = 5.0, 4.0
 
 
 def knock() -> None:
@@ -35,9 +38,9 @@ def knock() -> None:
 
 
 def compute(seconds: float) -> None:
-    """Hold the interpreter all the time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    """Hold the interpreter for some seconds of a core."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
         pass
 
 
@@ -51,10 +54,22 @@ def fail(how: str) -> None:
         raise StorageError("disk of one rank is full")
     elif how == "busy":
         compute(BUSY_SECONDS)
-    elif how == "blocked":
+    elif how in ("endless", "slow"):
+        compute(math.inf if how == "endless" else BUSY_SECONDS)
+    elif how in ("blocked", "still"):
         blocked = threading.Lock()
         blocked.acquire()
         blocked.acquire()
+
+
+def steps(ranks: Ranks, how: str, fails: bool) -> None:
+    """Three steps, in the last of which this rank is to fail; one that is slow has a slow step before."""
+    for number in ranks.pace.steps(range(3)):
+        if how == "slow" and number == 1:
+            time.sleep(SLOW_SECONDS)
+        if fails and number == 2:
+            fail(how)
+        barrier(ranks)
 
 
 def main() -> None:
@@ -70,7 +85,9 @@ def main() -> None:
         (folder / f"pid-{rank}").write_text(str(os.getpid()))
         if how == "agreed":
             together(ranks, lambda: fail("error") if rank == who else None)
-        if rank == who:
+        if how in IN_STEPS:
+            steps(ranks, how, rank == who)
+        elif rank == who:
             fail(how)
         if how == "apart":  # nobody waits for anybody: what ends the ranks is the watch alone
             time.sleep(60)
