@@ -19,7 +19,7 @@ STEP_SECONDS, STEP_RATIO = 20.0, 20.0
 # A tokenizer's own threads, a compiler, a download: whatever works takes more of a core than this, or writes.
 IDLE_SHARE = 0.01
 WAITING_IN = ("/torch/distributed/", "/deepspeed/", "/shardq/parallel/")  # where a rank waits for others
-# No part of a step, wherever it comes: compiling for sizes not met before, and waiting for a thread that reads or writes.
+# No part of a step, wherever it comes: compiling for sizes not met before; waiting for a thread that reads or writes.
 ASIDE_IN = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py", "/shardq/background.py")
 
 
