@@ -98,13 +98,20 @@ class BlockQuantizer(nn.Module):
         parts = (quantizer(self._dtype, self._kernels) for quantizer in self.quantizers)
         return self._share.joined(parts, self._num_outputs)
 
-    def load(self, quantized: list[Tensor]) -> None:
-        """Write fake-quantized weights into the block; gradients that reach them are collected there."""
+    def load(self, quantized: list[Tensor], adding_up: bool = False) -> None:
+        """Write fake-quantized weights into the block; gradients that reach them are collected there.
+
+        Args:
+            adding_up: several backward passes will come, whose gradients add up in float32.
+        """
         self._collecting = [_Collect.apply(*pair) for pair in zip(quantized, self._linears, strict=True)]
         for linear, weight_OI in zip(self._linears, quantized, strict=True):
             linear.weight.data = weight_OI.detach()
             linear.weight.requires_grad_(True)
             linear.weight.grad = None
+            linear.weight.grad_dtype = None  # any: what is added to a float32 sum need not be float32 itself
+            if adding_up:
+                linear.weight.grad = torch.zeros_like(linear.weight, dtype=torch.float32)
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -214,13 +221,13 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        """The linear's gradient [O, I], which the linear gives away, its weight too."""
+        """The linear's gradient [O, I], which the linear gives away, its weight too; rounded to the weight's dtype."""
         weight = ctx.linear.weight
         # A linear that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
         gradient_OI = torch.zeros_like(weight) if weight.grad is None else weight.grad
         weight.grad = None
         weight.data = _placeholder(weight)
-        return gradient_OI, None
+        return gradient_OI.to(weight.dtype), None
 
 
 def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:

@@ -33,7 +33,7 @@ def distill(
     """
     done = 0
     for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
-        quantizer.load(stepper.forward())
+        quantizer.load(stepper.forward(), adding_up=micro_batch < len(inputs_NTD))
         loss = accumulate(
             loss_of, inputs_NTD, targets_NTD, micro_batch, mean_over or len(inputs_NTD), quantizer.leaving
         )

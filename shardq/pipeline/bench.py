@@ -83,11 +83,8 @@ def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], argum
 def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
-    # Gradients of several micro-batches add up in the weight's dtype, which has to be float32 for that.
-    is_whole = optimize.micro_batch >= largest_part(optimize.batch_size, job.ranks.world_size)
-    dtype = optimize.dtype if is_whole else torch.float32
     share = RowShare(job.ranks, job.parallel) if job.parallel.engine == "rows" else None
-    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, dtype, share)
+    quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
     bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)

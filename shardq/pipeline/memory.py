@@ -67,13 +67,13 @@ def choose_micro_batch(
     Raises:
         ConfigError: the options set a limit that one sample exceeds.
     """
-    state, sample = state_bytes(block.size, options, parallel, world_size), block.sample_bytes
-    part = largest_part(options.batch_size, world_size)
-    fitting = [size for size in range(1, part + 1) if part % size == 0 and state + size * sample <= limit]
+    needed = _needed_bytes(block, options, parallel, world_size)
+    fitting = [micro_batch for micro_batch, count in needed.items() if count <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(
             f"optimize.memory_gib: {options.memory_gib} is too little for one sample: {block.name} needs "
-            f"{state / 2**30:.2f} GiB and {sample / 2**30:.2f} GiB a sample; raise it or lower calib.sequence_length"
+            f"{min(needed.values()) / 2**30:.2f} GiB, {block.sample_bytes / 2**30:.2f} GiB of it for the sample; "
+            "raise it or lower calib.sequence_length"
         )
     return max(fitting, default=1)
 
@@ -81,7 +81,7 @@ def choose_micro_batch(
 def choose_engine(
     block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
 ) -> tuple[ParallelOptions, str]:
-    """`allreduce` if its training of one sample fits the memory, else `rows`, which takes least; and why, in words.
+    """`allreduce` if it fits the memory with some micro-batch, else `rows`, which takes least; and why, in words.
 
     Args:
         parallel: with the engine `auto`.
@@ -91,12 +91,21 @@ def choose_engine(
         return replace(parallel, engine="local"), "one rank"
     needed: dict[Engine, int] = {}
     for engine in ("allreduce", "rows"):
-        state = state_bytes(block.size, options, replace(parallel, engine=engine), world_size)
-        needed[engine] = block.sample_bytes + state
+        chosen = replace(parallel, engine=engine)
+        needed[engine] = min(_needed_bytes(block, options, chosen, world_size).values())
         if needed[engine] <= limit:
             break
     reason = ", ".join(f"{engine} takes {count / 2**30:.2f} GiB a rank" for engine, count in needed.items())
     return replace(parallel, engine=engine), f"{reason}, of {limit / 2**30:.2f} GiB"
+
+
+def _needed_bytes(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
+) -> dict[int, int]:
+    """What training takes with each micro-batch in question: the one that is asked for, or all in equal pieces."""
+    part = largest_part(options.batch_size, world_size)
+    sizes = [options.micro_batch] if options.micro_batch else [n for n in range(1, part + 1) if part % n == 0]
+    return {size: training_bytes(block, options, parallel, world_size, size) for size in sizes}
 
 
 def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
@@ -116,8 +125,8 @@ def reads_ahead(
         parallel: with the engine resolved.
         limit: bytes that a rank may use.
     """
-    state = state_bytes(block.size, options, parallel, world_size)
-    return state + block.size.source + options.micro_batch * block.sample_bytes <= limit
+    needed = training_bytes(block, options, parallel, world_size, options.micro_batch)
+    return needed + block.size.source <= limit
 
 
 def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
@@ -128,8 +137,22 @@ def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
     return BlockSize(source, sum(linears), max(linears, default=0))
 
 
-def state_bytes(size: BlockSize, options: OptimizeOptions, parallel: ParallelOptions, world_size: int) -> int:
-    """A rank's memory for a block that is being trained, without activations and without the next block."""
+def training_bytes(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, world_size: int, micro_batch: int
+) -> int:
+    """A rank's memory for training a block with some samples at once, without the next block."""
+    adding_up = micro_batch < largest_part(options.batch_size, world_size)
+    return state_bytes(block.size, options, parallel, world_size, adding_up) + micro_batch * block.sample_bytes
+
+
+def state_bytes(
+    size: BlockSize, options: OptimizeOptions, parallel: ParallelOptions, world_size: int, adding_up: bool = False
+) -> int:
+    """A rank's memory for a block that is being trained, without activations and without the next block.
+
+    Args:
+        adding_up: the gradients of several micro-batches add up.
+    """
     num_weights, stage, rows = size.num_weights, parallel.zero_stage, parallel.engine == "rows"
 
     def held(num_bytes: int, sharded_from: int) -> int:
@@ -143,6 +166,8 @@ def state_bytes(size: BlockSize, options: OptimizeOptions, parallel: ParallelOpt
     if options.held_out:
         state += num_weights  # the best iterate's codes
     quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2)
+    if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
+        quantized += (4 + options.dtype.itemsize) * num_weights
     if stage:
         gradient += _moved_bytes(size, parallel)
     return state + max(quantized, gradient) + 4 * size.largest_linear  # one linear's gradient beside that of its s2

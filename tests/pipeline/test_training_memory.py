@@ -30,6 +30,7 @@ from shardq.pipeline.memory import (
     reads_ahead,
     saved_bytes,
     state_bytes,
+    training_bytes,
 )
 from shardq.pipeline.plan import Plan, make_plan
 
@@ -144,10 +145,15 @@ class TestSavedBytes:
 def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_a_weight: int):
     """s2: 4 bytes; Adam's moments: 8; the quantized weight, in whose place its gradient comes, then that of s2: 4; the
     best iterate's code: 1. One linear's gradient is there beside that of its s2.
+
+    Where gradients of several micro-batches add up, there are the weight, the next gradient and the float32 sum.
     """
     options = OptimizeOptions(**chosen)
-    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, WHOLE, 2)
+    size = block_size(llama_model.skeleton, llama_model.plan, 1)
+    counted, adding_up = (state_bytes(size, options, WHOLE, 2, several) for several in (False, True))
     assert counted == SOURCE + bytes_a_weight * NUM_WEIGHTS + 4 * LARGEST
+    width = 2 if chosen["precision"] == "bf16" else 4
+    assert adding_up - counted == (2 * width + 4 - 4) * NUM_WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,17 @@ class TestEngine:
         chosen = [llama_model.engine(spare, 4)[0] for spare in (whole, whole - 1, rows, 1)]
         assert chosen == ["allreduce", "rows", "rows", "rows"]
 
+    def test_what_counts_is_the_micro_batch_asked_for_or_the_one_that_takes_least(self, llama_model: Model):
+        def needed(micro_batch: int) -> int:
+            options = replace(options_for(8), micro_batch=micro_batch)
+            return training_bytes(llama_model.largest, options, WHOLE, 2, micro_batch)
+
+        assert needed(1) < needed(4)
+        for asked, least in ((None, needed(1)), (4, needed(4))):
+            chosen = [choose_engine(llama_model.largest, replace(options_for(8), micro_batch=asked), ParallelOptions(),
+                                    limit, 2)[0].engine for limit in (least, least - 1)]  # fmt: skip
+            assert chosen == ["allreduce", "rows"]
+
     def test_reason_names_what_each_engine_takes(self, llama_model: Model):
         _, reason = llama_model.engine(1, 4)
         assert [word for word in reason.split() if word in ("allreduce", "rows")] == ["allreduce", "rows"]
@@ -215,17 +232,23 @@ def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
 class TestChoice:
     @staticmethod
     def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
-        """Memory for a block's training with some samples at once."""
-        state = state_bytes(block_size(model.skeleton, model.plan, block_index), options_for(1), WHOLE, 1)
+        """Memory for a block's training with some of a batch's samples at once."""
+        state = state_bytes(block_size(model.skeleton, model.plan, block_index), options_for(1), WHOLE, 1, True)
         sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
         return int(state + num_samples * sample)
 
     @pytest.mark.parametrize(
         ("fitting", "expected"),
-        [(1, 1), (1.99, 1), (2, 2), (3.5, 3), (4, 4), (5.9, 4), (6, 6), (11.99, 6), (12, 12), (1000, 12)],
+        [(1, 1), (1.99, 1), (2, 2), (3.5, 3), (4, 4), (5.9, 4), (6, 6), (10, 6), (1000, 12)],
     )
     def test_largest_divisor_of_the_batch_that_fits_is_chosen(self, llama_model: Model, fitting: float, expected: int):
         assert llama_model.choose(options_for(12), self.bytes_for(llama_model, fitting)) == expected
+
+    def test_whole_part_needs_no_room_for_a_sum(self, llama_model: Model):
+        state = state_bytes(llama_model.largest.size, options_for(1), WHOLE, 1)
+        needed = state + 12 * llama_model.largest.sample_bytes
+        assert needed < self.bytes_for(llama_model, 12)
+        assert [llama_model.choose(options_for(12), limit) for limit in (needed, needed - 1)] == [12, 6]
 
     @pytest.mark.parametrize(("world_size", "expected"), [(1, 6), (2, 6), (3, 4), (5, 3), (6, 2), (12, 1), (16, 1)])
     def test_only_a_ranks_part_of_the_batch_counts(self, llama_model: Model, world_size: int, expected: int):

@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from step import Shape, make_block, parse_shape
+from step import make_block, parse_shape
 from torch import Tensor
 
 from shardq.cli import return_freed_tensors
@@ -144,18 +144,19 @@ def make_stepper(
 
 
 def predicted_bytes(
-    shape: Shape, num_tokens: int, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
+    arguments: argparse.Namespace, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
 ) -> int:
-    """The plan's figure for one sample at once, the next block read ahead."""
+    """The plan's figure for samples taken one at a time, the next block read ahead."""
+    shape, num_tokens = arguments.shape, arguments.tokens
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
-    state = state_bytes(size, options, parallel, world_size)
+    state = state_bytes(size, options, parallel, world_size, arguments.samples > 1)
     return state + size.source + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
 
 
 def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
-    """Train some steps of one sample a rank and give the figures, on every rank."""
+    """Train some steps and give the figures, on every rank."""
     shape, tokens = arguments.shape, arguments.tokens
     options = resolved(OptimizeOptions(iterations=1000, precision=arguments.precision), bits=4,
                        world_size=ranks.world_size, has_bf16=multiplies_bf16(CPU))  # fmt: skip
@@ -176,7 +177,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     loss = compiled(block_loss, False)
 
     def train(num_steps: int, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:
-        batch = tuple(torch.randn(2, 1, tokens, shape.hidden))
+        batch = tuple(torch.randn(2, arguments.samples, tokens, shape.hidden))
         distill(lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype), quantizer, stepper,
                 [batch] * num_steps, 1, on_step, mean_over=1)  # fmt: skip
 
@@ -189,7 +190,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     resident = max_over_ranks(ranks, peak_rss_bytes())
     peak = max_over_ranks(ranks, peak_rss_bytes() - nothing)
     assert ahead  # held until here
-    predicted = predicted_bytes(shape, tokens, options, parallel, ranks.world_size)
+    predicted = predicted_bytes(arguments, options, parallel, ranks.world_size)
     steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {
         "engine": parallel.engine, "offload": parallel.offload, "reduce_dtype": parallel.reduce_dtype,
@@ -236,6 +237,7 @@ def main() -> None:
         "--shape", default="smollm2", type=parse_shape, help="smollm2, llama3-8b, llama3-70b or HxIxNxK"
     )
     parser.add_argument("--tokens", type=int, default=128, help="tokens of the sample that each rank takes a step")
+    parser.add_argument("--samples", type=int, default=1, help="that each rank takes a step, one after the other")
     parser.add_argument("--engines", nargs="+", default=["local", "rows", "allreduce", "zero1", "zero2", "zero3"],
                         help="also with endings: zero2-offload, allreduce-bf16 (default: all six, plain)")  # fmt: skip
     parser.add_argument("--ranks", type=int, default=2, help="of all engines but local")
