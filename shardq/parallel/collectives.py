@@ -75,22 +75,16 @@ def shared_by_all(ranks: Ranks, folder: Path) -> None:
 
 def sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
     """Element-wise sum of numbers over ranks, in float64; the same bits on every rank."""
-    if ranks.world_size == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64)
-    with contact("adding up losses"):
-        dist.all_reduce(tensor)
-    return tensor.tolist()
+    sums = torch.tensor(values, dtype=torch.float64)
+    reduce_over_ranks(ranks, [sums])
+    return sums.tolist()
 
 
 def max_over_ranks(ranks: Ranks, value: float) -> float:
     """Largest of the ranks' numbers."""
-    if ranks.world_size == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    with contact("comparing memory"):
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
+    largest = torch.tensor(value, dtype=torch.float64)
+    reduce_over_ranks(ranks, [largest], "max")
+    return largest.item()
 
 
 def reduce_over_ranks(
@@ -99,7 +93,7 @@ def reduce_over_ranks(
     """Replace each tensor by its sum, least or greatest over ranks, element by element and in place."""
     operation = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[reduction]
     if ranks.world_size > 1:
-        with contact("putting statistics together"):
+        with contact("putting numbers together"):
             for work in [dist.all_reduce(tensor, op=operation, async_op=True) for tensor in tensors]:
                 work.wait()
 

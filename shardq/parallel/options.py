@@ -12,7 +12,7 @@ Engine = Literal["local", "rows", "allreduce", "zero1", "zero2", "zero3"]
 class ParallelOptions:
     """What each rank holds of a block that is being trained."""
 
-    engine: Literal["auto", "local", "rows", "allreduce", "zero1", "zero2", "zero3"] = "auto"
+    engine: Literal["auto", Engine] = "auto"
     """`local`: one rank alone; `rows`: every rank trains its part of each linear's outputs, and the quantized weight
     alone is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
     state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: `local` on one rank,

@@ -19,6 +19,7 @@ from shardq.optimize.distill import accumulate
 from shardq.optimize.loss import Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.rounded_inputs import RoundedInputs
+from shardq.optimize.share import Everything, Share
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
@@ -83,7 +84,7 @@ def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], argum
 def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
-    share = RowShare(job.ranks, job.parallel) if job.parallel.engine == "rows" else None
+    share = share_for(job.parallel, job.ranks)
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
@@ -91,7 +92,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     if job.method == "rtn" or not linear_names:
         return bench
     _rehearse(job, bench, loaded, arguments)
-    return replace(bench, stepper=_make_stepper(job, quantizer))
+    return replace(bench, stepper=make_stepper(quantizer, optimize, job.parallel, job.ranks))
 
 
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
@@ -108,14 +109,22 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     bench.quantizer.zero_grad()
 
 
-def _make_stepper(job: BlockJob, quantizer: BlockQuantizer) -> Stepper:
-    if job.parallel.zero_stage:
-        return DeepSpeedStepper(quantizer, job.optimize, job.parallel, job.ranks)
-    if job.parallel.engine == "rows":
-        return RowStepper(quantizer, job.optimize)
-    if job.parallel.engine == "local":
-        return LocalStepper(quantizer, job.optimize)
-    return AllReduceStepper(quantizer, job.optimize, job.parallel, job.ranks)
+def share_for(parallel: ParallelOptions, ranks: Ranks) -> Share:
+    """The outputs that a rank quantizes under its engine."""
+    return RowShare(ranks, parallel) if parallel.engine == "rows" else Everything()
+
+
+def make_stepper(
+    quantizer: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks
+) -> Stepper:
+    """The engine's, over a quantizer of its share."""
+    if parallel.zero_stage:
+        return DeepSpeedStepper(quantizer, options, parallel, ranks)
+    if parallel.engine == "rows":
+        return RowStepper(quantizer, options)
+    if parallel.engine == "local":
+        return LocalStepper(quantizer, options)
+    return AllReduceStepper(quantizer, options, parallel, ranks)
 
 
 def block_loss(

@@ -2,13 +2,20 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import failing_quantize
 import tiny
-from runs import LAUNCH, committed, quantize_arguments, result_files
+from runs import LAUNCH, ONE_RANK, committed, quantize_arguments, result_files
+from shardq.cli import parse
+from shardq.logs import Display
+from shardq.optimize.stepper import LocalStepper
+from shardq.parallel.stall import Pace
+from shardq.pipeline import training, training_checkpoint
+from shardq.pipeline.run import quantize
 
 LIMIT_SECONDS = 30
 CORE_LIMIT_SECONDS = 90  # of a rank that is known by the time of a core that it takes, which other programs may want
@@ -65,3 +72,26 @@ def test_rank_that_hangs_in_a_step_ends_the_run(llama, token_file, tmp_path, how
     limit_seconds = CORE_LIMIT_SECONDS if how == "endless" else LIMIT_SECONDS
     lines = fail(how, who, quantize_arguments(llama, token_file, tmp_path / "out"), tmp_path, limit_seconds)
     assert len(lines) == 2 and lines[0].startswith(f"shardq: [rank {who}] {HANGS[how][len('failed: ') :]}")
+
+
+def test_steps_are_timed_without_what_comes_between_them(llama, token_file, tmp_path, monkeypatch):
+    """The terminal, looks at the held-out samples and checkpoints may all take any time."""
+    pace, within = Pace(), {}
+
+    def note(owner: object, name: str) -> None:
+        call = getattr(owner, name)
+
+        def noted(*args: object) -> object:
+            within.setdefault(name, set()).add(pace.step is not None)
+            return call(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(LocalStepper, "step")
+    note(Display, "advance_iteration")
+    note(training, "agreed_loss")
+    note(training_checkpoint, "save")
+    more = ["--optimize.held_out", 2, "--checkpoint.every_iterations", 7]
+    config = parse("quantize", quantize_arguments(llama, token_file, tmp_path / "out", *more))
+    quantize(config, replace(ONE_RANK, pace=pace))
+    assert within == {"step": {True}, "advance_iteration": {False}, "agreed_loss": {False}, "save": {False}}

@@ -38,15 +38,10 @@ from shardq.model.ends import BlockArguments
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
-from shardq.optimize.stepper import LocalStepper, Stepper
-from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.collectives import barrier, max_over_ranks
-from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.parallel.row_share import RowShare
-from shardq.parallel.row_stepper import RowStepper
-from shardq.pipeline.bench import block_loss
+from shardq.pipeline.bench import block_loss, make_stepper, share_for
 from shardq.pipeline.memory import BlockSize, saved_bytes, state_bytes
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
@@ -130,19 +125,6 @@ def start_new_peak() -> int:
     return peak_rss_bytes()
 
 
-def make_stepper(
-    quantizer: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks
-) -> Stepper:
-    """The stepper that the pipeline would take."""
-    if parallel.zero_stage:
-        return DeepSpeedStepper(quantizer, options, parallel, ranks)
-    if parallel.engine == "rows":
-        return RowStepper(quantizer, options)
-    if parallel.engine == "local":
-        return LocalStepper(quantizer, options)
-    return AllReduceStepper(quantizer, options, parallel, ranks)
-
-
 def predicted_bytes(
     arguments: argparse.Namespace, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
 ) -> int:
@@ -167,7 +149,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     ahead = {name: tensor.clone() for name, tensor in source.items()}  # the next block, read ahead
     compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
-    share = RowShare(ranks, parallel) if parallel.engine == "rows" else None
+    share = share_for(parallel, ranks)
     quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype, share)
     quantizer.start(source)
     stepper = make_stepper(quantizer, options, parallel, ranks)
