@@ -25,9 +25,12 @@ from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Share
 from shardq.optimize.stepper import Stepper
+from shardq.parallel.allreduce_stepper import AllReduceStepper
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.pipeline.bench import make_stepper, share_for
+from shardq.parallel.row_share import RowShare
+from shardq.parallel.row_stepper import RowStepper
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -111,9 +114,13 @@ def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer,
     parallel = ParallelOptions(
         engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=files[0] if files else None
     )
-    block, quantizer = make_quantizer(share_for(parallel, ranks))
+    block, quantizer = make_quantizer(RowShare(ranks, parallel) if engine == "rows" else None)
     quantizer.start(make_source(block, 0))
-    return block, quantizer, make_stepper(quantizer, OPTIONS, parallel, ranks)
+    if parallel.zero_stage:
+        return block, quantizer, DeepSpeedStepper(quantizer, OPTIONS, parallel, ranks)
+    if engine == "rows":
+        return block, quantizer, RowStepper(quantizer, OPTIONS)
+    return block, quantizer, AllReduceStepper(quantizer, OPTIONS, parallel, ranks)
 
 
 def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
