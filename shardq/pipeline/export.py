@@ -159,6 +159,8 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
             f"{scale_change:.2%}; a run with --target {target} rounds them before"
         )
     manifest = ledger.read_manifest(skeleton.folder)
+    if config.format == "compressed-tensors" and manifest["options"].get("activations", {}).get("kv_bits"):
+        display.line(f"{folder}: without the run's grids of keys and values, for which vLLM takes float8 alone")
     spec = next(iter(grids.values()))
     activation_bits = config.activation_bits if config.format == "compressed-tensors" else 16
     write_text(folder / MODEL_CARD, model_card(manifest, spec, config.format, activation_bits, scale_change))
