@@ -160,7 +160,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
         )
     manifest = ledger.read_manifest(skeleton.folder)
     if config.format == "compressed-tensors" and manifest["options"].get("activations", {}).get("kv_bits"):
-        display.line(f"{folder}: without the run's grids of keys and values, for which vLLM takes float8 alone")
+        display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
     spec = next(iter(grids.values()))
     activation_bits = config.activation_bits if config.format == "compressed-tensors" else 16
     write_text(folder / MODEL_CARD, model_card(manifest, spec, config.format, activation_bits, scale_change))

@@ -273,7 +273,7 @@ def test_grids_of_keys_and_values_are_left_out(
     llama: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     run = tmp_path / "run"
-    with pytest.raises(ConfigError, match="activations.kv_bits: vLLM keeps keys and values"):
+    with pytest.raises(ConfigError, match="activations.kv_bits: vLLM takes no integer grids"):
         run_quantize(llama, token_file, run, *RTN, "--activations.kv_bits", 8, "--target", "vllm")
     run_quantize(llama, token_file, run, *RTN, "--activations.kv_bits", 8)
     run_export(run)
