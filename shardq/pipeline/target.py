@@ -79,8 +79,8 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
         raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {spec.bits} bits, only of 4")
     if config.activations.kv_bits:
         raise ConfigError(
-            "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; leave "
-            "it out"
+            "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
+            "leave it out"
         )
     if "gptq" in config.export.asked and not gptq.is_served_by_vllm(spec):
         raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
