@@ -37,7 +37,7 @@ def training_attention(device: torch.device, sequence_length: int, dtype: torch.
 
     On a CPU in float32, plain matrix multiplies with a fused softmax between them are faster than the flash kernel,
     whose backward is slow, as long as a head's scores stay in the cache (measured: 0.8 of the whole step's time at
-    512 tokens, 1.2 at 2048). In bf16 the small multiplies gain little and the flash kernel wins (1.05 to 1.1 at 512).
+    512 tokens, 1.2 at 2048). In bf16 causal attention of so few tokens is not torch's at all (`model/attention.py`).
 
     Args:
         dtype: of the matrix multiplies.

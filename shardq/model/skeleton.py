@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardq.formats.shards import Index, TensorInfo, open_index
+from shardq.model.attention import use_pieces
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 DEFAULT_IGNORE = ("lm_head", "*embed*")
@@ -193,6 +194,7 @@ def _build_on_meta(folder: Path, config) -> nn.Module:
         with torch.device("meta"):
             # float32, not the config's dtype: buffers computed from the config would be rounded to that.
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            use_pieces(model)
             return model.eval().requires_grad_(False)
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
+from shardq.model.attention import NAME
 from shardq.model.ends import BlockArguments, prologue, record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.taps import activation_names, tapped
@@ -142,7 +143,7 @@ def test_what_the_tap_gives_goes_on(llama: Path):
 
 def test_nothing_is_left_behind_by_nested_or_failing_bodies(llama: Path):
     skeleton, arguments, hidden = opened(llama)
-    block, former = first_block(skeleton), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    block, former = first_block(skeleton), ALL_ATTENTION_FUNCTIONS[NAME]
     reference = run(block, hidden, arguments[0])
     outer, inner = [], []
 
@@ -157,5 +158,5 @@ def test_nothing_is_left_behind_by_nested_or_failing_bodies(llama: Path):
     with pytest.raises(RuntimeError, match="on purpose"):
         with tapped(block, noting([])):
             raise RuntimeError("on purpose")
-    assert hooks_of(block) == 0 and ALL_ATTENTION_FUNCTIONS["sdpa"] is former
-    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+    assert hooks_of(block) == 0 and ALL_ATTENTION_FUNCTIONS[NAME] is former
+    assert NAME not in ALL_ATTENTION_FUNCTIONS._local_mapping

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
 import accuracy  # noqa: E402
 import agreement  # noqa: E402
+import make_ids  # noqa: E402
 
 
-@pytest.fixture
-def models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+@pytest.fixture(name="models")
+def _models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     """A tiny model and one with other weights in its blocks."""
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -99,3 +102,51 @@ def test_every_cell_is_run_compared_and_printed(monkeypatch, tmp_path, capsys):
     gptq = [command for command in seen if command[0] == os.path.abspath("LC")]
     grids = [command[command.index("--bits") :] for command in gptq]
     assert grids == [["--bits", bits, "--group-size", "64"] for bits in ("4", "3")]
+
+
+def test_sets_are_disjoint_and_the_model_is_cut(tmp_path):
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1,
+    )).save_pretrained(tmp_path / "model")  # fmt: skip
+    ids, folder = tmp_path / "ids.safetensors", tmp_path / "work"
+    folder.mkdir()
+    save_file({"calib_ids": torch.arange(40, dtype=torch.int32).view(5, 8), "eval_ids": torch.zeros(2, 8)}, ids)
+    options = accuracy.parse(
+        ["--model", str(tmp_path / "model"), "--ids", str(ids), "--samples", "2", "--sets", "2", "--blocks", "1"]
+    )
+    benches = [accuracy.bench_of(options, number, folder) for number in range(2)]
+    first, second = (load_file(bench.options.ids)["calib_ids"] for bench in benches)
+    assert first.tolist() == [[*range(8)], [*range(8, 16)]] and second.tolist() == [[*range(16, 24)], [*range(24, 32)]]
+    assert LlamaForCausalLM.from_pretrained(benches[1].model).config.num_hidden_layers == 1
+    options.sets = 3
+    with pytest.raises(SystemExit, match="6 sequences in calib_ids"):
+        accuracy.bench_of(options, 2, folder)
+
+
+def test_spread_compares_on_the_same_set():
+    rows = [
+        {"method": method, "bits": 4, "group_size": -1, "set": number, "kl": kl}
+        for method, kls in {"ours": (0.2, 0.4), "other": (0.1, 0.6)}.items()
+        for number, kl in enumerate(kls)
+    ]
+    ours, other = accuracy.spread(rows)
+    assert ours["kl"] == [0.3, 0.2, 0.4] and ours["kl_to_first"] == [1, 1, 1]
+    assert other["kl"] == [0.35, 0.1, 0.6] and other["kl_to_first"] == [1, 0.5, 1.5] and other["sets"] == 2
+
+
+def test_ids_are_the_texts_as_a_run_cuts_them(tmp_path, monkeypatch, capsys):
+    words = [f"w{number}" for number in range(20)]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": " ".join(words)}))
+    (tmp_path / "b.txt").write_text("w3 w1 w4 w1 w5")
+    columns = [f"calib_ids={tmp_path}/a.jsonl:3x6", f"other={tmp_path}/b.txt:1x5"]
+    monkeypatch.setattr(sys, "argv", ["make_ids.py", str(tmp_path / "ids"), *columns, "--model", str(tmp_path)])
+    make_ids.main()
+    ids = load_file(tmp_path / "ids")
+    assert ids["calib_ids"].flatten().tolist() == [*range(18)] and ids["other"].tolist() == [[3, 1, 4, 1, 5]]
+    assert "calib_ids [3, 6]" in capsys.readouterr().out
+    with pytest.raises(Exception, match="SAMPLESxLENGTH"):
+        make_ids.column("calib_ids=a.jsonl")

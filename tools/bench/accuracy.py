@@ -9,18 +9,25 @@ Symmetric grids on the decoder linears; iterations of one sample. FILE holds int
 `kl`, `top1` (see agreement.py), `seconds` (the whole process), `peak_rss_bytes`, `other_cpu_share`. A variant is a name
 and options of launch/quantize.py; `rtn=--quant.method rtn` rounds to nearest. The runs follow one another.
 `iterations` is the option's, though rounding and GPTQ take none.
+
+`--blocks K` quantizes the first K decoder blocks only; the figures are those of the whole model with these K in place.
+`--sets N` runs every cell on N disjoint sets of the calibration samples; a last line for each method and grid then has
+the mean, least and largest `kl`, and the same of its ratio to the first method's on the same set.
 """
 
 import argparse
+import copy
 import json
 import shlex
 import shutil
+import statistics
 import sys
 import tempfile
 from itertools import product
 from pathlib import Path
 
 from peers import (
+    CALIB_COLUMN,
     EVAL_COLUMN,
     HERE,
     Bench,
@@ -31,7 +38,9 @@ from peers import (
     with_paths,
 )
 from peers_process import ProcessFailed
+from peers_truncate import graft, truncate
 from peers_workers import PEERS
+from safetensors.numpy import load_file, save_file
 
 
 def variant(text: str) -> tuple[str, list[str]]:
@@ -49,12 +58,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--group-size", type=int, nargs="+", default=[-1], help="-1: per-channel")
     parser.add_argument("--variant", type=variant, action="append", default=[], help="NAME=OPTIONS of ours; repeatable")
+    parser.add_argument("--blocks", type=int, help="only the first K decoder blocks (default: all)")
+    parser.add_argument("--sets", type=int, default=1, help="disjoint sets of calibration samples (default 1)")
     return with_paths(parser.parse_args(arguments))
+
+
+def bench_of(options: argparse.Namespace, number: int, folder: Path) -> Bench:
+    """What the cells on one set of samples share: its token ids, and the model, cut after `--blocks`."""
+    if options.sets > 1:
+        ids, start = load_file(options.ids), number * options.samples
+        ids[CALIB_COLUMN] = ids[CALIB_COLUMN][start : start + options.samples]
+        if len(ids[CALIB_COLUMN]) < options.samples:
+            needed = options.sets * options.samples
+            raise SystemExit(f"accuracy: {options.ids}: {needed} sequences in {CALIB_COLUMN} are needed for --sets")
+        options = copy.copy(options)
+        options.ids = folder / f"set-{number}.safetensors"
+        save_file(ids, options.ids)
+    if options.blocks is None:
+        return Bench(options, options.model, folder)
+    model = folder / "truncated"
+    if not model.exists():
+        truncate(options.model, model, options.blocks)
+    return Bench(options, model, folder)
 
 
 def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
     """Quantize with one method, compare with the float model, and forget the checkpoint."""
     options, output, variants = bench.options, bench.folder / "output", dict(bench.options.variant)
+    whole = output if options.blocks is None else bench.folder / "whole"
     try:
         if name in variants:
             grid = ["--quant.bits", bits, "--quant.group_size", group_size]
@@ -63,15 +94,18 @@ def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
         else:
             grid = ["--bits", bits, "--group-size", group_size]
             facts, cost = bench.run(name, [*peer_command(bench, name, output), *grid])
+        if options.blocks is not None:
+            graft(options.model, output, whole, options.blocks)
         compared = [
             sys.executable, HERE / "agreement.py", "--reference", options.model, "--ids", options.ids,
-            "--column", EVAL_COLUMN, output,
+            "--column", EVAL_COLUMN, whole,
         ]  # fmt: skip
         if options.eval_samples is not None:
             compared += ["--samples", options.eval_samples]
         figures, _ = bench.run(f"{name}-agreement", compared)
     finally:
-        shutil.rmtree(output, ignore_errors=True)
+        for folder in {output, whole}:
+            shutil.rmtree(folder, ignore_errors=True)
     return {
         "perplexity": round(figures["perplexity"], 4),
         "kl": round(figures["kl"], 5),
@@ -82,20 +116,42 @@ def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
     }
 
 
+def spread(rows: list[dict]) -> list[dict]:
+    """For each method and grid, over the sets: `kl` and its ratio to the first method's, as [mean, least, largest]."""
+    cells: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["bits"], row["group_size"]), {})[row["set"]] = row["kl"]
+    first, lines = rows[0]["method"] if rows else None, []
+    for (method, bits, group_size), kls in cells.items():
+        base = cells.get((first, bits, group_size), {})
+        ratios = [kl / base[number] for number, kl in kls.items() if number in base]
+        facts = {"method": method, "bits": bits, "group_size": group_size, "sets": len(kls)}
+        lines.append(facts | {"kl": _range([*kls.values()], 5), "kl_to_first": _range(ratios, 4)})
+    return lines
+
+
+def _range(values: list[float], digits: int) -> list[float]:
+    return [round(of(values), digits) for of in (statistics.fmean, min, max)] if values else []
+
+
 def main() -> None:
     """Run every cell and print it; exit code 1 if one failed."""
-    options, failed = parse(), False
+    options, failed, rows = parse(), False, []
     methods = [*dict(options.variant), *(name for name in PEERS if getattr(options, name))]
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
-        bench = Bench(options, options.model, Path(folder))
-        for bits, group_size, name in product(options.bits, options.group_size, methods):
-            facts = {"method": name, "bits": bits, "group_size": group_size, "samples": options.samples,
-                     "iterations": options.iterations}  # fmt: skip
-            try:
-                print(json.dumps(facts | cell(bench, name, bits, group_size)), flush=True)
-            except ProcessFailed as error:
-                failed = True
-                say(f"{name}, {bits} bits, group size {group_size}: {error}")
+        for number in range(options.sets):
+            bench = bench_of(options, number, Path(folder))
+            for bits, group_size, name in product(options.bits, options.group_size, methods):
+                facts = {"method": name, "bits": bits, "group_size": group_size, "samples": options.samples,
+                         "iterations": options.iterations, "set": number}  # fmt: skip
+                try:
+                    rows.append(facts | cell(bench, name, bits, group_size))
+                    print(json.dumps(rows[-1]), flush=True)
+                except ProcessFailed as error:
+                    failed = True
+                    say(f"{name}, {bits} bits, group size {group_size}, set {number}: {error}")
+    if options.sets > 1:
+        print(*map(json.dumps, spread(rows)), sep="\n", flush=True)
     sys.exit(1 if failed else 0)
 
 

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from shardq.compiling import compiler, eager, keep_between_runs, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_device_bytes
+from shardq.model.attention import NAME
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
@@ -102,7 +103,7 @@ def make_block(shape: Shape, num_tokens: int, device: torch.device) -> tuple[nn.
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads, head_dim=shape.hidden // shape.num_heads, num_hidden_layers=1,
-        attn_implementation="sdpa",
+        attn_implementation=NAME,
     )  # fmt: skip
     with torch.device(device):
         block = LlamaDecoderLayer(config, 0).eval().requires_grad_(False)
