@@ -35,8 +35,9 @@ class OptimizeOptions:
     loss: Literal["squared", "token"] | None = None
     """Error of a block's output: `squared`, or `token`, where each position's is relative to the target's power there
     (presets: token, aimet squared)."""
-    optimizer: Literal["adam", "sign"] = "adam"
-    """`adam`; or `sign`, descent by the gradient's sign, which keeps no moments: 8 bytes a weight less."""
+    optimizer: Literal["adam", "rms", "sign"] = "adam"
+    """`adam`; `rms`, without momentum: each gradient over the root mean square of all so far, 4 bytes a weight less;
+    or `sign`, descent by the gradient's sign, which keeps no moments: 8 bytes a weight less."""
     held_out: int = 0
     """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
     included. 0: the last iterate is kept."""

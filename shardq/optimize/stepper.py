@@ -55,20 +55,25 @@ class Stepper(Protocol):
         """Training is over until the next start: let go of what that can make anew."""
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "rms": torch.optim.Adagrad, "sign": torch.optim.SGD}
+
+
 class LocalStepper:
-    """Adam, or descent by the gradient's sign, with a cosine learning rate to 0, on one rank."""
+    """An optimizer with a cosine learning rate to 0, on one rank."""
 
     def __init__(self, module: nn.Module, options: OptimizeOptions):
-        self._module, self._by_sign = module, options.optimizer == "sign"
-        optimizer = torch.optim.SGD if self._by_sign else torch.optim.Adam
-        self._optimizer = optimizer(parameter_groups(module, options), fused=True)
-        self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
-        self._iterations, self._done, self._rate = options.iterations, 0, 1.0
-        self._watched = watched(module)
-        self._not_finite = skipped_where(self._optimizer, next(module.parameters()).device)
+        self._module, self._kind = module, options.optimizer
+        self._groups = parameter_groups(module, options)
+        self._start_lrs = [group["lr"] for group in self._groups]
+        self._iterations, self._watched = options.iterations, watched(module)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.start()
 
     def start(self, rate: float = 1.0) -> None:
-        """Zero the optimizer's moments and step counts in place, and go to the start of the schedule."""
+        """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
+        if self._optimizer is None:
+            self._optimizer = OPTIMIZERS[self._kind](self._groups, fused=True)
+            self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
@@ -91,9 +96,11 @@ class LocalStepper:
         """One step at the schedule's learning rate."""
         self._not_finite.masked_fill_(~self._gradient_norm().isfinite(), 1.0)
         factor = self._rate * cosine_factor(self._done, self._iterations)
+        if self._kind == "rms":  # of the mean of all squared gradients so far, where Adagrad takes their sum
+            factor *= math.sqrt(self._done + 1)
         for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
             group["lr"] = start_lr * factor
-            if self._by_sign:
+            if self._kind == "sign":
                 torch._foreach_sign_([parameter.grad for parameter in group["params"]])
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -101,7 +108,7 @@ class LocalStepper:
 
     def rest(self) -> None:
         """Let go of the moments."""
-        self._optimizer.state.clear()
+        self._optimizer = None
 
     def is_finite(self) -> bool:
         """Read the flag: all ranks have set it by the same gradients."""

@@ -22,7 +22,7 @@ from shardq.pipeline.plan import Plan
 # A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
 # quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
 # gradient, in float32.
-MOMENTS = {"adam": 2, "sign": 0}
+MOMENTS = {"adam": 2, "rms": 1, "sign": 0}
 
 
 @dataclass(frozen=True)

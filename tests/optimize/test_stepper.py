@@ -1,4 +1,4 @@
-"""Adam on one rank: which parameters, at which learning rates, from which gradients."""
+"""Optimizers on one rank: which parameters, at which learning rates, from which gradients."""
 
 import math
 from dataclasses import replace
@@ -57,6 +57,19 @@ def test_learning_rates_fall_from_their_start_to_zero_along_a_cosine():
             torch.testing.assert_close(getattr(block.linear, name), torch.full((3,), expected[name]), rtol=1e-4, atol=0)
 
 
+def test_rms_divides_by_the_root_of_the_mean_of_all_squared_gradients():
+    block = make_block("s2")
+    stepper = LocalStepper(block, replace(OPTIONS, optimizer="rms"))
+    gradients, expected = [3.0, -1.0, 0.5, 2.0, -4.0], 0.0
+    for iteration, gradient in enumerate(gradients):
+        collect(stepper, block, gradient)
+        stepper.step()
+        seen = gradients[: iteration + 1]
+        lr = WEIGHT_LR * (1 + math.cos(math.pi * iteration / ITERATIONS)) / 2
+        expected -= lr * gradient / math.sqrt(sum(g * g for g in seen) / len(seen))
+    torch.testing.assert_close(block.linear.s2.detach(), torch.full((3,), expected), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("names", [("beta", "gamma"), ("step", "s2", "s3"), ("s2", "s3")], ids="-".join)
 def test_any_selection_of_parameters_is_trained(names: tuple[str, ...]):
     block = make_block(*names)
@@ -113,7 +126,7 @@ def test_start_forgets_moments_and_schedule(rests: bool):
     torch.testing.assert_close(block.linear.s2, torch.full((3,), -WEIGHT_LR), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+@pytest.mark.parametrize("optimizer", ["adam", "rms", "sign"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["beta", "s3"])
 def test_from_a_gradient_that_is_not_finite_on_no_step_changes_anything(where: str, bad: float, optimizer: str):
@@ -153,7 +166,7 @@ def test_rate_of_the_start_holds_until_the_next():
     assert moved == pytest.approx([WEIGHT_LR, WEIGHT_LR / 4, WEIGHT_LR], rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+@pytest.mark.parametrize("optimizer", ["adam", "rms", "sign"])
 @pytest.mark.parametrize("used", [False, True])
 def test_stepper_that_takes_over_a_state_goes_on_as_the_one_that_gave_it(used: bool, optimizer: str):
     options = replace(OPTIONS, optimizer=optimizer)
@@ -174,6 +187,6 @@ def test_stepper_that_takes_over_a_state_goes_on_as_the_one_that_gave_it(used: b
     second.restore(saved, 3)
     steps(second, other, [4.0, -1.0])
     assert first.state().keys() == second.state().keys()
-    assert len(saved) == (8 if optimizer == "adam" else 2)
+    assert len(saved) == {"adam": 8, "rms": 6, "sign": 2}[optimizer]
     for name, value in first.state().items():
         assert torch.equal(value, second.state()[name]), name
