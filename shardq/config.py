@@ -1,6 +1,7 @@
 """All options of a command in one tree, and the checks that need more than one of them."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from shardq.cache.options import CacheOptions
@@ -139,6 +140,11 @@ class ExportConfig:
     """Of `compressed-tensors`: as --export.activation_bits of quantize."""
     aimet: AimetOptions = field(default_factory=AimetOptions)
     device: ClassVar[str] = "cpu"
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return Path(self.output) if self.output else Path(self.run) / self.format
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,12 @@ def remove(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder with all that is in it; False if there was none; raises as `remove`."""
+    """Remove a folder with all that is in it, a power cut or not; False if there was none; raises as `remove`."""
     with storage_errors(folder):
         if not folder.exists():
             return False
         shutil.rmtree(folder)
+        sync(folder.parent)
         return True
 
 

@@ -55,11 +55,11 @@ def index_of(folder: Path, shards: Iterable[str]) -> dict:
     return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
 
 
-def write_config(source: Path, folder: Path, dtype: str, **more: object) -> None:
+def write_config(source: Path, folder: Path, dtype: torch.dtype, **more: object) -> None:
     """Copy config.json with further entries, saying in which dtype the weights are to be loaded."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": dtype} | more)
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")} | more)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

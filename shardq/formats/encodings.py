@@ -1,10 +1,10 @@
 """AIMET encodings as JSON, in each of AIMET's four versions.
 
 Names are torch names and lists run in [out, in] order. An activation is named after its module
-(`model.layers.0.mlp.up_proj.input`; a block's own `input` and `output` are the residual stream; `query`, `key`, `value`
-and `context` of an attention module enter and leave its matrix products). In 0.6.1 it is what enters or leaves the
-module, and attention's four, which belong to no module of AIMET's, are left out. Grids that are each token's own are
-in none: AIMET has no such encoding.
+(`model.layers.0.mlp.up_proj.input`; a block's own `input` and `output` are the residual stream; `query`, `key`,
+`value`, `scores`, `probabilities` and `context` of an attention module enter and leave its matrix products). In 0.6.1
+it is what enters or leaves the module, and attention's six, which belong to no module of AIMET's, are left out. Grids
+that are each token's own are in none: AIMET has no such encoding.
 
 0.6.1: an object for each scale; `load_encodings` of aimet_torch reads this version alone. 1.0.0: an object for each
 weight with its scales in a flat list. 2.0.0 and 2.1.0, alike for weights: `y_scale` flat per-channel, nested [O, G] in

@@ -6,6 +6,7 @@ from typing import Literal
 from shardq.formats import encodings
 
 Format = Literal["compressed-tensors", "gptq", "hf", "onnx", "gguf", "aimet"]
+CHECKPOINTS: tuple[Format, ...] = ("compressed-tensors", "gptq", "hf")  # a shard a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class ExportOptions:
     """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
     dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
     formats: Format | tuple[Format, ...] = ()
-    """Further formats to write when the run is done, each to a folder of its name in the output folder; `shardq export`
-    does it later."""
+    """Further formats to write, each to a folder of its name in the output folder: `compressed-tensors`, `gptq`, `hf` a
+    shard a block as the run goes on, the others when it is done; `shardq export` does it later."""
     activation_bits: Literal[8, 16] = 16
     """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has those that
     enter the linears rounded to int8 while the model runs (W8A8, W4A8): on the run's own grids (activations.bits 8), or
@@ -36,3 +37,8 @@ class ExportOptions:
     def asked(self) -> tuple[Format, ...]:
         """The further formats."""
         return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats)
+
+    @property
+    def checkpoints(self) -> tuple[Format, ...]:
+        """Those of them that have a shard for each block, which is written as the run goes on."""
+        return tuple(chosen for chosen in self.asked if chosen in CHECKPOINTS)

@@ -3,7 +3,8 @@
 `input` and `output` are the block's own, the residual stream; `NAME.input` and `NAME.output` those of a module in it
 that has no submodules (linears, norms, activation functions); `NAME.query`, `NAME.key`, `NAME.value` and `NAME.context`
 what enters, and leaves, the matrix products of an attention module that calls them through transformers' attention
-interface, as nearly all do.
+interface, as nearly all do; `NAME.scores` and `NAME.probabilities`, where that is torch's own attention, what the first
+product gives, before the mask, and what the softmax makes of it.
 """
 
 import sys
@@ -20,7 +21,7 @@ from shardq.model.skeleton import to_meta
 
 Tap = Callable[[str, Tensor], Tensor]
 Wanted = Callable[[str], bool]
-ATTENTION_INPUTS = ("query", "key", "value")
+ATTENTION_INPUTS, BETWEEN = ("query", "key", "value"), ("scores", "probabilities")
 
 
 def activation_names(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> list[str]:
@@ -56,7 +57,9 @@ def tapped(block: nn.Module, tap: Tap, wanted: Wanted = lambda name: True) -> It
             if wanted(f"{prefix}output"):
                 stack.callback(module.register_forward_hook(_on_output(f"{prefix}output", tap)).remove)
         attention = {module: name for name, module in block.named_modules() if hasattr(module, "config")}
-        if any(wanted(f"{name}.{kind}") for name in attention.values() for kind in (*ATTENTION_INPUTS, "context")):
+        if any(
+            wanted(f"{name}.{kind}") for name in attention.values() for kind in (*ATTENTION_INPUTS, *BETWEEN, "context")
+        ):
             for implementation in {module.config._attn_implementation for module in attention}:
                 stack.enter_context(_attention_replaced(implementation, attention, tap, wanted))
         yield
@@ -89,17 +92,26 @@ def _attention_replaced(
     """Have one entry of transformers' table of attention functions pass its inputs and its output through `tap`."""
     former = ALL_ATTENTION_FUNCTIONS.get(implementation)
 
-    def tapped_if_wanted(name: str, values: Tensor) -> Tensor:
-        return tap(name, values) if wanted(name) else values
-
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> tuple:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args, **kwargs
+    ) -> tuple:
         # `eager` is in no table: each model's file has a function of its own under one name.
         function = former or sys.modules[type(module).__module__].eager_attention_forward
         name = names_of[module]
-        named = zip(ATTENTION_INPUTS, (query, key, value), strict=True)
-        inputs = [tapped_if_wanted(f"{name}.{kind}", values) for kind, values in named]
-        context, *others = function(module, *inputs, *args, **kwargs)
-        return tapped_if_wanted(f"{name}.context", context), *others
+
+        def tapped_if_wanted(kind: str, values: Tensor) -> Tensor:
+            return tap(f"{name}.{kind}", values) if wanted(f"{name}.{kind}") else values
+
+        inputs = [
+            tapped_if_wanted(kind, value) for kind, value in zip(ATTENTION_INPUTS, (query, key, value), strict=True)
+        ]
+        context, others = None, [None]
+        shows = former is not None and kwargs.get("position_bias") is None
+        if shows and any(wanted(f"{name}.{kind}") for kind in BETWEEN):
+            context = _attended(module, *inputs, attention_mask, kwargs.get("scaling"), tapped_if_wanted)
+        if context is None:
+            context, *others = function(module, *inputs, attention_mask, *args, **kwargs)
+        return tapped_if_wanted("context", context), *others
 
     ALL_ATTENTION_FUNCTIONS[implementation] = attend
     try:
@@ -108,3 +120,30 @@ def _attention_replaced(
         del ALL_ATTENTION_FUNCTIONS[implementation]
         if ALL_ATTENTION_FUNCTIONS.get(implementation) is not former:  # replaced before, by an outer body
             ALL_ATTENTION_FUNCTIONS[implementation] = former
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    tap: Callable[[str, Tensor], Tensor],
+) -> Tensor | None:
+    """The context [N, T, H, D] by way of scores and probabilities; None where `tap` leaves both as they are.
+
+    Then the model goes its own way, and what is only looked at changes nothing, to the last bit.
+    """
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    seen = tap("scores", scores)
+    if mask is None and getattr(module, "is_causal", True):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros((), device=mask.device).masked_fill(~mask, -torch.inf)
+    probabilities = (seen.float() + (0 if mask is None else mask)).softmax(-1).to(value.dtype)
+    given = tap("probabilities", probabilities)
+    if given is probabilities and seen is scores:
+        return None
+    return (given @ value).transpose(1, 2).contiguous()

@@ -13,6 +13,7 @@ from shardq.files import ASIDE, remove, write_text
 from shardq.parallel.ranks import Ranks, contact, this_rank
 
 Result = TypeVar("Result")
+TOKEN = f"token-*{ASIDE}"  # files by which ranks find out whether they share a folder
 
 
 def on_rank_zero(ranks: Ranks, work: Callable[[], Result]) -> Result:
@@ -56,7 +57,7 @@ def shared_by_all(ranks: Ranks, folder: Path) -> None:
     if ranks.world_size == 1:
         return
     token, author = on_rank_zero(ranks, lambda: (secrets.token_hex(16), this_rank()))
-    path = folder / f"token-{token}{ASIDE}"  # a new name: a network disk may remember that an old one was absent
+    path = folder / TOKEN.replace("*", token)  # a new name: a network disk may remember that an old one was absent
 
     def find() -> None:
         if not path.is_file() or path.read_text(encoding="utf-8") != token:

@@ -1,32 +1,30 @@
 """Files that make a finished block, and a finished run, usable by others."""
 
 import importlib.util
-import shutil
 import time
-from collections.abc import Callable, Container, Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardq.config import ExportConfig, Format, check_export
 from shardq.errors import ConfigError
-from shardq.files import write_text, write_whole
-from shardq.formats import compressed_tensors, encodings, gptq
-from shardq.formats.block_file import read_block, read_grids, write_block
-from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
+from shardq.files import write_text
+from shardq.formats import encodings
+from shardq.formats.block_file import read_grids, write_block
+from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.model_card import model_card
-from shardq.formats.shards import DTYPES, INDEX_FILE, read_header, read_tensor
+from shardq.formats.shards import DTYPES, INDEX_FILE, read_tensor
 from shardq.formats.tensor_file import write_tensors
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.aimet_export import all_activations, merge_encodings, write_encodings
+from shardq.pipeline.aimet_export import merge_encodings, write_encodings
+from shardq.pipeline.checkpoint_export import write_checkpoint
 from shardq.pipeline.plan import Plan, block_file, encodings_file
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -100,7 +98,7 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
         write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
     merged = [merge_encodings(output, version, output, plan.num_blocks) for version in plan.encoding_versions]
     copy_companions(skeleton.folder, output)
-    write_config(skeleton.folder, output, _name(dtype))
+    write_config(skeleton.folder, output, dtype)
     write_index(output, plan.shards())
     return [*rest, *merged, output / "config.json", output / INDEX_FILE]
 
@@ -118,26 +116,29 @@ def export(config: ExportConfig, ranks: Ranks) -> dict:
         ResumeError: the folder holds no finished run, or its files have changed.
     """
     check_export(config)
-    start, run = time.perf_counter(), Path(config.run)
-    folder = Path(config.output) if config.output else run / config.format
+    start, folder = time.perf_counter(), config.folder
 
     def convert() -> dict:
-        ledger.check_finished(run)
+        ledger.check_finished(Path(config.run))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"output: {folder} is not an empty folder; choose another or delete it")
-        return write_format(config, folder, Display(ranks.rank))
+        return write_format(config, Display(ranks.rank))
 
     return on_rank_zero(ranks, convert) | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
-    """Write a finished run in one format, over what an earlier attempt may have left; the model card comes last.
+def write_format(config: ExportConfig, display: Display, is_begun: bool = False) -> dict:
+    """Write a run in one format, over what an earlier attempt may have left; the model card comes last.
+
+    Args:
+        is_begun: whether shards of a checkpoint that are there are those of the run's blocks, and stay.
 
     Returns:
         As `export`, but for `seconds`.
     """
-    skeleton = open_skeleton(Path(config.run))
-    grids = {name: spec for path in _block_files(skeleton) for name, spec in read_grids(path).items()}
+    skeleton, folder = open_skeleton(Path(config.run)), config.folder
+    paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
+    grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     match config.format:
         case "aimet":
             scale_change = 0.0
@@ -150,7 +151,7 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
 
             scale_change = write_gguf(skeleton, folder, grids)
         case _:
-            scale_change = _write_checkpoint(config, skeleton, grids, folder)
+            scale_change = write_checkpoint(config, skeleton, grids, is_begun)
     if scale_change:
         target = "gguf" if config.format == "gguf" else "vllm"
         display.line(
@@ -158,6 +159,8 @@ def write_format(config: ExportConfig, folder: Path, display: Display) -> dict:
             f"{scale_change:.2%}; a run with --target {target} rounds them before"
         )
     manifest = ledger.read_manifest(skeleton.folder)
+    if config.format == "compressed-tensors" and manifest["options"].get("activations", {}).get("kv_bits"):
+        display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
     spec = next(iter(grids.values()))
     activation_bits = config.activation_bits if config.format == "compressed-tensors" else 16
     write_text(folder / MODEL_CARD, model_card(manifest, spec, config.format, activation_bits, scale_change))
@@ -183,101 +186,5 @@ def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -
 
     write_onnx(skeleton, folder, grids)
     copy_companions(skeleton.folder, folder)
-    write_config(skeleton.folder, folder, "float32")
+    write_config(skeleton.folder, folder, torch.float32)
     return 0.0
-
-
-def _write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
-    """Write a run as a checkpoint that programs load; give the largest relative change of a scale."""
-    spec = next(iter(grids.values()))
-    model_dtype = getattr(torch, spec.scale_dtype) if spec.scale_dtype else _embedding_dtype(skeleton)
-    dtype = scale_dtype = model_dtype
-    entries, ignored = {}, _linears_left(skeleton, grids)
-    match config.format:
-        case "hf":
-            scale_dtype = torch.float32
-            dtype = torch.float32 if config.dtype == "float32" else model_dtype
-            convert = partial(plain_tensors, dtype=dtype)
-        case "gptq":
-            gptq.check_grid(spec)
-            convert = partial(gptq.linear_tensors, dtype=dtype)
-            entries = {"quantization_config": gptq.quantization_config(spec, ignored)}
-        case "compressed-tensors":
-            bits = config.activation_bits
-            compressed_tensors.check_grid(spec, bits)
-            inputs = _input_grids(skeleton, grids) if bits == 8 else {}
-            convert = partial(compressed_tensors.linear_tensors, dtype=dtype, activation_bits=bits, inputs=inputs)
-            scheme = compressed_tensors.quantization_config(spec, bits, ignored, *list(inputs.values())[:1])
-            entries = {"quantization_config": scheme}
-    scale_change = _write_shards(skeleton, folder, convert, scale_dtype)
-    copy_companions(skeleton.folder, folder)
-    write_config(skeleton.folder, folder, _name(dtype), **entries)
-    return scale_change
-
-
-def _write_shards(
-    skeleton: Skeleton,
-    folder: Path,
-    convert: Callable[[str, QuantizedLinear], dict[str, Tensor]],
-    scale_dtype: torch.dtype,
-) -> float:
-    """Write a run's shards with its linears converted, and the index; give the largest relative change of a scale."""
-    shards = sorted({info.file.name for info in skeleton.index.values()})
-    largest = 0.0
-    for shard, path in zip(shards, _block_files(skeleton), strict=False):
-        linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in read_block(path).items()}
-        tensors: dict[str, Tensor] = {}
-        for name, info in read_header(skeleton.folder / shard).items():
-            if name in linears:
-                linear = linears[name]
-                rounded = replace(linear, scale_OG=linear.scale_OG.to(scale_dtype).float())
-                largest = max(largest, (rounded.scale_OG / linear.scale_OG - 1).abs().max().item())
-                tensors |= convert(name.removesuffix(".weight"), rounded)
-            else:
-                tensors[name] = read_tensor(info)
-        write_tensors(folder / shard, tensors, {"format": "pt"})
-    for shard in shards[len(skeleton.names) :]:  # outside the blocks nothing is quantized
-        write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
-    write_index(folder, shards)
-    return largest
-
-
-def _input_grids(skeleton: Skeleton, linear_names: Iterable[str]) -> dict[str, ActivationGrid]:
-    """The 8-bit grids, one a linear, by its stored name, that a run has for what enters them; none if it has none.
-
-    Raises:
-        ConfigError: it has others.
-    """
-    activations = all_activations(skeleton.folder, len(skeleton.names))
-    inputs = {name: activations[f"{name}.input"] for name in linear_names if f"{name}.input" in activations}
-    for name, grid in inputs.items():
-        if grid.bits != 8:
-            raise ConfigError(
-                f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
-                "quantize with --activations.bits 8, or export with --activation_bits 16"
-            )
-    return {skeleton.stored(f"{name}.weight").name.removesuffix(".weight"): grid for name, grid in inputs.items()}
-
-
-def _block_files(skeleton: Skeleton) -> list[Path]:
-    return [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
-
-
-def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
-    """Names of the linears that are not quantized, the model's and, where it differs, the checkpoint's."""
-    modules = dict(skeleton.model.named_modules())
-    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
-        modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
-    left = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized}
-    return left | {skeleton.stored(f"{name}.weight").name.removesuffix(".weight") for name in left}
-
-
-def _embedding_dtype(skeleton: Skeleton) -> torch.dtype:
-    """Dtype of the source, whose embeddings a run copies."""
-    table = skeleton.model.get_input_embeddings()
-    name = next(name for name, module in skeleton.model.named_modules() if module is table)
-    return DTYPES[skeleton.stored(f"{name}.weight").dtype]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardq.errors import ResumeError
 from shardq.files import ASIDE, append_line, sha256_of, storage_errors, write_json
+from shardq.parallel.collectives import TOKEN
 from shardq.pipeline.lock import LOCK
 from shardq.pipeline.manifest import REDO_MAY_CHANGE, differences
 
@@ -48,8 +49,9 @@ def check_folder(output: Path, resume: str) -> None:
         raise ResumeError(f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require")
     if output.exists() and not output.is_dir():
         raise ResumeError(f"{output}: is a file; choose another --output")
-    # The aside file is what a kill inside the writing of the manifest itself leaves.
-    if output.exists() and any(file.name not in (LOCK, MANIFEST + ASIDE) for file in output.iterdir()):
+    # What a kill before or inside the writing of the manifest leaves.
+    begun = (LOCK, MANIFEST + ASIDE, TOKEN, TOKEN + ASIDE)
+    if output.exists() and any(not any(map(file.match, begun)) for file in output.iterdir()):
         raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
 
 

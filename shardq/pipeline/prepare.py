@@ -119,7 +119,8 @@ def begin(run: Run) -> None:
     on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
     if run.begins_redo:
         former = cache_folder(run.config, run.output, len(ledger.redo_lines(run.lines)) - 1)
-        begin_redo(run.output, former, run.lines[-1], run.ranks, run.display)
+        asked = run.config.export.asked
+        begin_redo(run.output, former, run.lines[-1], asked, run.ranks, run.display)
 
 
 def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:

@@ -11,7 +11,7 @@ from shardq.logs import Display
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.export import COMPLETING, FORMATS
+from shardq.pipeline.export import COMPLETING, FORMATS, MODEL_CARD
 
 END = "end"
 
@@ -36,14 +36,19 @@ def blocks_asked(text: str, num_blocks: int) -> list[int]:
     return sorted(blocks)
 
 
-def begin_redo(output: Path, cache: Path, line: dict, ranks: Ranks, display: Display) -> None:
-    """Have the blocks that a line names count no longer, once the activations that came from them are gone.
+def begin_redo(output: Path, cache: Path, line: dict, asked: Container[str], ranks: Ranks, display: Display) -> None:
+    """Have the blocks that a line names count no longer, once the activations and exports that came from them are gone.
 
-    Outside the output folder, where other hosts may keep some, their folder's next name is another.
+    Outside the output folder, where other hosts may keep activations, their folder's next name is another.
+
+    Args:
+        asked: formats that this run will write.
     """
 
     def begin() -> None:
         remove_folder(cache)
+        for name in FORMATS:
+            _remove_export(output, name, asked, display)
         ledger.append(output, line)
 
     together(ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
@@ -53,13 +58,20 @@ def begin_redo(output: Path, cache: Path, line: dict, ranks: Ranks, display: Dis
 
 
 def remove_what_completes(output: Path, asked: Container[str], display: Display) -> None:
-    """Remove what only a finished run has, so that nothing loads a mixture of blocks, or an export of former ones.
+    """Remove what only a finished run has, so that nothing loads a mixture of blocks, and shards of other formats.
 
     Args:
-        asked: formats that this run will write.
+        asked: formats that this run will write; their shards are those of its blocks, and stay.
     """
     for name in COMPLETING:
         remove(output / name)
-    for folder in (output / name for name in FORMATS):
-        if remove_folder(folder) and folder.name not in asked:
-            display.line(f"{folder}: removed; shardq export {output} --format {folder.name} makes it anew")
+    for name in FORMATS:
+        if name not in asked:
+            _remove_export(output, name, asked, display)
+
+
+def _remove_export(output: Path, name: str, asked: Container[str], display: Display) -> None:
+    folder = output / name
+    remove(folder / MODEL_CARD)  # first: with it the rest of the folder would look whole to a run that is finished
+    if remove_folder(folder) and name not in asked:
+        display.line(f"{folder}: removed; shardq export {output} --format {name} makes it anew")

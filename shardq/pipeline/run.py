@@ -14,7 +14,7 @@ from torch import Tensor
 from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.compiling import compiler, eager
-from shardq.config import ExportConfig, QuantizeConfig
+from shardq.config import ExportConfig, Format, QuantizeConfig
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -24,6 +24,7 @@ from shardq.pipeline import ledger, training_checkpoint
 from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.bench import BlockJob
 from shardq.pipeline.block_pass import quantize_block
+from shardq.pipeline.checkpoint_export import write_block_shard
 from shardq.pipeline.export import (
     MODEL_CARD,
     rounding_to,
@@ -221,6 +222,8 @@ def _commit(
     run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
 ) -> dict:
     files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype)
+    for chosen in run.config.export.checkpoints:
+        write_block_shard(_export_of(run, chosen), run.skeleton, block_index, run.plan.block_shard(block_index))
     line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)
     training_checkpoint.remove(run.output)
     return line
@@ -229,17 +232,25 @@ def _commit(
 def _complete(run: Run, dtype: torch.dtype) -> dict:
     training_checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
     files = write_run_files(run.output, run.skeleton, run.plan, dtype)
+    for chosen in run.config.export.checkpoints:
+        # Until the next line is there the folder holds shards of this run's blocks alone, each from before its commit.
+        write_format(_export_of(run, chosen), run.display, is_begun=True)
     return ledger.commit(run.output, None, files)
 
 
 def _write_formats(run: Run) -> None:
-    """Write the further formats that are not there yet."""
+    """Write the further formats of a finished run that are not there yet."""
+    for chosen in run.config.export.asked:
+        config = _export_of(run, chosen)
+        if not (config.folder / MODEL_CARD).exists():
+            write_format(config, run.display)
+
+
+def _export_of(run: Run, chosen: Format) -> ExportConfig:
     options = run.config.export
-    for chosen in options.asked:
-        folder = run.output / chosen
-        if not (folder / MODEL_CARD).exists():
-            asked = {"dtype": options.dtype, "activation_bits": options.activation_bits, "aimet": options.aimet}
-            write_format(ExportConfig(str(run.output), chosen, **asked), folder, run.display)
+    return ExportConfig(
+        str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits, aimet=options.aimet
+    )
 
 
 def _say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:

@@ -92,9 +92,9 @@ def cache_bytes(run: Run) -> int:
 
 def _files(run: Run) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in the output folder, and about how many bytes it will have."""
-    plan, output, spec = run.plan, run.output, run.config.quant.spec
-    itemsize = stored_dtype(run.skeleton, plan, run.config.export.dtype).itemsize
-    finished, all_scales, all_codes, all_others, all_weights = ledger.finished(run.lines), 0, 0, 0, 0
+    plan, output, spec, export = run.plan, run.output, run.config.quant.spec, run.config.export
+    itemsize = stored_dtype(run.skeleton, plan, export.dtype).itemsize
+    finished, all_scales, num_bytes = ledger.finished(run.lines), 0, 0
     for block_index in range(plan.num_blocks):
         tensors = run.skeleton.block_tensors(block_index)
         quantized = [tensors[f"{name}.weight"] for name in plan.linears[block_index]]
@@ -109,20 +109,26 @@ def _files(run: Run) -> Iterator[tuple[Path, int]]:
             yield block_file(output, block_index), codes
             for version in plan.encoding_versions:
                 yield encodings_file(output, version, block_index), encodings.BYTES_A_SCALE[version] * scales
-        all_scales, all_codes, all_others = all_scales + scales, all_codes + codes, all_others + others
-        all_weights += weights
+        in_format = {"hf": weights * itemsize, "gptq": codes, "compressed-tensors": codes}
+        if export.activation_bits == 8:
+            in_format["compressed-tensors"] = weights  # a byte each at any width
+        for chosen in export.checkpoints:
+            path = output / chosen / plan.block_shard(block_index)
+            if block_index not in finished or not path.exists():
+                yield path, others + in_format[chosen]
+        all_scales, num_bytes = all_scales + scales, num_bytes + others + codes
     for number, infos in enumerate(plan.rest):
         rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
-        all_others += rest
-        yield output / plan.rest_shard(number), rest
+        num_bytes += rest
+        for folder in ("", *export.checkpoints):
+            yield output / folder / plan.rest_shard(number), rest
     for version in plan.encoding_versions:
         yield encodings_file(output, version), encodings.BYTES_A_SCALE[version] * all_scales
-    for chosen in run.config.export.asked:
+    for chosen in export.asked:
         if chosen == "aimet":
-            size = 2 * encodings.BYTES_A_SCALE[run.config.export.aimet.version] * all_scales
-        else:
-            size = all_others + (all_weights * itemsize if chosen == "hf" else all_codes)
-        yield output / chosen, size
+            yield output / chosen, 2 * encodings.BYTES_A_SCALE[export.aimet.version] * all_scales
+        elif chosen not in export.checkpoints:
+            yield output / chosen, num_bytes
 
 
 def _by_disk(needs: list[Need]) -> Iterator[tuple[list[Need], int]]:

@@ -41,6 +41,11 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     spec, export = config.quant.spec, config.export
     for kind in export.asked:
         check_installed(kind)
+    if config.target and spec.decompressed_bits:
+        raise ConfigError(
+            f"quant.decompressed_bits: {config.target} keeps scales in {scale_dtype(config, skeleton, plan)}, in which "
+            "they are no whole multiples; leave out quant.decompressed_bits or target"
+        )
     if config.target == "vllm" or "compressed-tensors" in export.asked:
         compressed_tensors.check_grid(spec, export.activation_bits)
     if "gptq" in export.asked:
@@ -66,17 +71,17 @@ def _linears(skeleton: Skeleton, plan: Plan) -> Iterator[tuple[str, nn.Linear]]:
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
     spec, activation_bits = config.quant.spec, config.export.activation_bits
-    if spec.decompressed_bits:
-        raise ConfigError(
-            "quant.decompressed_bits: vLLM keeps scales in the model's dtype, in which they are no whole multiples; "
-            "leave out quant.decompressed_bits or target"
-        )
     if spec.group_size not in VLLM_GROUP_SIZES:
         raise ConfigError(
             f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"
         )
     if not spec.symmetric and spec.bits != 4:
         raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {spec.bits} bits, only of 4")
+    if config.activations.kv_bits:
+        raise ConfigError(
+            "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
+            "leave it out"
+        )
     if "gptq" in config.export.asked and not gptq.is_served_by_vllm(spec):
         raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
     fault_on = partial(_shape_fault, skeleton, plan, spec, VLLM_MULTIPLE[activation_bits])

@@ -23,7 +23,8 @@ class ActivationOptions:
     """Bits of keys and values, 4 to 16 (default: they are no different from other activations)."""
     tensors: Literal["inputs", "all"] = "inputs"
     """Which activations: `inputs` of the quantized linears, as servers round them; or `all` that can be reached: inputs
-    and outputs of the block and of every module in it, and attention's query, key, value and context."""
+    and outputs of the block and of every module in it, and attention's query, key, value, scores,
+    probabilities and context."""
     symmetric: bool = True
     """Symmetric grids, or asymmetric ones."""
     granularity: Literal["tensor", "token"] = "tensor"

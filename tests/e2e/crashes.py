@@ -43,6 +43,8 @@ POINTS = {  # name: where the function is looked up when it is called
     "ledger line": (ledger, "append_line"),
     "commit": (ledger, "commit"),
     "block files": (run, "write_block_files"),
+    "export shard": (run, "write_block_shard"),
+    "export": (run, "write_format"),
     "barrier": (run, "barrier"),
     "step": (LocalStepper, "step"),
     "save checkpoint": (training_checkpoint, "save"),

@@ -68,12 +68,14 @@ def test_grids_hold_what_the_quantized_model_computes(runs: dict[str, Path], tok
     with torch.inference_mode():
         model(load_file(token_file)["tokens"])
     grids = grids_of(runs["all"])
-    assert {name.rpartition(".")[2] for name in grids} == {"input", "output", "query", "key", "value", "context"}
-    assert len(grids) == 3 * 26
+    attention = {"query", "key", "value", "scores", "probabilities", "context"}
+    assert {name.rpartition(".")[2] for name in grids} == {"input", "output", *attention}
+    assert len(grids) == 3 * 28
     for name, grid in grids.items():
         assert grid.bits == (6 if name.endswith((".key", ".value")) else 12) and not grid.symmetric
         place = {"context": "o_proj.input", "value": "v_proj.output"}.get(name.rpartition(".")[2])
-        if name.endswith((".query", ".key")):
+        if name.endswith((".query", ".key", ".scores", ".probabilities")):
+            assert ".probabilities" not in name or grid.scale == pytest.approx(1 / (2**grid.bits - 1), rel=1e-4)
             continue
         low, high = extremes[f"{name.rpartition('.')[0]}.{place}" if place else name]
         low, high = min(low, 0), max(high, 0)

@@ -267,3 +267,15 @@ def test_activations_of_other_widths_are_not_exported_as_int8(llama: Path, token
     run_quantize(llama, token_file, run, *RTN, "--quant.bits", 8, "--activations.bits", 16)
     with pytest.raises(ConfigError, match="activation_bits: 8, but the run has grids of 16 bits"):
         run_export(run, "--activation_bits", 8)
+
+
+def test_grids_of_keys_and_values_are_left_out(
+    llama: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match="activations.kv_bits: vLLM takes no integer grids"):
+        run_quantize(llama, token_file, run, *RTN, "--activations.kv_bits", 8, "--target", "vllm")
+    run_quantize(llama, token_file, run, *RTN, "--activations.kv_bits", 8)
+    run_export(run)
+    assert f"{run}/compressed-tensors: without the run's grids of keys and values" in capsys.readouterr().out
+    assert "kv_cache_scheme" not in (run / "compressed-tensors" / "config.json").read_text()

@@ -109,10 +109,11 @@ GRIDS = [
     ("--quant.bits", 4, "--quant.symmetric", "false", "--quant.group_size", 32),
     ("--quant.bits", 3, "--quant.ignore", "*.o_proj"),
 ]
+LPBQ = ("--quant.group_size", 32, "--quant.decompressed_bits", 8)
+ROUNDED = [*(pytest.param(grid, marks=pytest.mark.slow) for grid in GRIDS), LPBQ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: " ".join(map(str, grid)))
+@pytest.mark.parametrize("grid", ROUNDED, ids=lambda grid: " ".join(map(str, grid)))
 def test_a_run_without_a_target_is_rounded_on_the_way(grid: tuple, model: Path, token_file: Path, tmp_path: Path):
     run_quantize(model, token_file, tmp_path / "run", *RTN, *grid)
     assert 0 < run_export(tmp_path / "run", tmp_path / "gguf")["scale_change"] < 2**-9
@@ -153,6 +154,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(model: Path, token_file
         assert not (tmp_path / "out" / "blocks").exists()
 
     refused(model, ConfigError, "groups of 16", "--quant.group_size", 16)
+    refused(model, ConfigError, "gguf keeps scales in float16, in which they are no whole", *LPBQ, "--target", "gguf")
     refused(model, ConfigError, "asymmetric grids of 8 bits", "--quant.bits", 8, "--quant.symmetric", "false")
     bare = tiny.save_llama(tmp_path / "bare", num_blocks=1)
     refused(bare, UnsupportedModelError, "needs tokenizer.json or tokenizer.model")

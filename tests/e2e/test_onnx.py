@@ -93,6 +93,14 @@ def test_weights_stay_packed(exported: Path):
 
 
 @pytest.mark.slow
+def test_two_level_scales_are_the_runs(token_file: Path, tmp_path: Path):
+    model, run = tiny.save_llama(tmp_path / "model", num_blocks=1), tmp_path / "run"
+    grid = ("--quant.group_size", 32, "--quant.decompressed_bits", 8)
+    run_quantize(model, token_file, run, *RTN, *grid, "--export.formats", "onnx")
+    assert_same(run_onnx(run / "onnx" / "model.onnx", **given())[MASK.bool()], logits(run)[MASK.bool()])
+
+
+@pytest.mark.slow
 def test_exporting_again_gives_the_same_bytes(exported: Path, tmp_path: Path):
     export(parse("export", [str(exported), "--format", "onnx", "--output", str(tmp_path / "again")]), ONE_RANK)
     for path in sorted((exported / "onnx").iterdir()):

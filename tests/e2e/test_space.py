@@ -97,8 +97,9 @@ def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_pa
         ["--quant.symmetric", "false", "--quant.group_size", 32, "--export.dtype", "source"],
         ["--quant.bits", 3, "--quant.ignore", "*.q_proj", "--cache.placement", "cpu"],
         ["--export.formats", '["hf", "compressed-tensors"]'],
+        ["--export.formats", "compressed-tensors", "--export.activation_bits", 8],
     ],
-    ids=["default", "groups", "three bits", "formats"],
+    ids=["default", "groups", "three bits", "formats", "int8 activations"],
 )
 def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeypatch, more):
     output, cached = tmp_path / "out", [0]

@@ -81,7 +81,7 @@ def test_config_keeps_every_field_but_the_dtype(tmp_path, key: str):
     fields = json.loads(LlamaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=11).to_json_string())
     fields.pop("dtype", None)
     (source / "config.json").write_text(json.dumps(fields | {key: "bfloat16", "note": "é"}), encoding="utf-8")
-    checkpoint.write_config(source, folder, "float32")
+    checkpoint.write_config(source, folder, torch.float32)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert written == fields | {"dtype": "float32", "note": "é"}
     assert AutoConfig.from_pretrained(folder).dtype == torch.float32

@@ -11,6 +11,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     GPTNeoXConfig,
+    MistralConfig,
     OPTConfig,
     PretrainedConfig,
 )
@@ -26,7 +27,8 @@ from shardq.model.weights import stream_blocks
 TOKENS = torch.arange(3, 35).view(2, 16)
 LLAMA = """input input_layernorm.input input_layernorm.output
 self_attn.q_proj.input self_attn.q_proj.output self_attn.k_proj.input self_attn.k_proj.output
-self_attn.v_proj.input self_attn.v_proj.output self_attn.query self_attn.key self_attn.value self_attn.context
+self_attn.v_proj.input self_attn.v_proj.output self_attn.query self_attn.key self_attn.value self_attn.scores
+self_attn.probabilities self_attn.context
 self_attn.o_proj.input self_attn.o_proj.output post_attention_layernorm.input post_attention_layernorm.output
 mlp.gate_proj.input mlp.gate_proj.output mlp.act_fn.input mlp.act_fn.output mlp.up_proj.input mlp.up_proj.output
 mlp.down_proj.input mlp.down_proj.output output""".split()
@@ -96,8 +98,36 @@ def test_what_is_seen_is_what_the_model_computes(llama: Path):
         pairs = [tensor.unflatten(-1, (2, 8)).norm(dim=-2) for tensor in (seen[f"self_attn.{name}"], flat)]
         torch.testing.assert_close(*pairs)
     assert list(seen) == LLAMA
-    for name in set(LLAMA) - {"self_attn.query", "self_attn.key", "self_attn.context"}:
+    for name in set(LLAMA) - {f"self_attn.{kind}" for kind in ("query", "key", "context", "scores", "probabilities")}:
         torch.testing.assert_close(seen[name], expected[name], msg=name)
+
+
+def test_scores_and_probabilities_are_those_of_eager_attention(llama: Path):
+    skeleton, arguments, hidden = opened(llama)
+    block = first_block(skeleton)
+    seen = seen_in(block, hidden, arguments[0], lambda name: True)
+    eager = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        probabilities = eager(TOKENS, output_attentions=True).attentions[0]
+    torch.testing.assert_close(seen["self_attn.probabilities"], probabilities)
+    allowed = torch.ones(16, 16, dtype=torch.bool).tril()
+    scores = seen["self_attn.scores"]
+    assert scores.isfinite().all() and scores.shape == probabilities.shape
+    torch.testing.assert_close(scores.masked_fill(~allowed, -torch.inf).softmax(-1), probabilities)
+    with tapped(block, lambda name, values: values + 0, {"self_attn.scores"}.__contains__):
+        by_products = run(block, hidden, arguments[0])
+    torch.testing.assert_close(by_products, run(block, hidden, arguments[0]))
+
+
+def test_masks_hold_where_scores_are_changed(tmp_path: Path):
+    config = MistralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=5)
+    skeleton, arguments, hidden = opened(tiny.save_model(tmp_path, config))
+    block = first_block(skeleton)
+    with tapped(block, lambda name, values: values + 0, {"self_attn.scores"}.__contains__):
+        by_products = run(block, hidden, arguments[0])
+    torch.testing.assert_close(by_products, run(block, hidden, arguments[0]))
+    seen = seen_in(block, hidden, arguments[0], {"self_attn.probabilities"}.__contains__)["self_attn.probabilities"]
+    assert torch.equal(seen[0, 0] > 0, torch.ones(16, 16, dtype=torch.bool).tril().triu(-4))
 
 
 @pytest.mark.parametrize("kind", OTHERS)

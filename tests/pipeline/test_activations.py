@@ -40,7 +40,7 @@ def test_keys_and_values_may_have_bits_of_their_own(llama: Path):
     kept = {"self_attn.key": 4, "self_attn.value": 4}
     assert planned(llama, ActivationOptions(kv_bits=4)) == [kept] * 3
     every = planned(llama, ActivationOptions(bits=16, tensors="all", kv_bits=4))[2]
-    assert len(every) == 26 and {name for name, bits in every.items() if bits == 4} == kept.keys()
+    assert len(every) == 28 and {name for name, bits in every.items() if bits == 4} == kept.keys()
     assert planned(llama, ActivationOptions(bits=16, tensors="all"))[2] == dict.fromkeys(every, 16)
 
 

@@ -273,8 +273,9 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path):
     assert_refused(write(tmp_path / "out", "a file"), str(tmp_path / "out"))
 
 
-def test_folder_left_by_a_kill_before_the_manifest_was_whole_is_taken(tmp_path: Path):
-    write(tmp_path / "manifest.json.partial", "{")
+@pytest.mark.parametrize("name", ["manifest.json.partial", "token-0a1b.partial", "token-0a1b.partial.partial"])
+def test_folder_left_by_a_kill_before_the_manifest_was_whole_is_taken(tmp_path: Path, name: str):
+    write(tmp_path / name, "{")
     assert opened(tmp_path, MANIFEST, "auto") == []
 
 
