@@ -112,7 +112,9 @@ def test_error_on_which_all_ranks_agree_is_nobodys_failure(tmp_path):
     assert own_lines(tmp_path) == ["shardq: [rank 1] disk of one rank is full"] * NUM_RANKS
 
 
-@pytest.mark.parametrize("how", ["busy", "slow", "early", pytest.param("stranger", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["busy", "early", *(pytest.param(how, marks=pytest.mark.slow) for how in ("slow", "stranger"))]
+)
 def test_ranks_that_do_not_fail_are_left_alone(tmp_path, how):
     codes, seconds = run(how, 1, tmp_path)
     assert codes == [0] * NUM_RANKS, own_lines(tmp_path)
