@@ -66,14 +66,17 @@ class LocalStepper:
         self._groups = parameter_groups(module, options)
         self._start_lrs = [group["lr"] for group in self._groups]
         self._iterations, self._watched = options.iterations, watched(module)
-        self._optimizer: torch.optim.Optimizer | None = None
-        self.start()
+        self._done, self._rate = 0, 1.0
+        self._make()
+
+    def _make(self) -> None:
+        self._optimizer = OPTIMIZERS[self._kind](self._groups, fused=True)
+        self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
 
     def start(self, rate: float = 1.0) -> None:
         """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
         if self._optimizer is None:
-            self._optimizer = OPTIMIZERS[self._kind](self._groups, fused=True)
-            self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
+            self._make()
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
