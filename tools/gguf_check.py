@@ -12,7 +12,7 @@ import math
 
 import llama_cpp
 import numpy as np
-from serve_check import read_tokens
+from serve_check import add_token_options, read_tokens
 from tokenizers import Tokenizer
 
 
@@ -20,10 +20,7 @@ def main() -> None:
     """Measure what is asked for, and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", required=True, help="the file")
-    parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
-    parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
-    parser.add_argument("--samples", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    add_token_options(parser)
     parser.add_argument("--text", default=None, help="text file to split")
     parser.add_argument("--tokenizer", default=None, help="tokenizer.json of the model, to split it too")
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 import torch
 from gptqmodel import BACKEND, GPTQModel
-from serve_check import read_tokens
+from serve_check import add_token_options, read_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,10 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gptq", required=True, help="folder of the GPTQ checkpoint")
     parser.add_argument("--plain", required=True, help="folder of the same run's plain weights")
-    parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
-    parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
-    parser.add_argument("--samples", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    add_token_options(parser)
     options = parser.parse_args()
     loaded = GPTQModel.load(options.gptq, device="cpu", backend=BACKEND.GPTQ_TORCH)
     plain = AutoModelForCausalLM.from_pretrained(options.plain, dtype="auto").eval()

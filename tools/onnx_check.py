@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from serve_check import read_tokens
+from serve_check import add_token_options, read_tokens
 from transformers import AutoModelForCausalLM
 
 ACCURACY_LEVELS = {"exact": "1", "default": None}
@@ -24,10 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="output folder of the run")
     parser.add_argument("--onnx", required=True, help="folder of its export")
-    parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
-    parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
-    parser.add_argument("--samples", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    add_token_options(parser)
     options = parser.parse_args()
     tokens_NT = torch.tensor(read_tokens(options))
     model = AutoModelForCausalLM.from_pretrained(options.run, dtype=torch.float32).eval()

@@ -28,16 +28,21 @@ def main() -> None:
     parser.add_argument(
         "--reference", default=None, help="folder that transformers loads in its place (default: itself)"
     )
-    parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
-    parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
-    parser.add_argument("--samples", type=int, default=10, help="sequences")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of each")
+    add_token_options(parser, samples=10, length=1024)
     parser.add_argument("--new-tokens", type=int, default=32, help="length of the greedy continuations")
     parser.add_argument("--vllm", required=True, help="Python interpreter of the environment that has vLLM")
     options = parser.parse_args()
     tokens = read_tokens(options)
     served = run_vllm(options, tokens)
     print(json.dumps(compare(options, tokens, served)), flush=True)
+
+
+def add_token_options(parser: argparse.ArgumentParser, samples: int = 8, length: int = 512) -> None:
+    """Add what `read_tokens` reads, with these defaults."""
+    parser.add_argument("--tokens", required=True, help="safetensors file of token ids [sequences, length]")
+    parser.add_argument("--column", default=None, help="tensor of the file (default: its first)")
+    parser.add_argument("--samples", type=int, default=samples, help="sequences")
+    parser.add_argument("--length", type=int, default=length, help="tokens of each")
 
 
 def read_tokens(options: argparse.Namespace) -> list[list[int]]:

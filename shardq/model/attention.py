@@ -34,18 +34,25 @@ def attend(
     The kernel that torch has for a CPU takes its small products one by one: in bfloat16 pieces as products of
     matrices are 2 to 4 times as fast at 512 tokens, and of what causality makes zero they compute little.
     """
-    in_autocast = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if in_autocast else query.dtype
+    on_cpu, tokens = query.device.type == "cpu", query.shape[2]
+    dtype = torch.get_autocast_dtype("cpu") if on_cpu and torch.is_autocast_enabled("cpu") else query.dtype
+    fits = on_cpu and dtype == torch.bfloat16 and 1 < tokens == key.shape[2] <= MAX_TOKENS
     is_plain = attention_mask is None and not any(others.get(name) for name in ("dropout", "softcap"))
-    is_plain = is_plain and others.get("position_bias") is None and query.shape[2] == key.shape[2]
-    is_causal = others.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    fits = query.device.type == "cpu" and dtype == torch.bfloat16 and 1 < query.shape[2] <= MAX_TOKENS
-    if not (is_plain and is_causal and fits):
+    is_plain = is_plain and others.get("position_bias") is None and is_causal(module, others.get("is_causal"))
+    if not (fits and is_plain):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    context = causal_attention(query.to(dtype), key.to(dtype), value.to(dtype), scale)
+    context = causal_attention(query.to(dtype), key.to(dtype), value.to(dtype), scale_of(query, scaling))
     return context.transpose(1, 2).contiguous(), None
+
+
+def is_causal(module: nn.Module, asked: bool | None) -> bool:
+    """Whether an attention module that gets no mask looks back alone: as its caller asks, or else as it says itself."""
+    return getattr(module, "is_causal", True) if asked is None else asked
+
+
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """What scores are multiplied by."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def causal_attention(query_NHTD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, scale: float) -> Tensor:

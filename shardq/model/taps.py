@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shardq.model.attention import is_causal, scale_of
 from shardq.model.ends import BlockArguments
 from shardq.model.skeleton import to_meta
 
@@ -108,7 +109,9 @@ def _attention_replaced(
         context, others = None, [None]
         shows = former is not None and kwargs.get("position_bias") is None
         if shows and any(wanted(f"{name}.{kind}") for kind in BETWEEN):
-            context = _attended(module, *inputs, attention_mask, kwargs.get("scaling"), tapped_if_wanted)
+            causal = attention_mask is None and is_causal(module, kwargs.get("is_causal"))
+            scale = scale_of(query, kwargs.get("scaling"))
+            context = _attended(*inputs, attention_mask, causal, scale, tapped_if_wanted)
         if context is None:
             context, *others = function(module, *inputs, attention_mask, *args, **kwargs)
         return tapped_if_wanted("context", context), *others
@@ -123,12 +126,12 @@ def _attention_replaced(
 
 
 def _attended(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
+    causal: bool,
+    scale: float,
     tap: Callable[[str, Tensor], Tensor],
 ) -> Tensor | None:
     """The context [N, T, H, D] by way of scores and probabilities; None where `tap` leaves both as they are.
@@ -136,9 +139,9 @@ def _attended(
     Then the model goes its own way, and what is only looked at changes nothing, to the last bit.
     """
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(-1, -2) * scale
     seen = tap("scores", scores)
-    if mask is None and getattr(module, "is_causal", True):
+    if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros((), device=mask.device).masked_fill(~mask, -torch.inf)

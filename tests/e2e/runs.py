@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import tiny
@@ -15,7 +16,9 @@ from shardq.cli import parse
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.evaluate import evaluate
+from shardq.pipeline.ledger import commit
 from shardq.pipeline.run import quantize
+from shardq.pipeline.stop import STOP
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
@@ -39,6 +42,17 @@ def run_evaluate(model: Path, tokens: Path, *more: object) -> dict:
     """Evaluate on one rank; give the summary."""
     fixed = ["--model", model, "--eval.dataset", tokens, "--eval.sequence_length", 64]
     return evaluate(parse("evaluate", [str(argument) for argument in (*fixed, *more)]), ONE_RANK)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:
+    """Have the next runs in this process stop after a block."""
+
+    def commit_and_stop(output: Path, block: int | None, *args: object, **facts: object) -> dict:
+        if block == stop_block:
+            (output / STOP).touch()
+        return commit(output, block, *args, **facts)
+
+    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", commit_and_stop)
 
 
 def last_json(stdout: str) -> dict:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from runs import ONE_RANK, result_files, run_quantize
+from runs import ONE_RANK, result_files, run_quantize, stop_after
 from shardq.cli import parse
 from shardq.errors import Stopped
 from shardq.pipeline.export import export
 from shardq.pipeline.ledger import commit
-from shardq.pipeline.stop import STOP
 
 RTN = ("--quant.method", "rtn")
 FORMATS = ("compressed-tensors", "gptq", "hf")
@@ -36,17 +35,6 @@ def exported(run: Path, folder: Path, *formats: str) -> dict[str, bytes]:
 
 def in_formats(output: Path) -> dict[str, bytes]:
     return {name: content for name, content in result_files(output).items() if name.split("/")[0] in FORMATS}
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:
-    """Have the next run stop after a block."""
-
-    def commit_and_stop(output: Path, block: int | None, *args: object, **facts: object) -> dict:
-        if block == stop_block:
-            (output / STOP).touch()
-        return commit(output, block, *args, **facts)
-
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", commit_and_stop)
 
 
 def test_shards_are_there_before_their_block_counts(finished, llama, token_file, tmp_path, monkeypatch):

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from runs import ONE_RANK, committed, result_files, run_quantize
+from runs import ONE_RANK, committed, result_files, run_quantize, stop_after
 from shardq.cli import parse
 from shardq.errors import ConfigError, ResumeError, Stopped
 from shardq.formats.block_file import read_block
-from shardq.pipeline.ledger import commit, finished, read_lines, read_manifest
-from shardq.pipeline.stop import STOP
+from shardq.pipeline.ledger import finished, read_lines, read_manifest
 from shardq.pipeline.verify import verify
 
 BLOCK = "blocks/block-00001.safetensors"
@@ -58,17 +57,6 @@ def trained(output: Path) -> list[int]:
 
 def files_but_ledger(output: Path) -> dict[str, bytes]:
     return {name: content for name, content in result_files(output).items() if name != "ledger.jsonl"}
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:
-    """Have the next runs stop after a block."""
-
-    def commit_and_stop(output: Path, block: int | None, *args: object, **facts: object) -> dict:
-        if block == stop_block:
-            (output / STOP).touch()
-        return commit(output, block, *args, **facts)
-
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", commit_and_stop)
 
 
 DAMAGES = {  # what is done, what the refusal names and proposes, what would not do, which blocks are trained again

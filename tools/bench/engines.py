@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -42,7 +42,7 @@ from shardq.parallel.collectives import barrier, max_over_ranks
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
 from shardq.pipeline.bench import block_loss, make_stepper, share_for
-from shardq.pipeline.memory import BlockSize, saved_bytes, state_bytes
+from shardq.pipeline.memory import BlockSize, LargestBlock, saved_bytes, training_bytes
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 
@@ -133,8 +133,9 @@ def predicted_bytes(
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
-    state = state_bytes(size, options, parallel, world_size, arguments.samples > 1)
-    return state + size.source + saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
+    sample = saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
+    joined = replace(options, batch_size=arguments.samples * world_size)
+    return training_bytes(LargestBlock("", size, sample), joined, parallel, world_size, 1) + size.source
 
 
 def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
