@@ -128,13 +128,14 @@ def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
     time.sleep(0.2)  # a collective's thread lets go of its tensors a moment after it is waited for
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    # before the list of all objects below, which takes megabytes itself
+    resident = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
     tables = [table for module in quantizer.modules()
               for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]  # fmt: skip
     tables += [parameter._post_accumulate_grad_hooks or {} for parameter in quantizer.parameters()]
     optimizer = getattr(stepper, "_optimizer", None)  # DeepSpeed's keeps its hooks on parameters itself
     tables += [hooks for name, hooks in vars(optimizer).items() if name.endswith("hooks") and hasattr(hooks, "__len__")]
-    resident = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)
     return {
         "tensor bytes": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()),
         "groups": len(dist.distributed_c10d._world.pg_map),
