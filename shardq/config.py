@@ -182,7 +182,7 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     _require(split == 1 or (split > 1 and config.target == "vllm"), "tensor_parallel", split,
              "at least 1, and 1 but for --target vllm")  # fmt: skip
     optimize = config.optimize
-    _check_parallel(config.parallel, optimize.optimizer, world_size)
+    _check_parallel(config.parallel, world_size)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
     _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
@@ -209,12 +209,10 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
              f"at most the samples that are trained on ({samples - held_out})")  # fmt: skip
 
 
-def _check_parallel(parallel: ParallelOptions, optimizer: str, world_size: int) -> None:
+def _check_parallel(parallel: ParallelOptions, world_size: int) -> None:
     engine, zero = parallel.engine, "a ZeRO engine (zero1, zero2, zero3)"
     _require(engine != "local" or world_size == 1, "parallel.engine", engine, "allreduce or zero* on several ranks")
     _require(engine != "allreduce" or world_size > 1, "parallel.engine", engine, "local or zero* on one rank")
-    _require(not parallel.zero_stage or optimizer == "adam", "optimize.optimizer", optimizer,
-             f"adam beside parallel.engine {engine}")  # fmt: skip
     _require(not parallel.offload or parallel.zero_stage, "parallel.offload", parallel.offload, f"false without {zero}")
     _require(parallel.deepspeed is None or parallel.zero_stage, "parallel.deepspeed", parallel.deepspeed,
              f"left out without {zero}")  # fmt: skip

@@ -62,15 +62,13 @@ class LocalStepper:
     """An optimizer with a cosine learning rate to 0, on one rank."""
 
     def __init__(self, module: nn.Module, options: OptimizeOptions):
-        self._module, self._kind = module, options.optimizer
-        self._groups = parameter_groups(module, options)
-        self._start_lrs = [group["lr"] for group in self._groups]
-        self._iterations, self._watched = options.iterations, watched(module)
+        self._module, self._options = module, options
+        self._groups, self._watched = parameter_groups(module, options), watched(module)
         self._done, self._rate = 0, 1.0
         self._make()
 
     def _make(self) -> None:
-        self._optimizer = OPTIMIZERS[self._kind](self._groups, fused=True)
+        self._optimizer = make_optimizer(self._options.optimizer, self._groups)
         self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
 
     def start(self, rate: float = 1.0) -> None:
@@ -98,13 +96,7 @@ class LocalStepper:
     def step(self) -> None:
         """One step at the schedule's learning rate."""
         self._not_finite.masked_fill_(~self._gradient_norm().isfinite(), 1.0)
-        factor = self._rate * cosine_factor(self._done, self._iterations)
-        if self._kind == "rms":  # of the mean of all squared gradients so far, where Adagrad takes their sum
-            factor *= math.sqrt(self._done + 1)
-        for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
-            group["lr"] = start_lr * factor
-            if self._kind == "sign":
-                torch._foreach_sign_([parameter.grad for parameter in group["params"]])
+        set_learning_rates(self._optimizer, self._options, self._done, self._rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done += 1
@@ -132,6 +124,33 @@ class LocalStepper:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """One of `OptimizeOptions.optimizer` over parameters in groups, fused."""
+    optimizer = OPTIMIZERS[kind](groups, fused=True)
+    if kind == "sign":
+        optimizer.register_step_pre_hook(_take_signs)
+    return optimizer
+
+
+def _take_signs(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    torch._foreach_sign_([parameter.grad for group in optimizer.param_groups for parameter in group["params"]])
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, options: OptimizeOptions, done: int, rate: float = 1.0
+) -> None:
+    """Set the learning rates of the step after `done` others, for groups as `parameter_groups` gives them.
+
+    Args:
+        rate: multiplies them.
+    """
+    factor = rate * cosine_factor(done, options.iterations)
+    if options.optimizer == "rms":  # of the mean of all squared gradients so far, where Adagrad takes their sum
+        factor *= math.sqrt(done + 1)
+    for group in optimizer.param_groups:
+        group["lr"] = group["start_lr"] * factor
 
 
 def skipped_where(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
@@ -167,9 +186,9 @@ def cosine_factor(done: int, iterations: int) -> float:
 
 
 def parameter_groups(module: nn.Module, options: OptimizeOptions) -> list[dict]:
-    """An optimizer's groups: the grids' parameters and the weights', each with its learning rate."""
+    """An optimizer's groups: the grids' parameters and the weights', each with its learning rate at the start."""
     grid, weight = trainable(module)
-    groups = [{"params": grid, "lr": options.grid_lr}, {"params": weight, "lr": options.weight_lr}]
+    groups = [{"params": grid, "start_lr": options.grid_lr}, {"params": weight, "start_lr": options.weight_lr}]
     return [group for group in groups if group["params"]]
 
 

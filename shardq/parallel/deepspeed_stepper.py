@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.options import OptimizeOptions
-from shardq.optimize.stepper import cosine_factor, held, parameter_groups, skipped_where, take_over
+from shardq.optimize.stepper import (
+    held,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rates,
+    skipped_where,
+    take_over,
+)
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 
@@ -30,7 +37,7 @@ OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param", "compute_gra
 
 
 class DeepSpeedStepper:
-    """Adam over quantizers whose state DeepSpeed shards; built once for a kind of block, reused for all of them."""
+    """An optimizer over quantizers whose state DeepSpeed shards; built once for a kind of block, reused for all."""
 
     def __init__(self, module: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks):
         """Take over the module's parameters; with ZeRO 3 they are empty from here on but while they are gathered."""
@@ -39,15 +46,17 @@ class DeepSpeedStepper:
         if parallel.zero_stage == 3:
             for quantizer in module.quantizers:
                 quantizer.make_shardable()
-        adam = torch.optim.Adam(parameter_groups(module, options), fused=True)
+        stand_in = torch.optim.SGD(parameter_groups(module, options))
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
-            model=module, optimizer=adam, config=settings, dist_init_required=False
+            model=module, optimizer=stand_in, config=settings, dist_init_required=False
         )
+        # Made here, over the shards: DeepSpeed would put all of Adagrad's into one group, with one learning rate.
+        groups = [{name: group[name] for name in ("params", "start_lr")} for group in stand_in.param_groups]
+        self._optimizer.optimizer = make_optimizer(options.optimizer, groups)
         self._shards_parameters = parallel.zero_stage == 3
         if not (self._shards_parameters or parallel.offload):
             _step_in_place(self._optimizer)
-        self._start_lrs = [group["lr"] for group in self._optimizer.param_groups]
-        self._iterations, self._done, self._rate = options.iterations, 0, 1.0
+        self._options, self._done, self._rate = options, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
     def start(self, rate: float = 1.0) -> None:
@@ -76,9 +85,7 @@ class DeepSpeedStepper:
 
     def step(self) -> None:
         """Step each rank's shard, and give the others what changed."""
-        factor = self._rate * cosine_factor(self._done, self._iterations)
-        for group, start_lr in zip(self._optimizer.param_groups, self._start_lrs, strict=True):
-            group["lr"] = start_lr * factor
+        set_learning_rates(self._optimizer.optimizer, self._options, self._done, self._rate)
         self._engine.step()
         # DeepSpeed adds up the gradients' norm over all ranks, and leaves out a step whose norm is not finite.
         if self._optimizer.overflow:

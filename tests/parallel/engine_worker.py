@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Share
-from shardq.optimize.stepper import Stepper
+from shardq.optimize.stepper import OPTIMIZERS, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
@@ -106,9 +107,16 @@ def tensors_of(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     return codes | {f"{name}.scale": linear.scale_OG for name, linear in linears.items()}
 
 
+def optimizer_of(name: str) -> str:
+    """The optimizer in a name such as `zero3-rms`; Adam where it has none."""
+    named = OPTIMIZERS.keys() & set(name.split("-"))
+    return named.pop() if named else "adam"
+
+
 def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer, Stepper]:
-    """Block, started quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-frugal` stands for."""
+    """Block, started quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-rms` stands for."""
     engine, *more = name.split("-")
+    options = replace(OPTIONS, optimizer=optimizer_of(name))
     reduce_dtype = "bf16" if "bf16" in more else "float32"
     files = [str(file) for file in SETTINGS.iterdir() if file.stem in more]
     parallel = ParallelOptions(
@@ -117,10 +125,10 @@ def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer,
     block, quantizer = make_quantizer(RowShare(ranks, parallel) if engine == "rows" else None)
     quantizer.start(make_source(block, 0))
     if parallel.zero_stage:
-        return block, quantizer, DeepSpeedStepper(quantizer, OPTIONS, parallel, ranks)
+        return block, quantizer, DeepSpeedStepper(quantizer, options, parallel, ranks)
     if engine == "rows":
-        return block, quantizer, RowStepper(quantizer, OPTIONS)
-    return block, quantizer, AllReduceStepper(quantizer, OPTIONS, parallel, ranks)
+        return block, quantizer, RowStepper(quantizer, options)
+    return block, quantizer, AllReduceStepper(quantizer, options, parallel, ranks)
 
 
 def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
@@ -145,10 +153,10 @@ def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
 
 
 def moments_held(stepper: Stepper) -> int:
-    """Elements of Adam's first moment on this rank."""
+    """Elements of Adam's first moment, or of the sum of squares in its place, on this rank."""
     optimizer = stepper._optimizer
     states = getattr(optimizer, "optimizer", optimizer).state.values()  # DeepSpeed's wraps torch's
-    return sum(state["exp_avg"].numel() for state in states if "exp_avg" in state)
+    return sum(state[kind].numel() for state in states for kind in ("exp_avg", "sum") if kind in state)
 
 
 def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
