@@ -38,6 +38,7 @@ from shardq.model.ends import BlockArguments
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.optimize.stepper import OPTIMIZERS
 from shardq.parallel.collectives import barrier, max_over_ranks
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
@@ -141,8 +142,8 @@ def predicted_bytes(
 def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
     """Train some steps and give the figures, on every rank."""
     shape, tokens = arguments.shape, arguments.tokens
-    options = resolved(OptimizeOptions(iterations=1000, precision=arguments.precision), bits=4,
-                       world_size=ranks.world_size, has_bf16=multiplies_bf16(CPU))  # fmt: skip
+    asked = OptimizeOptions(iterations=1000, precision=arguments.precision, optimizer=arguments.optimizer)
+    options = resolved(asked, bits=4, world_size=ranks.world_size, has_bf16=multiplies_bf16(CPU))
     if parallel.zero_stage:
         importlib.import_module("deepspeed")  # a library's memory is not the block's
     nothing = start_new_peak()
@@ -177,6 +178,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {
         "engine": parallel.engine, "offload": parallel.offload, "reduce_dtype": parallel.reduce_dtype,
+        "optimizer": options.optimizer,
         "ranks": ranks.world_size, "threads": torch.get_num_threads(), "precision": options.precision,
         "compiled": compiled is not eager, "weights": shape.num_weights, "tokens": tokens,
         "peak_bytes": int(peak), "predicted_bytes": predicted, "ratio": round(peak / predicted, 3),
@@ -227,6 +229,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--iterations", type=int, default=3, help="steps to measure, after two")
     parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam")
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
     parser.add_argument("--rank-of-launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
