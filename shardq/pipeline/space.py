@@ -16,6 +16,7 @@ from shardq.parallel.collectives import together
 from shardq.pipeline import ledger
 from shardq.pipeline.export import stored_dtype
 from shardq.pipeline.folders import cache_folder
+from shardq.pipeline.memory import MOMENTS
 from shardq.pipeline.plan import block_file, encodings_file
 from shardq.pipeline.prepare import Run
 from shardq.quant.packing import packed_width
@@ -65,7 +66,8 @@ def needed(run: Run) -> list[Need]:
         needs.append(Need("weights and encodings", run.output, growth + max(map(_there, files), default=0)))
         if run.config.checkpoint.every_iterations:
             # The newest of s2 and its moments stands beside its predecessor.
-            needs.append(Need("checkpoints", run.output, 2 * 3 * 4 * run.largest.size.num_weights))
+            num_tensors = 1 + MOMENTS[run.config.optimize.optimizer]
+            needs.append(Need("checkpoints", run.output, 2 * num_tensors * 4 * run.largest.size.num_weights))
     if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
         there, num_redos = 0, len(ledger.redo_lines(run.lines)) - run.begins_redo
         if (run.output / ledger.MANIFEST).exists():

@@ -14,7 +14,9 @@ import tiny
 from runs import LAUNCH, ONE_RANK, committed, failing_launch, quantize_arguments, result_files, run_quantize
 from shardq.cli import parse
 from shardq.errors import StorageError
+from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
+from shardq.optimize.stepper import OPTIMIZERS
 from shardq.pipeline import space
 from shardq.pipeline.ledger import commit
 from shardq.pipeline.prepare import Run, prepare
@@ -118,6 +120,24 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
     written = sum(len(content) for name, content in result_files(output).items() if name not in small)
     assert written <= predicted["weights and encodings"] * 1.02 and predicted["weights and encodings"] < 1.15 * written
     assert max(cached) <= predicted.get("activations", 0) <= 1.05 * max(cached)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_room_for_checkpoints_is_what_they_take(llama, token_file, tmp_path, monkeypatch, optimizer):
+    output, there = tmp_path / "out", []
+
+    def look(path: Path, *args: object, **facts: object) -> None:
+        write_checked(path, *args, **facts)
+        there.append(space._there(output / "checkpoint"))
+
+    monkeypatch.setattr("shardq.pipeline.training_checkpoint.write_checked", look)
+    more = ["--checkpoint.every_iterations", 2, "--optimize.optimizer", optimizer]
+    arguments = quantize_arguments(llama, token_file, output, *more)
+    with ExitStack() as held:
+        run = prepare(parse("quantize", arguments), ONE_RANK, Display(1), held)
+        predicted = {need.what: need.num_bytes for need in space.needed(run)}["checkpoints"]
+    quantize(parse("quantize", arguments), ONE_RANK)
+    assert 0.9 * predicted < max(there) < 1.1 * predicted
 
 
 def test_full_disk_ends_both_ranks_and_the_run_goes_on_with_room(small_disk, llama, token_file, two_ranks):
