@@ -35,9 +35,10 @@ class OptimizeOptions:
     loss: Literal["squared", "token"] | None = None
     """Error of a block's output: `squared`, or `token`, where each position's is relative to the target's power there
     (presets: token, aimet squared)."""
-    optimizer: Literal["adam", "rms", "sign"] = "adam"
-    """`adam`; `rms`, without momentum: each gradient over the root mean square of all so far, 4 bytes a weight less;
-    or `sign`, descent by the gradient's sign, which keeps no moments: 8 bytes a weight less."""
+    optimizer: Literal["adam", "rms", "sign"] | None = None
+    """`rms`, without momentum: each gradient over the root mean square of all so far; `adam`, which takes 4 bytes a
+    weight more; or `sign`, descent by the gradient's sign, which takes 4 bytes a weight less (presets: rms, aimet
+    adam)."""
     held_out: int = 0
     """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
     included. 0: the last iterate is kept."""
@@ -65,7 +66,7 @@ class OptimizeOptions:
 # weight_lr by bits: 2, 3, 4 and more. A coarser grid asks for larger changes of the weight (measured).
 DEFAULT = {
     "iterations": 200, "start": "search", "loss": "token", "grid_lr": 5e-3, "weight_lr": (1e-2, 8e-3, 4e-3),
-    "fp_mix": 0.0,
+    "fp_mix": 0.0, "optimizer": "rms",
 }  # fmt: skip
 PRESETS = {
     "default": DEFAULT,
@@ -73,7 +74,7 @@ PRESETS = {
     "best": DEFAULT | {"iterations": 800, "weight_lr": (7.5e-3, 6e-3, 3e-3)},
     "aimet": {
         "iterations": 1500, "start": "minmax", "loss": "squared", "grid_lr": 1e-3, "weight_lr": (5e-4, 5e-4, 5e-4),
-        "fp_mix": 0.5,
+        "fp_mix": 0.5, "optimizer": "adam",
     },
 }  # fmt: skip
 

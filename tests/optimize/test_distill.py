@@ -19,7 +19,7 @@ from shardq.quant.spec import QuantSpec
 METHODS = ("adascale", "flexround", "lwc")
 STEPS, GRID_LR, WEIGHT_LR = 20, 5e-3, 2e-3
 NAMES = ["0", "2"]
-OPTIONS = OptimizeOptions(iterations=STEPS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR)
+OPTIONS = OptimizeOptions(iterations=STEPS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR, optimizer="adam")
 SPECS = [
     QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
     for bits, symmetric, group_size in ((2, True, None), (3, True, None), (3, False, 8), (4, True, 8), (4, False, None))
@@ -229,7 +229,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
     inputs, source = torch.randn(4, 32, 16), weights_of(block)
     targets = block(inputs)
     quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=2), method, PLAIN, dtype)
-    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=100, grid_lr=5e-3, weight_lr=5e-3))
+    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=100, grid_lr=5e-3, weight_lr=5e-3, optimizer="rms"))
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -331,7 +331,7 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
     block = Block()
     quantizer = BlockQuantizer(block, ["used", "idle"], QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
     quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
-    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=3, grid_lr=1e-3, weight_lr=1e-3))
+    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=3, grid_lr=1e-3, weight_lr=1e-3, optimizer="rms"))
     inputs = torch.randn(2, 4, 8)
     batches = [(inputs, torch.randn(2, 4, 8))] * 3
     distill(lambda some, wanted: (block(some) - wanted).square().mean(), quantizer, stepper, batches, 2, lambda _: None)

@@ -11,7 +11,7 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, trainable
 
 ITERATIONS, GRID_LR, WEIGHT_LR = 8, 1e-2, 3e-3
-OPTIONS = OptimizeOptions(iterations=ITERATIONS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR)
+OPTIONS = OptimizeOptions(iterations=ITERATIONS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR, optimizer="adam")
 GRID, WEIGHT = ("beta", "gamma", "step"), ("s2", "s3")
 
 

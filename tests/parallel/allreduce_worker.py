@@ -24,7 +24,7 @@ from shardq.parallel.ranks import Ranks, started
 from shardq.quant.adascale import Kernels, fake_quantized_gradients
 from shardq.quant.spec import QuantSpec
 
-OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3)
+OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 WIDTH, INNER = 16, BUCKET_SIZE // 16  # s2 of both large linears is as large as a bucket
 PARALLEL = ParallelOptions(engine="allreduce")
 

@@ -36,7 +36,7 @@ from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
-OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3)
+OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 NUM_BLOCKS, BATCH = 8, 4
 SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 WIDTH = 320  # s2 has more than DeepSpeed's 100 000 elements below which ZeRO 3 keeps parameters whole

@@ -70,7 +70,7 @@ class Model:
         return choose_micro_batch(self.largest, options, WHOLE, limit, world_size)
 
     def engine(self, spare_bytes: int, world_size: int, **chosen: object) -> tuple[str, str]:
-        options = OptimizeOptions(batch_size=world_size, precision="float32", **chosen)
+        options = OptimizeOptions(batch_size=world_size, precision="float32", optimizer="adam", **chosen)
         limit = limit_of(options, spare_bytes)
         parallel, reason = choose_engine(self.largest, options, ParallelOptions(), limit, world_size)
         return parallel.engine, reason
@@ -95,7 +95,7 @@ def llama_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def options_for(batch_size: int, memory_gib: float | None = None, precision: str = "float32") -> OptimizeOptions:
-    return OptimizeOptions(batch_size=batch_size, memory_gib=memory_gib, precision=precision)
+    return OptimizeOptions(batch_size=batch_size, memory_gib=memory_gib, precision=precision, optimizer="adam")
 
 
 def really_saved(block: nn.Module, arguments: BlockArguments, hidden_NTD: Tensor) -> int:
@@ -149,7 +149,7 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
 
     Where gradients of several micro-batches add up, there are the weight, the next gradient and the float32 sum.
     """
-    options = OptimizeOptions(**chosen)
+    options = OptimizeOptions(**{"optimizer": "adam"} | chosen)
     size = block_size(llama_model.skeleton, llama_model.plan, 1)
     counted, adding_up = (state_bytes(size, options, WHOLE, 2, several) for several in (False, True))
     assert counted == SOURCE + bytes_a_weight * NUM_WEIGHTS + 4 * LARGEST

@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--iterations", type=int, default=3, help="steps to measure, after two")
     parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto")
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), help="default: the preset's")
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
     parser.add_argument("--rank-of-launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
