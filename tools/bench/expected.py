@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from step import SHAPES, Shape, parse_shape
 
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
-# A weight's bytes a step: quantize (read W 2, s2 4, write W^ 2), back (read dW^ 2, W 2, s2 4, write ds2 4), Adam (read
-# s2, ds2 and two moments, write s2 and the moments: 28).
-WEIGHT_BYTES_A_STEP = 8 + 12 + 28
+# A weight's bytes a step: quantize (read W 2, s2 4, write W^ 2), back (read dW^ 2, W 2, s2 4, write ds2 4), step
+# (read s2, ds2 and the mean square, write s2 and the mean square: 20).
+WEIGHT_BYTES_A_STEP = 8 + 12 + 20
 # An activation's bytes forward and backward with fused norms, rotary, SiLU and residuals: values read or written.
 HIDDEN_VALUES, INTERMEDIATE_VALUES, ACTIVATION_BYTES = 24, 12, 3  # between 2 (bf16) and 4 (float32) bytes a value
 PASSES = 2  # fp pass, quant pass
@@ -58,8 +58,8 @@ def run_seconds(shape: Shape, num_blocks: int, arguments: argparse.Namespace, gp
 
 
 def state_gigabytes(shape: Shape) -> float:
-    """One block's training state on one GPU: source twice (the next is read ahead), s2, its gradient, Adam."""
-    return shape.num_weights * (2 * 2 + 4 + 4 + 8) / 1e9
+    """One block's training state on one GPU: source twice (the next is read ahead), s2, its gradient, mean square."""
+    return shape.num_weights * (2 * 2 + 4 + 4 + 4) / 1e9
 
 
 def main() -> None:

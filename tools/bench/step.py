@@ -37,7 +37,7 @@ PROFILE_KINDS = {  # pattern of an operation's name -> what it is called in the 
     r"^aten::(mm|addmm)$": "matrix multiplies of linears",
     r"^aten::(bmm|baddbmm|_scaled_dot_product.*)$": "matrix multiplies of attention",
     r"CompiledFxGraph": "fused kernels",
-    r"[Aa]dam": "Adam",
+    r"[Aa]dam|[Aa]dagrad": "optimizer",
 }
 SQUARE = 4096  # size of the matrices whose product counts as the peak, beside the block's own shapes
 
