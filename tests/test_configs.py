@@ -1,4 +1,4 @@
-"""Every recipe, and every command that the README shows, can be parsed by the program it is for."""
+"""Every recipe, and every command that README and measurements show, can be parsed by the program it is for."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from shardq.optimize.options import resolved
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, MEASURED = (ROOT / "README.md").read_text(), (ROOT / "docs" / "measured.md").read_text()
 
 
-def readme_commands():
-    """What the README's shell blocks start of shardq, as (command, number of ranks, arguments)."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
+def shown_commands(text):
+    """What shell blocks in Markdown start of shardq, as (command, number of ranks, arguments)."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         found = re.search(r"launch/(\w+)\.py (.*)", line) or re.match(r"shardq (\w+) (.*)", line)
         ranks = re.search(r"--nproc-per-node (\d+)", line)
@@ -58,11 +58,11 @@ def test_readme_says_what_each_deepspeed_file_is_for():
 
 
 def test_readme_shows_every_command():
-    assert {command for command, _, _ in readme_commands()} == set(COMMANDS)
+    assert {command for command, _, _ in shown_commands(README)} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command, num_ranks, arguments", list(readme_commands()))
-def test_readme_commands_parse(command, num_ranks, arguments, monkeypatch):
+@pytest.mark.parametrize("command, num_ranks, arguments", [*shown_commands(README), *shown_commands(MEASURED)])
+def test_shown_commands_parse(command, num_ranks, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     check(command, num_ranks, parse(command, arguments))
 
