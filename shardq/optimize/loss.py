@@ -13,8 +13,8 @@ POWER_FLOOR = 1e-12  # a position whose target is all zeros must not make the lo
 def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> Tensor:
     """Training loss: squared error summed over the sequence, mean over samples and channels.
 
-    `squared` is AIMET's AdaScale's. `token` divides each position's error by the target's mean square there. Adam does
-    not see the loss's size but for its eps, which these sizes keep negligible.
+    `squared` is AIMET's AdaScale's. `token` divides each position's error by the target's mean square there. The
+    optimizers do not see the loss's size but for their eps, which these sizes keep negligible.
     """
     return _errors(output_NTD, target_NTD, kind).sum(1).mean()
 
