@@ -1,9 +1,9 @@
 """Rows over ranks: each rank quantizes and trains its part of every linear's outputs, and only weights travel.
 
-Rounding, its gradient and the optimizer's step act on each output channel alone. So a rank holds frozen weight, s2, moments and
-s2's gradient of its outputs and no others; what all ranks need of it is the fake-quantized weight, and what they know
-of its gradient, both in the dtype of the matrix multiplies. It is ZeRO's second stage (arXiv 1910.02054, section 5),
-with all that the weight is computed from in the place of the optimizer's float32 copy.
+Rounding, its gradient and the optimizer's step act on each output channel alone. So a rank holds frozen weight, s2,
+moments and s2's gradient of its outputs and no others; what all ranks need of it is the fake-quantized weight, and what
+they know of its gradient, both in the dtype of the matrix multiplies. It is ZeRO's second stage (arXiv 1910.02054,
+section 5), with all that the weight is computed from in the place of the optimizer's float32 copy.
 """
 
 from collections.abc import Callable, Iterable
