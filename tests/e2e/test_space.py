@@ -46,6 +46,13 @@ def fill(disk: Path, leave: int = 0) -> Path:
     return ballast
 
 
+def predicted(arguments: list[str]) -> dict[str, int]:
+    """Bytes that a run says it will write, by what they are."""
+    with ExitStack() as held:
+        run = prepare(parse("quantize", arguments), ONE_RANK, Display(1), held)
+        return {need.what: need.num_bytes for need in space.needed(run)}
+
+
 @pytest.mark.parametrize("where", ["output", "cache"])
 def test_run_that_will_not_fit_is_refused_before_it_begins(small_disk, llama, token_file, tmp_path, where):
     fill(small_disk, leave=400_000)
@@ -112,14 +119,12 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
 
     monkeypatch.setattr("shardq.pipeline.run.ledger.commit", look)
     arguments = quantize_arguments(llama, token_file, output, "--quant.method", "rtn", *more)
-    with ExitStack() as held:
-        run = prepare(parse("quantize", arguments), ONE_RANK, Display(1), held)
-        predicted = {need.what: need.num_bytes for need in space.needed(run)}
+    counted = predicted(arguments)
     quantize(parse("quantize", arguments), ONE_RANK)
     small = ("manifest.json", "ledger.jsonl")
     written = sum(len(content) for name, content in result_files(output).items() if name not in small)
-    assert written <= predicted["weights and encodings"] * 1.02 and predicted["weights and encodings"] < 1.15 * written
-    assert max(cached) <= predicted.get("activations", 0) <= 1.05 * max(cached)
+    assert written <= counted["weights and encodings"] * 1.02 and counted["weights and encodings"] < 1.15 * written
+    assert max(cached) <= counted.get("activations", 0) <= 1.05 * max(cached)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -133,11 +138,9 @@ def test_room_for_checkpoints_is_what_they_take(llama, token_file, tmp_path, mon
     monkeypatch.setattr("shardq.pipeline.training_checkpoint.write_checked", look)
     more = ["--checkpoint.every_iterations", 2, "--optimize.optimizer", optimizer]
     arguments = quantize_arguments(llama, token_file, output, *more)
-    with ExitStack() as held:
-        run = prepare(parse("quantize", arguments), ONE_RANK, Display(1), held)
-        predicted = {need.what: need.num_bytes for need in space.needed(run)}["checkpoints"]
+    counted = predicted(arguments)["checkpoints"]
     quantize(parse("quantize", arguments), ONE_RANK)
-    assert 0.9 * predicted < max(there) < 1.1 * predicted
+    assert 0.9 * counted < max(there) < 1.1 * counted
 
 
 def test_full_disk_ends_both_ranks_and_the_run_goes_on_with_room(small_disk, llama, token_file, two_ranks):
