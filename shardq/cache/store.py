@@ -3,7 +3,6 @@
 Generation 0 is the embeddings' output, the same for both streams, and is kept once.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -98,13 +97,10 @@ class DiskStore:
         return True
 
     def drop(self, generation: int, samples: range) -> None:
-        """Delete a generation's files of these samples, and its folder once it is empty."""
+        """Delete a generation's files of these samples; its folder stays: another rank may be about to write there."""
         for sample in samples:
             for stream in ("fp", "quant"):
                 remove(self._path(stream, generation, sample))
-        folder = self._folder / f"generation-{generation:05d}"
-        with suppress(OSError):  # not empty: another rank's samples; not there: another rank removed it
-            folder.rmdir()
 
 
 def open_store(options: CacheOptions, folder: Path) -> ActivationStore:

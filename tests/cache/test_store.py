@@ -1,7 +1,9 @@
 """Activations between blocks: memory and disk keep the same, and the disk's files are plain safetensors."""
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,13 +109,24 @@ def test_generation_that_is_not_there_can_be_dropped(store):
     assert not store.holds(4, 0)
 
 
-def test_folder_of_a_generation_goes_with_its_last_sample(tmp_path):
-    store = DiskStore(tmp_path)
-    fill(store, 1, range(4))
-    store.drop(1, range(0, 4, 2))
-    assert len(list(tmp_path.iterdir())) == 1
-    store.drop(1, range(1, 4, 2))
-    assert list(tmp_path.iterdir()) == []
+def test_one_rank_writes_while_another_drops(tmp_path):
+    """On a shared cache a replay ends with a generation that another rank has only begun."""
+    writes = DiskStore(tmp_path).write
+    finished = threading.Event()
+
+    def drop_until_finished():
+        while not finished.is_set():
+            DiskStore(tmp_path).drop(1, range(1, 2))
+
+    with ThreadPoolExecutor() as pool:
+        dropping = pool.submit(drop_until_finished)
+        try:
+            for _ in range(30):
+                writes("fp", 1, 0, torch.zeros(2, 3))
+                DiskStore(tmp_path).drop(1, range(1))
+        finally:
+            finished.set()
+        dropping.result()
 
 
 def test_store_keeps_its_own_copy(store):

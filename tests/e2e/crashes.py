@@ -38,7 +38,6 @@ POINTS = {  # name: where the function is looked up when it is called
     "rename": (os, "replace"),
     "delete": (os, "unlink"),
     "make folder": (os, "mkdir"),
-    "delete folder": (os, "rmdir"),
     "write tensors": (tensor_file, "save_file"),
     "ledger line": (ledger, "append_line"),
     "commit": (ledger, "commit"),
