@@ -129,14 +129,15 @@ def start_new_peak() -> int:
 def predicted_bytes(
     arguments: argparse.Namespace, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
 ) -> int:
-    """The plan's figure for samples taken one at a time, the next block read ahead."""
+    """The plan's figure for samples taken one at a time."""
     shape, num_tokens = arguments.shape, arguments.tokens
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
     sample = saved_bytes(block, BlockArguments((), kwargs), (1, num_tokens, shape.hidden))
     joined = replace(options, batch_size=arguments.samples * world_size)
-    return training_bytes(LargestBlock("", size, sample), joined, parallel, world_size, 1) + size.source
+    ahead = 0 if arguments.alone else size.source
+    return training_bytes(LargestBlock("", size, sample), joined, parallel, world_size, 1) + ahead
 
 
 def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
@@ -148,7 +149,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
         importlib.import_module("deepspeed")  # a library's memory is not the block's
     nothing = start_new_peak()
     block, source, kwargs = make_block(shape, tokens, CPU)
-    ahead = {name: tensor.clone() for name, tensor in source.items()}  # the next block, read ahead
+    ahead = [] if arguments.alone else [tensor.clone() for tensor in source.values()]  # the next block
     compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
     share = share_for(parallel, ranks)
@@ -173,7 +174,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
         train(arguments.iterations, lambda loss: times.append(time.perf_counter()))
     resident = max_over_ranks(ranks, peak_rss_bytes())
     peak = max_over_ranks(ranks, peak_rss_bytes() - nothing)
-    assert ahead  # held until here
+    del ahead  # held until here
     predicted = predicted_bytes(arguments, options, parallel, ranks.world_size)
     steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {
@@ -194,7 +195,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
     """Measure the one engine on this rank."""
     engine, *more = arguments.engines[0].split("-")
     reduce_dtype = "bf16" if "bf16" in more else "float32"
-    parallel = ParallelOptions(engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more)
+    parallel = ParallelOptions(
+        engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=arguments.deepspeed
+    )
     return_freed_tensors()
     keep_between_runs()
     torch.manual_seed(int(os.environ.get("RANK", 0)))
@@ -231,6 +234,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), help="default: the preset's")
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
+    parser.add_argument("--deepspeed", help="DeepSpeed's settings for zero1 to zero3, a JSON file")
+    parser.add_argument("--alone", action="store_true",
+                        help="without the next block, which a run reads ahead only where there is room")  # fmt: skip
     parser.add_argument("--rank-of-launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of_launch:
