@@ -5,14 +5,14 @@ final norms and logit caps are the model's, whatever its architecture.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from shardq.formats.shards import read_weight_rows
+from shardq.formats.shards import TensorInfo, read_weight, read_weight_rows
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 
@@ -34,10 +34,13 @@ def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, d
         args, kwargs: what the model passes beside the hidden states.
         dtype: of the matrix multiplies; norms, softmax and the residual stream stay in float32.
     """
-    in_dtype = nullcontext() if dtype == torch.float32 else torch.autocast(hidden_NTD.device.type, dtype)
-    with in_dtype:
+    with _multiplying_in(dtype, hidden_NTD.device):
         output = block(hidden_NTD, *args, **kwargs)
     return (output[0] if isinstance(output, tuple) else output).float()
+
+
+def _multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def block_forward(block: nn.Module, arguments: BlockArguments, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -81,8 +84,8 @@ def _name_of(skeleton: Skeleton, wanted: nn.Module) -> str:
     return next(name for name, module in skeleton.model.named_modules() if module is wanted)
 
 
-def _frozen(tensor: Tensor, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(tensor.to(device, COMPUTE_DTYPE), requires_grad=False)
+def _frozen(tensor: Tensor, device: torch.device, dtype: torch.dtype = COMPUTE_DTYPE) -> nn.Parameter:
+    return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
 
 
 def record_arguments(
@@ -110,31 +113,62 @@ def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tupl
     `first` on; the head's rows for them are in memory until the next slice is asked for. Norm and head act on each
     position alone, so T may be any slice of a sequence.
     """
+    head = skeleton.model.get_output_embeddings()
+    rows_a_slice = max(1, HEAD_SLICE_BYTES // (4 * head.in_features))
+    with _last_layers(skeleton, device) as (infos, to_logits):
+
+        def slices() -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+            for first in range(0, head.out_features, rows_a_slice):
+                rows = list(range(first, min(first + rows_a_slice, head.out_features)))
+                for name, info in infos.items():
+                    setattr(head, name, _frozen(read_weight_rows(info, rows), device))
+                yield first, torch.no_grad()(to_logits)
+
+        yield slices()
+
+
+@contextmanager
+def whole_epilogue(
+    skeleton: Skeleton, device: torch.device, dtype: torch.dtype
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield a differentiable function from the hidden states [N, T, D] after the last block to the logits [N, T, V].
+
+    Args:
+        dtype: of the head, which is held whole, and of its matrix multiply.
+    """
+    head = skeleton.model.get_output_embeddings()
+    with _last_layers(skeleton, device) as (infos, to_logits):
+        for name, info in infos.items():
+            setattr(head, name, _frozen(read_weight(info), device, dtype))
+
+        def in_dtype(hidden_NTD: Tensor) -> Tensor:
+            with _multiplying_in(dtype, device):
+                return to_logits(hidden_NTD)
+
+        yield in_dtype
+
+
+@contextmanager
+def _last_layers(
+    skeleton: Skeleton, device: torch.device
+) -> Iterator[tuple[dict[str, TensorInfo], Callable[[Tensor], Tensor]]]:
+    """Yield where the head's parameters lie, by name, and what computes logits once the head has some."""
     model, last = skeleton.model, skeleton.stand_ins[-1]
     head = model.get_output_embeddings()
     prefix = _name_of(skeleton, head)
     infos = {name: skeleton.stored(f"{prefix}.{name}") for name, _ in head.named_parameters()}
-    rows_a_slice = max(1, HEAD_SLICE_BYTES // (4 * head.in_features))
 
-    @torch.no_grad()
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
         return model(input_ids=tokens_NT, use_cache=False).logits
 
-    def slices() -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
-        for first in range(0, head.out_features, rows_a_slice):
-            rows = list(range(first, min(first + rows_a_slice, head.out_features)))
-            for name, info in infos.items():
-                setattr(head, name, _frozen(read_weight_rows(info, rows), device))
-            yield first, to_logits
-
-    # What the epilogue looks up in the input embedding is ignored, and the head is read in slices.
+    # What the epilogue looks up in the input embedding is ignored, and the head is read by its users.
     embedding = skeleton.stored(f"{_name_of(skeleton, model.get_input_embeddings())}.weight")
     unread = frozenset([embedding.name, *(info.name for info in infos.values())])
     try:
         with materialised(skeleton, model, "", device, unread=unread):
-            yield slices()
+            yield infos, to_logits
     finally:
         last.injected = None
         _forget(skeleton)

@@ -1,5 +1,6 @@
-"""How far a quantized block's output is from the fp block's."""
+"""How far a quantized block's output is from the fp block's: the hidden states themselves, or what they predict."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,10 @@ from torch import Tensor
 
 Loss = Literal["squared", "token"]
 POWER_FLOOR = 1e-12  # a position whose target is all zeros must not make the loss infinite
+LOGITS_TOKENS = 256  # positions whose logits are in memory at once
+
+ToLogits = Callable[[Tensor], Tensor]
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> Tensor:
@@ -26,25 +31,81 @@ def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
     return squared_NTD / target_NTD.square().mean(-1, keepdim=True).clamp(min=POWER_FLOOR)
 
 
+def divergence(logits_NTV: Tensor, target_NTV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL divergence of predictions from the target's, in nats, and its gradient in the logits, in their dtype.
+
+    Returns:
+        sum over the positions of sum_v p_v (log p_v - log q_v); q - p [N, T, V], p the target's softmax, q the other.
+    """
+    log_q_NTV, log_p_NTV = (logits.float().log_softmax(-1) for logits in (logits_NTV, target_NTV))
+    p_NTV = log_p_NTV.exp()
+    return (p_NTV * (log_p_NTV - log_q_NTV)).sum(), (log_q_NTV.exp() - p_NTV).to(logits_NTV.dtype)
+
+
+def prediction_loss(
+    output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: Divergence = divergence
+) -> Tensor:
+    """Training loss of what the last block gives: KL divergence summed over the sequence, mean over samples.
+
+    Of the logits [T, V] there are never more than some positions' in memory: each position's gradient in the hidden
+    state is computed with its loss.
+
+    Args:
+        to_logits: from hidden states [N, T, D] to logits [N, T, V], each position for itself; differentiable.
+        kernel: `divergence`, as it is or compiled.
+    """
+    return _PredictionLoss.apply(output_NTD, target_NTD, to_logits, kernel) / len(output_NTD)
+
+
+class _PredictionLoss(torch.autograd.Function):
+    """KL divergence summed over all positions."""
+
+    @staticmethod
+    def forward(ctx, output_NTD, target_NTD, to_logits, kernel):
+        """Compute the gradient too."""
+        total, gradients = torch.zeros((), device=output_NTD.device), []
+        for output_1TD, target_1TD in _pieces(output_NTD, target_NTD):
+            with torch.enable_grad():
+                output_1TD = output_1TD.detach().requires_grad_(True)
+                logits_1TV = to_logits(output_1TD)
+            divergence, gradient_1TV = kernel(logits_1TV.detach(), to_logits(target_1TD))
+            total += divergence
+            gradients += torch.autograd.grad(logits_1TV, output_1TD, gradient_1TV)
+            del logits_1TV, gradient_1TV
+        ctx.save_for_backward(torch.cat(gradients, 1).view_as(output_NTD))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradient in the output alone."""
+        return ctx.saved_tensors[0] * gradient, None, None, None
+
+
+def _pieces(output_NTD: Tensor, target_NTD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of some positions [1, T, D], whatever sample they are of."""
+    pieces = (hidden_NTD.flatten(0, 1)[None].split(LOGITS_TOKENS, 1) for hidden_NTD in (output_NTD, target_NTD))
+    return zip(*pieces, strict=True)
+
+
 @dataclass(frozen=True)
 class ErrorSums:
     """Sums from which the loss that users see is made; over ranks and passes they add up.
 
     Attributes:
-        squared_error: sum over all elements of (output - target)^2.
-        target_power: sum over all elements of target^2.
+        error: sum of (output - target)^2 over all elements, or of the positions' divergences.
+        weight: sum of target^2 over all elements, or the number of positions.
     """
 
-    squared_error: float = 0.0
-    target_power: float = 0.0
+    error: float = 0.0
+    weight: float = 0.0
 
     def __add__(self, other: "ErrorSums") -> "ErrorSums":
-        return ErrorSums(self.squared_error + other.squared_error, self.target_power + other.target_power)
+        return ErrorSums(self.error + other.error, self.weight + other.weight)
 
     @property
-    def relative_loss(self) -> float:
-        """Mean squared error over the target's mean square: comparable between blocks, 0 is perfect."""
-        return self.squared_error / max(self.target_power, torch.finfo(torch.float32).tiny)
+    def loss(self) -> float:
+        """Mean squared error over the target's mean square, or mean divergence: comparable, and 0 is perfect."""
+        return self.error / max(self.weight, torch.finfo(torch.float32).tiny)
 
 
 def error_sums(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> ErrorSums:
@@ -52,3 +113,13 @@ def error_sums(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -
     error = _errors(output_NTD, target_NTD, kind).sum(dtype=torch.float64)
     power = target_NTD.square().sum(dtype=torch.float64) if kind == "squared" else target_NTD.numel()
     return ErrorSums(float(error), float(power))
+
+
+@torch.no_grad()
+def prediction_sums(
+    output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: Divergence = divergence
+) -> ErrorSums:
+    """Divergence of one pass's predictions, and its positions; arguments as `prediction_loss`."""
+    pieces = _pieces(output_NTD, target_NTD)
+    total = sum(float(kernel(to_logits(output_1TD), to_logits(target_1TD))[0]) for output_1TD, target_1TD in pieces)
+    return ErrorSums(total, float(output_NTD.shape[:2].numel()))

@@ -35,6 +35,10 @@ class OptimizeOptions:
     loss: Literal["squared", "token"] | None = None
     """Error of a block's output: `squared`, or `token`, where each position's is relative to the target's power there
     (presets: token, aimet squared)."""
+    last_block: Literal["output", "predictions"] | None = None
+    """What the last block is trained to: the fp block's `output`, as all others are, or the fp model's `predictions`,
+    by the KL divergence of the tokens' probabilities, for which the head is in memory too (presets: predictions, aimet
+    output)."""
     optimizer: Literal["adam", "rms", "sign"] | None = None
     """`rms`, without momentum: each gradient over the root mean square of all so far; `adam`, which takes 4 bytes a
     weight more; or `sign`, descent by the gradient's sign, which takes 4 bytes a weight less (presets: rms, aimet
@@ -66,7 +70,7 @@ class OptimizeOptions:
 # weight_lr by bits: 2, 3, 4 and more. A coarser grid asks for larger changes of the weight (measured).
 DEFAULT = {
     "iterations": 200, "start": "search", "loss": "token", "grid_lr": 5e-3, "weight_lr": (1e-2, 8e-3, 4e-3),
-    "fp_mix": 0.0, "optimizer": "rms",
+    "fp_mix": 0.0, "optimizer": "rms", "last_block": "predictions",
 }  # fmt: skip
 PRESETS = {
     "default": DEFAULT,
@@ -74,7 +78,7 @@ PRESETS = {
     "best": DEFAULT | {"iterations": 800, "weight_lr": (7.5e-3, 6e-3, 3e-3)},
     "aimet": {
         "iterations": 1500, "start": "minmax", "loss": "squared", "grid_lr": 1e-3, "weight_lr": (5e-4, 5e-4, 5e-4),
-        "fp_mix": 0.5, "optimizer": "adam",
+        "fp_mix": 0.5, "optimizer": "adam", "last_block": "output",
     },
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from shardq.compiling import Compile, apart
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
 from shardq.model.ends import BlockArguments, run_block
+from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import accumulate
@@ -52,6 +54,7 @@ class BlockJob:
     shared module and the linears quantized in it.
     """
 
+    skeleton: Skeleton
     seed: int
     method: str
     spec: QuantSpec
@@ -137,8 +140,17 @@ def block_loss(
     kind: Loss = "squared",
 ) -> Tensor:
     """Training loss of a block: what is compiled, forward and backward, as one piece."""
+    return distillation_loss(_trained_output(block, inputs_NTD, args, kwargs, dtype), targets_NTD, kind)
+
+
+def training_forward(block: nn.Module, arguments: BlockArguments, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Function from the hidden states [N, T, D] that enter a block in training to those that leave it, float32."""
+    return partial(_trained_output, block, args=arguments.args, kwargs=arguments.kwargs, dtype=dtype)
+
+
+def _trained_output(block: nn.Module, inputs_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
     with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1], dtype)):
-        return distillation_loss(run_block(block, inputs_NTD, args, kwargs, dtype), targets_NTD, kind)
+        return run_block(block, inputs_NTD, args, kwargs, dtype)
 
 
 def loss_of(

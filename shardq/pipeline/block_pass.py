@@ -11,7 +11,8 @@ from shardq.optimize.block_quantizer import whole
 from shardq.optimize.channel_power import channel_power
 from shardq.parallel.collectives import reduce_over_ranks
 from shardq.pipeline.activations import activation_grids, observed
-from shardq.pipeline.bench import BlockJob, bench_for, loss_of
+from shardq.pipeline.bench import BlockJob, bench_for
+from shardq.pipeline.objective import objective_of
 from shardq.pipeline.passes import advance
 from shardq.pipeline.training import BlockAtHand, BlockResult, agreed_loss, train
 from shardq.quant.activation import ActivationGrid
@@ -51,8 +52,9 @@ def quantize_block(
     grids = activation_grids(statistics, early, encodings, job.spec.scale_dtype, job.ranks)
     bench = bench_for(job, loaded, linear_names, arguments)
     with bench.inputs.active(grids):
-        at_hand = BlockAtHand(job, bench, block_index, forward, loss_of(job, bench, loaded, arguments))
-        result = _trained(at_hand, loaded.source, power)
+        with objective_of(job, bench, loaded, arguments, is_last) as objective:
+            at_hand = BlockAtHand(job, bench, block_index, forward, objective)
+            result = _trained(at_hand, loaded.source, power)
         # 4. The quantized stream moves on through the weights as they are served; its activations are looked at.
         if late or not is_last:
             with span("quant pass"), observed(loaded.module, late, encodings) as statistics:
@@ -75,7 +77,7 @@ def _trained(at_hand: BlockAtHand, source: dict[str, Tensor], power: dict[str, T
     with span("loss"):
         loss_before = agreed_loss(at_hand)
     if bench.stepper is None:
-        result = BlockResult(linears, loss_before, loss_before)
+        result = BlockResult(linears, at_hand.objective.kind, loss_before, loss_before)
     else:
         # 3. Train its quantizers into codes and grid; the start is kept only where it may turn out the best.
         best = BestIterate(linears, loss_before) if job.optimize.held_out else None

@@ -20,6 +20,7 @@ from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.loss import LOGITS_TOKENS
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.activations import simulated, written_grids
@@ -27,8 +28,6 @@ from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.adascale import Kernels
-
-LOGITS_TOKENS = 256  # positions whose logits are in memory at once
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:

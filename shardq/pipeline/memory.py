@@ -13,6 +13,7 @@ from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.ends import BlockArguments, run_block
 from shardq.model.skeleton import Skeleton, to_meta
+from shardq.optimize.loss import LOGITS_TOKENS
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import Engine, ParallelOptions
@@ -36,22 +37,33 @@ class BlockSize:
 
 @dataclass(frozen=True)
 class LargestBlock:
-    """The block with the most weights to train, which decides what a run takes; what one sample keeps there."""
+    """The block with the most weights to train, which decides what a run takes.
+
+    Attributes:
+        sample_bytes: what one sample keeps there.
+        head_bytes: what training to the model's predictions takes beside a block.
+    """
 
     name: str
     size: BlockSize
     sample_bytes: int
+    head_bytes: int = 0
 
 
 def largest_block(
-    skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int
+    skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int, options: OptimizeOptions
 ) -> LargestBlock:
-    """The first block with the most weights to train."""
+    """The first block with the most weights to train; it is taken for the last, which may have the head beside it.
+
+    Args:
+        options: resolved but for the micro-batch.
+    """
     sizes = [block_size(skeleton, plan, number) for number in range(plan.num_blocks)]
     largest = max(range(plan.num_blocks), key=lambda number: sizes[number].num_weights)
     hidden_shape = (1, sequence_length, skeleton.model.get_input_embeddings().embedding_dim)
     sample = saved_bytes(skeleton.blocks[largest], arguments[largest], hidden_shape)
-    return LargestBlock(plan.names[largest], sizes[largest], sample)
+    head = head_bytes(skeleton, options.dtype) if options.last_block == "predictions" else 0
+    return LargestBlock(plan.names[largest], sizes[largest], sample, head)
 
 
 def choose_micro_batch(
@@ -142,7 +154,8 @@ def training_bytes(
 ) -> int:
     """A rank's memory for training a block with some samples at once, without the next block."""
     adding_up = micro_batch < largest_part(options.batch_size, world_size)
-    return state_bytes(block.size, options, parallel, world_size, adding_up) + micro_batch * block.sample_bytes
+    state = state_bytes(block.size, options, parallel, world_size, adding_up)
+    return state + micro_batch * block.sample_bytes + block.head_bytes
 
 
 def state_bytes(
@@ -182,6 +195,14 @@ def _moved_bytes(size: BlockSize, parallel: ParallelOptions) -> int:
         # A copy of that to scatter from; s2 and source gathered for what is computed now and what comes next.
         moved += (4 + 2 * (4 + size.source // size.num_weights)) * max(bucket, size.largest_linear)
     return moved
+
+
+def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
+    """The head in the matrix multiplies' dtype, and what a piece of both streams' logits takes."""
+    head = skeleton.model.get_output_embeddings()
+    # Logits and their gradient in that dtype; both in float32, their logarithms, p and q.
+    logits = LOGITS_TOKENS * head.out_features * (3 * dtype.itemsize + 6 * 4)
+    return dtype.itemsize * sum(parameter.numel() for parameter in head.parameters()) + logits
 
 
 def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:

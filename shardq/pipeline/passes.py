@@ -15,7 +15,7 @@ from shardq.devices import mark_ready, pass_tokens, to_device, to_host
 from shardq.model.ends import BlockArguments, block_forward, prologue
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
-from shardq.optimize.loss import ErrorSums, Loss, error_sums
+from shardq.optimize.loss import ErrorSums
 from shardq.parallel.stall import Pace
 
 Forward = Callable[[Tensor], Tensor]
@@ -120,12 +120,20 @@ def replay(
 
 @torch.no_grad()
 def compare(
-    activations: Activations, generation: int, samples: list[int], forward: Forward, kind: Loss = "squared"
+    activations: Activations,
+    generation: int,
+    samples: list[int],
+    forward: Forward,
+    errors: Callable[[Tensor, Tensor], ErrorSums],
 ) -> ErrorSums:
-    """Error of a block on some samples' quantized stream against the fp stream's next generation."""
+    """Error of a block on some samples' quantized stream against the fp stream's next generation.
+
+    Args:
+        errors: of an output and its target [1, T, D].
+    """
 
     def load(sample: int) -> tuple[Tensor, Tensor]:
         return activations.load("quant", generation, [sample]), activations.load("fp", generation + 1, [sample])
 
     pairs = (pair for _, pair in activations.ahead(load, samples))
-    return sum((error_sums(forward(hidden_NTD), target_NTD, kind) for hidden_NTD, target_NTD in pairs), ErrorSums())
+    return sum((errors(forward(hidden_NTD), target_NTD) for hidden_NTD, target_NTD in pairs), ErrorSums())

@@ -34,6 +34,7 @@ from shardq.pipeline.export import (
     write_run_files,
 )
 from shardq.pipeline.folders import cache_folder, events_file
+from shardq.pipeline.objective import LOSSES
 from shardq.pipeline.passes import Activations, replay
 from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, begin, prepare
@@ -51,7 +52,8 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
 
     Returns:
         `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
-        `loss_after` (relative loss, mean over blocks).
+        `loss_after` (relative loss, mean over the blocks trained to their output), `divergence_before` and
+        `divergence_after` (KL divergence from the fp model in nats a token, where the last block was trained to that).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
@@ -79,11 +81,18 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
             "blocks": len(blocks),
             "seconds": round(time.perf_counter() - start, 3),
             "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
-            "loss_before": sum(entry["loss_before"] for entry in blocks) / len(blocks),
-            "loss_after": sum(entry["loss_after"] for entry in blocks) / len(blocks),
+        }
+        summary |= {
+            f"{kind}_{when}": _mean(blocks, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")
         }
         _say_what_is_where(run, summary, blocks)
         return summary
+
+
+def _mean(entries: list[dict], key: str) -> float | None:
+    """Mean of a fact over the blocks that have it; None if none has."""
+    values = [entry[key] for entry in entries if key in entry]
+    return sum(values) / len(values) if values else None
 
 
 def _finish(run: Run, events: Events) -> list[dict]:
@@ -96,7 +105,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
-        config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
+        run.skeleton, config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
         rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
         Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
@@ -205,7 +214,7 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
         job.activations.drop(block_index)
     job.display.line(
         f"block {block_index + 1}/{run.plan.num_blocks} {name}: "
-        f"relative loss {result.loss_before:.3e} -> {result.loss_after:.3e}, "
+        f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
         + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
     )
@@ -255,10 +264,13 @@ def _export_of(run: Run, chosen: Format) -> ExportConfig:
 
 def _say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:
     display, output = run.display, run.output
-    display.line(
-        f"done: mean relative loss {summary['loss_before']:.3e} -> {summary['loss_after']:.3e}, "
-        f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
-    )
+    losses = [
+        said.format(summary[f"{kind}_before"], summary[f"{kind}_after"])
+        for kind, said in LOSSES.items()
+        if summary[f"{kind}_before"] is not None
+    ]
+    cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
+    display.line(f"done: mean {', '.join(losses)}, {cost}")
     for name, entry in zip(run.plan.names, blocks, strict=True):
         if entry.get("failed_tries"):
             display.line(f"  {name}: {_not_finite(entry)}")

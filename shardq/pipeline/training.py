@@ -18,6 +18,7 @@ from shardq.optimize.loss import ErrorSums
 from shardq.parallel.collectives import sum_over_ranks
 from shardq.pipeline import training_checkpoint
 from shardq.pipeline.bench import Bench, BlockJob
+from shardq.pipeline.objective import Objective
 from shardq.pipeline.passes import compare
 from shardq.pipeline.training_checkpoint import Progress
 from shardq.quant.quantized import QuantizedLinear
@@ -34,14 +35,13 @@ class BlockAtHand:
 
     Attributes:
         forward: the block as it is served.
-        loss: the training loss, from inputs and targets [N, T, D].
     """
 
     job: BlockJob
     bench: Bench
     index: int
     forward: Callable[[Tensor], Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class BlockResult:
     """A block's quantized linears by name within it, and what there is to say about them.
 
     Attributes:
-        loss_before, loss_after: relative loss over the watched samples.
+        kind: the objective's.
+        loss_before, loss_after: over the watched samples.
         failed_tries: trainings that ended at a number that is not finite.
         gave_up: all did.
     """
 
     linears: Linears
+    kind: str
     loss_before: float
     loss_after: float
     failed_tries: int = 0
@@ -63,7 +65,7 @@ class BlockResult:
     @property
     def facts(self) -> dict[str, object]:
         """What the ledger keeps beside the linears."""
-        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        losses = {f"{self.kind}_before": self.loss_before, f"{self.kind}_after": self.loss_after}
         return losses | ({"failed_tries": self.failed_tries, "gave_up": self.gave_up} if self.failed_tries else {})
 
 
@@ -97,12 +99,12 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
             job.display.line(f"block {at_hand.index}: {_reason(error)}; {_what_follows(job, progress)}")
             continue
         if not progress.failed:
-            return BlockResult(linears, loss_before, loss_after)
+            return BlockResult(linears, at_hand.objective.kind, loss_before, loss_after)
         progress.best.offer(linears, loss_after)
         break
     best, gave_up = progress.best, progress.failed > job.optimize.retries
     at_hand.bench.quantizer.serve(best.linears, job.stored)
-    return BlockResult(best.linears, loss_before, best.loss, progress.failed, gave_up)
+    return BlockResult(best.linears, at_hand.objective.kind, loss_before, best.loss, progress.failed, gave_up)
 
 
 def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linears, float]:
@@ -116,8 +118,8 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
     best = progress.best if optimize.held_out else None
     with span("train") as facts:
         goes_on, batches = _watcher(at_hand, progress, purpose), _batches(job, at_hand.index, progress.done)
-        facts["iterations"] = distill(at_hand.loss, bench.quantizer, bench.stepper, batches, optimize.micro_batch,
-                                      partial(_end_step, job), goes_on,
+        facts["iterations"] = distill(at_hand.objective.loss, bench.quantizer, bench.stepper, batches,
+                                      optimize.micro_batch, partial(_end_step, job), goes_on,
                                       optimize.batch_size / job.ranks.world_size)  # fmt: skip
     if not bench.stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
@@ -188,7 +190,7 @@ def _reason(error: QuantizationError) -> str:
 
 def _what_follows(job: BlockJob, progress: Progress) -> str:
     if progress.failed > job.optimize.retries:
-        return f"it is left at its best finite iterate, relative loss {progress.best.loss:.3e}"
+        return f"it is left at its best finite iterate, loss {progress.best.loss:.3e}"
     return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
 
 
@@ -219,19 +221,19 @@ def _batches(job: BlockJob, block_index: int, first: int) -> Iterator[tuple[Tens
 
 @torch.no_grad()
 def agreed_loss(at_hand: BlockAtHand) -> float:
-    """Relative loss of the block as it is now, over all ranks' watched samples.
+    """Loss of the block as it is now, over all ranks' watched samples.
 
     Raises:
         QuantizationError: it is not finite.
     """
     job, block_index = at_hand.job, at_hand.index
     samples = watched_samples(job.num_samples, job.optimize.held_out, job.ranks.rank, job.ranks.world_size)
-    sums = compare(job.activations, block_index, samples, at_hand.forward, job.optimize.loss)
-    total = ErrorSums(*sum_over_ranks(job.ranks, [sums.squared_error, sums.target_power]))
-    if not torch.isfinite(torch.tensor(total.relative_loss)):
+    sums = compare(job.activations, block_index, samples, at_hand.forward, at_hand.objective.errors)
+    total = ErrorSums(*sum_over_ranks(job.ranks, [sums.error, sums.weight]))
+    if not math.isfinite(total.loss):
         error = QuantizationError(
             f"the loss of block {block_index} is not finite; check the model's activations for overflow"
         )
         error.agreed = True  # every rank has added up the same numbers
         raise error
-    return total.relative_loss
+    return total.loss

@@ -23,6 +23,7 @@ from runs import (
 from shardq.cache import store
 from shardq.formats.block_file import read_block
 from shardq.model import ends, weights
+from shardq.pipeline import objective
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,54 @@ def test_no_iterate_worse_than_the_start_is_kept(llama, token_file, tmp_path):
     trained = [event for event in map(json.loads, (tmp_path / "best" / "events.jsonl").read_text().splitlines())
                if event["span"] == "train"]  # fmt: skip
     assert [event["iterations"] for event in trained] == [6, 6, 6], "two looks, one every three of 24 iterations"
+
+
+def divergence_from(llama, folder, token_file):
+    """KL divergence of a model's predictions on the calibration tokens from the float model's, in nats a token."""
+    ids = load_file(token_file)["tokens"][:8, :64]
+    with torch.no_grad():
+        log_p, log_q = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits.double().log_softmax(-1)
+            for path in (llama, folder)
+        )
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+PREDICTIONS = ["--optimize.last_block", "predictions"]
+
+
+def test_last_block_is_trained_to_the_float_models_predictions(run, llama, token_file, tmp_path, capsys, monkeypatch):
+    """Of the whole quantized model, here by them alone; the blocks before are what the other run's are."""
+    monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
+    output, summary = tmp_path / "out", run_quantize(llama, token_file, tmp_path / "out", *PREDICTIONS)
+    reached = divergence_from(llama, output, token_file)
+    assert summary["divergence_after"] == pytest.approx(reached, rel=1e-3)
+    assert reached < 0.98 * divergence_from(llama, run[0], token_file)
+    assert reached < 0.93 * summary["divergence_before"]
+    assert run[1]["divergence_before"] is None and run[1]["divergence_after"] is None
+    for number, same in enumerate((True, True, False)):
+        name = f"blocks/block-{number:05d}.safetensors"
+        assert ((output / name).read_bytes() == (run[0] / name).read_bytes()) == same
+    said = f"KL divergence {summary['divergence_before']:.4f} -> {summary['divergence_after']:.4f} nats a token"
+    last, done = (line for line in capsys.readouterr().out.splitlines() if "KL divergence" in line)
+    assert (
+        last.startswith("block 3/3") and said in last and done.startswith("done: mean relative loss") and said in done
+    )
+
+
+def test_predictions_are_the_same_objective_on_two_ranks(llama, token_file, tmp_path):
+    more = [*PREDICTIONS, "--optimize.micro_batch", 1]
+    one = run_quantize(llama, token_file, tmp_path / "one", *more)
+    arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
+    two = last_json(tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).stdout)
+    assert two["divergence_after"] == pytest.approx(one["divergence_after"], rel=0.01)
+    assert_nearly_equal(tmp_path / "two", tmp_path / "one")
+
+
+def test_iterate_with_the_best_held_out_predictions_is_kept(llama, token_file, tmp_path):
+    more = [*PREDICTIONS, "--optimize.held_out", 2, "--optimize.weight_lr", 3, "--optimize.grid_lr", 1]
+    summary = run_quantize(llama, token_file, tmp_path / "out", *more)
+    assert summary["divergence_after"] == summary["divergence_before"] > 0
 
 
 def test_best_iterate_is_the_same_on_two_ranks(llama, token_file, tmp_path):

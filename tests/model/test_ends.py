@@ -155,6 +155,38 @@ def test_streamed_logits_are_those_of_the_whole_model(
     assert_streams_exactly(tiny.save_model(tmp_path, config, max_shard_size="20KB"))
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_epilogue_and_its_gradient_are_the_whole_models(tmp_path: Path, name: str):
+    folder = tiny.save_model(tmp_path, ARCHITECTURES[name], max_shard_size="20KB")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kept = []
+    skeleton, tokens_NT = open_skeleton(folder), random_tokens(2)
+    last = model.get_submodule(skeleton.names[-1])
+    last.register_forward_hook(lambda block, inputs, output: kept.append(output))
+    expected_NTV = model(input_ids=tokens_NT, use_cache=False).logits
+    hidden_NTD = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    along_NTV = torch.randn(expected_NTV.shape)
+    (expected_gradient,) = torch.autograd.grad(expected_NTV, hidden_NTD, along_NTV)
+    mine_NTD = hidden_NTD.detach().requires_grad_(True)
+    with ends.whole_epilogue(skeleton, CPU, torch.float32) as to_logits:
+        logits_NTV = to_logits(mine_NTD)
+        pieces = [to_logits(piece) for piece in hidden_NTD.detach().split(LENGTH // 3, 1)]
+    torch.testing.assert_close(logits_NTV, expected_NTV, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected_NTV, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(logits_NTV, mine_NTD, along_NTV)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_epilogue_holds_and_multiplies_the_head_in_the_dtype_asked_for(folder: Path):
+    skeleton = open_skeleton(folder)
+    hidden_NTD = torch.randn(1, 5, 48)
+    with ends.whole_epilogue(skeleton, CPU, torch.bfloat16) as to_logits:
+        assert skeleton.model.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert to_logits(hidden_NTD).dtype == torch.bfloat16
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert all(stand_in.injected is None and stand_in.seen is None for stand_in in skeleton.stand_ins)
+
+
 @pytest.mark.parametrize(
     "config", [BloomConfig(**SHAPE), XGLMConfig(**SHAPE, ffn_dim=80, attention_heads=4, num_layers=3, d_model=48)],
     ids=lambda config: config.model_type,

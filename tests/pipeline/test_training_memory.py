@@ -63,7 +63,10 @@ class Model:
 
     @property
     def largest(self) -> LargestBlock:
-        return largest_block(self.skeleton, self.plan, self.arguments, LENGTH)
+        return self.largest_with(OptimizeOptions(last_block="output", precision="float32"))
+
+    def largest_with(self, options: OptimizeOptions) -> LargestBlock:
+        return largest_block(self.skeleton, self.plan, self.arguments, LENGTH, options)
 
     def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
         limit = limit_of(options, spare_bytes)
@@ -111,6 +114,17 @@ def really_saved(block: nn.Module, arguments: BlockArguments, hidden_NTD: Tensor
         run_block(block, hidden_NTD, arguments.args, arguments.kwargs, torch.float32)
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
+
+
+def test_head_counts_where_the_last_block_is_trained_to_predictions(llama_model: Model, monkeypatch):
+    monkeypatch.setattr(memory, "LOGITS_TOKENS", 10)
+    options = OptimizeOptions(last_block="predictions", precision="bf16", optimizer="rms", batch_size=1)
+    with_head = llama_model.largest_with(options)
+    assert with_head.head_bytes == 2 * 60 * 48 + 10 * 60 * (3 * 2 + 6 * 4)
+    without = llama_model.largest_with(replace(options, last_block="output"))
+    assert without == replace(with_head, head_bytes=0)
+    needed, less = (training_bytes(block, options, WHOLE, 1, 1) for block in (with_head, without))
+    assert needed - less == with_head.head_bytes
 
 
 class TestSavedBytes:

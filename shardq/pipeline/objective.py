@@ -1,0 +1,60 @@
+"""What a block is trained to, and judged by: the fp block's output or, of the last block, what the model predicts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from shardq.model.ends import BlockArguments, whole_epilogue
+from shardq.model.weights import LoadedBlock
+from shardq.optimize.loss import (
+    ErrorSums,
+    distillation_loss,
+    divergence,
+    error_sums,
+    prediction_loss,
+    prediction_sums,
+)
+from shardq.pipeline.bench import Bench, BlockJob, loss_of, training_forward
+
+LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence {:.4f} -> {:.4f} nats a token"}
+"""Kinds of objective, and what users read of one: the loss before and after training."""
+
+OUTPUT_WEIGHT = 10.0  # of the output's relative error beside the divergence, which alone overfits (measured)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How far a block is from the fp block.
+
+    Attributes:
+        kind: `loss`, of its output, relative to the target; `divergence`, of the model's predictions, in nats a token.
+        loss: the training loss, from inputs and targets [N, T, D].
+        errors: what is reported and what iterates are chosen by, from outputs and targets [N, T, D].
+    """
+
+    kind: Literal["loss", "divergence"]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    errors: Callable[[Tensor, Tensor], ErrorSums]
+
+
+@contextmanager
+def objective_of(
+    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, is_last: bool
+) -> Iterator[Objective]:
+    """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
+    if not (is_last and bench.stepper and job.optimize.last_block == "predictions"):
+        yield Objective("loss", loss_of(job, bench, loaded, arguments), partial(error_sums, kind=job.optimize.loss))
+        return
+    forward, kernel = training_forward(loaded.module, arguments, job.optimize.dtype), job.compiled(divergence, False)
+    with whole_epilogue(job.skeleton, job.activations.device, job.optimize.dtype) as to_logits:
+
+        def loss(inputs_NTD: Tensor, targets_NTD: Tensor) -> Tensor:
+            output_NTD = forward(inputs_NTD)
+            error = distillation_loss(output_NTD, targets_NTD, "token")
+            return prediction_loss(output_NTD, targets_NTD, to_logits, kernel) + OUTPUT_WEIGHT * error
+
+        yield Objective("divergence", loss, partial(prediction_sums, to_logits=to_logits, kernel=kernel))
