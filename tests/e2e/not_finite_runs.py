@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crashes import Setting, launch, output_of
-from shardq.pipeline import bench
+from shardq.pipeline import bench, objective
 from shardq.pipeline.verify import find_faults
 
 ITERATIONS = 8
@@ -35,7 +35,7 @@ def not_finite(case: str) -> None:
             return loss
         return loss + torch.inf
 
-    bench.distillation_loss = wrapped
+    bench.distillation_loss = objective.distillation_loss = wrapped
 
 
 def main() -> None:

@@ -193,7 +193,7 @@ def test_default_preset_is_nearer_to_the_float_model_than_aimets(run, llama, tok
 
 
 def test_no_iterate_worse_than_the_start_is_kept(llama, token_file, tmp_path):
-    destructive = ["--optimize.weight_lr", 3, "--optimize.grid_lr", 1]
+    destructive = ["--optimize.weight_lr", 3, "--optimize.grid_lr", 1, "--optimize.last_block", "output"]
     last = run_quantize(llama, token_file, tmp_path / "last", *destructive)
     held_out = ["--optimize.held_out", 2, "--optimize.patience", 2]
     best = run_quantize(llama, token_file, tmp_path / "best", *destructive, *held_out)
@@ -218,21 +218,19 @@ def divergence_from(llama, folder, token_file):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-PREDICTIONS = ["--optimize.last_block", "predictions"]
-
-
-def test_last_block_is_trained_to_the_float_models_predictions(run, llama, token_file, tmp_path, capsys, monkeypatch):
+def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file, tmp_path, capsys, monkeypatch):
     """Of the whole quantized model, here by them alone; the blocks before are what the other run's are."""
+    plain = run_quantize(llama, token_file, tmp_path / "plain", "--optimize.last_block", "output")
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
-    output, summary = tmp_path / "out", run_quantize(llama, token_file, tmp_path / "out", *PREDICTIONS)
+    output, summary = tmp_path / "out", run_quantize(llama, token_file, tmp_path / "out")
     reached = divergence_from(llama, output, token_file)
     assert summary["divergence_after"] == pytest.approx(reached, rel=1e-3)
-    assert reached < 0.98 * divergence_from(llama, run[0], token_file)
+    assert reached < 0.98 * divergence_from(llama, tmp_path / "plain", token_file)
     assert reached < 0.93 * summary["divergence_before"]
-    assert run[1]["divergence_before"] is None and run[1]["divergence_after"] is None
+    assert plain["divergence_before"] is None and plain["divergence_after"] is None
     for number, same in enumerate((True, True, False)):
         name = f"blocks/block-{number:05d}.safetensors"
-        assert ((output / name).read_bytes() == (run[0] / name).read_bytes()) == same
+        assert ((output / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()) == same
     said = f"KL divergence {summary['divergence_before']:.4f} -> {summary['divergence_after']:.4f} nats a token"
     last, done = (line for line in capsys.readouterr().out.splitlines() if "KL divergence" in line)
     assert (
@@ -241,16 +239,15 @@ def test_last_block_is_trained_to_the_float_models_predictions(run, llama, token
 
 
 def test_predictions_are_the_same_objective_on_two_ranks(llama, token_file, tmp_path):
-    more = [*PREDICTIONS, "--optimize.micro_batch", 1]
-    one = run_quantize(llama, token_file, tmp_path / "one", *more)
-    arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
+    one = run_quantize(llama, token_file, tmp_path / "one")
+    arguments = quantize_arguments(llama, token_file, tmp_path / "two")
     two = last_json(tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).stdout)
     assert two["divergence_after"] == pytest.approx(one["divergence_after"], rel=0.01)
     assert_nearly_equal(tmp_path / "two", tmp_path / "one")
 
 
 def test_iterate_with_the_best_held_out_predictions_is_kept(llama, token_file, tmp_path):
-    more = [*PREDICTIONS, "--optimize.held_out", 2, "--optimize.weight_lr", 3, "--optimize.grid_lr", 1]
+    more = ["--optimize.held_out", 2, "--optimize.weight_lr", 3, "--optimize.grid_lr", 1]
     summary = run_quantize(llama, token_file, tmp_path / "out", *more)
     assert summary["divergence_after"] == summary["divergence_before"] > 0
 
