@@ -68,8 +68,8 @@ class _PredictionLoss(torch.autograd.Function):
             with torch.enable_grad():
                 output_1TD = output_1TD.detach().requires_grad_(True)
                 logits_1TV = to_logits(output_1TD)
-            divergence, gradient_1TV = kernel(logits_1TV.detach(), to_logits(target_1TD))
-            total += divergence
+            value, gradient_1TV = kernel(logits_1TV.detach(), to_logits(target_1TD))
+            total += value
             gradients += torch.autograd.grad(logits_1TV, output_1TD, gradient_1TV)
             del logits_1TV, gradient_1TV
         ctx.save_for_backward(torch.cat(gradients, 1).view_as(output_NTD))

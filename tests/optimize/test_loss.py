@@ -33,7 +33,7 @@ def test_training_loss_grows_with_the_sequence_but_not_with_the_batch():
     torch.testing.assert_close(torch.stack([doubled_batch, doubled_length]), torch.stack([single, 2 * single]))
 
 
-def test_relative_loss_is_mean_error_over_mean_target_square():
+def test_relative_loss_is_mean_squared_error_over_mean_target_square():
     output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3) + 1
     exact, reference = output.numpy().astype(np.float64), target.numpy().astype(np.float64)
     expected = np.mean((exact - reference) ** 2) / np.mean(reference**2)
