@@ -55,13 +55,13 @@ class BlockQuantizer(nn.Module):
         self._linears = tuple(block.get_submodule(name) for name in linear_names)
         self._num_outputs = [linear.weight.shape[0] for linear in self._linears]
         self._kernels, self._dtype, self._share = kernels, dtype, share or Everything()
-        self.quantizers = nn.ModuleList(
-            LinearQuantizer(linear.weight[self._share.outputs(num)], spec, method)
-            for linear, num in zip(self._linears, self._num_outputs, strict=True)
-        )
         self._collecting: list[Tensor] = []
         for linear in self._linears:  # as it will be while it is trained: half of what it takes in float32
             linear.weight.data = linear.weight.data.to(dtype)
+        self.quantizers = nn.ModuleList()
+        for linear, num in zip(self._linears, self._num_outputs, strict=True):
+            self.quantizers.append(LinearQuantizer(linear.weight[self._share.outputs(num)], spec, method))
+            self._share.made(self.quantizers[-1])
 
     def start(
         self,

@@ -68,9 +68,10 @@ class LinearQuantizer(nn.Module):
         """Let go of the weight."""
         self._hold(None)
 
-    def make_shardable(self) -> None:
-        """Have the frozen weight as a parameter from here on: what holds a module's parameters may shard it."""
-        self.rows = nn.Parameter(self.rows, requires_grad=False)
+    def make_shardable(self, dtype: torch.dtype) -> None:
+        """Have a parameter for frozen weights of that dtype: what holds a module's parameters may shard it."""
+        rows_Rg = self.min.new_empty(len(self.min), self.shape.numel() // len(self.min), dtype=dtype)
+        self.rows = nn.Parameter(rows_Rg, requires_grad=False)
 
     def _hold(self, rows_Rg: Tensor | None) -> None:
         if not isinstance(self.rows, nn.Parameter):
@@ -78,7 +79,8 @@ class LinearQuantizer(nn.Module):
         elif rows_Rg is not None:  # a shard's memory is kept for the next block
             if rows_Rg.dtype != self.rows.dtype:
                 raise QuantizationError(
-                    f"a weight in {rows_Rg.dtype} follows one in {self.rows.dtype}, which sharded weights cannot; "
+                    f"one linear's weight is in {rows_Rg.dtype}, another's in {self.rows.dtype}, which sharded weights "
+                    "cannot be; "
                     "use parallel.engine zero2 or allreduce"
                 )
             self.rows.data = rows_Rg

@@ -1,9 +1,11 @@
-"""Which of a linear's output channels this process quantizes, and how they become the whole linear."""
+"""What of a linear's quantizer this process holds: which output channels it quantizes, and how they become whole."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+from shardq.optimize.linear_quantizer import LinearQuantizer
 
 Result = TypeVar("Result")
 
@@ -13,6 +15,9 @@ class Share(Protocol):
 
     def outputs(self, num_outputs: int) -> slice:
         """The rank's outputs of a linear with so many."""
+
+    def made(self, quantizer: LinearQuantizer) -> None:
+        """Called with each quantizer once it has been allocated, before the next is: it may be sharded from here on."""
 
     def joined(self, parts: Iterable[Tensor], num_outputs: Iterable[int]) -> list[Tensor]:
         """Tensors [O, ...] from every rank's parts of them; differentiable: a part gets the mean of ranks' gradients.
@@ -31,6 +36,9 @@ class Everything:
     def outputs(self, num_outputs: int) -> slice:
         """All of them."""
         return slice(num_outputs)
+
+    def made(self, quantizer: LinearQuantizer) -> None:
+        """It stays whole."""
 
     def joined(self, parts: Iterable[Tensor], num_outputs: Iterable[int]) -> list[Tensor]:
         """The parts themselves."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from shardq.errors import ConfigError
 from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.linear_quantizer import LinearQuantizer
 from shardq.optimize.options import OptimizeOptions
+from shardq.optimize.share import Everything
 from shardq.optimize.stepper import (
     held,
     make_optimizer,
@@ -36,16 +38,25 @@ OWN_SETTINGS = {
 OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param", "compute_grad_norm"}
 
 
+class ZeroShare(Everything):
+    """All of every linear's outputs, each quantizer sharded by ZeRO 3 as soon as it is made."""
+
+    def __init__(self, ranks: Ranks, parallel: ParallelOptions, stored: torch.dtype):
+        self._zero, self._settings, self._stored = _imported(ranks).zero, deepspeed_settings(parallel), stored
+
+    def made(self, quantizer: LinearQuantizer) -> None:
+        """Its parameters, the frozen weight among them, are empty from here on but while they are gathered."""
+        quantizer.make_shardable(self._stored)
+        self._zero.Init(quantizer, config_dict_or_path=self._settings, dtype=torch.float32)
+
+
 class DeepSpeedStepper:
     """An optimizer over quantizers whose state DeepSpeed shards; built once for a kind of block, reused for all."""
 
     def __init__(self, module: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks):
-        """Take over the module's parameters; with ZeRO 3 they are empty from here on but while they are gathered."""
+        """Take over the parameters of quantizers; those for ZeRO 3 have been made with a `ZeroShare`."""
         self._deepspeed = _imported(ranks)
         settings = deepspeed_settings(parallel)
-        if parallel.zero_stage == 3:
-            for quantizer in module.quantizers:
-                quantizer.make_shardable()
         stand_in = torch.optim.SGD(parameter_groups(module, options))
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
             model=module, optimizer=stand_in, config=settings, dist_init_required=False
@@ -133,8 +144,9 @@ def deepspeed_settings(parallel: ParallelOptions) -> dict:
         "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
     }  # fmt: skip
     if parallel.zero_stage == 3:
+        # It would replace torch's linear for the whole process, for the sake of linears that it shards.
         zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE,
-                 "stage3_max_reuse_distance": 0}  # fmt: skip
+                 "stage3_max_reuse_distance": 0, "memory_efficient_linear": False}  # fmt: skip
     if parallel.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     own = {

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardq.optimize.linear_quantizer import LinearQuantizer
 from shardq.optimize.share import Result
 from shardq.parallel.collectives import together
 from shardq.parallel.options import ParallelOptions
@@ -30,6 +31,9 @@ class RowShare:
     def outputs(self, num_outputs: int) -> slice:
         """This rank's."""
         return self._slices(num_outputs)[self._ranks.rank]
+
+    def made(self, quantizer: LinearQuantizer) -> None:
+        """It is one of the rank's own rows."""
 
     def joined(self, parts: Iterable[Tensor], num_outputs: Iterable[int]) -> list[Tensor]:
         """Every rank's parts; a part leaves while the next is computed."""

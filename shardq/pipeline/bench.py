@@ -17,14 +17,14 @@ from shardq.model.ends import BlockArguments, run_block
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.block_quantizer import BlockQuantizer
-from shardq.optimize.distill import accumulate
+from shardq.optimize.distill import distill
 from shardq.optimize.loss import Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.rounded_inputs import RoundedInputs
 from shardq.optimize.share import Everything, Share
 from shardq.optimize.stepper import LocalStepper, Stepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
-from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper, ZeroShare
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.parallel.row_share import RowShare
@@ -87,34 +87,37 @@ def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], argum
 def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
-    share = share_for(job.parallel, job.ranks)
+    stored = (loaded.source[f"{name}.weight"].dtype for name in linear_names)
+    share = share_for(job.parallel, job.ranks, next(stored, optimize.dtype))
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
     bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)
     if job.method == "rtn" or not linear_names:
         return bench
+    bench = replace(bench, stepper=make_stepper(quantizer, optimize, job.parallel, job.ranks))
     _rehearse(job, bench, loaded, arguments)
-    return replace(bench, stepper=make_stepper(quantizer, optimize, job.parallel, job.ranks))
+    return bench
 
 
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
-    """One forward and backward without a step, so that compiling happens, and is timed, here."""
+    """One step, of which nothing stays, so that compiling happens, and is timed, here."""
     part = largest_part(job.optimize.batch_size, job.ranks.world_size)
     samples = list(job.activations.samples[: min(job.optimize.micro_batch, part)])
     hidden_NTD = job.activations.load("fp", loaded.index, samples)
-    bench.quantizer.start(loaded.source)
-    loss, size = loss_of(job, bench, loaded, arguments), len(samples)
-    bench.quantizer.load(bench.quantizer())
+    bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
+    bench.stepper.start()
     with bench.inputs.active({}):
-        accumulate(loss, hidden_NTD, hidden_NTD, size, size, bench.quantizer.leaving)
-    bench.quantizer.collected().backward()
-    bench.quantizer.zero_grad()
+        distill(loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, [(hidden_NTD, hidden_NTD)],
+                len(samples), on_step=lambda loss: None)  # fmt: skip
+    bench.stepper.rest()
 
 
-def share_for(parallel: ParallelOptions, ranks: Ranks) -> Share:
-    """The outputs that a rank quantizes under its engine."""
-    return RowShare(ranks, parallel) if parallel.engine == "rows" else Everything()
+def share_for(parallel: ParallelOptions, ranks: Ranks, stored: torch.dtype) -> Share:
+    """What a rank holds of the quantizers, for weights stored in a dtype, under its engine."""
+    if parallel.engine == "rows":
+        return RowShare(ranks, parallel)
+    return ZeroShare(ranks, parallel, stored) if parallel.zero_stage == 3 else Everything()
 
 
 def make_stepper(

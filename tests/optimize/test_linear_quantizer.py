@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardq.errors import QuantizationError
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
@@ -225,3 +226,12 @@ def test_codes_are_made_for_the_scales_that_are_kept(method: Method, symmetric: 
         distance = (folded.dequantized() - quantizer.rows).abs() / folded.scale_OG
         inside = (folded.codes_OI > -128) & (folded.codes_OI < 127)
         assert (distance[inside] <= 0.5 + 1e-4).all()
+
+
+def test_sharded_rows_take_weights_of_one_dtype():
+    weight_OI, quantizer = make_weight(), LinearQuantizer(make_weight(), QuantSpec(bits=4), "adascale")
+    quantizer.make_shardable(torch.bfloat16)
+    quantizer.start(weight_OI.bfloat16())
+    assert torch.equal(quantizer.rows.detach(), weight_OI.bfloat16())
+    with pytest.raises(QuantizationError, match=r"in torch.float32, another's in torch.bfloat16"):
+        quantizer.start(weight_OI)

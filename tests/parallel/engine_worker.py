@@ -26,12 +26,9 @@ from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Share
 from shardq.optimize.stepper import OPTIMIZERS, Stepper
-from shardq.parallel.allreduce_stepper import AllReduceStepper
-from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.parallel.row_share import RowShare
-from shardq.parallel.row_stepper import RowStepper
+from shardq.pipeline.bench import make_stepper, share_for
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -114,7 +111,7 @@ def optimizer_of(name: str) -> str:
 
 
 def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer, Stepper]:
-    """Block, started quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-rms` stands for."""
+    """Block, quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-rms` stands for."""
     engine, *more = name.split("-")
     options = replace(OPTIONS, optimizer=optimizer_of(name))
     reduce_dtype = "bf16" if "bf16" in more else "float32"
@@ -122,13 +119,8 @@ def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer,
     parallel = ParallelOptions(
         engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=files[0] if files else None
     )
-    block, quantizer = make_quantizer(RowShare(ranks, parallel) if engine == "rows" else None)
-    quantizer.start(make_source(block, 0))
-    if parallel.zero_stage:
-        return block, quantizer, DeepSpeedStepper(quantizer, options, parallel, ranks)
-    if engine == "rows":
-        return block, quantizer, RowStepper(quantizer, options)
-    return block, quantizer, AllReduceStepper(quantizer, options, parallel, ranks)
+    block, quantizer = make_quantizer(share_for(parallel, ranks, torch.bfloat16))
+    return block, quantizer, make_stepper(quantizer, options, parallel, ranks)
 
 
 def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:
@@ -162,6 +154,7 @@ def moments_held(stepper: Stepper) -> int:
 def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
     """Train all blocks with one engine on this rank's samples."""
     block, quantizer, stepper = make_engine(name, ranks)
+    quantizer.start(make_source(block, 0), None, stepper.gathered)
     held = sum(parameter.numel() for parameter in quantizer.parameters())
     held += sum(0 if isinstance(linear.rows, nn.Parameter) else linear.rows.numel() for linear in quantizer.quantizers)
     footprints = []

@@ -152,9 +152,8 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     ahead = [] if arguments.alone else [tensor.clone() for tensor in source.values()]  # the next block
     compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
-    share = share_for(parallel, ranks)
+    share = share_for(parallel, ranks, next(iter(source.values())).dtype)
     quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype, share)
-    quantizer.start(source)
     stepper = make_stepper(quantizer, options, parallel, ranks)
     quantizer.start(source, None, stepper.gathered)
     source.clear()
