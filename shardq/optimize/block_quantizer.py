@@ -44,7 +44,7 @@ class BlockQuantizer(nn.Module):
         dtype: torch.dtype,
         share: Share | None = None,
     ):
-        """Allocate for the named linears of a block, whose weights will be in `dtype` while they are trained.
+        """Allocate for the named linears of a block, whose weights leave it and will be in `dtype` from here on.
 
         Args:
             share: the outputs that are quantized here (default: all).
@@ -56,8 +56,8 @@ class BlockQuantizer(nn.Module):
         self._num_outputs = [linear.weight.shape[0] for linear in self._linears]
         self._kernels, self._dtype, self._share = kernels, dtype, share or Everything()
         self._collecting: list[Tensor] = []
-        for linear in self._linears:  # as it will be while it is trained: half of what it takes in float32
-            linear.weight.data = linear.weight.data.to(dtype)
+        for linear in self._linears:  # to make room; the weights that it will have here come by `load` and `serve`
+            linear.weight.data = _placeholder(linear.weight, dtype)
         self.quantizers = nn.ModuleList()
         for linear, num in zip(self._linears, self._num_outputs, strict=True):
             self.quantizers.append(LinearQuantizer(linear.weight[self._share.outputs(num)], spec, method))
@@ -205,9 +205,9 @@ class _Use(NamedTuple):
     view: tuple[torch.Size, tuple[int, ...], int]
 
 
-def _placeholder(weight: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory."""
-    return weight.new_zeros(()).expand(weight.shape)
+def _placeholder(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the same shape, of another dtype if one is given, that takes no memory."""
+    return weight.new_zeros((), dtype=dtype).expand(weight.shape)
 
 
 class _Collect(torch.autograd.Function):

@@ -65,8 +65,8 @@ class DeepSpeedStepper:
         groups = [{name: group[name] for name in ("params", "start_lr")} for group in stand_in.param_groups]
         self._optimizer.optimizer = make_optimizer(options.optimizer, groups)
         self._shards_parameters = parallel.zero_stage == 3
-        if not (self._shards_parameters or parallel.offload):
-            _step_in_place(self._optimizer)
+        if not parallel.offload:
+            _step_in_place(self._optimizer, parallel.zero_stage)
         self._options, self._done, self._rate = options, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
@@ -180,8 +180,13 @@ def _read_settings(path: str) -> dict:
     return given
 
 
-def _step_in_place(optimizer: "ZeROOptimizer") -> None:  # noqa: F821
-    """Have stages 1 and 2 step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
+def _step_in_place(optimizer: "ZeROOptimizer", stage: int) -> None:  # noqa: F821
+    """Have DeepSpeed step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
+    if stage == 3:
+        shards = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+        for stepped, shard in shards:
+            stepped.data = shard.data
+        return
     shards = zip(optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True)
     for stepped, parameters in shards:
         stepped.data = parameters[dist.get_rank()]

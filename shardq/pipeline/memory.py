@@ -175,25 +175,33 @@ def state_bytes(
     moments = 0 if parallel.offload else held(4 * MOMENTS[options.optimizer] * num_weights, 1)
     state = moments + held(4 * num_weights, 3) + held(size.source, 3)
     if stage == 3:
-        state += held(4 * num_weights, 3)  # DeepSpeed steps a copy of s2
+        state += held(4 * num_weights, 3)  # DeepSpeed keeps a place for the gradient of its shard of s2
     if options.held_out:
         state += num_weights  # the best iterate's codes
-    quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2)
+    quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2) if stage < 3 else 0
     if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
         quantized += (4 + options.dtype.itemsize) * num_weights
-    if stage:
-        gradient += _moved_bytes(size, parallel)
-    return state + max(quantized, gradient) + 4 * size.largest_linear  # one linear's gradient beside that of its s2
+    at_once = quantized + gradient if stage and world_size == 1 else max(quantized, gradient)
+    moved = _moved_bytes(size, parallel, world_size) if stage else 0
+    # One linear's gradient beside that of its s2.
+    return state + at_once + moved + 4 * size.largest_linear
 
 
-def _moved_bytes(size: BlockSize, parallel: ParallelOptions) -> int:
+def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) -> int:
     """What ZeRO reduces and gathers at once."""
-    # DeepSpeed's bucket, and beside it the gradient of one linear, whole.
-    bucket = min(deepspeed_settings(parallel)["zero_optimization"]["reduce_bucket_size"], size.num_weights)
-    moved = 4 * (bucket + size.largest_linear)
+    if world_size == 1:  # it copies gradients instead, one after the other, to a place that it has for all of them
+        return 4 * size.largest_linear
+    zero = deepspeed_settings(parallel)["zero_optimization"]
+    bucket = min(zero["reduce_bucket_size"], size.num_weights)
+    if parallel.zero_stage == 1:
+        return 4 * bucket
+    # A gradient is reduced only when the next linear's is there too.
+    reduced = max(bucket, size.largest_linear)
+    moved = 4 * (reduced + size.largest_linear)
     if parallel.zero_stage == 3:
-        # A copy of that to scatter from; s2 and source gathered for what is computed now and what comes next.
-        moved += (4 + 2 * (4 + size.source // size.num_weights)) * max(bucket, size.largest_linear)
+        # A copy of it to scatter from, the shard that is received, and s2 and source of what is computed, gathered.
+        gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
+        moved += 4 * reduced + 4 * reduced // world_size + (4 + size.source // size.num_weights) * gathered
     return moved
 
 

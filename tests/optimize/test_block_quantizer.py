@@ -37,8 +37,9 @@ class Block(nn.Module):
 
 def started(block: Block, spec: QuantSpec, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
     """Quantizers of the block's named linears, at the start for its weights."""
+    source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     quantizer = BlockQuantizer(block, NAMES, spec, method, Kernels(), dtype)
-    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    quantizer.start(source)
     return quantizer
 
 

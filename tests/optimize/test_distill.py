@@ -142,7 +142,8 @@ def test_training_gives_the_parameters_of_the_naive_loop(spec: QuantSpec, method
     block = make_block()
     batches = make_batches(block)
     expected = train_naively(copy.deepcopy(block), batches, spec, method)
-    trained = Trainer(block, spec, method).train(weights_of(block), batches)
+    source = weights_of(block)
+    trained = Trainer(block, spec, method).train(source, batches)
     for linear in expected:
         assert trained[linear].keys() == expected[linear].keys()
         for name, parameter in expected[linear].items():
@@ -167,8 +168,8 @@ def test_micro_batches_change_neither_parameters_nor_losses(micro_batch: int):
 @pytest.mark.parametrize("sizes", [(2, 1), (3, 0), (2, 2, 1)])
 def test_mean_of_the_ranks_gradients_is_the_batchs_however_it_is_split(sizes: tuple[int, ...]):
     block = make_block()
-    trainer, source = Trainer(block, QuantSpec(bits=3), "adascale"), weights_of(block)
     inputs, targets = make_batches(block, num_samples=sum(sizes))[0]
+    source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=3), "adascale")
     trainer.quantizer.start(source)
 
     def gradients(inputs: Tensor, targets: Tensor, mean_over: float) -> list[Tensor]:
@@ -198,7 +199,8 @@ def test_weights_are_quantized_once_a_step(micro_batch: int):
     block = make_block()
     batches = make_batches(block, num_samples=4)[:3]
     kernels = PLAIN._replace(forward=counting)
-    Trainer(block, QuantSpec(bits=4), "adascale", kernels).train(weights_of(block), batches, micro_batch)
+    source = weights_of(block)
+    Trainer(block, QuantSpec(bits=4), "adascale", kernels).train(source, batches, micro_batch)
     assert calls == [(24, 16), (16, 24)] * 3
 
 
@@ -247,19 +249,19 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
 
 def test_every_batch_is_one_step_and_is_reported_after_it():
     block = make_block()
-    trainer = Trainer(block, QuantSpec(bits=4), "lwc")
-    trainer.quantizer.start(weights_of(block))
+    batches = iter(make_batches(block)[:3])
+    source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=4), "lwc")
+    trainer.quantizer.start(source)
     beta = trainer.quantizer.quantizers[0].beta
     seen = []
-    batches = iter(make_batches(block)[:3])
     distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 1, lambda loss: seen.append(beta[0].item()))
     assert len(seen) == len(set(seen)) == 3 and 0.0 not in seen
 
 
 def test_loss_that_is_reported_is_the_batchs_before_its_step():
     block = make_block()
-    trainer, source = Trainer(block, QuantSpec(bits=2), "adascale"), weights_of(block)
     inputs, targets = make_batches(block)[0]
+    source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=2), "adascale")
     trainer.train(source, [(inputs, targets)], micro_batch=1)
     trainer.quantizer.start(source)
     trainer.quantizer.load(trainer.quantizer())
@@ -329,8 +331,9 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
             return self.used(hidden)
 
     block = Block()
+    source = weights_of(block)
     quantizer = BlockQuantizer(block, ["used", "idle"], QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
-    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    quantizer.start(source)
     stepper = LocalStepper(quantizer, OptimizeOptions(iterations=3, grid_lr=1e-3, weight_lr=1e-3, optimizer="rms"))
     inputs = torch.randn(2, 4, 8)
     batches = [(inputs, torch.randn(2, 4, 8))] * 3
@@ -342,15 +345,16 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
 
 def test_training_ends_where_it_is_told_to():
     block = make_block()
-    trainer, seen = Trainer(block, QuantSpec(bits=3), "adascale"), []
-    trainer.quantizer.start(weights_of(block))
+    batches, source, seen = make_batches(block), weights_of(block), []
+    trainer = Trainer(block, QuantSpec(bits=3), "adascale")
+    trainer.quantizer.start(source)
     losses = []
 
     def goes_on(done: int) -> bool:
         seen.append(done)
         return done < 3
 
-    distill(trainer.loss_of, trainer.quantizer, trainer.stepper, make_batches(block), 2, losses.append, goes_on)
+    distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 2, losses.append, goes_on)
     assert seen == [1, 2, 3] and len(losses) == 3
 
 
@@ -359,8 +363,9 @@ def test_training_ends_where_it_is_told_to():
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_loss_that_is_not_finite_stops_all_steps_though_its_gradient_is(symmetric: bool, bad: float, method: Method):
     block = make_block()
-    trainer, source = Trainer(block, QuantSpec(bits=3, symmetric=symmetric), method), weights_of(block)
-    loss_of, batches, calls = trainer.loss_of, make_batches(block)[:6], []
+    batches, source, calls = make_batches(block)[:6], weights_of(block), []
+    trainer = Trainer(block, QuantSpec(bits=3, symmetric=symmetric), method)
+    loss_of = trainer.loss_of
 
     def bad_once(inputs: Tensor, targets: Tensor) -> Tensor:
         calls.append(None)
@@ -385,8 +390,9 @@ def test_s3_gradient_shows_whether_s2_has_one_that_is_not_finite():
     """The stepper looks at s3's alone."""
     for method in ("adascale", "flexround"):
         block = make_block()
+        source = weights_of(block)
         quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=4), method, PLAIN, torch.float32)
-        quantizer.start(weights_of(block))
+        quantizer.start(source)
         weights = quantizer()
         gradients = [torch.ones_like(weight) for weight in weights]
         gradients[1][3, 5] = float("inf")

@@ -34,8 +34,9 @@ def make_block(kernels: Kernels) -> tuple[nn.Sequential, BlockQuantizer]:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, INNER), nn.GELU(),
                           nn.Linear(INNER, WIDTH)).requires_grad_(False)  # fmt: skip
+    source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     quantizer = BlockQuantizer(block, ["0", "2", "4"], QuantSpec(bits=3), "adascale", kernels, torch.float32)
-    quantizer.start({name: tensor.clone() for name, tensor in block.state_dict().items()})
+    quantizer.start(source)
     return block, quantizer
 
 

@@ -176,25 +176,36 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
     [
         ("rows", False, 2, 4 + 8),
         ("zero1", False, 4 + 4, 8),
-        ("zero2", False, 4, 4 + 8),
-        ("zero3", False, 0, 4 + 4 + 4 + 8),
-        ("zero2", True, 4, 4),
+        ("zero2", False, 4 + 2, 8),
+        ("zero3", False, 2, 4 + 4 + 8),
+        ("zero2", True, 4 + 2, 0),
     ],
 )
 def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offload: bool, whole: int, shared: int):
     """Shared by ZeRO: moments, then s2's gradient, then s2. Rows share all but the quantized weight, here in bf16.
 
-    Stage 3 steps a copy of s2. Beside that ZeRO has what is reduced: a bucket, here as large as all gradients, and the
-    largest linear's gradient; with stage 3 another bucket, and s2 and weights gathered twice.
+    With stage 2 the shard of the gradient is smaller than the quantized weight, whose place it takes; stage 3 keeps its
+    place. Beside that ZeRO has what is reduced: a bucket, here as large as all gradients, from stage 2 on the largest
+    linear's gradient; with stage 3 a copy and a shard of the bucket, and s2 and weights gathered.
     """
     parallel = ParallelOptions(engine=engine, offload=offload)
     options = options_for(4, precision="bf16")
     counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, parallel, 4)
     held = SOURCE // 4 if engine in ("rows", "zero3") else SOURCE
-    moved = 0 if engine == "rows" else 4 * (NUM_WEIGHTS + LARGEST)
-    if engine == "zero3":
-        moved += 4 * NUM_WEIGHTS + 2 * (4 + 2) * NUM_WEIGHTS
+    moved = {
+        "rows": 0,
+        "zero1": 4 * NUM_WEIGHTS,
+        "zero2": 4 * (NUM_WEIGHTS + LARGEST),
+        "zero3": 4 * (NUM_WEIGHTS + LARGEST) + (4 + 1) * NUM_WEIGHTS + (4 + 2) * NUM_WEIGHTS,
+    }[engine]
     assert counted == held + whole * NUM_WEIGHTS + shared * NUM_WEIGHTS // 4 + moved + 4 * LARGEST
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_zero_on_one_rank_has_a_place_for_all_gradients_beside_the_quantized_weight(llama_model: Model, engine: str):
+    size, options = block_size(llama_model.skeleton, llama_model.plan, 1), options_for(1, precision="bf16")
+    counted = state_bytes(size, options, ParallelOptions(engine=engine), 1)
+    assert counted == SOURCE + (4 + 8 + 2 + 4) * NUM_WEIGHTS + 2 * 4 * LARGEST
 
 
 class TestEngine:
