@@ -26,8 +26,8 @@ class QuantOptions:
     """Symmetric grid (no zero point), or an asymmetric one."""
     full_range: bool | None = None
     """Let scales of a symmetric grid be negative where a row reaches further above 0 than below, so that no code is
-    idle; encodings then describe an asymmetric grid, as AIMET's scales are positive (default: at 2 bits, where a code
-    is a quarter of the grid)."""
+    idle; encodings then describe an asymmetric grid, as AIMET's scales are positive: false for runtimes that ask for
+    symmetric weights (default: up to 4 bits, where a code is a good part of the grid)."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
     decompressed_bits: int | None = None
@@ -46,7 +46,7 @@ class QuantOptions:
         """The grid that these options describe."""
         group_size = None if self.group_size in (None, -1) else self.group_size
         # A multiplier is positive, so two-level scales are.
-        by_default = self.bits == 2 and self.symmetric and self.decompressed_bits is None
+        by_default = self.bits <= 4 and self.symmetric and self.decompressed_bits is None
         return QuantSpec(
             bits=self.bits,
             symmetric=self.symmetric,

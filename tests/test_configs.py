@@ -67,8 +67,10 @@ def test_shown_commands_parse(command, num_ranks, arguments, monkeypatch):
     check(command, num_ranks, parse(command, arguments))
 
 
-@pytest.mark.parametrize("bits, symmetric, full_range", [(2, True, True), (2, False, False), (3, True, False)])
-def test_grid_is_full_range_by_default_at_2_symmetric_bits_alone(bits, symmetric, full_range):
+@pytest.mark.parametrize(
+    "bits, symmetric, full_range", [(2, True, True), (2, False, False), (4, True, True), (5, True, False)]
+)
+def test_grid_is_full_range_by_default_up_to_4_symmetric_bits_alone(bits, symmetric, full_range):
     assert QuantOptions(bits=bits, symmetric=symmetric).spec.full_range is full_range
     assert QuantOptions(bits=bits, full_range=not full_range).spec.full_range is not full_range
     assert not QuantOptions(bits=bits, group_size=64, decompressed_bits=8).spec.full_range

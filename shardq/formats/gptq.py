@@ -4,8 +4,9 @@
 the first in the lowest bits, along the input and the output channels; `scales` [G, O]; `g_idx` int32 [I] is the group
 of each input channel. A weight is `(code - zero_point) * scale`. Version 1 (`checkpoint_format` "gptq") stores each
 zero point less one, which a zero point of 0 does not survive in every reader: it is kept for symmetric grids, which
-all programs read; asymmetric grids are version 2, which stores them as they are. (AutoGPTQ's `qlinear_cuda.py`,
-GPTQModel's `utils/model.py`.)
+all programs read, full-range ones with negative scales among them, as AutoRound writes them (its `data_type/int.py`);
+asymmetric grids are version 2, which stores zero points as they are. (AutoGPTQ's `qlinear_cuda.py`, GPTQModel's
+`utils/model.py`.)
 """
 
 import re
@@ -50,7 +51,7 @@ def check_shape(name: str, num_outputs: int, num_inputs: int) -> None:
 
 def is_served_by_vllm(spec: QuantSpec) -> bool:
     """Whether vLLM (0.32) takes a GPTQ checkpoint of a grid: it reads no zero points."""
-    return spec.bits in (4, 8) and spec.symmetric and not spec.full_range
+    return spec.bits in (4, 8) and spec.symmetric
 
 
 def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -65,15 +66,14 @@ def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> di
     """
     num_outputs, num_inputs = linear.codes_OI.shape
     check_shape(name, num_outputs, num_inputs)
-    positive = linear.with_positive_scales()
-    zero_point_GO = positive.zero_point_OG.T.to(torch.int8)
+    zero_point_GO = linear.zero_point_OG.T.to(torch.int8)
     # One less may be below the smallest code, but not on a symmetric grid, where zero points are 0.
-    stored_GO = zero_point_GO - 1 if positive.spec.symmetric else zero_point_GO
+    stored_GO = zero_point_GO - 1 if linear.spec.symmetric else zero_point_GO
     group_size = linear.spec.group_size or num_inputs
     return {
-        f"{name}.qweight": packing.pack_words(positive.codes_OI, positive.spec).T.contiguous(),
-        f"{name}.qzeros": packing.pack_words(stored_GO, positive.spec),
-        f"{name}.scales": positive.scale_OG.T.to(dtype).contiguous(),
+        f"{name}.qweight": packing.pack_words(linear.codes_OI, linear.spec).T.contiguous(),
+        f"{name}.qzeros": packing.pack_words(stored_GO, linear.spec),
+        f"{name}.scales": linear.scale_OG.T.to(dtype).contiguous(),
         f"{name}.g_idx": torch.arange(num_inputs, dtype=torch.int32) // group_size,
     }
 
@@ -84,13 +84,12 @@ def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
     Args:
         ignored: full names of the model's linears that are not quantized.
     """
-    is_symmetric = spec.symmetric and not spec.full_range
     return {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq" if is_symmetric else "gptq_v2",
+        "checkpoint_format": "gptq" if spec.symmetric else "gptq_v2",
         "bits": spec.bits,
         "group_size": spec.group_size or -1,
-        "sym": is_symmetric,
+        "sym": spec.symmetric,
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",

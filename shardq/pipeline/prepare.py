@@ -74,7 +74,9 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     """
     output = output_folder(config)
     stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
-    config = replace(config, optimize=_resolved(config, stored, ranks))
+    # The grid as it is: a run that was begun with another default is another run.
+    quant = replace(config.quant, full_range=config.quant.spec.full_range)
+    config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks.world_size))
     folder = on_every_host(ranks, lambda: local_folder(config.model))
 
@@ -170,6 +172,11 @@ def _say_what_will_be_done(run: Run) -> None:
         f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
     )
+    if config.quant.full_range:
+        line(
+            "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
+            "--quant.full_range false for runtimes that ask for symmetric weights"
+        )
     for version in ENCODINGS:
         if version not in run.plan.encoding_versions:
             line(f"no AIMET encodings of version {version}: {encodings.size_of(version, run.plan.num_scales)}")

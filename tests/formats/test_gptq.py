@@ -48,8 +48,8 @@ def test_tensors_hold_the_grid_points(bits: int, kind: str, group_size: int | No
         "l.scales": ((num_groups, 32), torch.float32), "l.g_idx": ((96,), torch.int32),
     }  # fmt: skip
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    assert (config["sym"], config["group_size"]) == (kind == "symmetric", group_size or -1)
-    assert (tensors["l.scales"] > 0).all()
+    assert (config["sym"], config["group_size"]) == (kind != "asymmetric", group_size or -1)
+    assert (tensors["l.scales"] < 0).any() == (kind == "full_range")
 
 
 def test_three_bits_straddle_words_as_autogptq_packs_them():
