@@ -31,6 +31,18 @@ def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
     return squared_NTD / target_NTD.square().mean(-1, keepdim=True).clamp(min=POWER_FLOOR)
 
 
+def furthest_off(output_NTD: Tensor, target_NTD: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` positions of each sample whose error, relative to the target's power there, is largest.
+
+    Returns:
+        outputs and targets [N, num, D]; differentiable.
+    """
+    with torch.no_grad():
+        positions_NT = _errors(output_NTD, target_NTD, "token").mean(-1).topk(num).indices
+    chosen_NTD = positions_NT[..., None].expand(-1, -1, output_NTD.shape[-1])
+    return output_NTD.gather(1, chosen_NTD), target_NTD.gather(1, chosen_NTD)
+
+
 def divergence(logits_NTV: Tensor, target_NTV: Tensor) -> tuple[Tensor, Tensor]:
     """KL divergence of predictions from the target's, in nats, and its gradient in the logits, in their dtype.
 

@@ -10,6 +10,7 @@ from shardq.optimize.loss import (
     distillation_loss,
     divergence,
     error_sums,
+    furthest_off,
     prediction_loss,
     prediction_sums,
 )
@@ -105,6 +106,20 @@ def test_divergence_keeps_the_logits_dtype_for_the_gradient_alone():
     value, gradient = divergence(logits, target)
     assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     assert value.item() == pytest.approx(divergence(logits.float(), target.float())[0].item(), rel=1e-6)
+
+
+def test_positions_furthest_off_are_those_of_the_largest_relative_errors():
+    output = torch.randn(3, 8, 5, requires_grad=True)
+    target = torch.randn(3, 8, 5) * torch.logspace(-2, 2, 8)[:, None]
+    chosen, wanted = furthest_off(output, target, 3)
+    for sample in range(3):
+        exact, reference = (t.detach()[sample].numpy().astype(np.float64) for t in (output, target))
+        ratios = ((exact - reference) ** 2).mean(1) / (reference**2).mean(1)
+        largest = np.argsort(-ratios)[:3].tolist()
+        assert torch.equal(chosen[sample], output[sample, largest])
+        assert torch.equal(wanted[sample], target[sample, largest])
+    chosen.sum().backward()
+    assert output.grad.sum() == 3 * 3 * 5 and set(output.grad.unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 15, 256])
