@@ -26,6 +26,7 @@ from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Share
 from shardq.optimize.stepper import OPTIMIZERS, Stepper
+from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
 from shardq.pipeline.bench import make_stepper, share_for
@@ -151,6 +152,15 @@ def moments_held(stepper: Stepper) -> int:
     return sum(state[kind].numel() for state in states for kind in ("exp_avg", "sum") if kind in state)
 
 
+def copies_stepped(quantizer: BlockQuantizer, stepper: Stepper) -> int:
+    """Elements that DeepSpeed steps beside the parameters, or their shards, themselves."""
+    if not isinstance(stepper, DeepSpeedStepper):
+        return 0
+    held = [getattr(parameter, "ds_tensor", parameter) for parameter in quantizer.parameters()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
+    return sum(shard.numel() for shard in stepper._shards() if shard.untyped_storage().data_ptr() not in own)
+
+
 def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
     """Train all blocks with one engine on this rank's samples."""
     block, quantizer, stepper = make_engine(name, ranks)
@@ -166,7 +176,8 @@ def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
         if number in (1, NUM_BLOCKS - 1):  # the first may still make what all need
             footprints.append(footprint(quantizer, stepper))
     note = {"stopped": leave_off(name, block, quantizer, stepper, ranks, folder)}
-    note |= {"held": held, "moments": moments_held(stepper), "footprints": footprints}
+    note |= {"held": held, "moments": moments_held(stepper), "copies": copies_stepped(quantizer, stepper)}
+    note["footprints"] = footprints
     (folder / f"{name}-rank-{ranks.rank}.json").write_text(json.dumps(note))
 
 

@@ -103,6 +103,7 @@ def test_moments_are_spread_over_the_ranks_and_with_zero3_the_rest_too(
     for note in notes_of(name, num_ranks, folders):
         share = num_trained / (1 if name.startswith("allreduce") else num_ranks)
         assert note["moments"] == pytest.approx(0 if name.endswith("sign") else share, rel=0.02)
+        assert bool(note["copies"]) == name.endswith("offload")  # those are in CPU memory
         if name.startswith("rows"):
             assert note["held"] == pytest.approx(2 * share, rel=0.02)  # s2 and the frozen weight
         elif name.startswith("zero3"):
