@@ -80,8 +80,7 @@ class LinearQuantizer(nn.Module):
             if rows_Rg.dtype != self.rows.dtype:
                 raise QuantizationError(
                     f"one linear's weight is in {rows_Rg.dtype}, another's in {self.rows.dtype}, which sharded weights "
-                    "cannot be; "
-                    "use parallel.engine zero2 or allreduce"
+                    "cannot be; use parallel.engine zero2 or allreduce"
                 )
             self.rows.data = rows_Rg
 

@@ -142,6 +142,7 @@ def deepspeed_settings(parallel: ParallelOptions) -> dict:
     zero = {
         "stage": parallel.zero_stage, "overlap_comm": False, "contiguous_gradients": True,
         "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
+        "use_multi_rank_bucket_allreduce": False,  # it would send every rank all gradients, not each its shard's
     }  # fmt: skip
     if parallel.zero_stage == 3:
         # It would replace torch's linear for the whole process, for the sake of linears that it shards.

@@ -195,7 +195,7 @@ def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) ->
     bucket = min(zero["reduce_bucket_size"], size.num_weights)
     if parallel.zero_stage == 1:
         return 4 * bucket
-    # A gradient is reduced only when the next linear's is there too.
+    # A gradient is reduced when the next linear's is there too, or in a copy.
     reduced = max(bucket, size.largest_linear)
     moved = 4 * (reduced + size.largest_linear)
     if parallel.zero_stage == 3:

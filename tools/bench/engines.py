@@ -109,15 +109,15 @@ def expected_sent_bytes(
     """What a rank sends in a step, by the engine's own account.
 
     `rows` gathers the quantized weight, in the matrix multiplies' `dtype`, and sends its gradient to the ranks that
-    hold the rows. All others reduce the gradient of what is trained in the ring's two rounds, each (N - 1) / N of it;
-    ZeRO gathers what was stepped, in one. ZeRO 3 reduces in one round, to the ranks that hold the shards; it gathers
-    s2, s3 and the 16-bit weight instead, for the forward and for the backward pass.
+    hold the rows. `allreduce` reduces the gradient of what is trained in the ring's two rounds, each (N - 1) / N of it;
+    ZeRO in one, to the ranks that hold the shards, and gathers what was stepped in another. ZeRO 3 gathers s2, s3 and
+    the 16-bit weight instead, for the forward and for the backward pass.
     """
     share, gradient = (world_size - 1) / world_size, parallel.dtype.itemsize * num_trained
     if parallel.engine == "rows":
         return share * num_weights * (dtype.itemsize + min(dtype.itemsize, parallel.dtype.itemsize))
     gathered = {0: 0, 1: 4 * num_trained, 2: 4 * num_trained, 3: 2 * (4 * num_trained + 2 * num_weights)}
-    return share * ((1 if parallel.zero_stage == 3 else 2) * gradient + gathered[parallel.zero_stage])
+    return share * ((1 if parallel.zero_stage else 2) * gradient + gathered[parallel.zero_stage])
 
 
 def start_new_peak() -> int:
