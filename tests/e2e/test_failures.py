@@ -82,7 +82,7 @@ def test_steps_are_timed_without_what_comes_between_them(llama, token_file, tmp_
         call = getattr(owner, name)
 
         def noted(*args: object) -> object:
-            within.setdefault(name, set()).add(pace.step is not None)
+            within.setdefault(name, []).append(pace.step is not None)
             return call(*args)
 
         monkeypatch.setattr(owner, name, noted)
@@ -94,4 +94,6 @@ def test_steps_are_timed_without_what_comes_between_them(llama, token_file, tmp_
     more = ["--optimize.held_out", 2, "--checkpoint.every_iterations", 7]
     config = parse("quantize", quantize_arguments(llama, token_file, tmp_path / "out", *more))
     quantize(config, replace(ONE_RANK, pace=pace))
-    assert within == {"step": {True}, "advance_iteration": {False}, "agreed_loss": {False}, "save": {False}}
+    rehearsed, *trained = within.pop("step")
+    assert not rehearsed and trained and all(trained)  # the rehearsal compiles, which may take any time too
+    assert within.keys() == {"advance_iteration", "agreed_loss", "save"} and not any(map(any, within.values()))

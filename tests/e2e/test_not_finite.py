@@ -108,5 +108,6 @@ def test_run_that_is_killed_in_a_later_try_goes_on_there(llama, token_file, tmp_
         starts.clear()
         patched.setattr(LocalStepper, "step", step)
         run_quantize(llama, token_file, tmp_path / "out", *WILD)
-    assert starts == [0.25, 1.0, 0.5, 0.25, 1.0, 0.5, 0.25]
+    rehearsal = 1.0
+    assert starts == [rehearsal, 0.25, 1.0, 0.5, 0.25, 1.0, 0.5, 0.25]
     assert result_files(tmp_path / "out") == result_files(tmp_path / "whole")

@@ -219,9 +219,10 @@ def divergence_from(llama, folder, token_file):
 
 
 def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file, tmp_path, capsys, monkeypatch):
-    """Of the whole quantized model, here by them alone; the blocks before are what the other run's are."""
+    """Of the whole quantized model, here by them alone, all of them; the blocks before are what the other run's are."""
     plain = run_quantize(llama, token_file, tmp_path / "plain", "--optimize.last_block", "output")
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
+    monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
     output, summary = tmp_path / "out", run_quantize(llama, token_file, tmp_path / "out")
     reached = divergence_from(llama, output, token_file)
     assert summary["divergence_after"] == pytest.approx(reached, rel=1e-3)
