@@ -66,7 +66,9 @@ class DeepSpeedStepper:
         self._optimizer.optimizer = make_optimizer(options.optimizer, groups)
         self._shards_parameters = parallel.zero_stage == 3
         if not parallel.offload:
-            _step_in_place(self._optimizer, parallel.zero_stage)
+            self._step_in_place()
+            if parallel.zero_stage == 2:
+                _collect_in_place(self._optimizer)
         self._options, self._done, self._rate = options, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
@@ -132,6 +134,17 @@ class DeepSpeedStepper:
             return self._optimizer.fp32_partitioned_groups_flat
         return self._optimizer.single_partition_of_fp32_groups
 
+    def _step_in_place(self) -> None:
+        """Have DeepSpeed step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
+        if self._shards_parameters:
+            own = self._optimizer.fp16_partitioned_groups_flat
+        else:
+            own = [parts[dist.get_rank()] for parts in self._optimizer.parallel_partitioned_bit16_groups]
+        for stepped, shard in zip(self._shards(), own, strict=True):
+            stepped.data = shard.data
+        if not self._shards_parameters:
+            self._optimizer._link_all_hp_params()  # its map from parameters to what is stepped would keep the copy
+
 
 def deepspeed_settings(parallel: ParallelOptions) -> dict:
     """DeepSpeed's configuration for a ZeRO engine, with what the user's file adds.
@@ -181,17 +194,10 @@ def _read_settings(path: str) -> dict:
     return given
 
 
-def _step_in_place(optimizer: "ZeROOptimizer", stage: int) -> None:  # noqa: F821
-    """Have DeepSpeed step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
-    if stage == 3:
-        shards = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
-        for stepped, shard in shards:
-            stepped.data = shard.data
-        return
-    shards = zip(optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True)
-    for stepped, parameters in shards:
-        stepped.data = parameters[dist.get_rank()]
-    optimizer._link_all_hp_params()  # its map from parameters to what is stepped would keep the copy in memory
+def _collect_in_place(optimizer: "ZeROOptimizer") -> None:  # noqa: F821
+    """Have ZeRO 2 collect its shard's gradients where they are stepped, as it does for parameters of another dtype."""
+    optimizer.use_grad_accum_attribute = True
+    optimizer._use_compact_grad_partition_buffer = lambda group: True
 
 
 def _imported(ranks: Ranks) -> ModuleType:
@@ -205,6 +211,8 @@ def _imported(ranks: Ranks) -> ModuleType:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On a CPU it would compile, for a minute, a collective that only its inference uses.
     deepspeed.ops.__compatible_ops__ = {}
+    # It takes gradients' norms in float64, for which each would be copied; here they are to show what is not finite.
+    deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher even here
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

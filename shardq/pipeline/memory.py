@@ -181,7 +181,9 @@ def state_bytes(
     quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2) if stage < 3 else 0
     if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
         quantized += (4 + options.dtype.itemsize) * num_weights
-    at_once = quantized + gradient if stage and world_size == 1 else max(quantized, gradient)
+    # ZeRO 2 has a place for its shard's gradients when the first of them is made, on one rank every stage.
+    beside = stage == 2 and not parallel.offload or stage and world_size == 1
+    at_once = quantized + gradient if beside else max(quantized, gradient)
     moved = _moved_bytes(size, parallel, world_size) if stage else 0
     # One linear's gradient beside that of its s2.
     return state + at_once + moved + 4 * size.largest_linear
@@ -193,16 +195,14 @@ def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) ->
         return 4 * size.largest_linear
     zero = deepspeed_settings(parallel)["zero_optimization"]
     bucket = min(zero["reduce_bucket_size"], size.num_weights)
-    if parallel.zero_stage == 1:
+    if parallel.zero_stage < 3:
         return 4 * bucket
-    # A gradient is reduced when the next linear's is there too, or in a copy.
+    # A gradient is reduced when the next linear's is there too, from a copy, into a shard; meanwhile s2 and source of
+    # what is computed are gathered.
     reduced = max(bucket, size.largest_linear)
-    moved = 4 * (reduced + size.largest_linear)
-    if parallel.zero_stage == 3:
-        # A copy of it to scatter from, the shard that is received, and s2 and source of what is computed, gathered.
-        gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
-        moved += 4 * reduced + 4 * reduced // world_size + (4 + size.source // size.num_weights) * gathered
-    return moved
+    gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
+    moved = 4 * (2 * reduced + size.largest_linear) + 4 * reduced // world_size
+    return moved + (4 + size.source // size.num_weights) * gathered
 
 
 def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
