@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rank_process import run_and_leave
 from shardq.optimize.block_quantizer import BlockQuantizer
@@ -161,9 +163,47 @@ def copies_stepped(quantizer: BlockQuantizer, stepper: Stepper) -> int:
     return sum(shard.numel() for shard in stepper._shards() if shard.untyped_storage().data_ptr() not in own)
 
 
+class LargestDouble(TorchDispatchMode):
+    """Elements of the largest float64 tensor that is made in the body."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Compute as without the mode, and look at what comes out."""
+        made = function(*args, **(kwargs or {}))
+        doubles = (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64)
+        self.elements = max([self.elements, *(double.numel() for double in doubles)])
+        return made
+
+
+def watch_steps(stepper: Stepper) -> dict[str, int]:
+    """What DeepSpeed's steps make of gradients from here on, in elements: the largest in float64; all moved elsewhere."""
+    seen = {"double": 0, "moved": 0}
+    if not isinstance(stepper, DeepSpeedStepper):
+        return seen
+    step, optimizer, places = stepper.step, stepper._optimizer, set()
+
+    def watched() -> None:
+        collected = itertools.chain(*filter(None, getattr(optimizer, "averaged_gradients", {}).values()))
+        places.update(gradient.untyped_storage().data_ptr() for gradient in collected)
+        with LargestDouble() as largest:
+            step()
+        seen["double"] = max(seen["double"], largest.elements)
+
+    def before_torch_steps(torch_optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [parameter.grad for group in torch_optimizer.param_groups for parameter in group["params"]]
+        moved = (gradient for gradient in gradients if gradient.untyped_storage().data_ptr() not in places)
+        seen["moved"] += sum(gradient.numel() for gradient in moved)
+
+    stepper.step = watched
+    optimizer.optimizer.register_step_pre_hook(before_torch_steps)
+    return seen
+
+
 def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
     """Train all blocks with one engine on this rank's samples."""
     block, quantizer, stepper = make_engine(name, ranks)
+    seen = watch_steps(stepper)
     quantizer.start(make_source(block, 0), None, stepper.gathered)
     held = sum(parameter.numel() for parameter in quantizer.parameters())
     held += sum(0 if isinstance(linear.rows, nn.Parameter) else linear.rows.numel() for linear in quantizer.quantizers)
@@ -177,7 +217,7 @@ def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
             footprints.append(footprint(quantizer, stepper))
     note = {"stopped": leave_off(name, block, quantizer, stepper, ranks, folder)}
     note |= {"held": held, "moments": moments_held(stepper), "copies": copies_stepped(quantizer, stepper)}
-    note["footprints"] = footprints
+    note |= {"footprints": footprints, "gradients": seen}
     (folder / f"{name}-rank-{ranks.rank}.json").write_text(json.dumps(note))
 
 

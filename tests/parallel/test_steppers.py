@@ -112,5 +112,14 @@ def test_moments_are_spread_over_the_ranks_and_with_zero3_the_rest_too(
             assert note["held"] > num_trained
 
 
+@pytest.mark.parametrize(("num_ranks", "name"), CASES)
+def test_a_step_takes_no_copy_of_gradients(num_ranks: int, name: str, folders: dict[int, Path]):
+    """Not for their norm, in float64; and ZeRO 2 has collected them where torch's optimizer is given them."""
+    for note in notes_of(name, num_ranks, folders):
+        assert note["gradients"]["double"] <= 1
+        if name.startswith("zero2") and not name.endswith("offload"):
+            assert note["gradients"]["moved"] == 0
+
+
 def notes_of(name: str, num_ranks: int, folders: dict[int, Path]) -> list[dict]:
     return [json.loads((folders[num_ranks] / f"{name}-rank-{rank}.json").read_text()) for rank in range(num_ranks)]
