@@ -177,7 +177,7 @@ class LargestDouble(TorchDispatchMode):
 
 
 def watch_steps(stepper: Stepper) -> dict[str, int]:
-    """What DeepSpeed's steps make of gradients from here on, in elements: the largest in float64; all moved elsewhere."""
+    """What DeepSpeed's steps make of gradients from here on, in elements: the largest in float64; those moved."""
     seen = {"double": 0, "moved": 0}
     if not isinstance(stepper, DeepSpeedStepper):
         return seen
