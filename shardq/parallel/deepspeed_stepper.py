@@ -67,8 +67,8 @@ class DeepSpeedStepper:
         self._shards_parameters = parallel.zero_stage == 3
         if not parallel.offload:
             self._step_in_place()
-            if parallel.zero_stage == 2:
-                _collect_in_place(self._optimizer)
+        if parallel.collects_in_place:
+            _collect_in_place(self._optimizer)
         self._options, self._done, self._rate = options, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 

@@ -38,3 +38,8 @@ class ParallelOptions:
     def zero_stage(self) -> int:
         """DeepSpeed's name for the engine; 0 without DeepSpeed."""
         return int(self.engine[4:]) if self.engine.startswith("zero") else 0
+
+    @property
+    def collects_in_place(self) -> bool:
+        """Whether ZeRO collects the gradients of a rank's shard where they are stepped."""
+        return self.zero_stage == 2 and not self.offload

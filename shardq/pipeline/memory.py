@@ -181,8 +181,8 @@ def state_bytes(
     quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2) if stage < 3 else 0
     if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
         quantized += (4 + options.dtype.itemsize) * num_weights
-    # ZeRO 2 has a place for its shard's gradients when the first of them is made, on one rank every stage.
-    beside = stage == 2 and not parallel.offload or stage and world_size == 1
+    # Whether the place for gradients is there when the first of them is made, and the weights still are.
+    beside = parallel.collects_in_place or stage and world_size == 1
     at_once = quantized + gradient if beside else max(quantized, gradient)
     moved = _moved_bytes(size, parallel, world_size) if stage else 0
     # One linear's gradient beside that of its s2.
@@ -192,7 +192,7 @@ def state_bytes(
 def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) -> int:
     """What ZeRO reduces and gathers at once."""
     if world_size == 1:  # it copies gradients instead, one after the other, to a place that it has for all of them
-        return 4 * size.largest_linear
+        return 0 if parallel.collects_in_place else 4 * size.largest_linear
     zero = deepspeed_settings(parallel)["zero_optimization"]
     bucket = min(zero["reduce_bucket_size"], size.num_weights)
     if parallel.zero_stage < 3:
