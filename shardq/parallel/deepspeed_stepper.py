@@ -68,7 +68,7 @@ class DeepSpeedStepper:
         if not parallel.offload:
             self._step_in_place()
         if parallel.collects_in_place:
-            _collect_in_place(self._optimizer)
+            self._collect_in_place()
         self._options, self._done, self._rate = options, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
@@ -145,6 +145,11 @@ class DeepSpeedStepper:
         if not self._shards_parameters:
             self._optimizer._link_all_hp_params()  # its map from parameters to what is stepped would keep the copy
 
+    def _collect_in_place(self) -> None:
+        """Have ZeRO 2 collect gradients where they are stepped, as it does for parameters of another dtype."""
+        self._optimizer.use_grad_accum_attribute = True
+        self._optimizer._use_compact_grad_partition_buffer = lambda group: True
+
 
 def deepspeed_settings(parallel: ParallelOptions) -> dict:
     """DeepSpeed's configuration for a ZeRO engine, with what the user's file adds.
@@ -192,12 +197,6 @@ def _read_settings(path: str) -> dict:
             "use --parallel.engine, --parallel.offload and --optimize options"
         )
     return given
-
-
-def _collect_in_place(optimizer: "ZeROOptimizer") -> None:  # noqa: F821
-    """Have ZeRO 2 collect its shard's gradients where they are stepped, as it does for parameters of another dtype."""
-    optimizer.use_grad_accum_attribute = True
-    optimizer._use_compact_grad_partition_buffer = lambda group: True
 
 
 def _imported(ranks: Ranks) -> ModuleType:

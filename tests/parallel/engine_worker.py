@@ -185,6 +185,7 @@ def watch_steps(stepper: Stepper) -> dict[str, int]:
 
     def watched() -> None:
         collected = itertools.chain(*filter(None, getattr(optimizer, "averaged_gradients", {}).values()))
+        places.clear()  # of the step before, whose addresses may have been given out again
         places.update(gradient.untyped_storage().data_ptr() for gradient in collected)
         with LargestDouble() as largest:
             step()
