@@ -192,7 +192,9 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
         _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
     memory = optimize.memory_gib
     _require(memory is None or memory > 0, "optimize.memory_gib", memory, "above 0")
-    _require(0 <= optimize.fp_mix <= 1, "optimize.fp_mix", optimize.fp_mix, "between 0 and 1")
+    for name in ("fp_mix", "label_weight"):
+        share = getattr(optimize, name)
+        _require(0 <= share <= 1, f"optimize.{name}", share, "between 0 and 1")
     samples, held_out = config.calib.samples, optimize.held_out
     _require(samples is not None, "calib.samples", samples, "a number")
     _require(0 <= held_out < samples, "optimize.held_out", held_out, f"below calib.samples ({samples})")

@@ -116,7 +116,7 @@ class Display:
         self._console.print(table, soft_wrap=False)
 
     @contextmanager
-    def bars(self, num_blocks: int, first_block: int, num_iterations: int) -> Iterator[None]:
+    def bars(self, num_blocks: int, first_block: int) -> Iterator[None]:
         """Show a bar over blocks and one over the iterations of a block, where the output is a terminal."""
         if not self._console.is_terminal or self._console.quiet:
             yield
@@ -124,20 +124,20 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console, transient=True) as self._bar:
             self._blocks = self._bar.add_task("blocks", total=num_blocks, completed=first_block)
-            self._iterations = self._bar.add_task("iterations", total=num_iterations)
+            self._iterations = self._bar.add_task("iterations", total=0)
             yield
         self._bar = None
 
     def start_block(self, name: str) -> None:
         """Begin a block."""
         self._name = name
-        self.start_training(0)
+        self.start_training(0, 0)
 
-    def start_training(self, done: int) -> None:
-        """The block's iterations go on from here."""
+    def start_training(self, done: int, num_iterations: int) -> None:
+        """The block's iterations go on from here, to so many in all."""
         self._steps = done
         if self._bar:
-            self._bar.reset(self._iterations, completed=done, description=self._name)
+            self._bar.reset(self._iterations, completed=done, total=num_iterations, description=self._name)
 
     def advance_iteration(self, loss: Tensor) -> None:
         """One optimizer step is done; its loss is read, which waits for the device, only now and then."""

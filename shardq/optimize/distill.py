@@ -11,10 +11,10 @@ from shardq.optimize.stepper import Stepper
 
 
 def distill(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[..., Tensor],
     quantizer: BlockQuantizer,
     stepper: Stepper,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     micro_batch: int,
     on_step: Callable[[Tensor], None],
     goes_on: Callable[[int], bool] = lambda done: True,
@@ -23,8 +23,9 @@ def distill(
     """Train in place, one optimizer step a batch; gives the number of steps. Nothing in a step waits for the device.
 
     Args:
-        loss_of: mean loss over the samples of a micro-batch, from the block's inputs and targets [N, T, D].
-        batches: this rank's inputs and targets, both [N, T, D], one pair an iteration; N may be 0.
+        loss_of: mean loss over the samples of a micro-batch, from what a batch has of them.
+        batches: this rank's inputs and targets, both [N, T, D], and whatever else `loss_of` takes, one value a sample;
+            one batch an iteration; N may be 0.
         micro_batch: samples that go through the block at once.
         on_step: called after each step with this rank's loss, a tensor on the device, for progress.
         goes_on: called after each step with the number of steps done; training ends where it is false.
@@ -32,11 +33,9 @@ def distill(
             batch's mean part of a rank, makes the mean of the ranks' gradients that of the batch, however it is split.
     """
     done = 0
-    for done, (inputs_NTD, targets_NTD) in enumerate(batches, 1):
-        quantizer.load(stepper.forward(), adding_up=micro_batch < len(inputs_NTD))
-        loss = accumulate(
-            loss_of, inputs_NTD, targets_NTD, micro_batch, mean_over or len(inputs_NTD), quantizer.leaving
-        )
+    for done, batch in enumerate(batches, 1):
+        quantizer.load(stepper.forward(), adding_up=micro_batch < len(batch[0]))
+        loss = accumulate(loss_of, batch, micro_batch, mean_over or len(batch[0]), quantizer.leaving)
         stepper.backward(quantizer.collected())
         stepper.step()
         on_step(loss)
@@ -46,9 +45,8 @@ def distill(
 
 
 def accumulate(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    inputs_NTD: Tensor,
-    targets_NTD: Tensor,
+    loss_of: Callable[..., Tensor],
+    batch: tuple[Tensor, ...],
     micro_batch: int,
     mean_over: float,
     last: Callable[[], AbstractContextManager] = nullcontext,
@@ -61,11 +59,12 @@ def accumulate(
     Args:
         last: entered for the last micro-batch's forward pass.
     """
-    total = torch.zeros((), device=inputs_NTD.device)
-    for start in range(0, len(inputs_NTD), micro_batch):
-        inputs, targets = inputs_NTD[start : start + micro_batch], targets_NTD[start : start + micro_batch]
-        with last() if start + micro_batch >= len(inputs_NTD) else nullcontext():
-            loss = loss_of(inputs, targets) * (len(inputs) / mean_over)
+    num_samples = len(batch[0])
+    total = torch.zeros((), device=batch[0].device)
+    for start in range(0, num_samples, micro_batch):
+        some = [values[start : start + micro_batch] for values in batch]
+        with last() if start + micro_batch >= num_samples else nullcontext():
+            loss = loss_of(*some) * (len(some[0]) / mean_over)
         loss.backward(1 + 0 * loss.detach())
         total += loss.detach()
     return total

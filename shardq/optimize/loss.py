@@ -12,7 +12,7 @@ POWER_FLOOR = 1e-12  # a position whose target is all zeros must not make the lo
 LOGITS_TOKENS = 256  # positions whose logits are in memory at once
 
 ToLogits = Callable[[Tensor], Tensor]
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+PredictionError = Callable[..., tuple[Tensor, Tensor]]
 
 
 def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> Tensor:
@@ -31,56 +31,79 @@ def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
     return squared_NTD / target_NTD.square().mean(-1, keepdim=True).clamp(min=POWER_FLOOR)
 
 
-def furthest_off(output_NTD: Tensor, target_NTD: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The `num` positions of each sample whose error, relative to the target's power there, is largest.
-
-    Returns:
-        outputs and targets [N, num, D]; differentiable.
-    """
+def furthest_off(output_NTD: Tensor, target_NTD: Tensor, num: int) -> Tensor:
+    """The `num` positions [N, num] of each sample whose error, relative to the target's power there, is largest."""
     with torch.no_grad():
-        positions_NT = _errors(output_NTD, target_NTD, "token").mean(-1).topk(num).indices
-    chosen_NTD = positions_NT[..., None].expand(-1, -1, output_NTD.shape[-1])
-    return output_NTD.gather(1, chosen_NTD), target_NTD.gather(1, chosen_NTD)
+        return _errors(output_NTD, target_NTD, "token").mean(-1).topk(num).indices
 
 
-def divergence(logits_NTV: Tensor, target_NTV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL divergence of predictions from the target's, in nats, and its gradient in the logits, in their dtype.
+def at_positions(values_NTX: Tensor, positions_NT: Tensor) -> Tensor:
+    """Each sample's values [N, T, ...] at its positions; differentiable."""
+    indices = positions_NT.view(*positions_NT.shape, *(1 for _ in values_NTX.shape[2:]))
+    return values_NTX.gather(1, indices.expand(-1, -1, *values_NTX.shape[2:]))
+
+
+def prediction_error(
+    logits_NTV: Tensor, target_NTV: Tensor, labels_NT: Tensor | None = None, label_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """How far predictions are from the target's and from the text, in nats, and its gradient in the logits.
+
+    Args:
+        labels_NT: tokens that come next, or -1 where none is known.
+        label_weight: of the labels' cross-entropy, w; the rest of 1 is the KL divergence's.
 
     Returns:
-        sum over the positions of sum_v p_v (log p_v - log q_v); q - p [N, T, V], p the target's softmax, q the other.
+        sum over the positions of (1 - w) sum_v p_v (log p_v - log q_v) - w log q_label, where p is the target's softmax
+        and q the other, and w is 0 without a label; its gradient [N, T, V] in the logits' dtype.
     """
     log_q_NTV, log_p_NTV = (logits.float().log_softmax(-1) for logits in (logits_NTV, target_NTV))
     p_NTV = log_p_NTV.exp()
-    return (p_NTV * (log_p_NTV - log_q_NTV)).sum(), (log_q_NTV.exp() - p_NTV).to(logits_NTV.dtype)
+    divergence_NT1 = (p_NTV * (log_p_NTV - log_q_NTV)).sum(-1, keepdim=True)
+    if labels_NT is None:
+        return divergence_NT1.sum(), (log_q_NTV.exp() - p_NTV).to(logits_NTV.dtype)
+    labels_NT1 = labels_NT[..., None]
+    weight_NT1 = label_weight * (labels_NT1 >= 0).float()
+    cross_entropy_NT1 = -log_q_NTV.gather(-1, labels_NT1.clamp(min=0))
+    value = ((1 - weight_NT1) * divergence_NT1 + weight_NT1 * cross_entropy_NT1).sum()
+    # Comparing, unlike writing at indices, becomes part of one pass over the logits when it is compiled.
+    is_label_NTV = torch.arange(p_NTV.shape[-1], device=p_NTV.device) == labels_NT1
+    wanted_NTV = torch.where(is_label_NTV, weight_NT1, 0) + (1 - weight_NT1) * p_NTV
+    return value, (log_q_NTV.exp() - wanted_NTV).to(logits_NTV.dtype)
 
 
 def prediction_loss(
-    output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: Divergence = divergence
+    output_NTD: Tensor,
+    target_NTD: Tensor,
+    labels_NT: Tensor,
+    label_weight: float,
+    to_logits: ToLogits,
+    kernel: PredictionError = prediction_error,
 ) -> Tensor:
-    """Training loss of what the last block gives: KL divergence summed over the sequence, mean over samples.
+    """Training loss of what the last block gives: `prediction_error` summed over the sequence, mean over samples.
 
     Of the logits [T, V] there are never more than some positions' in memory: each position's gradient in the hidden
     state is computed with its loss.
 
     Args:
+        labels_NT, label_weight: as `prediction_error`'s.
         to_logits: from hidden states [N, T, D] to logits [N, T, V], each position for itself; differentiable.
-        kernel: `divergence`, as it is or compiled.
+        kernel: `prediction_error`, as it is or compiled.
     """
-    return _PredictionLoss.apply(output_NTD, target_NTD, to_logits, kernel) / len(output_NTD)
+    return _PredictionLoss.apply(output_NTD, target_NTD, labels_NT, label_weight, to_logits, kernel) / len(output_NTD)
 
 
 class _PredictionLoss(torch.autograd.Function):
-    """KL divergence summed over all positions."""
+    """Prediction error summed over all positions."""
 
     @staticmethod
-    def forward(ctx, output_NTD, target_NTD, to_logits, kernel):
+    def forward(ctx, output_NTD, target_NTD, labels_NT, label_weight, to_logits, kernel):
         """Compute the gradient too."""
         total, gradients = torch.zeros((), device=output_NTD.device), []
-        for output_1TD, target_1TD in _pieces(output_NTD, target_NTD):
+        for output_1TD, target_1TD, labels_1T in _pieces(output_NTD, target_NTD, labels_NT):
             with torch.enable_grad():
                 output_1TD = output_1TD.detach().requires_grad_(True)
                 logits_1TV = to_logits(output_1TD)
-            value, gradient_1TV = kernel(logits_1TV.detach(), to_logits(target_1TD))
+            value, gradient_1TV = kernel(logits_1TV.detach(), to_logits(target_1TD), labels_1T, label_weight)
             total += value
             gradients += torch.autograd.grad(logits_1TV, output_1TD, gradient_1TV)
             del logits_1TV, gradient_1TV
@@ -90,13 +113,12 @@ class _PredictionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         """The gradient in the output alone."""
-        return ctx.saved_tensors[0] * gradient, None, None, None
+        return ctx.saved_tensors[0] * gradient, None, None, None, None, None
 
 
-def _pieces(output_NTD: Tensor, target_NTD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of some positions [1, T, D], whatever sample they are of."""
-    pieces = (hidden_NTD.flatten(0, 1)[None].split(LOGITS_TOKENS, 1) for hidden_NTD in (output_NTD, target_NTD))
-    return zip(*pieces, strict=True)
+def _pieces(*given: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some positions [1, T, ...] of each, whatever sample they are of."""
+    return zip(*(values_NTX.flatten(0, 1)[None].split(LOGITS_TOKENS, 1) for values_NTX in given), strict=True)
 
 
 @dataclass(frozen=True)
@@ -129,9 +151,9 @@ def error_sums(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -
 
 @torch.no_grad()
 def prediction_sums(
-    output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: Divergence = divergence
+    output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: PredictionError = prediction_error
 ) -> ErrorSums:
-    """Divergence of one pass's predictions, and its positions; arguments as `prediction_loss`."""
+    """KL divergence of one pass's predictions, and its positions; arguments as `prediction_loss`."""
     pieces = _pieces(output_NTD, target_NTD)
     total = sum(float(kernel(to_logits(output_1TD), to_logits(target_1TD))[0]) for output_1TD, target_1TD in pieces)
     return ErrorSums(total, float(output_NTD.shape[:2].numel()))

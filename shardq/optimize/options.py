@@ -14,7 +14,8 @@ class OptimizeOptions:
     """Set of defaults: `default`, `light` with half its iterations, `best` with four times as many, `aimet` as AIMET's
     AdaScale trains."""
     iterations: int | None = None
-    """Optimizer steps a block, at any number of ranks (presets: 200, light 100, best 800, aimet 1500)."""
+    """Optimizer steps a block, at any number of ranks; twice as many for a last block that is trained to predictions
+    (presets: 200, light 100, best 800, aimet 1500)."""
     batch_size: int | None = None
     """Samples an optimizer step over all ranks together; some ranks wait where it is no multiple of their number
     (default: one a rank; a run that goes on keeps its own, with any number of ranks)."""
@@ -39,6 +40,9 @@ class OptimizeOptions:
     """What the last block is trained to: the fp block's `output`, as all others are, or the fp model's `predictions`,
     by the KL divergence of the tokens' probabilities, for which the head is in memory too (presets: predictions, aimet
     output)."""
+    label_weight: float | None = None
+    """Weight, in the last block's predictions, of the cross-entropy with the calibration text's own next tokens; the
+    rest of 1 is the divergence's (presets: 0.1, aimet 0)."""
     optimizer: Literal["adam", "rms", "sign"] | None = None
     """`rms`, without momentum: each gradient over the root mean square of all so far; `adam`, which takes 4 bytes a
     weight more; or `sign`, descent by the gradient's sign, which takes 4 bytes a weight less (presets: rms, aimet
@@ -70,7 +74,7 @@ class OptimizeOptions:
 # weight_lr by bits: 2, 3, 4 and more. A coarser grid asks for larger changes of the weight (measured).
 DEFAULT = {
     "iterations": 200, "start": "search", "loss": "token", "grid_lr": 5e-3, "weight_lr": (1e-2, 8e-3, 4e-3),
-    "fp_mix": 0.0, "optimizer": "rms", "last_block": "predictions",
+    "fp_mix": 0.0, "optimizer": "rms", "last_block": "predictions", "label_weight": 0.1,
 }  # fmt: skip
 PRESETS = {
     "default": DEFAULT,
@@ -78,7 +82,7 @@ PRESETS = {
     "best": DEFAULT | {"iterations": 800, "weight_lr": (7.5e-3, 6e-3, 3e-3)},
     "aimet": {
         "iterations": 1500, "start": "minmax", "loss": "squared", "grid_lr": 1e-3, "weight_lr": (5e-4, 5e-4, 5e-4),
-        "fp_mix": 0.5, "optimizer": "adam", "last_block": "output",
+        "fp_mix": 0.5, "optimizer": "adam", "last_block": "output", "label_weight": 0.0,
     },
 }  # fmt: skip
 

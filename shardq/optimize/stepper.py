@@ -23,10 +23,11 @@ class Stepper(Protocol):
             changed: the body writes to them, the same on every rank.
         """
 
-    def start(self, rate: float = 1.0) -> None:
+    def start(self, iterations: int | None = None, rate: float = 1.0) -> None:
         """Forget what the last block left: moments and the place in the schedule. The quantizers are at their start.
 
         Args:
+            iterations: steps until the learning rates are 0 (default: the options').
             rate: the learning rates are multiplied by it.
         """
 
@@ -64,21 +65,21 @@ class LocalStepper:
     def __init__(self, module: nn.Module, options: OptimizeOptions):
         self._module, self._options = module, options
         self._groups, self._watched = parameter_groups(module, options), watched(module)
-        self._done, self._rate = 0, 1.0
+        self._done, self._iterations, self._rate = 0, options.iterations, 1.0
         self._make()
 
     def _make(self) -> None:
         self._optimizer = make_optimizer(self._options.optimizer, self._groups)
         self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
 
-    def start(self, rate: float = 1.0) -> None:
+    def start(self, iterations: int | None = None, rate: float = 1.0) -> None:
         """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
         if self._optimizer is None:
             self._make()
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self._done, self._rate = 0, rate
+        self._done, self._iterations, self._rate = 0, iterations or self._options.iterations, rate
         self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
@@ -96,7 +97,7 @@ class LocalStepper:
     def step(self) -> None:
         """One step at the schedule's learning rate."""
         self._not_finite.masked_fill_(~self._gradient_norm().isfinite(), 1.0)
-        set_learning_rates(self._optimizer, self._options, self._done, self._rate)
+        set_learning_rates(self._optimizer, self._done, self._iterations, self._rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done += 1
@@ -138,16 +139,14 @@ def _take_signs(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     torch._foreach_sign_([parameter.grad for group in optimizer.param_groups for parameter in group["params"]])
 
 
-def set_learning_rates(
-    optimizer: torch.optim.Optimizer, options: OptimizeOptions, done: int, rate: float = 1.0
-) -> None:
-    """Set the learning rates of the step after `done` others, for groups as `parameter_groups` gives them.
+def set_learning_rates(optimizer: torch.optim.Optimizer, done: int, iterations: int, rate: float = 1.0) -> None:
+    """Set the learning rates of the step after `done` others of so many, for groups as `parameter_groups` gives them.
 
     Args:
         rate: multiplies them.
     """
-    factor = rate * cosine_factor(done, options.iterations)
-    if options.optimizer == "rms":  # of the mean of all squared gradients so far, where Adagrad takes their sum
+    factor = rate * cosine_factor(done, iterations)
+    if isinstance(optimizer, torch.optim.Adagrad):  # `rms`: of the mean of all squared gradients, not of their sum
         factor *= math.sqrt(done + 1)
     for group in optimizer.param_groups:
         group["lr"] = group["start_lr"] * factor

@@ -69,16 +69,16 @@ class DeepSpeedStepper:
             self._step_in_place()
         if parallel.collects_in_place:
             self._collect_in_place()
-        self._options, self._done, self._rate = options, 0, 1.0
+        self._options, self._done, self._iterations, self._rate = options, 0, options.iterations, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
-    def start(self, rate: float = 1.0) -> None:
+    def start(self, iterations: int | None = None, rate: float = 1.0) -> None:
         """Take the parameters' start into the shards, zero the moments, go to the start of the schedule."""
         self._optimizer.refresh_fp32_params()
         for state in self._optimizer.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self._done, self._rate = 0, rate
+        self._done, self._iterations, self._rate = 0, iterations or self._options.iterations, rate
         self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
@@ -98,7 +98,7 @@ class DeepSpeedStepper:
 
     def step(self) -> None:
         """Step each rank's shard, and give the others what changed."""
-        set_learning_rates(self._optimizer.optimizer, self._options, self._done, self._rate)
+        set_learning_rates(self._optimizer.optimizer, self._done, self._iterations, self._rate)
         self._engine.step()
         # DeepSpeed adds up the gradients' norm over all ranks, and leaves out a step whose norm is not finite.
         if self._optimizer.overflow:

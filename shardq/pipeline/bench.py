@@ -50,8 +50,8 @@ class Bench:
 class BlockJob:
     """What quantizing a block needs beside the block, the same for all blocks of a run.
 
-    `encodings` says how activations get their grids. `benches` fills up as kinds of blocks are met; its keys are the
-    shared module and the linears quantized in it.
+    `tokens_NT` are the calibration samples. `encodings` says how activations get their grids. `benches` fills up as
+    kinds of blocks are met; its keys are the shared module and the linears quantized in it.
     """
 
     skeleton: Skeleton
@@ -60,7 +60,7 @@ class BlockJob:
     spec: QuantSpec
     optimize: OptimizeOptions
     parallel: ParallelOptions
-    num_samples: int
+    tokens_NT: Tensor
     stored: Callable[[Tensor], Tensor]
     encodings: ActivationOptions
     activations: Activations
@@ -70,6 +70,11 @@ class BlockJob:
     compiled: Compile
     checkpoints: Checkpoints
     benches: dict[tuple, Bench] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Calibration samples over all ranks."""
+        return len(self.tokens_NT)
 
 
 def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:

@@ -96,7 +96,7 @@ def _through_blocks(
     with prologue(skeleton, activations.device) as embed:
         arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
         embed_samples(activations, tokens_NT, embed)
-    with display.bars(plan.num_blocks, 0, 0):
+    with display.bars(plan.num_blocks, 0):
         for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
             _round_to_nearest(loaded, plan.linears[loaded.index], config)
             forward = block_forward(loaded.module, arguments[loaded.index], torch.float32)

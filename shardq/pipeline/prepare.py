@@ -33,6 +33,7 @@ from shardq.pipeline.memory import (
     memory_limit,
     reads_ahead,
 )
+from shardq.pipeline.objective import PREDICTION_STEPS
 from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
 from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.target import check_served
@@ -168,9 +169,11 @@ def _say_what_will_be_done(run: Run) -> None:
         f"{config.model}: {run.plan.num_blocks} blocks, {sum(map(len, run.plan.linears))} linears to quantize "
         f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
     )
+    more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""
     line(
         f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
-        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a block"
+        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
+        f"block{more}"
     )
     if config.quant.full_range:
         line(

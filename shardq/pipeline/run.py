@@ -105,14 +105,14 @@ def _finish(run: Run, events: Events) -> list[dict]:
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
-        run.skeleton, config.seed, config.quant.method, spec, config.optimize, config.parallel, len(run.tokens_NT),
+        run.skeleton, config.seed, config.quant.method, spec, config.optimize, config.parallel, run.tokens_NT,
         rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(run.display.line) if config.optimize.compile == "on" else eager,
         Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
     )  # fmt: skip
     on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
     lines = list(run.lines)
-    with run.display.bars(plan.num_blocks, len(ledger.finished(lines)), config.optimize.iterations):
+    with run.display.bars(plan.num_blocks, len(ledger.finished(lines))):
         for loaded in _blocks_to_do(run, lines, cache, activations, events):
             block_index, num_before = loaded.index, len(ledger.finished(lines))
             lines.append(_quantize_and_commit(run, job, loaded, dtype))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardq.calib.partition import step_samples, watched_samples
+from shardq.devices import to_device
 from shardq.errors import QuantizationError
 from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.distill import distill
@@ -87,11 +88,11 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
         job.display.line(f"block {at_hand.index}: training goes on after {progress.done} iterations")
     del saved, best
     while progress.failed <= job.optimize.retries:
-        stepper.start(RETRY_RATE**progress.failed)
+        stepper.start(at_hand.objective.iterations, RETRY_RATE**progress.failed)
         if state is not None:
             stepper.restore(state, progress.done)
             state = None
-        job.display.start_training(progress.done)
+        job.display.start_training(progress.done, at_hand.objective.iterations)
         try:
             linears, loss_after = _try(at_hand, progress, purpose)
         except QuantizationError as error:
@@ -117,7 +118,7 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
     span = partial(job.events.span, block=at_hand.index)
     best = progress.best if optimize.held_out else None
     with span("train") as facts:
-        goes_on, batches = _watcher(at_hand, progress, purpose), _batches(job, at_hand.index, progress.done)
+        goes_on, batches = _watcher(at_hand, progress, purpose), _batches(at_hand, progress.done)
         facts["iterations"] = distill(at_hand.objective.loss, bench.quantizer, bench.stepper, batches,
                                       optimize.micro_batch, partial(_end_step, job), goes_on,
                                       optimize.batch_size / job.ranks.world_size)  # fmt: skip
@@ -141,14 +142,14 @@ def _watcher(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> Callabl
 
     The device is waited for only there.
     """
-    job, bench, optimize = at_hand.job, at_hand.bench, at_hand.job.optimize
-    interval, every = math.ceil(optimize.iterations / LOOKS), job.checkpoints.every
+    job, bench, optimize, iterations = at_hand.job, at_hand.bench, at_hand.job.optimize, at_hand.objective.iterations
+    interval, every = math.ceil(iterations / LOOKS), job.checkpoints.every
     best = progress.best if optimize.held_out else None
     first = progress.done
 
     def goes_on(steps: int) -> bool:
         progress.done = first + steps
-        is_last = progress.done == optimize.iterations
+        is_last = progress.done == iterations
         looks = is_last or progress.done % interval == 0
         saves = every > 0 and progress.done % every == 0 and not is_last
         if (looks or saves) and not bench.stepper.is_finite():
@@ -194,28 +195,30 @@ def _what_follows(job: BlockJob, progress: Progress) -> str:
     return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
 
 
-def _batches(job: BlockJob, block_index: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets [N, T, D] of this rank, one pair an iteration from `first` on.
+def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, ...]]:
+    """Inputs and targets [N, T, D] of this rank, and labels [N, T] if any, one batch an iteration from `first` on.
 
     Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
     """
+    job, block_index, labels_NT = at_hand.job, at_hand.index, at_hand.objective.labels_NT
     activations, optimize = job.activations, job.optimize
 
-    def load(step: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
+    def load(step: tuple[int, list[int]]) -> tuple[Tensor, ...]:
         iteration, samples = step
         if not samples:  # fewer samples a step than ranks
-            nothing = torch.empty(0, device=activations.device)
-            return nothing, nothing
+            return (torch.empty(0, device=activations.device),)
         quant_NTD = activations.load("quant", block_index, samples)
         if optimize.fp_mix > 0:
             fp_NTD = activations.load("fp", block_index, samples)
             generators = [generator_for(job.seed, block_index, iteration, sample) for sample in samples]
             pairs = zip(quant_NTD, fp_NTD, generators, strict=True)
             quant_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
-        return quant_NTD, activations.load("fp", block_index + 1, samples)
+        batch = (quant_NTD, activations.load("fp", block_index + 1, samples))
+        return batch if labels_NT is None else (*batch, to_device(labels_NT[samples], activations.device))
 
     num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
-    steps = step_samples(num_trained, optimize.batch_size, optimize.iterations, ranks.rank, ranks.world_size)
+    iterations = at_hand.objective.iterations
+    steps = step_samples(num_trained, optimize.batch_size, iterations, ranks.rank, ranks.world_size)
     return (batch for _, batch in activations.ahead(load, islice(steps, first, None)))
 
 

@@ -24,6 +24,7 @@ from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.pipeline import training_checkpoint
 
 ITERATIONS, EVERY, KILLED_AT = 8, 3, 5  # killed in the second block, at an iteration of it
+STEPS = 2 * ITERATIONS  # of that block, which is the last
 MORE = ["--optimize.iterations", ITERATIONS, "--checkpoint.every_iterations", EVERY, "--optimize.fp_mix", 0.5]
 
 

@@ -142,6 +142,7 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
         (["--optimize.held_out", 7], errors.ConfigError, "optimize.batch_size: 2 is not allowed, it must be at most"),
         (["--optimize.patience", 1], errors.ConfigError, "optimize.patience: 1"),
         (["--optimize.fp_mix", 1.5], errors.ConfigError, "optimize.fp_mix: 1.5"),
+        (["--optimize.label_weight", -0.1], errors.ConfigError, "optimize.label_weight: -0.1"),
         (["--parallel.engine", "allreduce"], errors.ConfigError, "parallel.engine: allreduce"),
         (["--parallel.offload", "true"], errors.ConfigError, "parallel.offload: True"),
         (["--parallel.deepspeed", "ds.json"], errors.ConfigError, "parallel.deepspeed: ds.json"),

@@ -90,9 +90,9 @@ def test_run_that_is_killed_in_a_later_try_goes_on_there(llama, token_file, tmp_
     step, starts, calls = LocalStepper.step, [], []
     start = LocalStepper.start
 
-    def start_noted(stepper: LocalStepper, rate: float = 1.0) -> None:
+    def start_noted(stepper: LocalStepper, iterations: int | None = None, rate: float = 1.0) -> None:
         starts.append(rate)
-        start(stepper, rate)
+        start(stepper, iterations, rate)
 
     def step_or_die(stepper: LocalStepper) -> None:
         calls.append(None)

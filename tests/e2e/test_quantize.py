@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -207,6 +208,14 @@ def test_no_iterate_worse_than_the_start_is_kept(llama, token_file, tmp_path):
     assert [event["iterations"] for event in trained] == [6, 6, 6], "two looks, one every three of 24 iterations"
 
 
+def nats_a_token(folder, token_file):
+    """Of the calibration text itself, by transformers."""
+    ids = load_file(token_file)["tokens"][:8, :64].long()
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
 def divergence_from(llama, folder, token_file):
     """KL divergence of a model's predictions on the calibration tokens from the float model's, in nats a token."""
     ids = load_file(token_file)["tokens"][:8, :64]
@@ -239,9 +248,21 @@ def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file
     )
 
 
+def test_labels_are_the_tokens_that_come_next(llama, token_file, tmp_path, monkeypatch):
+    """Trained to the text's own tokens alone, the last block makes that text likelier than trained to the model's."""
+    monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
+    monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
+    nats = {}
+    for weight in (0, 1):
+        run_quantize(llama, token_file, tmp_path / str(weight), "--optimize.label_weight", weight)
+        nats[weight] = nats_a_token(tmp_path / str(weight), token_file)
+    assert nats[1] < nats[0] - 0.05
+
+
 def test_predictions_are_the_same_objective_on_two_ranks(llama, token_file, tmp_path):
-    one = run_quantize(llama, token_file, tmp_path / "one")
-    arguments = quantize_arguments(llama, token_file, tmp_path / "two")
+    more = ["--optimize.label_weight", 0.3]
+    one = run_quantize(llama, token_file, tmp_path / "one", *more)
+    arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
     two = last_json(tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).stdout)
     assert two["divergence_after"] == pytest.approx(one["divergence_after"], rel=0.01)
     assert_nearly_equal(tmp_path / "two", tmp_path / "one")

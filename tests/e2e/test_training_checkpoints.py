@@ -9,9 +9,9 @@ import tiny
 from runs import run_quantize
 
 AFTER = {  # case: steps after the kill in the block that was killed
-    "step": kills.ITERATIONS - kills.EVERY,
-    "writing": kills.ITERATIONS - kills.EVERY,
-    "removing": kills.ITERATIONS - 2 * kills.EVERY,
+    "step": kills.STEPS - kills.EVERY,
+    "writing": kills.STEPS - kills.EVERY,
+    "removing": kills.STEPS - 2 * kills.EVERY,
 }
 
 
@@ -33,7 +33,7 @@ def test_killed_run_goes_on_within_the_block(tmp_path, engine, num_ranks, cases)
     for case in told:
         assert case["wrong"] == "", case
         # A damaged one is not used: the block is trained anew.
-        assert case["steps"] == [AFTER.get(case["case"], kills.ITERATIONS)]
+        assert case["steps"] == [AFTER.get(case["case"], kills.STEPS)]
         newer = case["case"] == "removing" or (case["case"], engine[:4]) == ("writing", "zero")
         both = ["block-00001-try-0-iteration-000003", "block-00001-try-0-iteration-000006"]
         assert case["folders"] == both[: 1 + newer]

@@ -175,7 +175,7 @@ def test_mean_of_the_ranks_gradients_is_the_batchs_however_it_is_split(sizes: tu
     def gradients(inputs: Tensor, targets: Tensor, mean_over: float) -> list[Tensor]:
         weights = [weight.detach().requires_grad_() for weight in trainer.quantizer()]
         trainer.quantizer.load(weights)
-        accumulate(trainer.loss_of, inputs, targets, 2, mean_over)
+        accumulate(trainer.loss_of, (inputs, targets), 2, mean_over)
         trainer.quantizer.collected().backward()
         return [weight.grad for weight in weights]
 

@@ -7,10 +7,11 @@ import torch
 from shardq.optimize import loss
 from shardq.optimize.loss import (
     ErrorSums,
+    at_positions,
     distillation_loss,
-    divergence,
     error_sums,
     furthest_off,
+    prediction_error,
     prediction_loss,
     prediction_sums,
 )
@@ -90,40 +91,58 @@ def test_token_loss_weighs_each_position_by_the_power_of_its_target():
     assert error_sums(output, target, "token").loss == pytest.approx(total / (2 * 5 * 3), rel=1e-5)
 
 
-def test_divergence_is_torchs_and_its_gradient_autograds():
+def test_prediction_error_is_the_divergence_and_its_gradient_autograds():
     logits, target = 3 * torch.randn(2, 5, 11), 3 * torch.randn(2, 5, 11)
-    value, gradient = divergence(logits, target)
+    value, gradient = prediction_error(logits, target)
     logits.requires_grad_(True)
     p, q = (given.double().softmax(-1) for given in (target, logits))
     expected = (p * (p / q).log()).sum()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, logits))
-    assert divergence(target, target)[0].item() == pytest.approx(0, abs=1e-5)
+    assert prediction_error(target, target)[0].item() == pytest.approx(0, abs=1e-5)
 
 
-def test_divergence_keeps_the_logits_dtype_for_the_gradient_alone():
+def test_prediction_error_keeps_the_logits_dtype_for_the_gradient_alone():
     logits, target = torch.randn(1, 3, 7).bfloat16(), torch.randn(1, 3, 7).bfloat16()
-    value, gradient = divergence(logits, target)
+    value, gradient = prediction_error(logits, target)
     assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
-    assert value.item() == pytest.approx(divergence(logits.float(), target.float())[0].item(), rel=1e-6)
+    assert value.item() == pytest.approx(prediction_error(logits.float(), target.float())[0].item(), rel=1e-6)
+
+
+def test_labels_take_their_share_of_the_prediction_error_where_there_are_some():
+    logits, target = 3 * torch.randn(2, 5, 11), 3 * torch.randn(2, 5, 11)
+    labels = torch.tensor([[3, -1, 0, 10, 7], [-1, -1, 2, 2, 5]])
+    value, gradient = prediction_error(logits, target, labels, 0.3)
+    logits.requires_grad_(True)
+    log_q, p = logits.double().log_softmax(-1), target.double().softmax(-1)
+    expected = 0
+    for sample in range(2):
+        for position, label in enumerate(labels[sample].tolist()):
+            kl = (p[sample, position] * (p[sample, position].log() - log_q[sample, position])).sum()
+            expected += kl if label < 0 else 0.7 * kl - 0.3 * log_q[sample, position, label]
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, logits))
 
 
 def test_positions_furthest_off_are_those_of_the_largest_relative_errors():
     output = torch.randn(3, 8, 5, requires_grad=True)
     target = torch.randn(3, 8, 5) * torch.logspace(-2, 2, 8)[:, None]
-    chosen, wanted = furthest_off(output, target, 3)
+    positions, labels = furthest_off(output, target, 3), torch.arange(24).view(3, 8)
+    chosen, wanted, taken = (at_positions(values, positions) for values in (output, target, labels))
     for sample in range(3):
         exact, reference = (t.detach()[sample].numpy().astype(np.float64) for t in (output, target))
         ratios = ((exact - reference) ** 2).mean(1) / (reference**2).mean(1)
         largest = np.argsort(-ratios)[:3].tolist()
         assert torch.equal(chosen[sample], output[sample, largest])
         assert torch.equal(wanted[sample], target[sample, largest])
+        assert taken[sample].tolist() == [8 * sample + position for position in largest]
     chosen.sum().backward()
     assert output.grad.sum() == 3 * 3 * 5 and set(output.grad.unique().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("label_weight", [0.0, 0.25])
 @pytest.mark.parametrize("at_once", [1, 4, 15, 256])
-def test_prediction_loss_in_pieces_is_that_of_all_logits_at_once(monkeypatch, at_once: int):
+def test_prediction_loss_in_pieces_is_that_of_all_logits_at_once(monkeypatch, at_once: int, label_weight: float):
     """2 samples of 7 positions: pieces that end within a sample, at its end, beyond it, and nowhere."""
     monkeypatch.setattr(loss, "LOGITS_TOKENS", at_once)
     norm, head = torch.nn.LayerNorm(6), torch.nn.Linear(6, 11)
@@ -135,12 +154,15 @@ def test_prediction_loss_in_pieces_is_that_of_all_logits_at_once(monkeypatch, at
         return head(norm(hidden))
 
     output, target = torch.randn(2, 7, 6, requires_grad=True), torch.randn(2, 7, 6)
-    value = prediction_loss(output, target, to_logits)
+    labels = torch.arange(14).view(2, 7) % 11
+    value = prediction_loss(output, target, labels, label_weight, to_logits)
     assert max(pieces) == min(at_once, 14)
     (gradient,) = torch.autograd.grad(3 * value, output)
     log_q, p = head(norm(output)).log_softmax(-1), head(norm(target)).softmax(-1).detach()
-    expected = torch.nn.functional.kl_div(log_q, p, reduction="sum") / 2
+    divergence = torch.nn.functional.kl_div(log_q, p, reduction="sum") / 2
+    cross_entropy = torch.nn.functional.nll_loss(log_q.flatten(0, 1), labels.flatten(), reduction="sum") / 2
+    expected = (1 - label_weight) * divergence + label_weight * cross_entropy
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, *torch.autograd.grad(3 * expected, output))
     sums = prediction_sums(output, target, to_logits)
-    assert sums.weight == 14 and sums.loss == pytest.approx(expected.item() / 7, rel=1e-5)
+    assert sums.weight == 14 and sums.loss == pytest.approx(divergence.item() / 7, rel=1e-5)

@@ -153,13 +153,28 @@ def test_from_a_gradient_that_is_not_finite_on_no_step_changes_anything(where: s
     assert not torch.equal(stepper.state()["0.value"], before["0.value"])
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "rms", "sign"])
+def test_schedule_of_a_start_has_as_many_steps_as_it_was_given(optimizer: str):
+    """On gradients that stay the same every step is the schedule's learning rate."""
+    block = make_block("s2")
+    stepper = LocalStepper(block, replace(OPTIONS, optimizer=optimizer))
+    for given, iterations in ((2 * ITERATIONS, 2 * ITERATIONS), (None, ITERATIONS)):
+        stepper.start(given)
+        for done in range(iterations):
+            before = block.linear.s2.detach().clone()
+            collect(stepper, block)
+            stepper.step()
+            lr = WEIGHT_LR * (1 + math.cos(math.pi * done / iterations)) / 2
+            torch.testing.assert_close(before - block.linear.s2.detach(), torch.full((3,), lr), rtol=1e-2, atol=1e-7)
+
+
 def test_rate_of_the_start_holds_until_the_next():
     block = make_block("beta", "s2")
     stepper = LocalStepper(block, OPTIONS)
     moved = []
     for rate in (1.0, 0.25, 1.0):
         before = block.linear.s2.detach().clone()
-        stepper.start(rate)
+        stepper.start(rate=rate)
         collect(stepper, block)
         stepper.step()
         moved.append((before - block.linear.s2.detach()).mean().item())
