@@ -44,13 +44,14 @@ def at_positions(values_NTX: Tensor, positions_NT: Tensor) -> Tensor:
 
 
 def prediction_error(
-    logits_NTV: Tensor, target_NTV: Tensor, labels_NT: Tensor | None = None, label_weight: float = 0.0
+    logits_NTV: Tensor, target_NTV: Tensor, labels_NT: Tensor, label_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How far predictions are from the target's and from the text, in nats, and its gradient in the logits.
 
     Args:
         labels_NT: tokens that come next, or -1 where none is known.
-        label_weight: of the labels' cross-entropy, w; the rest of 1 is the KL divergence's.
+        label_weight: of the labels' cross-entropy, w; the rest of 1 is the KL divergence's. A tensor of one value, so
+            that code which is compiled holds for every weight.
 
     Returns:
         sum over the positions of (1 - w) sum_v p_v (log p_v - log q_v) - w log q_label, where p is the target's softmax
@@ -58,11 +59,9 @@ def prediction_error(
     """
     log_q_NTV, log_p_NTV = (logits.float().log_softmax(-1) for logits in (logits_NTV, target_NTV))
     p_NTV = log_p_NTV.exp()
-    divergence_NT1 = (p_NTV * (log_p_NTV - log_q_NTV)).sum(-1, keepdim=True)
-    if labels_NT is None:
-        return divergence_NT1.sum(), (log_q_NTV.exp() - p_NTV).to(logits_NTV.dtype)
     labels_NT1 = labels_NT[..., None]
     weight_NT1 = label_weight * (labels_NT1 >= 0).float()
+    divergence_NT1 = (p_NTV * (log_p_NTV - log_q_NTV)).sum(-1, keepdim=True)
     cross_entropy_NT1 = -log_q_NTV.gather(-1, labels_NT1.clamp(min=0))
     value = ((1 - weight_NT1) * divergence_NT1 + weight_NT1 * cross_entropy_NT1).sum()
     # Comparing, unlike writing at indices, becomes part of one pass over the logits when it is compiled.
@@ -99,6 +98,7 @@ class _PredictionLoss(torch.autograd.Function):
     def forward(ctx, output_NTD, target_NTD, labels_NT, label_weight, to_logits, kernel):
         """Compute the gradient too."""
         total, gradients = torch.zeros((), device=output_NTD.device), []
+        label_weight = output_NTD.new_tensor(label_weight)
         for output_1TD, target_1TD, labels_1T in _pieces(output_NTD, target_NTD, labels_NT):
             with torch.enable_grad():
                 output_1TD = output_1TD.detach().requires_grad_(True)
@@ -154,6 +154,10 @@ def prediction_sums(
     output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: PredictionError = prediction_error
 ) -> ErrorSums:
     """KL divergence of one pass's predictions, and its positions; arguments as `prediction_loss`."""
-    pieces = _pieces(output_NTD, target_NTD)
-    total = sum(float(kernel(to_logits(output_1TD), to_logits(target_1TD))[0]) for output_1TD, target_1TD in pieces)
+    without_NT = torch.full(output_NTD.shape[:2], -1, device=output_NTD.device)
+    pieces, weight = _pieces(output_NTD, target_NTD, without_NT), output_NTD.new_zeros(())
+    total = sum(
+        float(kernel(to_logits(output_1TD), to_logits(target_1TD), labels_1T, weight)[0])
+        for output_1TD, target_1TD, labels_1T in pieces
+    )
     return ErrorSums(total, float(output_NTD.shape[:2].numel()))

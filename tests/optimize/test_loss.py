@@ -91,28 +91,32 @@ def test_token_loss_weighs_each_position_by_the_power_of_its_target():
     assert error_sums(output, target, "token").loss == pytest.approx(total / (2 * 5 * 3), rel=1e-5)
 
 
+def without_labels(logits, target):
+    return prediction_error(logits, target, torch.full(logits.shape[:2], -1), torch.tensor(0.3))
+
+
 def test_prediction_error_is_the_divergence_and_its_gradient_autograds():
     logits, target = 3 * torch.randn(2, 5, 11), 3 * torch.randn(2, 5, 11)
-    value, gradient = prediction_error(logits, target)
+    value, gradient = without_labels(logits, target)
     logits.requires_grad_(True)
     p, q = (given.double().softmax(-1) for given in (target, logits))
     expected = (p * (p / q).log()).sum()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, logits))
-    assert prediction_error(target, target)[0].item() == pytest.approx(0, abs=1e-5)
+    assert without_labels(target, target)[0].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_prediction_error_keeps_the_logits_dtype_for_the_gradient_alone():
     logits, target = torch.randn(1, 3, 7).bfloat16(), torch.randn(1, 3, 7).bfloat16()
-    value, gradient = prediction_error(logits, target)
+    value, gradient = without_labels(logits, target)
     assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
-    assert value.item() == pytest.approx(prediction_error(logits.float(), target.float())[0].item(), rel=1e-6)
+    assert value.item() == pytest.approx(without_labels(logits.float(), target.float())[0].item(), rel=1e-6)
 
 
 def test_labels_take_their_share_of_the_prediction_error_where_there_are_some():
     logits, target = 3 * torch.randn(2, 5, 11), 3 * torch.randn(2, 5, 11)
     labels = torch.tensor([[3, -1, 0, 10, 7], [-1, -1, 2, 2, 5]])
-    value, gradient = prediction_error(logits, target, labels, 0.3)
+    value, gradient = prediction_error(logits, target, labels, torch.tensor(0.3))
     logits.requires_grad_(True)
     log_q, p = logits.double().log_softmax(-1), target.double().softmax(-1)
     expected = 0
