@@ -98,7 +98,7 @@ class _PredictionLoss(torch.autograd.Function):
     def forward(ctx, output_NTD, target_NTD, labels_NT, label_weight, to_logits, kernel):
         """Compute the gradient too."""
         total, gradients = torch.zeros((), device=output_NTD.device), []
-        label_weight = output_NTD.new_tensor(label_weight)
+        label_weight = output_NTD.new_full((), label_weight)  # filled there: a copy would wait for the device
         for output_1TD, target_1TD, labels_1T in _pieces(output_NTD, target_NTD, labels_NT):
             with torch.enable_grad():
                 output_1TD = output_1TD.detach().requires_grad_(True)
