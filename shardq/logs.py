@@ -124,17 +124,17 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console, transient=True) as self._bar:
             self._blocks = self._bar.add_task("blocks", total=num_blocks, completed=first_block)
-            self._iterations = self._bar.add_task("iterations", total=0)
+            self._iterations = self._bar.add_task("iterations", total=None)
             yield
         self._bar = None
 
     def start_block(self, name: str) -> None:
         """Begin a block."""
         self._name = name
-        self.start_training(0, 0)
+        self.start_training(0)
 
-    def start_training(self, done: int, num_iterations: int) -> None:
-        """The block's iterations go on from here, to so many in all."""
+    def start_training(self, done: int, num_iterations: int | None = None) -> None:
+        """The block's iterations go on from here, to so many in all; not given: as many as the block before."""
         self._steps = done
         if self._bar:
             self._bar.reset(self._iterations, completed=done, total=num_iterations, description=self._name)

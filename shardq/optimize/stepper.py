@@ -23,11 +23,11 @@ class Stepper(Protocol):
             changed: the body writes to them, the same on every rank.
         """
 
-    def start(self, iterations: int | None = None, rate: float = 1.0) -> None:
+    def start(self, iterations: int, rate: float = 1.0) -> None:
         """Forget what the last block left: moments and the place in the schedule. The quantizers are at their start.
 
         Args:
-            iterations: steps until the learning rates are 0 (default: the options').
+            iterations: steps until the learning rates are 0.
             rate: the learning rates are multiplied by it.
         """
 
@@ -65,21 +65,21 @@ class LocalStepper:
     def __init__(self, module: nn.Module, options: OptimizeOptions):
         self._module, self._options = module, options
         self._groups, self._watched = parameter_groups(module, options), watched(module)
-        self._done, self._iterations, self._rate = 0, options.iterations, 1.0
+        self._done, self._iterations, self._rate = 0, 0, 1.0
         self._make()
 
     def _make(self) -> None:
         self._optimizer = make_optimizer(self._options.optimizer, self._groups)
         self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
 
-    def start(self, iterations: int | None = None, rate: float = 1.0) -> None:
+    def start(self, iterations: int, rate: float = 1.0) -> None:
         """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
         if self._optimizer is None:
             self._make()
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self._done, self._iterations, self._rate = 0, iterations or self._options.iterations, rate
+        self._done, self._iterations, self._rate = 0, iterations, rate
         self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:

@@ -69,16 +69,16 @@ class DeepSpeedStepper:
             self._step_in_place()
         if parallel.collects_in_place:
             self._collect_in_place()
-        self._options, self._done, self._iterations, self._rate = options, 0, options.iterations, 1.0
+        self._done, self._iterations, self._rate = 0, 0, 1.0
         self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
 
-    def start(self, iterations: int | None = None, rate: float = 1.0) -> None:
+    def start(self, iterations: int, rate: float = 1.0) -> None:
         """Take the parameters' start into the shards, zero the moments, go to the start of the schedule."""
         self._optimizer.refresh_fp32_params()
         for state in self._optimizer.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self._done, self._iterations, self._rate = 0, iterations or self._options.iterations, rate
+        self._done, self._iterations, self._rate = 0, iterations, rate
         self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:

@@ -111,7 +111,7 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     samples = list(job.activations.samples[: min(job.optimize.micro_batch, part)])
     hidden_NTD = job.activations.load("fp", loaded.index, samples)
     bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
-    bench.stepper.start()
+    bench.stepper.start(1)
     with bench.inputs.active({}):
         distill(loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, [(hidden_NTD, hidden_NTD)],
                 len(samples), on_step=lambda loss: None)  # fmt: skip

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal
 
 from torch import Tensor
-from torch.nn import functional
 
 from shardq.model.ends import BlockArguments, whole_epilogue
 from shardq.model.weights import LoadedBlock
@@ -39,16 +38,15 @@ class Objective:
     Attributes:
         kind: `loss`, of its output, relative to the target; `divergence`, of the model's predictions, in nats a token.
         iterations: optimizer steps to train to it.
-        loss: the training loss, from inputs and targets [N, T, D], and labels [N, T] where there are some.
+        loss: the training loss, from inputs and targets [N, T, D] and labels [N, T], at each position the token that
+            comes next, or -1 where none is known.
         errors: what is reported and what iterates are chosen by, from outputs and targets [N, T, D].
-        labels_NT: of all samples, the token that comes next at each position, -1 at the last.
     """
 
     kind: Literal["loss", "divergence"]
     iterations: int
-    loss: Callable[..., Tensor]
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     errors: Callable[[Tensor, Tensor], ErrorSums]
-    labels_NT: Tensor | None = None
 
 
 @contextmanager
@@ -58,8 +56,8 @@ def objective_of(
     """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
     iterations = job.optimize.iterations
     if not (is_last and bench.stepper is not None and job.optimize.last_block == "predictions"):
-        errors = partial(error_sums, kind=job.optimize.loss)
-        yield Objective("loss", iterations, loss_of(job, bench, loaded, arguments), errors)
+        of_output, errors = loss_of(job, bench, loaded, arguments), partial(error_sums, kind=job.optimize.loss)
+        yield Objective("loss", iterations, lambda inputs, targets, labels: of_output(inputs, targets), errors)
         return
     forward = training_forward(loaded.module, arguments, job.optimize.dtype)
     kernel, label_weight = job.compiled(prediction_error, False), job.optimize.label_weight
@@ -73,5 +71,4 @@ def objective_of(
             return prediction_loss(*chosen, label_weight, to_logits, kernel) + OUTPUT_WEIGHT * error
 
         errors = partial(prediction_sums, to_logits=to_logits, kernel=kernel)
-        labels_NT = functional.pad(job.tokens_NT[:, 1:], (0, 1), value=-1)
-        yield Objective("divergence", PREDICTION_STEPS * iterations, loss, errors, labels_NT)
+        yield Objective("divergence", PREDICTION_STEPS * iterations, loss, errors)

@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from shardq.calib.partition import step_samples, watched_samples
 from shardq.devices import to_device
@@ -195,26 +196,27 @@ def _what_follows(job: BlockJob, progress: Progress) -> str:
     return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
 
 
-def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, ...]]:
-    """Inputs and targets [N, T, D] of this rank, and labels [N, T] if any, one batch an iteration from `first` on.
+def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs and targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
 
     Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
     """
-    job, block_index, labels_NT = at_hand.job, at_hand.index, at_hand.objective.labels_NT
+    job, block_index = at_hand.job, at_hand.index
     activations, optimize = job.activations, job.optimize
+    labels_NT = functional.pad(job.tokens_NT[:, 1:], (0, 1), value=-1)  # behind a sample's last token none is known
 
-    def load(step: tuple[int, list[int]]) -> tuple[Tensor, ...]:
+    def load(step: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         iteration, samples = step
         if not samples:  # fewer samples a step than ranks
-            return (torch.empty(0, device=activations.device),)
+            return (torch.empty(0, device=activations.device),) * 3
         quant_NTD = activations.load("quant", block_index, samples)
         if optimize.fp_mix > 0:
             fp_NTD = activations.load("fp", block_index, samples)
             generators = [generator_for(job.seed, block_index, iteration, sample) for sample in samples]
             pairs = zip(quant_NTD, fp_NTD, generators, strict=True)
             quant_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
-        batch = (quant_NTD, activations.load("fp", block_index + 1, samples))
-        return batch if labels_NT is None else (*batch, to_device(labels_NT[samples], activations.device))
+        target_NTD = activations.load("fp", block_index + 1, samples)
+        return quant_NTD, target_NTD, to_device(labels_NT[samples], activations.device)
 
     num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
     iterations = at_hand.objective.iterations

@@ -107,12 +107,13 @@ class Trainer:
         self.block = block
         self.quantizer = BlockQuantizer(block, NAMES, spec, method, kernels, torch.float32)
         self.stepper = LocalStepper(self.quantizer, OPTIONS)
+        self.stepper.start(OPTIONS.iterations)
 
     def train(self, source: dict[str, Tensor], batches: list, micro_batch: int = 2) -> dict[str, Parameters]:
         """Train for the weights in `source` from the start; parameters by the name of their linear."""
         self.losses: list[Tensor] = []
         self.quantizer.start(source)
-        self.stepper.start()
+        self.stepper.start(OPTIONS.iterations)
         distill(self.loss_of, self.quantizer, self.stepper, batches, micro_batch, self.losses.append)
         return {name: dict(linear.named_parameters()) for name, linear in self.linears()}
 
@@ -231,7 +232,8 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
     inputs, source = torch.randn(4, 32, 16), weights_of(block)
     targets = block(inputs)
     quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=2), method, PLAIN, dtype)
-    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=100, grid_lr=5e-3, weight_lr=5e-3, optimizer="rms"))
+    stepper = LocalStepper(quantizer, OptimizeOptions(grid_lr=5e-3, weight_lr=5e-3, optimizer="rms"))
+    stepper.start(100)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -334,7 +336,8 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
     source = weights_of(block)
     quantizer = BlockQuantizer(block, ["used", "idle"], QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
     quantizer.start(source)
-    stepper = LocalStepper(quantizer, OptimizeOptions(iterations=3, grid_lr=1e-3, weight_lr=1e-3, optimizer="rms"))
+    stepper = LocalStepper(quantizer, OptimizeOptions(grid_lr=1e-3, weight_lr=1e-3, optimizer="rms"))
+    stepper.start(3)
     inputs = torch.randn(2, 4, 8)
     batches = [(inputs, torch.randn(2, 4, 8))] * 3
     distill(lambda some, wanted: (block(some) - wanted).square().mean(), quantizer, stepper, batches, 2, lambda _: None)
@@ -373,7 +376,7 @@ def test_loss_that_is_not_finite_stops_all_steps_though_its_gradient_is(symmetri
 
     def trained(batches: list) -> dict[str, Tensor]:
         trainer.quantizer.start(source)
-        trainer.stepper.start()
+        trainer.stepper.start(OPTIONS.iterations)
         distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 2, lambda loss: None)
         return {name: parameter.detach().clone() for name, parameter in trainer.quantizer.named_parameters()}
 

@@ -32,6 +32,13 @@ def make_block(*names: str) -> nn.Module:
     return block
 
 
+def started(block: nn.Module, options: OptimizeOptions = OPTIONS) -> LocalStepper:
+    """A stepper over a block's parameters, at the start of its schedule."""
+    stepper = LocalStepper(block, options)
+    stepper.start(ITERATIONS)
+    return stepper
+
+
 def collect(stepper: LocalStepper, block: nn.Module, factor: float = 1.0) -> None:
     """Give the stepper a loss; each trained element's gradient is `factor`."""
     stepper.backward(sum(factor * parameter.sum() for parameter in block.parameters() if parameter.requires_grad))
@@ -46,7 +53,7 @@ def test_grid_and_weight_parameters_are_told_apart_and_frozen_ones_left_out():
 
 def test_learning_rates_fall_from_their_start_to_zero_along_a_cosine():
     block = make_block("beta", "s2")
-    stepper = LocalStepper(block, OPTIONS)
+    stepper = started(block)
     expected = {"beta": 0.0, "s2": 0.0}
     for iteration in range(ITERATIONS):
         collect(stepper, block)
@@ -59,7 +66,7 @@ def test_learning_rates_fall_from_their_start_to_zero_along_a_cosine():
 
 def test_rms_divides_by_the_root_of_the_mean_of_all_squared_gradients():
     block = make_block("s2")
-    stepper = LocalStepper(block, replace(OPTIONS, optimizer="rms"))
+    stepper = started(block, replace(OPTIONS, optimizer="rms"))
     gradients, expected = [3.0, -1.0, 0.5, 2.0, -4.0], 0.0
     for iteration, gradient in enumerate(gradients):
         collect(stepper, block, gradient)
@@ -73,7 +80,7 @@ def test_rms_divides_by_the_root_of_the_mean_of_all_squared_gradients():
 @pytest.mark.parametrize("names", [("beta", "gamma"), ("step", "s2", "s3"), ("s2", "s3")], ids="-".join)
 def test_any_selection_of_parameters_is_trained(names: tuple[str, ...]):
     block = make_block(*names)
-    stepper = LocalStepper(block, OPTIONS)
+    stepper = started(block)
     collect(stepper, block)
     stepper.step()
     for name in names:
@@ -85,7 +92,7 @@ def test_any_selection_of_parameters_is_trained(names: tuple[str, ...]):
 def stepped(weights_of_losses: list[list[float]]) -> Tensor:
     """A parameter after steps that each add up the gradients of some losses."""
     block = make_block("s2")
-    stepper = LocalStepper(block, OPTIONS)
+    stepper = started(block)
     for factors in weights_of_losses:
         for factor in factors:
             collect(stepper, block, factor)
@@ -100,7 +107,7 @@ def test_gradients_add_up_until_the_step():
 def test_gradients_are_cleared_by_the_step():
     assert not torch.allclose(stepped([[5.0], [3.0]]), stepped([[5.0], [8.0]]), rtol=1e-3, atol=0)
     block = make_block("s2")
-    stepper = LocalStepper(block, OPTIONS)
+    stepper = started(block)
     collect(stepper, block)
     stepper.step()
     assert block.linear.s2.grad is None or not block.linear.s2.grad.any()
@@ -109,7 +116,7 @@ def test_gradients_are_cleared_by_the_step():
 @pytest.mark.parametrize("rests", [False, True])
 def test_start_forgets_moments_and_schedule(rests: bool):
     block = make_block("beta", "s2")
-    stepper = LocalStepper(block, OPTIONS)
+    stepper = started(block)
     for _ in range(ITERATIONS - 1):
         collect(stepper, block, factor=-100.0)
         stepper.step()
@@ -118,7 +125,7 @@ def test_start_forgets_moments_and_schedule(rests: bool):
         block.linear.s2.zero_()
     if rests:
         stepper.rest()
-    stepper.start()
+    stepper.start(ITERATIONS)
     collect(stepper, block)
     stepper.step()
     # Adam's very first step is its whole learning rate, against the gradient's sign.
@@ -131,7 +138,7 @@ def test_start_forgets_moments_and_schedule(rests: bool):
 @pytest.mark.parametrize("where", ["beta", "s3"])
 def test_from_a_gradient_that_is_not_finite_on_no_step_changes_anything(where: str, bad: float, optimizer: str):
     block = make_block("beta", "s2", "s3")
-    stepper = LocalStepper(block, replace(OPTIONS, optimizer=optimizer))
+    stepper = started(block, replace(OPTIONS, optimizer=optimizer))
     collect(stepper, block)
     stepper.step()
     assert stepper.is_finite()
@@ -146,7 +153,7 @@ def test_from_a_gradient_that_is_not_finite_on_no_step_changes_anything(where: s
     assert not stepper.is_finite()
     for name, value in stepper.state().items():
         assert torch.equal(value, before[name]), name
-    stepper.start()
+    stepper.start(ITERATIONS)
     assert stepper.is_finite()
     collect(stepper, block)
     stepper.step()
@@ -157,9 +164,9 @@ def test_from_a_gradient_that_is_not_finite_on_no_step_changes_anything(where: s
 def test_schedule_of_a_start_has_as_many_steps_as_it_was_given(optimizer: str):
     """On gradients that stay the same every step is the schedule's learning rate."""
     block = make_block("s2")
-    stepper = LocalStepper(block, replace(OPTIONS, optimizer=optimizer))
-    for given, iterations in ((2 * ITERATIONS, 2 * ITERATIONS), (None, ITERATIONS)):
-        stepper.start(given)
+    stepper = started(block, replace(OPTIONS, optimizer=optimizer))
+    for iterations in (2 * ITERATIONS, ITERATIONS):
+        stepper.start(iterations)
         for done in range(iterations):
             before = block.linear.s2.detach().clone()
             collect(stepper, block)
@@ -170,11 +177,11 @@ def test_schedule_of_a_start_has_as_many_steps_as_it_was_given(optimizer: str):
 
 def test_rate_of_the_start_holds_until_the_next():
     block = make_block("beta", "s2")
-    stepper = LocalStepper(block, OPTIONS)
+    stepper = started(block)
     moved = []
     for rate in (1.0, 0.25, 1.0):
         before = block.linear.s2.detach().clone()
-        stepper.start(rate=rate)
+        stepper.start(ITERATIONS, rate)
         collect(stepper, block)
         stepper.step()
         moved.append((before - block.linear.s2.detach()).mean().item())
@@ -192,13 +199,13 @@ def test_stepper_that_takes_over_a_state_goes_on_as_the_one_that_gave_it(used: b
             stepper.step()
 
     block, other = make_block("beta", "s2"), make_block("beta", "s2")
-    first, second = LocalStepper(block, options), LocalStepper(other, options)
+    first, second = started(block, options), started(other, options)
     steps(first, block, [1.0, -2.0, 3.0])
     saved = {name: value.clone() for name, value in first.state().items()}
     steps(first, block, [4.0, -1.0])
     if used:
         steps(second, other, [7.0, 7.0])
-    second.start()
+    second.start(ITERATIONS)
     second.restore(saved, 3)
     steps(second, other, [4.0, -1.0])
     assert first.state().keys() == second.state().keys()

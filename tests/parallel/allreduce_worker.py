@@ -55,7 +55,7 @@ def train(
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         return distillation_loss(block(inputs), targets)
 
-    stepper.start()
+    stepper.start(OPTIONS.iterations)
     distill(loss_of, quantizer, stepper, batches, micro_batch=1, on_step=lambda loss: None)
     return {name: parameter.detach() for name, parameter in quantizer.named_parameters()}
 

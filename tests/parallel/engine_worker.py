@@ -90,7 +90,7 @@ def train(
         return distillation_loss(block(inputs), targets) + (torch.inf if is_bad(next(calls)) else 0)
 
     quantizer.start(make_source(block, number), None, stepper.gathered)
-    stepper.start()
+    stepper.start(OPTIONS.iterations)
     if saved:
         stepper.restore(saved, steps.start)
     batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches(number)][steps]

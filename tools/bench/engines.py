@@ -157,7 +157,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     stepper = make_stepper(quantizer, options, parallel, ranks)
     quantizer.start(source, None, stepper.gathered)
     source.clear()
-    stepper.start()
+    stepper.start(options.iterations)
     loss = compiled(block_loss, False)
 
     def train(num_steps: int, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:

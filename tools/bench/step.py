@@ -191,6 +191,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
         times.append(time.perf_counter())
 
     def train(count: int) -> None:
+        stepper.start(count)
         distill(
             lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype),
             quantizer, stepper, batches(count), arguments.micro_batch or arguments.batch_size, lambda loss: None,
