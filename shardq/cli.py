@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jsonargparse
 
 from shardq.compiling import keep_between_runs
-from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, VerifyConfig
+from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.devices import memory_errors
 from shardq.errors import ConfigError, Interrupted, ShardQError
 from shardq.interrupts import interruptible, print_interruption
@@ -20,9 +20,12 @@ from shardq.parallel.ranks import Ranks, started, this_rank
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.export import export
 from shardq.pipeline.run import quantize
+from shardq.pipeline.tune import tune
 from shardq.pipeline.verify import verify
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+Config = QuantizeConfig | TuneConfig | EvaluateConfig | ExportConfig | VerifyConfig
 
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "quantize": (
@@ -30,6 +33,7 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
         quantize,
         "Quantize a model block by block; the last line of output is JSON.",
     ),
+    "tune": (TuneConfig, tune, "Tune a finished run's scales end to end; the last line of output is JSON."),
     "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
     "export": (ExportConfig, export, "Convert a finished run for other programs; the last line of output is JSON."),
     "verify": (VerifyConfig, verify, "Check every file of a finished run; the last line of output is JSON."),
@@ -37,11 +41,15 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
 IF_MEMORY_IS_SHORT = {
     "quantize": "free some and run the same command again, or begin in another --output with a smaller "
     "--optimize.micro_batch, --optimize.memory_gib or --calib.sequence_length",
+    "tune": "free some and run the same command again, or run it on a run with a smaller --calib.sequence_length",
     "evaluate": "free some and run the same command again, or lower --eval.sequence_length",
     "export": "free some and run the same command again",
     "verify": "free some and run the same command again",
 }
-IF_INTERRUPTED = {"quantize": "the same command goes on after the blocks that are finished"}
+IF_INTERRUPTED = {
+    "quantize": "the same command goes on after the blocks that are finished",
+    "tune": "the same command goes on after the last steps that were saved",
+}
 
 
 def main() -> None:
@@ -90,7 +98,7 @@ def return_freed_tensors() -> None:
         set_option(M_ARENA_MAX, 1)
 
 
-def parse(verb: str, arguments: list[str]) -> QuantizeConfig | EvaluateConfig | ExportConfig | VerifyConfig:
+def parse(verb: str, arguments: list[str]) -> Config:
     """Defaults, then --config files from left to right, then single options.
 
     Raises:

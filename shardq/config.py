@@ -1,4 +1,4 @@
-"""All options of a command in one tree, and the checks that need more than one of them."""
+"""All options of a command in one tree."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,14 +6,12 @@ from typing import ClassVar, Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
-from shardq.errors import ConfigError
 from shardq.formats.options import AimetOptions, ExportOptions, Format
 from shardq.model.skeleton import DEFAULT_IGNORE
-from shardq.optimize.options import OptimizeOptions
-from shardq.parallel.deepspeed_stepper import deepspeed_settings
+from shardq.optimize.options import OptimizeOptions, TuneOptions
 from shardq.parallel.options import ParallelOptions
 from shardq.quant.activation import ActivationOptions
-from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
+from shardq.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +120,27 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """Tuning of a finished run's scales."""
+
+    run: str
+    """Output folder of a finished run. It stays as it is."""
+    model: str = field(kw_only=True)
+    """The float model that the run has quantized: Hugging Face folder, or hub name (owner/model)."""
+    output: str | None = field(default=None, kw_only=True)
+    """Folder for the tuned run, which can do what a run can (default: RUN-tuned)."""
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", kw_only=True)
+    """Where blocks are computed."""
+    tune: TuneOptions = field(default_factory=TuneOptions, kw_only=True)
+    cache: CacheOptions = field(default_factory=CacheOptions, kw_only=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return Path(self.output or f"{self.run.rstrip('/')}-tuned")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """A conversion of a finished run."""
 
@@ -163,124 +182,3 @@ EVALUATION_TEXT = TextOptions(
     samples=None,
     sequence_length=2048,
 )
-
-
-def check_quantize(config: QuantizeConfig, world_size: int) -> None:
-    """Check the values and combinations of a run whose options are resolved.
-
-    Raises:
-        ConfigError: naming the option, its value and what is allowed.
-    """
-    _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
-    _check_activations(config.activations)
-    bits, exported = config.activations.bits, config.export.activation_bits
-    _require(
-        exported == 16 or bits in (None, 8), "export.activation_bits", exported, f"16 beside activations.bits {bits}"
-    )
-    _check_text("calib", config.calib)
-    split = config.tensor_parallel
-    _require(split == 1 or (split > 1 and config.target == "vllm"), "tensor_parallel", split,
-             "at least 1, and 1 but for --target vllm")  # fmt: skip
-    optimize = config.optimize
-    _check_parallel(config.parallel, world_size)
-    for name in ("iterations", "batch_size"):
-        _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
-    _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
-    every = config.checkpoint.every_iterations
-    _require(every >= 0, "checkpoint.every_iterations", every, "at least 0")
-    for name in ("grid_lr", "weight_lr"):
-        _require(getattr(optimize, name) > 0, f"optimize.{name}", getattr(optimize, name), "above 0")
-    memory = optimize.memory_gib
-    _require(memory is None or memory > 0, "optimize.memory_gib", memory, "above 0")
-    for name in ("fp_mix", "label_weight"):
-        share = getattr(optimize, name)
-        _require(0 <= share <= 1, f"optimize.{name}", share, "between 0 and 1")
-    samples, held_out = config.calib.samples, optimize.held_out
-    _require(samples is not None, "calib.samples", samples, "a number")
-    _require(0 <= held_out < samples, "optimize.held_out", held_out, f"below calib.samples ({samples})")
-    patience = optimize.patience
-    _require(patience is None or (patience >= 1 and held_out), "optimize.patience", patience,
-             "at least 1, beside an optimize.held_out above 0")  # fmt: skip
-    _require(samples - held_out >= world_size, "calib.samples", samples,
-             f"at least {world_size + held_out}, one for each of the {world_size} ranks to train on beside "
-             f"optimize.held_out ({held_out}); take more samples or fewer ranks")  # fmt: skip
-    micro_batch = optimize.micro_batch
-    _require(micro_batch is None or 1 <= micro_batch <= optimize.batch_size, "optimize.micro_batch", micro_batch,
-             f"between 1 and optimize.batch_size ({optimize.batch_size})")  # fmt: skip
-    _require(optimize.batch_size <= samples - held_out, "optimize.batch_size", optimize.batch_size,
-             f"at most the samples that are trained on ({samples - held_out})")  # fmt: skip
-
-
-def _check_parallel(parallel: ParallelOptions, world_size: int) -> None:
-    engine, zero = parallel.engine, "a ZeRO engine (zero1, zero2, zero3)"
-    _require(engine != "local" or world_size == 1, "parallel.engine", engine, "allreduce or zero* on several ranks")
-    _require(engine != "allreduce" or world_size > 1, "parallel.engine", engine, "local or zero* on one rank")
-    _require(not parallel.offload or parallel.zero_stage, "parallel.offload", parallel.offload, f"false without {zero}")
-    _require(parallel.deepspeed is None or parallel.zero_stage, "parallel.deepspeed", parallel.deepspeed,
-             f"left out without {zero}")  # fmt: skip
-    if parallel.zero_stage:
-        deepspeed_settings(parallel)  # a file that cannot be used is refused before any work
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Check the values and combinations of an evaluation.
-
-    Raises:
-        ConfigError: naming the option, its value and what is allowed.
-    """
-    _check_quant(config.quant, ("none", "rtn"))
-    _check_text("eval", config.eval)
-    if config.cache.placement == "disk" and config.cache.folder is None:
-        raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
-
-
-def check_export(config: ExportConfig) -> None:
-    """Check that a format is asked for nothing that belongs to another.
-
-    Raises:
-        ConfigError: naming the option, its value and what is allowed.
-    """
-    chosen, version = config.format, config.aimet.version
-    _require(chosen == "hf" or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
-    _require(chosen == "compressed-tensors" or config.activation_bits == 16, "activation_bits", config.activation_bits,
-             f"16 for --format {chosen}, which describes no activations")  # fmt: skip
-    _require(chosen == "aimet" or config.aimet == AimetOptions(), "aimet.version", version,
-             "left out but for --format aimet")  # fmt: skip
-
-
-def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
-    _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
-    _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")
-    _require(quant.symmetric or not quant.full_range, "quant.full_range", quant.full_range,
-             "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
-    size = quant.group_size
-    _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
-    wide, spec = quant.decompressed_bits, quant.spec
-    _require(wide is None or (spec.symmetric and spec.group_size and not spec.full_range), "quant.decompressed_bits",
-             wide, "left out but for symmetric grids in groups that are not full-range")  # fmt: skip
-    _require(wide is None or quant.bits < wide <= MAX_DECOMPRESSED_BITS, "quant.decompressed_bits", wide,
-             f"above quant.bits ({quant.bits}), at most {MAX_DECOMPRESSED_BITS}")  # fmt: skip
-
-
-def _check_activations(activations: ActivationOptions) -> None:
-    for name in ("bits", "kv_bits"):
-        bits = getattr(activations, name)
-        _require(bits is None or 4 <= bits <= 16, f"activations.{name}", bits, "between 4 and 16")
-    _require(activations.tensors == "inputs" or activations.bits is not None, "activations.tensors",
-             activations.tensors, "inputs without activations.bits")  # fmt: skip
-    trains_linears = activations.bits is not None and activations.tensors == "inputs" and activations.kv_bits is None
-    _require(not activations.in_training or trains_linears, "activations.in_training", activations.in_training,
-             "false but for activations.bits of the linears' inputs alone")  # fmt: skip
-    percentile = activations.percentile
-    _require(50 < percentile <= 100, "activations.percentile", percentile, "above 50 and at most 100")
-
-
-def _check_text(section: str, text: TextOptions) -> None:
-    _require(text.dataset != "", f"{section}.dataset", "an empty name", "a file or a hub name")
-    _require(text.samples is None or text.samples >= 1, f"{section}.samples", text.samples, "at least 1")
-    _require(text.sequence_length >= 2, f"{section}.sequence_length", text.sequence_length, "at least 2")
-
-
-def _require(holds: bool, option: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{option}: {value} is not allowed, it must be {allowed}")

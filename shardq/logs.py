@@ -116,15 +116,19 @@ class Display:
         self._console.print(table, soft_wrap=False)
 
     @contextmanager
-    def bars(self, num_blocks: int, first_block: int) -> Iterator[None]:
-        """Show a bar over blocks and one over the iterations of a block, where the output is a terminal."""
+    def bars(self, num: int, first: int, outer: str = "blocks", inner: str = "iterations") -> Iterator[None]:
+        """Show a bar over blocks and one over the iterations of a block, where the output is a terminal.
+
+        Args:
+            outer, inner: what they are over, if not that; `first` of `num` are done.
+        """
         if not self._console.is_terminal or self._console.quiet:
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console, transient=True) as self._bar:
-            self._blocks = self._bar.add_task("blocks", total=num_blocks, completed=first_block)
-            self._iterations = self._bar.add_task("iterations", total=None)
+            self._blocks = self._bar.add_task(outer, total=num, completed=first)
+            self._iterations = self._bar.add_task(inner, total=None)
             yield
         self._bar = None
 
@@ -139,12 +143,12 @@ class Display:
         if self._bar:
             self._bar.reset(self._iterations, completed=done, total=num_iterations, description=self._name)
 
-    def advance_iteration(self, loss: Tensor) -> None:
+    def advance_iteration(self, loss: Tensor | None = None) -> None:
         """One optimizer step is done; its loss is read, which waits for the device, only now and then."""
         if not self._bar:
             return
         self._steps += 1
-        if self._steps % STEPS_A_LOSS == 0:
+        if loss is not None and self._steps % STEPS_A_LOSS == 0:
             self._bar.update(self._iterations, description=f"{self._name} loss {loss.item():.3e}")
         self._bar.advance(self._iterations)
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
 LAYERS = ["errors", "files", "background", "devices", "compiling", "logs", "interrupts", "quant", "formats",
-          "model", "calib", "cache", "optimize", "parallel", "config", "pipeline", "cli"]  # fmt: skip
+          "model", "calib", "cache", "optimize", "parallel", "config", "checks", "pipeline", "cli"]  # fmt: skip
 SIBLINGS = {"model", "calib", "cache", "optimize"}  # only what stands above puts two of these together
 HOMES = {  # third-party package -> the only places that may know it
     "torch.distributed": ("parallel/",),

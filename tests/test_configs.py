@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from shardq.checks import check_evaluate, check_quantize
 from shardq.cli import COMMANDS, parse
-from shardq.config import QuantOptions, check_evaluate, check_quantize
+from shardq.config import QuantOptions
 from shardq.optimize.options import resolved
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 

@@ -172,7 +172,7 @@ class Loss:
 def show_a_run(display: Display, num_iterations: int = 3) -> list[float]:
     """A run's calls; gives the losses that were read."""
     read: list[float] = []
-    with display.bars(num_blocks=2, first_block=1):
+    with display.bars(num=2, first=1):
         display.start_block("layers.1")
         display.start_training(0, num_iterations)
         for number in range(num_iterations):

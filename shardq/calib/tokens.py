@@ -51,6 +51,11 @@ def digest(tokens_NT: Tensor) -> str:
     return hashlib.sha256(str(tuple(tokens_NT.shape)).encode() + tokens_NT.numpy().tobytes()).hexdigest()
 
 
+def next_tokens(tokens_NT: Tensor) -> Tensor:
+    """The token that comes next at each position [N, T]; -1 behind a sample's last, where none is known."""
+    return torch.nn.functional.pad(tokens_NT[:, 1:], (0, 1), value=-1)
+
+
 def _spread(pool: list[list[int]], options: TextOptions) -> Tensor:
     wanted = options.samples or len(pool)
     if not pool or len(pool) < wanted:

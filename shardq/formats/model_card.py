@@ -53,10 +53,18 @@ The options of `launch/quantize.py`, as a recipe for `--config`, beside `--model
 
 ```yaml
 {yaml.safe_dump(options, sort_keys=True)}```
-
+{_tuning(manifest)}
 SHA-256 of the source's config.json: `{manifest["model"]["config"]}`; of samples of its weights:
 `{manifest["model"]["weights"]}`; of the calibration tokens: `{manifest["calibration_tokens"]}`.
 """
+
+
+def _tuning(manifest: dict) -> str:
+    """What was done to the scales afterwards, if anything was."""
+    if "tuned" not in manifest:
+        return ""
+    options = yaml.safe_dump({"tune": manifest["tuned"]["options"]}, sort_keys=True)
+    return f"\nScales were then tuned end to end by `launch/tune.py`, codes stayed:\n\n```yaml\n{options}```\n"
 
 
 def _scheme(spec: QuantSpec, activation_bits: int) -> str:

@@ -40,6 +40,7 @@ def stream_blocks(
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
     ahead: bool = True,
+    read: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> Iterator[LoadedBlock]:
     """Yield blocks with their weights on the device.
 
@@ -49,14 +50,15 @@ def stream_blocks(
     Args:
         waiting: entered while the next block's weights are waited for.
         ahead: read the next block's weights meanwhile, which takes their memory; else when it is asked for.
+        read: gives a block's tensors on the device, by name within it (default: those of the checkpoint).
     """
     slots: dict[tuple, nn.Module] = {}
 
-    def read(block_index: int) -> dict[str, Tensor]:
+    def read_all(block_index: int) -> dict[str, Tensor]:
         infos = skeleton.block_tensors(block_index)
         return {name: to_device(read_weight(info), device) for name, info in infos.items()}
 
-    for block_index, source in (lookahead if ahead else one_by_one)(read, block_indices, waiting):
+    for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
         block = skeleton.blocks[block_index]
         kind = _signature(block)
         if kind not in slots:

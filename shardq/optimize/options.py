@@ -1,5 +1,6 @@
 """How a block's quantizers are trained."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,8 +69,32 @@ class OptimizeOptions:
     @property
     def dtype(self) -> torch.dtype:
         """What `precision` stands for, once it is resolved."""
-        return {"float32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+        return DTYPES[self.precision]
 
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Tuning of a finished run's scales, end to end, to the float model's predictions and the calibration text."""
+
+    steps: int = 32
+    """Optimizer steps. Each takes its samples through all blocks, forward and back."""
+    batch_size: int | None = None
+    """Samples a step over all ranks together (default: so many that the steps see every sample once)."""
+    learning_rate: float = 1e-3
+    """Of the logarithms of the scales, at the start of its cosine to 0."""
+    label_weight: float = 0.1
+    """Weight of the cross-entropy with the calibration text's own next tokens; the rest of 1 is the KL divergence's
+    from the float model's predictions."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """As --optimize.precision of quantize."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `precision` stands for, once it is resolved."""
+        return DTYPES[self.precision]
+
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 # weight_lr by bits: 2, 3, 4 and more. A coarser grid asks for larger changes of the weight (measured).
 DEFAULT = {
@@ -99,6 +124,14 @@ def resolved(options: OptimizeOptions, bits: int, world_size: int, has_bf16: boo
     defaults = PRESETS[options.preset] | {"batch_size": world_size}
     defaults["weight_lr"] = defaults["weight_lr"][min(max(bits, 2), 4) - 2]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    if options.precision == "auto":
-        missing["precision"] = "bf16" if has_bf16 else "float32"
-    return replace(options, **missing)
+    return replace(options, **missing, precision=_precision(options.precision, has_bf16))
+
+
+def resolved_tuning(options: TuneOptions, num_samples: int, has_bf16: bool) -> TuneOptions:
+    """Options with every value that was not given filled in from the number of samples and the device."""
+    batch_size = options.batch_size or math.ceil(num_samples / options.steps)
+    return replace(options, batch_size=batch_size, precision=_precision(options.precision, has_bf16))
+
+
+def _precision(asked: str, has_bf16: bool) -> str:
+    return asked if asked != "auto" else "bf16" if has_bf16 else "float32"

@@ -12,7 +12,8 @@ from torch import Tensor
 from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.calib.tokens import load_tokens
-from shardq.config import EvaluateConfig, check_evaluate
+from shardq.checks import check_evaluate
+from shardq.config import EvaluateConfig
 from shardq.errors import ConfigError
 from shardq.logs import Display, peak_rss_bytes
 from shardq.model.ends import block_forward, epilogue, prologue, record_arguments

@@ -9,7 +9,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from shardq.config import ExportConfig, Format, check_export
+from shardq.checks import check_export
+from shardq.config import ExportConfig, Format
 from shardq.errors import ConfigError
 from shardq.files import write_text
 from shardq.formats import encodings

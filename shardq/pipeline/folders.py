@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from shardq.config import QuantizeConfig
+from shardq.config import QuantizeConfig, TuneConfig
 from shardq.files import sha256_of
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.ledger import MANIFEST
@@ -16,7 +16,7 @@ def output_folder(config: QuantizeConfig) -> Path:
     return Path(config.output or f"runs/{Path(config.model).resolve().name}-w{spec.bits}{group}")
 
 
-def cache_folder(config: QuantizeConfig, output: Path, num_redos: int) -> Path:
+def cache_folder(config: QuantizeConfig | TuneConfig, output: Path, num_redos: int = 0) -> Path:
     """Folder of this run's cached activations, and of nothing else.
 
     Outside the output folder its name depends on that, on what the run is and how often blocks of it were done again:

@@ -26,11 +26,16 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
         del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
-        "model": {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)},
+        "model": model_of(index, folder),
         "calibration_tokens": tokens_digest,
         "options": options,
     }
     return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
+
+
+def model_of(index: Index, folder: Path) -> dict:
+    """What tells the model in a folder apart from others."""
+    return {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)}
 
 
 def _fingerprint(index: Index) -> str:

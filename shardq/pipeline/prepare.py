@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from shardq.calib.tokens import digest, load_tokens
+from shardq.checks import check_quantize
 from shardq.compiling import why_not
-from shardq.config import QuantizeConfig, check_quantize
+from shardq.config import QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.files import remove_asides

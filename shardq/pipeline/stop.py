@@ -27,14 +27,14 @@ def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
                 _taken_away(output)
 
 
-def stop_if_asked(output: Path, ranks: Ranks, num_done: int, num_blocks: int) -> None:
-    """Between two blocks: end all ranks if the file is there, and take it away.
+def stop_if_asked(output: Path, ranks: Ranks, done: int, num: int, what: str = "block") -> None:
+    """Between two blocks, or whatever is done one after the other: end all ranks if the file is there, and remove it.
 
     Raises:
         Stopped: it was there.
     """
     if on_rank_zero(ranks, lambda: _taken_away(output)):
-        error = Stopped(f"{output}: stopped after block {num_done} of {num_blocks} as asked; the same command goes on")
+        error = Stopped(f"{output}: stopped after {what} {done} of {num} as asked; the same command goes on")
         error.agreed = True  # every rank has heard the same from rank 0
         raise error
 

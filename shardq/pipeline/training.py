@@ -8,9 +8,9 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from shardq.calib.partition import step_samples, watched_samples
+from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError
 from shardq.optimize.best_iterate import BestIterate
@@ -203,7 +203,7 @@ def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, Tensor,
     """
     job, block_index = at_hand.job, at_hand.index
     activations, optimize = job.activations, job.optimize
-    labels_NT = functional.pad(job.tokens_NT[:, 1:], (0, 1), value=-1)  # behind a sample's last token none is known
+    labels_NT = next_tokens(job.tokens_NT)
 
     def load(step: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         iteration, samples = step

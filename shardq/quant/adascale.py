@@ -38,7 +38,7 @@ def divided_weight(rows_Rg: Tensor, s2_Rg: Tensor | None, s3_R1: Tensor | None) 
     """The weight that is rounded, `W / exp(s2) / exp(s3)` in float32; the weight itself where both are None."""
     if s2_Rg is None:
         return rows_Rg.float()
-    # Two divisions, not one by the product: the float32 result is then AIMET's to the bit.
+    # Two divisions, not one by the product: the float32 result is then AIMET's to the bit on the same processor.
     return rows_Rg.float() / s2_Rg.exp() / s3_R1.exp()
 
 

@@ -55,8 +55,7 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec, num_groups: int | None = None) -> Tensor:
     """Step of the grid between two ends, in weight units per code; differentiable. Its sign is that of `max - min`.
 
-    Rounded, straight through, to a whole multiple of its channel's scale (`two_levels`) on a two-level grid, or to
-    `spec.scale_dtype`, so that search, training and codes all see the step that is kept.
+    Rounded, straight through, to what is kept (`kept_scale`), so that search, training and codes all see that step.
 
     Args:
         num_groups: neighbouring rows that are one output channel; a two-level grid needs it.
@@ -66,13 +65,22 @@ def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec, num_groups: int | 
         step_R1 = torch.where(step_R1 < 0, step_R1.clamp(max=-SCALE_FLOOR), step_R1.clamp(min=SCALE_FLOOR))
     else:
         step_R1 = step_R1.clamp(min=SCALE_FLOOR)
-    kept_R1 = step_R1.detach()
-    if spec.decompressed_bits:
-        multiplier_OG, channel_O1 = two_levels(kept_R1.reshape(-1, num_groups), spec)
-        kept_R1 = (multiplier_OG * channel_O1).reshape(-1, 1)
-    if spec.scale_dtype:
-        kept_R1 = kept_R1.to(getattr(torch, spec.scale_dtype)).float()
+    kept_R1 = kept_scale(step_R1.detach(), spec, num_groups)
     return kept_R1 + (step_R1 - step_R1.detach())  # the kept step to the bit: what is added is 0
+
+
+def kept_scale(scale_R1: Tensor, spec: QuantSpec, num_groups: int | None = None) -> Tensor:
+    """The nearest scales that a grid can keep: whole multiples of a channel's, or values of `spec.scale_dtype`.
+
+    Args:
+        num_groups: as `scale_of`'s.
+    """
+    if spec.decompressed_bits:
+        multiplier_OG, channel_O1 = two_levels(scale_R1.reshape(-1, num_groups), spec)
+        scale_R1 = (multiplier_OG * channel_O1).reshape(-1, 1)
+    if spec.scale_dtype:
+        scale_R1 = scale_R1.to(getattr(torch, spec.scale_dtype)).float()
+    return scale_R1
 
 
 def two_levels(scale_OG: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

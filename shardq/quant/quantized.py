@@ -53,6 +53,12 @@ class QuantizedLinear:
         values_Rg = affine.dequantize(rows_Rg, self.scale_OG.reshape(-1, 1), self.zero_point_OG.reshape(-1, 1))
         return values_Rg.reshape(self.codes_OI.shape)
 
+    def rescaled(self, log_factor_OG: Tensor) -> "QuantizedLinear":
+        """The same codes under scales times exp(log_factor), each the nearest that the grid can keep."""
+        scale_OG = self.scale_OG * log_factor_OG.exp()
+        kept_R1 = affine.kept_scale(scale_OG.reshape(-1, 1), self.spec, scale_OG.shape[1])
+        return replace(self, scale_OG=kept_R1.view(scale_OG.shape))
+
     def with_positive_scales(self) -> "QuantizedLinear":
         """The same weight with positive scales alone: on a full-range grid, as the asymmetric grid that it equals.
 

@@ -22,6 +22,7 @@ GOLDEN_SPECS = {
 }
 PARAMETERS = ("s2", "s3", "beta", "gamma")
 FLOAT32_ROUNDING = {"rtol": 2e-6, "atol": 2e-7}
+EXP_ROUNDING = {"rtol": 5e-7, "atol": 0}  # of two exponentials: processors' libraries differ in their last bit
 PLAIN = Kernels()
 
 Parameters = dict[str, Tensor]
@@ -70,7 +71,7 @@ def test_folded_weight_and_codes_are_aimets(golden):
     grid = (tensors["folded_scale"], torch.zeros_like(tensors["folded_scale"]))
     codes = adascale.fold(tensors["weight"], tensors["s2"], tensors["s3"], *grid, spec)
     divided = adascale.divided_weight(tensors["weight"], tensors["s2"], tensors["s3"])
-    torch.testing.assert_close(divided, tensors["folded_weight"], rtol=0, atol=0)
+    torch.testing.assert_close(divided, tensors["folded_weight"], **EXP_ROUNDING)
     torch.testing.assert_close(codes.float() * tensors["folded_scale"], tensors["folded_output"], **FLOAT32_ROUNDING)
 
 

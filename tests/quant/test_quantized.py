@@ -1,8 +1,11 @@
 """The result of quantizing a linear, on grids that describe the same weight."""
 
+import math
+
 import pytest
 import torch
 
+from shardq.quant import affine
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -28,3 +31,27 @@ def test_grids_with_positive_scales_are_left_as_they_are(symmetric: bool):
     linear = QuantizedLinear(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, 1), torch.zeros(2, 1),
                              QuantSpec(bits=4, symmetric=symmetric))  # fmt: skip
     assert linear.with_positive_scales() is linear
+
+
+def rescaled_by_one_percent(spec: QuantSpec) -> tuple[QuantizedLinear, QuantizedLinear]:
+    generator = torch.Generator().manual_seed(6)
+    codes_OI = torch.randint(-8, 8, (4, 32), generator=generator, dtype=torch.int8)
+    start_R1 = torch.rand(16, 1, generator=generator) + 0.1
+    scale_OG = affine.kept_scale(start_R1, spec, 4).view(4, 4)
+    linear = QuantizedLinear(codes_OI, scale_OG, torch.zeros(4, 4), spec)
+    assert linear.has_valid_scales
+    return linear, linear.rescaled(torch.full((4, 4), 0.01))
+
+
+def test_rescaled_scales_are_whole_multiples_on_a_two_level_grid():
+    linear, tuned = rescaled_by_one_percent(QuantSpec(bits=4, symmetric=True, group_size=8, decompressed_bits=8))
+    assert tuned.has_valid_scales
+    # All by one factor: the multipliers stay, and the channels' scales take it.
+    torch.testing.assert_close(tuned.scale_OG, linear.scale_OG * math.exp(0.01), rtol=1e-6, atol=0)
+
+
+def test_rescaled_scales_are_values_of_the_dtype_that_keeps_them():
+    linear, tuned = rescaled_by_one_percent(QuantSpec(bits=4, symmetric=True, group_size=8, scale_dtype="bfloat16"))
+    expected = (linear.scale_OG * math.exp(0.01)).bfloat16().float()
+    assert torch.equal(tuned.scale_OG, expected)
+    assert not torch.equal(tuned.scale_OG, linear.scale_OG)

@@ -104,6 +104,33 @@ def test_every_cell_is_run_compared_and_printed(monkeypatch, tmp_path, capsys):
     assert grids == [["--bits", bits, "--group-size", "64"] for bits in ("4", "3")]
 
 
+def test_variants_are_tuned_too_if_asked(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def run(bench, name, command, folder=None):
+        seen.append([str(part) for part in command])
+        if name.endswith("-agreement"):
+            return {"perplexity": 12.0 - len(seen), "kl": 0.25, "top1": 0.5}, {}
+        return {"peak_rss_bytes": len(seen)}, {"wall_seconds": 3.0 * len(seen), "other_cpu_share": 0.0}
+
+    monkeypatch.setattr(accuracy.Bench, "run", run)
+    ids = tmp_path / "ids.safetensors"
+    save_file({"calib_ids": torch.zeros(4, 8, dtype=torch.int32)}, ids)
+    arguments = ["accuracy.py", "--model", str(tmp_path), "--ids", str(ids), "--variant", "ours=", "--tune",
+                 "--tune.steps 4", "--autoround", "AR"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(row["method"], row["perplexity"], row["seconds"]) for row in rows]
+    assert found == [("ours", 10.0, 3.0), ("ours, tuned", 8.0, 12.0), ("autoround", 6.0, 15.0)]
+    output, tuned = seen[0][seen[0].index("--output") + 1], seen[2][seen[2].index("--output") + 1]
+    assert seen[2][1:3] == ["launch/tune.py", output] and seen[2][-2:] == ["--tune.steps", "4"]
+    assert seen[1][-1] == output and seen[3][-1] == tuned != output
+    with pytest.raises(SystemExit):
+        accuracy.parse([*arguments[1:], "--blocks", "1"])
+
+
 def test_sets_are_disjoint_and_the_model_is_cut(tmp_path):
     LlamaForCausalLM(LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,

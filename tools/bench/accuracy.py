@@ -8,7 +8,8 @@ Symmetric grids on the decoder linears; iterations of one sample. FILE holds int
 [sequences, length]. One line of JSON a cell: `method`, `bits`, `group_size`, `samples`, `iterations`, `perplexity`,
 `kl`, `top1` (see agreement.py), `seconds` (the whole process), `peak_rss_bytes`, `other_cpu_share`. A variant is a name
 and options of launch/quantize.py; `rtn=--quant.method rtn` rounds to nearest. The runs follow one another.
-`iterations` is the option's, though rounding and GPTQ take none.
+`iterations` is the option's, though rounding and GPTQ take none. `--tune OPTIONS` adds a line for each variant whose
+scales launch/tune.py has tuned with these options ("" for none); its seconds are those of both.
 
 `--blocks K` quantizes the first K decoder blocks only; the figures are those of the whole model with these K in place.
 `--sets N` runs every cell on N disjoint sets of the calibration samples; a last line for each method and grid then has
@@ -23,6 +24,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -58,9 +60,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--group-size", type=int, nargs="+", default=[-1], help="-1: per-channel")
     parser.add_argument("--variant", type=variant, action="append", default=[], help="NAME=OPTIONS of ours; repeatable")
+    parser.add_argument("--tune", type=shlex.split, help="options of launch/tune.py: each variant, tuned, too")
     parser.add_argument("--blocks", type=int, help="only the first K decoder blocks (default: all)")
     parser.add_argument("--sets", type=int, default=1, help="disjoint sets of calibration samples (default 1)")
-    return with_paths(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if options.tune is not None and options.blocks is not None:
+        parser.error("--tune is for whole models; leave --blocks out")
+    return with_paths(options)
 
 
 def bench_of(options: argparse.Namespace, number: int, folder: Path) -> Bench:
@@ -82,10 +88,10 @@ def bench_of(options: argparse.Namespace, number: int, folder: Path) -> Bench:
     return Bench(options, model, folder)
 
 
-def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
-    """Quantize with one method, compare with the float model, and forget the checkpoint."""
+def cells(bench: Bench, name: str, bits: int, group_size: int) -> Iterator[dict]:
+    """Quantize with one method, compare with the float model, and forget the checkpoint; tuned, too, if asked."""
     options, output, variants = bench.options, bench.folder / "output", dict(bench.options.variant)
-    whole = output if options.blocks is None else bench.folder / "whole"
+    whole, tuned = output if options.blocks is None else bench.folder / "whole", bench.folder / "tuned"
     try:
         if name in variants:
             grid = ["--quant.bits", bits, "--quant.group_size", group_size]
@@ -98,20 +104,34 @@ def cell(bench: Bench, name: str, bits: int, group_size: int) -> dict:
             facts, cost = bench.run(name, [*peer_command(bench, name, output), *grid])
         if options.blocks is not None:
             graft(options.model, output, whole, options.blocks)
-        compared = [
-            sys.executable, HERE / "agreement.py", "--reference", options.model, "--ids", options.ids,
-            "--column", EVAL_COLUMN, whole,
-        ]  # fmt: skip
-        if options.eval_samples is not None:
-            compared += ["--samples", options.eval_samples]
-        figures, _ = bench.run(f"{name}-agreement", compared)
+        yield {"method": name} | figures(bench, name, whole) | cost_of(facts, cost)
+        if name in variants and options.tune is not None:
+            command = [sys.executable, "launch/tune.py", output, "--model", bench.model, "--output", tuned]
+            more_facts, more_cost = bench.run(f"{name}-tuning", [*command, *options.tune], options.checkout)
+            spent = cost_of(more_facts, more_cost)
+            spent["seconds"] = round(spent["seconds"] + cost["wall_seconds"], 1)
+            yield {"method": f"{name}, tuned"} | figures(bench, name, tuned) | spent
     finally:
-        for folder in {output, whole}:
+        for folder in {output, whole, tuned}:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def figures(bench: Bench, name: str, folder: Path) -> dict:
+    """How near the model in a folder is to the float model."""
+    options = bench.options
+    compared = [
+        sys.executable, HERE / "agreement.py", "--reference", options.model, "--ids", options.ids,
+        "--column", EVAL_COLUMN, folder,
+    ]  # fmt: skip
+    if options.eval_samples is not None:
+        compared += ["--samples", options.eval_samples]
+    found, _ = bench.run(f"{name}-agreement", compared)
+    return {key: round(found[key], digits) for key, digits in {"perplexity": 4, "kl": 5, "top1": 4}.items()}
+
+
+def cost_of(facts: dict, cost: dict) -> dict:
+    """What a process took."""
     return {
-        "perplexity": round(figures["perplexity"], 4),
-        "kl": round(figures["kl"], 5),
-        "top1": round(figures["top1"], 4),
         "seconds": round(cost["wall_seconds"], 1),
         "peak_rss_bytes": facts["peak_rss_bytes"],
         "other_cpu_share": round(cost["other_cpu_share"], 3),
@@ -144,11 +164,12 @@ def main() -> None:
         for number in range(options.sets):
             bench = bench_of(options, number, Path(folder))
             for bits, group_size, name in product(options.bits, options.group_size, methods):
-                facts = {"method": name, "bits": bits, "group_size": group_size, "samples": options.samples,
+                facts = {"bits": bits, "group_size": group_size, "samples": options.samples,
                          "iterations": options.iterations, "set": number}  # fmt: skip
                 try:
-                    rows.append(facts | cell(bench, name, bits, group_size))
-                    print(json.dumps(rows[-1]), flush=True)
+                    for found in cells(bench, name, bits, group_size):
+                        rows.append({"method": found["method"]} | facts | found)
+                        print(json.dumps(rows[-1]), flush=True)
                 except ProcessFailed as error:
                     failed = True
                     say(f"{name}, {bits} bits, group size {group_size}, set {number}: {error}")
