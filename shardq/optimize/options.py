@@ -79,7 +79,7 @@ class TuneOptions:
     steps: int = 32
     """Optimizer steps. Each takes its samples through all blocks, forward and back."""
     batch_size: int | None = None
-    """Samples a step over all ranks together (default: so many that the steps see every sample once)."""
+    """Samples a step over all ranks together (default: so many that the steps see every sample)."""
     learning_rate: float = 1e-3
     """Of the logarithms of the scales, at the start of its cosine to 0."""
     label_weight: float = 0.1

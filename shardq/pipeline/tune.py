@@ -108,6 +108,8 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     tokens_NT = load_tokens(TextOptions(**source["options"]["calib"]), skeleton.folder, vocabulary_size)
     if digest(tokens_NT) != source["calibration_tokens"]:
         raise ConfigError(f"{run}: its calibration text gives other tokens than it did; restore that text")
+    if len(tokens_NT) < ranks.world_size:
+        raise ConfigError(f"{run}: its {len(tokens_NT)} samples are fewer than {ranks.world_size} ranks; take fewer")
     options = resolved_tuning(config.tune, len(tokens_NT), multiplies_bf16(ranks.device))
     if options.batch_size > len(tokens_NT):
         most = f"at most the run's {len(tokens_NT)} samples"

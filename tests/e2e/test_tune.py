@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from shardq.cli import parse
 from shardq.errors import CheckpointError, ConfigError, ResumeError, Stopped, StorageError
 from shardq.formats.block_file import read_block
 from shardq.formats.shards import open_index, read_tensor
+from shardq.logs import Display
+from shardq.model.skeleton import open_skeleton
 from shardq.pipeline import tune as tuning
 from shardq.pipeline.export import export
 from shardq.pipeline.ledger import commit
@@ -205,6 +209,10 @@ def test_what_cannot_be_tuned_is_refused(run: Path, llama: Path, token_file: Pat
         run_tune(run, other, tmp_path / "out")
     with pytest.raises(ConfigError, match="tune.batch_size: 9 is not allowed, it must be at most the run's 8 samples"):
         run_tune(run, llama, tmp_path / "out", "--tune.batch_size", 9)
+    nine = replace(ONE_RANK, world_size=9)
+    with pytest.raises(ConfigError, match="its 8 samples are fewer than 9 ranks; take fewer"), ExitStack() as held:
+        config = parse("tune", tune_arguments(run, llama, tmp_path / "out"))
+        tuning._find(config, open_skeleton(llama), nine, Display(0), held)
     with pytest.raises(ConfigError, match="tune.steps: 0 is not allowed, it must be at least 1"):
         run_tune(run, llama, tmp_path / "out", "--tune.steps", 0)
     with pytest.raises(ConfigError, match="output: .* is not allowed, it must be another folder than the run's"):
