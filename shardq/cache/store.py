@@ -3,6 +3,7 @@
 Generation 0 is the embeddings' output, the same for both streams, and is kept once.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -29,7 +30,7 @@ class ActivationStore(Protocol):
     def holds(self, generation: int, sample: int) -> bool:
         """Whether both streams of a sample are there, and whole."""
 
-    def drop(self, generation: int, samples: range) -> None:
+    def drop(self, generation: int, samples: Iterable[int]) -> None:
         """Forget a generation of these samples; a generation that is not there is no error."""
 
 
@@ -51,7 +52,7 @@ class MemoryStore:
         """Whether both streams of a sample are there."""
         return all((_kept_stream(stream, generation), generation, sample) in self._hidden for stream in ("fp", "quant"))
 
-    def drop(self, generation: int, samples: range) -> None:
+    def drop(self, generation: int, samples: Iterable[int]) -> None:
         """Free a generation of these samples."""
         for sample in samples:
             for stream in ("fp", "quant"):
@@ -96,7 +97,7 @@ class DiskStore:
             return False
         return True
 
-    def drop(self, generation: int, samples: range) -> None:
+    def drop(self, generation: int, samples: Iterable[int]) -> None:
         """Delete a generation's files of these samples; its folder stays: another rank may be about to write there."""
         for sample in samples:
             for stream in ("fp", "quant"):

@@ -1,7 +1,7 @@
 """Which rank owns which sample, and which samples an optimizer step sees."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 WATCHED = 8  # samples that show how far a block is off; every one is a forward through it
 
@@ -44,6 +44,6 @@ def watched_samples(num_samples: int, num_held_out: int, rank: int, world_size: 
     return [sample for sample in owned_samples(num_samples, rank, world_size) if sample >= first]
 
 
-def chunks(samples: range, size: int) -> list[list[int]]:
+def chunks(samples: Sequence[int], size: int) -> list[list[int]]:
     """Samples in lists of at most `size`, for passes without training."""
     return [list(samples[start : start + size]) for start in range(0, len(samples), size)]

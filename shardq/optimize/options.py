@@ -76,11 +76,11 @@ class OptimizeOptions:
 class TuneOptions:
     """Tuning of a finished run's scales, end to end, to the float model's predictions and the calibration text."""
 
-    steps: int = 32
+    steps: int = 16
     """Optimizer steps. Each takes its samples through all blocks, forward and back."""
     batch_size: int | None = None
     """Samples a step over all ranks together (default: so many that the steps see every sample)."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Of the logarithms of the scales, at the start of its cosine to 0."""
     label_weight: float = 0.1
     """Weight of the cross-entropy with the calibration text's own next tokens; the rest of 1 is the KL divergence's

@@ -1,6 +1,6 @@
 """Passes without training: a stream's activations through one block, many samples at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ class Activations:
     """
 
     store: ActivationStore
-    samples: range
+    samples: Sequence[int]
     sequence_length: int
     device: torch.device
     waiting: Callable[[str], AbstractContextManager] = nullcontext

@@ -109,11 +109,11 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
             tuning.display.advance_iteration()
             del loaded
     with tuning.events.span("backward", step=step):
-        gradients, loss = {}, 0.0
+        gradients, loss = [], 0.0
         for loaded in tuning.blocks(reversed(range(last + 1))):
             if loaded.index == last:
                 loss, gradients = _at_the_end(tuning, loaded, samples)
-            _back_through(tuning, loaded, gradients, step)
+            _back_through(tuning, loaded, samples, gradients, step)
             _forget(part, loaded.index)
             tuning.display.advance_iteration()
             del loaded
@@ -130,10 +130,10 @@ def _forget(activations: Activations, generation: int) -> None:
         activations.store.drop(generation, activations.samples)
 
 
-def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tuple[float, dict[int, Tensor]]:
+def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tuple[float, list[Tensor]]:
     """The batch's loss, and its gradient in each sample's [1, T, D] output of the last block."""
     options, device = tuning.options, tuning.activations.device
-    labels_NT, gradients, total = next_tokens(tuning.tokens_NT), {}, 0.0
+    labels_NT, gradients, total = next_tokens(tuning.tokens_NT), [], 0.0
     forward = _forward(tuning, loaded)
     with whole_epilogue(tuning.skeleton, device, options.dtype) as to_logits:
         for sample in samples:
@@ -141,7 +141,7 @@ def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tupl
                 output_1TD = forward(tuning.activations.load("quant", loaded.index, [sample]))
             labels_1T = to_device(labels_NT[[sample]], device)
             loss = _loss(tuning, output_1TD.requires_grad_(True), sample, labels_1T, to_logits)
-            (gradients[sample],) = torch.autograd.grad(loss, output_1TD)
+            gradients += torch.autograd.grad(loss, output_1TD)
             total += loss.item()
     loss = sum_over_ranks(tuning.ranks, [total])[0] / labels_NT.shape[1]
     if not math.isfinite(loss):
@@ -159,8 +159,8 @@ def _loss(tuning: Tuning, output_1TD: Tensor, sample: int, labels_1T: Tensor, to
     return loss / options.batch_size
 
 
-def _back_through(tuning: Tuning, loaded: LoadedBlock, gradients: dict[int, Tensor], step: int) -> None:
-    """Take each sample's gradient from a block's output to its input, in place, and step the block's scales."""
+def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradients: list[Tensor], step: int) -> None:
+    """Take the samples' gradients from a block's output to its input, in place, and step the block's scales."""
     forward, tuner = _forward(tuning, loaded), tuning.tuners[loaded.index]
     weights = {name: loaded.module.get_submodule(name).weight for name in tuning.plan.linears[loaded.index]}
 
@@ -168,10 +168,10 @@ def _back_through(tuning: Tuning, loaded: LoadedBlock, gradients: dict[int, Tens
         return tuning.activations.load("quant", loaded.index, [sample])
 
     with _collecting(weights):
-        for sample, hidden_1TD in tuning.activations.ahead(load, list(gradients)):
+        for place, (_, hidden_1TD) in enumerate(tuning.activations.ahead(load, samples)):
             hidden_1TD = hidden_1TD.detach().requires_grad_(True)
-            forward(hidden_1TD).backward(gradients[sample])
-            gradients[sample] = hidden_1TD.grad
+            forward(hidden_1TD).backward(gradients[place])
+            gradients[place] = hidden_1TD.grad
         collected = tuner.gradients(weights)
     reduce_over_ranks(tuning.ranks, list(collected.values()))
     tuner.step(collected, step, tuning.options.steps)

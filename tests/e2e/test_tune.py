@@ -61,14 +61,16 @@ def linears_of(output: Path) -> dict:
     return {name: linear for path in paths for name, linear in read_block(path).items()}
 
 
-def tuned_naively(run: Path, model: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[float]]:
+def tuned_naively(
+    run: Path, model: Path, tokens_NT: torch.Tensor, steps: int = STEPS, batch: int = BATCH
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Scales by the whole model's own autograd, and each step's loss."""
     teacher, student = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in range(2))
     linears, losses = linears_of(run), []
     factors = {name: torch.zeros_like(linear.scale_OG, requires_grad=True) for name, linear in linears.items()}
     optimizer = torch.optim.Adagrad(factors.values())
-    for step in range(STEPS):
-        batch_NT = tokens_NT[[place % len(tokens_NT) for place in range(step * BATCH, (step + 1) * BATCH)]]
+    for step in range(steps):
+        batch_NT = tokens_NT[[place % len(tokens_NT) for place in range(step * batch, (step + 1) * batch)]]
         weights = {}
         for name, linear in linears.items():
             scale_OG1 = (linear.scale_OG * factors[name].exp())[..., None]
@@ -84,8 +86,8 @@ def tuned_naively(run: Path, model: Path, tokens_NT: torch.Tensor) -> tuple[dict
         total = (LABELS * nll_NT + (1 - LABELS) * kl_NT[:, :-1]).sum() + kl_NT[:, -1].sum()
         losses.append(total.item() / batch_NT.numel())
         optimizer.zero_grad()
-        (total / BATCH).backward()
-        cosine = (1 + torch.tensor(torch.pi * step / STEPS).cos().item()) / 2
+        (total / batch).backward()
+        cosine = (1 + torch.tensor(torch.pi * step / steps).cos().item()) / 2
         optimizer.param_groups[0]["lr"] = RATE * cosine * (step + 1) ** 0.5
         optimizer.step()
     return {name: linears[name].scale_OG * factor.detach().exp() for name, factor in factors.items()}, losses
@@ -133,6 +135,18 @@ def test_two_ranks_give_the_scales_of_one(run: Path, tuned: Path, llama: Path, t
     for name in theirs:
         torch.testing.assert_close(ours[name].scale_OG, theirs[name].scale_OG, rtol=1e-3, atol=0)
         assert torch.equal(ours[name].codes_OI, theirs[name].codes_OI)
+
+
+def test_a_sample_that_a_batch_holds_twice_counts_twice(
+    run: Path, llama: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As where batches do not divide among ranks, and one comes round to its samples sooner."""
+    monkeypatch.setattr(tuning, "step_samples", lambda *_: ((step, [5, 2, 5]) for step in range(2)))
+    run_tune(run, llama, tmp_path / "out", "--tune.steps", 2, "--tune.batch_size", 3)
+    tokens_NT = load_file(token_file)["tokens"]
+    expected, _ = tuned_naively(run, llama, tokens_NT[[5, 2, 5]], steps=2, batch=3)
+    for name, linear in linears_of(tmp_path / "out").items():
+        torch.testing.assert_close(linear.scale_OG, expected[name], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("placement", ["cpu", "disk"])
