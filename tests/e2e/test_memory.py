@@ -28,14 +28,16 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-def peak_bytes(model, output, num_samples, sequence_length):
+def peak_bytes(model, output, num_samples, sequence_length, *more):
     """Peak resident memory of one whole quantization run in a process of its own."""
+    return peak_of("quantize.py", "--model", model, "--output", output, "--calib.dataset", model / "tokens.safetensors",
+                   "--calib.samples", num_samples, "--calib.sequence_length", sequence_length, "--optimize.iterations",
+                   4, "--optimize.batch_size", 1, "--cache.placement", "disk", *more)  # fmt: skip
+
+
+def peak_of(program, *arguments):
     tiny.LAUNCH_TIMEOUT_SECONDS = 1800
-    finished = tiny.torchrun(1, [
-        LAUNCH / "quantize.py", "--model", model, "--output", output, "--calib.dataset", model / "tokens.safetensors",
-        "--calib.samples", num_samples, "--calib.sequence_length", sequence_length, "--optimize.iterations", 4,
-        "--optimize.batch_size", 1, "--cache.placement", "disk",
-    ])  # fmt: skip
+    finished = tiny.torchrun(1, [LAUNCH / program, *arguments])
     assert finished.returncode == 0, finished.stderr
     return last_json(finished.stdout)["peak_rss_bytes"]
 
@@ -44,6 +46,16 @@ def test_memory_does_not_grow_with_depth(checkpoint, tmp_path):
     peaks = {num: peak_bytes(checkpoint(num), tmp_path / str(num), 4, 256) for num in (4, 8, 32)}
     print({num: f"{peak / 2**20:.0f} MiB" for num, peak in peaks.items()})
     assert max(peaks.values()) < 1.03 * min(peaks.values())
+
+
+def test_memory_of_tuning_does_not_grow_with_depth(checkpoint, tmp_path):
+    peaks = {}
+    for num in (4, 32):
+        model, run = checkpoint(num), tmp_path / str(num)
+        peak_bytes(model, run, 4, 256, "--quant.method", "rtn")
+        peaks[num] = peak_of("tune.py", run, "--model", model, "--tune.steps", 2)
+    print({num: f"{peak / 2**20:.0f} MiB" for num, peak in peaks.items()})
+    assert max(peaks.values()) < 1.05 * min(peaks.values())
 
 
 def test_memory_does_not_grow_with_samples_on_disk(checkpoint, tmp_path):
