@@ -70,6 +70,16 @@ def read_grids(path: Path) -> dict[str, QuantSpec]:
     return {name: spec for name, (_, spec) in _described(path).items()}
 
 
+def read_scale_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    """Output channels and groups of each linear in a block file, from its header alone.
+
+    Raises:
+        CheckpointError: as `read_block`.
+    """
+    header = read_header(path)
+    return {name: header[f"{name}.scale"].shape for name in _described(path)}
+
+
 def read_activations(path: Path) -> dict[str, ActivationGrid]:
     """The grids of a block's activations, by full name, from its file's header alone.
 

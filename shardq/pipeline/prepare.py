@@ -97,10 +97,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
-        ledger.check_folder(output, config.resume)
-        held.enter_context(only_run(output, display.line))
-        remove_asides(output)
-        return tokens_NT, manifest, ledger.open_run(output, manifest, config.resume, redo), chosen
+        return tokens_NT, manifest, take_folder(output, manifest, config.resume, redo, held, display), chosen
 
     skeleton, plan, arguments, activations = together(ranks, open_and_plan)
     largest = largest_block(skeleton, plan, arguments, config.calib.sequence_length, config.optimize)
@@ -116,6 +113,20 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     )  # fmt: skip
     _say_what_will_be_done(run)
     return run
+
+
+def take_folder(
+    output: Path, manifest: dict, resume: str, redo: list[int] | None, held: ExitStack, display: Display
+) -> tuple[list[dict], dict | None]:
+    """Keep other runs out of a folder and find what it holds of the run, as `ledger.open_run` gives and raises it.
+
+    Args:
+        held: keeps them out until it is closed.
+    """
+    ledger.check_folder(output, resume)
+    held.enter_context(only_run(output, display.line))
+    remove_asides(output)
+    return ledger.open_run(output, manifest, resume, redo)
 
 
 def begin(run: Run) -> None:

@@ -127,23 +127,23 @@ def _forward(tuning: Tuning, loaded: LoadedBlock) -> Callable[[Tensor], Tensor]:
 def _forget(activations: Activations, generation: int) -> None:
     """Drop what enters a block, but for the embeddings' output, with which every step begins."""
     if generation:
-        activations.store.drop(generation, activations.samples)
+        activations.drop(generation)
 
 
 def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tuple[float, list[Tensor]]:
     """The batch's loss, and its gradient in each sample's [1, T, D] output of the last block."""
     options, device = tuning.options, tuning.activations.device
-    labels_NT, gradients, total = next_tokens(tuning.tokens_NT), [], 0.0
+    gradients, total = [], 0.0
     forward = _forward(tuning, loaded)
     with whole_epilogue(tuning.skeleton, device, options.dtype) as to_logits:
         for sample in samples:
             with torch.no_grad():
                 output_1TD = forward(tuning.activations.load("quant", loaded.index, [sample]))
-            labels_1T = to_device(labels_NT[[sample]], device)
+            labels_1T = to_device(next_tokens(tuning.tokens_NT[[sample]]), device)
             loss = _loss(tuning, output_1TD.requires_grad_(True), sample, labels_1T, to_logits)
             gradients += torch.autograd.grad(loss, output_1TD)
             total += loss.item()
-    loss = sum_over_ranks(tuning.ranks, [total])[0] / labels_NT.shape[1]
+    loss = sum_over_ranks(tuning.ranks, [total])[0] / tuning.tokens_NT.shape[1]
     if not math.isfinite(loss):
         error = QuantizationError("the loss of the predictions is not finite; lower tune.learning_rate")
         error.agreed = True  # every rank has added up the same numbers

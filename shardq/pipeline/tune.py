@@ -19,8 +19,8 @@ from shardq.checks import check_tune
 from shardq.config import QuantOptions, TuneConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import CheckpointError, ConfigError, ResumeError
-from shardq.files import remove, remove_asides, sha256_of
-from shardq.formats.shards import read_header
+from shardq.files import remove, sha256_of
+from shardq.formats.block_file import read_scale_shapes
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
 from shardq.model.hub import local_folder
@@ -33,10 +33,10 @@ from shardq.pipeline import ledger
 from shardq.pipeline.activations import written_grids
 from shardq.pipeline.export import stored_dtype, write_block_files, write_run_files
 from shardq.pipeline.folders import cache_folder, events_file
-from shardq.pipeline.lock import only_run
 from shardq.pipeline.manifest import model_of
 from shardq.pipeline.passes import Activations
 from shardq.pipeline.plan import Plan, block_file, make_plan
+from shardq.pipeline.prepare import take_folder
 from shardq.pipeline.scale_tuning import Tuning, embed_and_target, tune_step
 from shardq.pipeline.stop import stop_if_asked, stoppable
 
@@ -115,10 +115,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         most = f"at most the run's {len(tokens_NT)} samples"
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(run / ledger.LEDGER), "options": asdict(options)}}
-    ledger.check_folder(output, "auto")
-    held.enter_context(only_run(output, display.line))
-    remove_asides(output)
-    lines, _ = ledger.open_run(output, manifest, "auto")
+    lines, _ = take_folder(output, manifest, "auto", None, held, display)
     return Found(manifest, options, tokens_NT, lines)
 
 
@@ -154,8 +151,8 @@ def _tuners(run: Path, plan: Plan, options: TuneOptions) -> list[ScaleTuner]:
     """One for each block, at its start."""
     tuners = []
     for block_index, names in enumerate(plan.linears):
-        header = read_header(block_file(run, block_index)) if names else {}
-        shapes = {name: header[f"{plan.names[block_index]}.{name}.scale"].shape for name in names}
+        of_linears = read_scale_shapes(block_file(run, block_index))
+        shapes = {name: of_linears[f"{plan.names[block_index]}.{name}"] for name in names}
         tuners.append(ScaleTuner(shapes, options.learning_rate))
     return tuners
 

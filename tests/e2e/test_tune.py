@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def tuned(run: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     output = tmp_path_factory.mktemp("tuned") / "out"
     run_tune(run, llama, output)
     return output
+
+
+@contextmanager
+def stopping_after_a_save(output: Path) -> Iterator[None]:
+    """Have the tuning that runs in the body stop once its state is saved."""
+    save = tuning._save
+
+    def save_and_stop(path: Path, *state: object) -> None:
+        save(path, *state)
+        (output / STOP).touch()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tuning, "_save", save_and_stop)
+        yield
 
 
 def linears_of(output: Path) -> dict:
@@ -153,16 +168,12 @@ def test_a_sample_that_a_batch_holds_twice_counts_twice(
 def test_a_stopped_tuning_goes_on_from_the_last_saved_step(
     run: Path, tuned: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
 ):
-    output, save, options = tmp_path / "out", tuning._save, ("--cache.placement", placement)
-
-    def save_and_stop(path: Path, *state: object) -> None:
-        save(path, *state)
-        (output / STOP).touch()
-
-    monkeypatch.setattr(tuning, "_save", save_and_stop)
-    with pytest.raises(Stopped, match="stopped after step 4 of 6 as asked; the same command goes on"):
+    output, options = tmp_path / "out", ("--cache.placement", placement)
+    with (
+        stopping_after_a_save(output),
+        pytest.raises(Stopped, match="stopped after step 4 of 6 as asked; the same command goes on"),
+    ):
         run_tune(run, llama, output, *options)
-    monkeypatch.setattr(tuning, "_save", save)
     steps = []
     step = tuning.tune_step
     monkeypatch.setattr(tuning, "tune_step", lambda *given: steps.append(given[1]) or step(*given))
@@ -200,15 +211,9 @@ def test_a_finished_tuning_is_left_alone(run: Path, tuned: Path, llama: Path, tm
         run_tune(run, llama, tmp_path / "out", "--tune.steps", 7)
 
 
-def test_a_damaged_state_is_named(run: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    output, save = tmp_path / "out", tuning._save
-
-    def save_and_stop(path: Path, *state: object) -> None:
-        save(path, *state)
-        (output / STOP).touch()
-
-    monkeypatch.setattr(tuning, "_save", save_and_stop)
-    with pytest.raises(Stopped):
+def test_a_damaged_state_is_named(run: Path, llama: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    with stopping_after_a_save(output), pytest.raises(Stopped):
         run_tune(run, llama, output)
     content = bytearray((output / tuning.STATE).read_bytes())
     content[-1] ^= 1

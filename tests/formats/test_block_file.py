@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError
-from shardq.formats.block_file import read_activations, read_block, write_block
+from shardq.formats.block_file import read_activations, read_block, read_scale_shapes, write_block
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -51,6 +51,9 @@ def test_block_is_read_back_exactly(tmp_path, bits: int, symmetric: bool, group_
     write_block(tmp_path / "block.safetensors", linears)
     found = read_block(tmp_path / "block.safetensors")
     assert set(found) == set(linears)
+    assert read_scale_shapes(tmp_path / "block.safetensors") == {
+        name: tuple(linear.scale_OG.shape) for name, linear in linears.items()
+    }
     for name, linear in linears.items():
         assert_same_linear(found[name], linear)
 
