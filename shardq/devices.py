@@ -32,6 +32,14 @@ def pass_tokens(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 4096
 
 
+def values_at_once(device: torch.device) -> int:
+    """Values of a piece that many passes are made over before the next one comes.
+
+    So few that a CPU's cache holds them, and so many on a GPU that a pass is worth a kernel's launch.
+    """
+    return 1 << 18 if device.type == "cpu" else 1 << 24
+
+
 def training_attention(device: torch.device, sequence_length: int, dtype: torch.dtype) -> list[SDPBackend]:
     """Attention kernels to train a block with, the first that fits being taken.
 

@@ -54,7 +54,7 @@ class TestEager:
 class TestCompiler:
     def test_compiled_function_gives_what_the_plain_one_gives(self):
         said = []
-        compiled = compiler(said.append)(scaled, False)
+        compiled = compiler(CPU, said.append)(scaled, False)
         values = torch.randn(7, 5, requires_grad=True)
         torch.testing.assert_close(compiled(values, 3.0), scaled(values, 3.0))
         [gradient] = torch.autograd.grad(compiled(values, 3.0).sum(), values)
@@ -62,16 +62,22 @@ class TestCompiler:
         assert said == [] and graphs() == 1
 
     def test_varying_sizes_are_compiled_once(self):
-        compiled = compiler(lambda text: None)(scaled, True)
+        compiled = compiler(CPU, lambda text: None)(scaled, True)
         for size in (5, 6, 7, 8, 9):
             values = torch.randn(size, 3)
             torch.testing.assert_close(compiled(values, 2.0), scaled(values, 2.0))
         assert graphs() == 1
 
+    def test_on_a_gpu_each_size_has_code_of_its_own(self):
+        compiled = compiler(torch.device("cuda"), lambda text: None)(scaled, True)
+        for size in (5, 6, 7, 5):
+            compiled(torch.randn(size, 3), 2.0)  # the device is only what sizes are treated by
+        assert graphs() == 3
+
     @pytest.mark.parametrize("function", [reads_a_value, prints], ids=lambda function: function.__name__)
     def test_function_that_cannot_be_compiled_whole_runs_as_it_is_and_says_so_once(self, function):
         said = []
-        compiled = compiler(said.append)(function, False)
+        compiled = compiler(CPU, said.append)(function, False)
         for values in (torch.ones(3), -torch.ones(3), torch.ones(4)):
             assert torch.equal(compiled(values, 2.0), function(values, 2.0))
         assert len(said) == 1 and "\n" not in said[0]
@@ -79,7 +85,7 @@ class TestCompiler:
 
     def test_one_function_that_cannot_be_compiled_does_not_stop_another(self):
         said = []
-        compile_it = compiler(said.append)
+        compile_it = compiler(CPU, said.append)
         broken, fine = compile_it(prints, False), compile_it(scaled, False)
         broken(torch.ones(3), 2.0)
         fine(torch.ones(3), 2.0)
@@ -88,7 +94,7 @@ class TestCompiler:
     def test_error_of_the_function_itself_is_raised(self):
         said = []
         with pytest.raises(RuntimeError):
-            compiler(said.append)(torch.mm, False)(torch.ones(2, 3), torch.ones(2, 3))
+            compiler(CPU, said.append)(torch.mm, False)(torch.ones(2, 3), torch.ones(2, 3))
 
 
 class TestWhyNot:

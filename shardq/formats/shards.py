@@ -200,7 +200,8 @@ def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
 
 def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None) -> None:
     """Raise if a value is not finite; `rows` says which rows of the stored tensor these are, if not all."""
-    if not torch.isfinite(tensor).all():
+    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
+    if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         value = tensor[tuple(where)].item()
         where = where if rows is None else [rows[where[0]], *where[1:]]

@@ -130,6 +130,8 @@ class LocalStepper:
 def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
     """One of `OptimizeOptions.optimizer` over parameters in groups, fused."""
     optimizer = OPTIMIZERS[kind](groups, fused=True)
+    if kind == "rms":
+        optimizer._need_device_dtype_check_for_fused = False  # before torch 2.12 it denies GPUs theirs
     if kind == "sign":
         optimizer.register_step_pre_hook(_take_signs)
     return optimizer

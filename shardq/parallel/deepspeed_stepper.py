@@ -26,7 +26,7 @@ from shardq.optimize.stepper import (
     take_over,
 )
 from shardq.parallel.options import ParallelOptions
-from shardq.parallel.ranks import Ranks
+from shardq.parallel.ranks import Ranks, backend_for
 
 # Elements that are reduced or gathered at once: DeepSpeed's own 500 million would take more than most blocks.
 BUCKET_SIZE = 1 << 25
@@ -61,16 +61,15 @@ class DeepSpeedStepper:
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
             model=module, optimizer=stand_in, config=settings, dist_init_required=False
         )
-        # Made here, over the shards: DeepSpeed would put all of Adagrad's into one group, with one learning rate.
-        groups = [{name: group[name] for name in ("params", "start_lr")} for group in stand_in.param_groups]
-        self._optimizer.optimizer = make_optimizer(options.optimizer, groups)
         self._shards_parameters = parallel.zero_stage == 3
+        self._optimizer.optimizer = self._over_shards(options.optimizer, stand_in.param_groups)
         if not parallel.offload:
             self._step_in_place()
         if parallel.collects_in_place:
             self._collect_in_place()
         self._done, self._iterations, self._rate = 0, 0, 1.0
-        self._not_finite = skipped_where(self._optimizer.optimizer, ranks.device)
+        # Where the shards are: with offload that is the CPU, whatever the rank's device.
+        self._not_finite = skipped_where(self._optimizer.optimizer, self._shards()[0].device)
 
     def start(self, iterations: int, rate: float = 1.0) -> None:
         """Take the parameters' start into the shards, zero the moments, go to the start of the schedule."""
@@ -133,6 +132,18 @@ class DeepSpeedStepper:
         if self._shards_parameters:
             return self._optimizer.fp32_partitioned_groups_flat
         return self._optimizer.single_partition_of_fp32_groups
+
+    def _over_shards(self, kind: str, groups: list[dict]) -> torch.optim.Optimizer:
+        """Made here: DeepSpeed would put all of Adagrad's shards into one group, with one learning rate."""
+        groups = [{"params": [], "start_lr": group["start_lr"]} for group in groups]
+        owners = self._optimizer.sub_group_to_group_id if self._shards_parameters else range(len(groups))
+        for number, shard in enumerate(self._shards()):
+            groups[owners[number]]["params"].append(shard)
+        optimizer = make_optimizer(kind, groups)
+        if self._shards_parameters:  # DeepSpeed puts one shard at a time into its group, and steps that
+            for group in optimizer.param_groups:
+                group["params"] = []
+        return optimizer
 
     def _step_in_place(self) -> None:
         """Have DeepSpeed step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
@@ -214,5 +225,5 @@ def _imported(ranks: Ranks) -> ModuleType:
     deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher even here
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend_for(ranks.device), store=dist.HashStore(), rank=0, world_size=1)
     return deepspeed

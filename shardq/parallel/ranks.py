@@ -69,11 +69,9 @@ def started(device: str) -> Iterator[Ranks]:
         ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
         if ranks.device.type == "cpu":  # on a GPU a step that waits for other ranks looks like one that computes
             ranks = replace(ranks, pace=pace)
-        # CPU tensors and Python objects travel over gloo also where GPUs have NCCL.
-        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         with contact("meeting it"):
             dist.init_process_group(
-                backend,
+                backend_for(ranks.device),
                 store=dist.PrefixStore("group", store),
                 rank=rank,
                 world_size=world_size,
@@ -83,6 +81,11 @@ def started(device: str) -> Iterator[Ranks]:
         yield ranks
         # Not in a `finally`: after an error the other ranks may be gone, and leaving in order could wait for them.
         dist.destroy_process_group()
+
+
+def backend_for(device: torch.device) -> str:
+    """Torch's backends on a device: CPU tensors and Python objects travel over gloo also where GPUs have NCCL."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager

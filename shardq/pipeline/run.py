@@ -107,7 +107,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     job = BlockJob(
         run.skeleton, config.seed, config.quant.method, spec, config.optimize, config.parallel, run.tokens_NT,
         rounding_to(dtype), config.activations, activations, ranks, events, run.display,
-        compiler(run.display.line) if config.optimize.compile == "on" else eager,
+        compiler(ranks.device, run.display.line) if config.optimize.compile == "on" else eager,
         Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
     )  # fmt: skip
     on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shardq.devices import values_at_once
 from shardq.quant import adascale, affine
 from shardq.quant.spec import QuantSpec
 
@@ -20,7 +21,6 @@ ASYMMETRIC = (
     (BOTH, 0.05, range(-15, 0)), (LOW, 0.05, range(-15, 16)), (HIGH, 0.05, range(-15, 16)), (LOW, 0.01, range(-4, 5)),
     (HIGH, 0.01, range(-4, 5)),
 )  # fmt: skip
-CHUNK = 1 << 18  # values at once, so that the many passes over them stay in a CPU's cache
 
 
 def searched_range(
@@ -39,7 +39,7 @@ def searched_range(
     spec = replace(spec, decompressed_bits=None)
     num_groups, group = importance_Gg.shape
     importance_Gg = torch.where(importance_Gg.any(), importance_Gg, 1.0)
-    outputs = max(1, CHUNK // (num_groups * group))
+    outputs = max(1, values_at_once(rows_Rg.device) // (num_groups * group))
     ends = [
         _searched_chunk(rows_Rg[start : start + outputs * num_groups].float(), importance_Gg, low_R1, high_R1, spec)
         for start, low_R1, high_R1 in zip(

@@ -29,12 +29,12 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return -(1 << (self.bits - 1))
+        return -(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return (1 << (self.bits - 1)) - 1
+        return 2 ** (self.bits - 1) - 1
 
     @property
     def num_steps(self) -> int:

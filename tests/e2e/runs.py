@@ -33,15 +33,15 @@ def quantize_arguments(model: Path, tokens: Path, output: Path, *more: object) -
     return [str(argument) for argument in (*fixed, *more)]
 
 
-def run_quantize(model: Path, tokens: Path, output: Path, *more: object) -> dict:
+def run_quantize(model: Path, tokens: Path, output: Path, *more: object, ranks: Ranks = ONE_RANK) -> dict:
     """Quantize on one rank; give the summary."""
-    return quantize(parse("quantize", quantize_arguments(model, tokens, output, *more)), ONE_RANK)
+    return quantize(parse("quantize", quantize_arguments(model, tokens, output, *more)), ranks)
 
 
-def run_evaluate(model: Path, tokens: Path, *more: object) -> dict:
+def run_evaluate(model: Path, tokens: Path, *more: object, ranks: Ranks = ONE_RANK) -> dict:
     """Evaluate on one rank; give the summary."""
     fixed = ["--model", model, "--eval.dataset", tokens, "--eval.sequence_length", 64]
-    return evaluate(parse("evaluate", [str(argument) for argument in (*fixed, *more)]), ONE_RANK)
+    return evaluate(parse("evaluate", [str(argument) for argument in (*fixed, *more)]), ranks)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:

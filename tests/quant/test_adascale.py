@@ -86,7 +86,7 @@ def test_compiled_kernels_give_aimets_output_and_gradients():
     if reason := why_not(torch.device("cpu")):
         pytest.skip(reason)
     refused: list[str] = []
-    compiled = compiler(refused.append)
+    compiled = compiler(torch.device("cpu"), refused.append)
     kernels = Kernels(*(compiled(kernel, True) for kernel in PLAIN))
     for name in ("w4_channel", "w4_group16"):
         tensors, spec = load_file(GOLDEN / f"{name}.safetensors"), GOLDEN_SPECS[name]

@@ -99,6 +99,6 @@ def test_chunks_do_not_change_what_is_found(monkeypatch):
     rows = affine.to_rows(weight, spec)
     start, importance = affine.start_range(rows, spec), importance.view(4, 8)
     whole = searched_range(rows, importance, *start, spec)
-    monkeypatch.setattr("shardq.quant.search.CHUNK", 64)  # two output channels
+    monkeypatch.setattr("shardq.quant.search.values_at_once", lambda device: 64)  # two output channels
     parts = searched_range(rows, importance, *start, spec)
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])

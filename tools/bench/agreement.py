@@ -23,8 +23,9 @@ POSITIONS = 64  # whose logits are in memory at once: small enough for the alloc
 
 
 def load_model(folder: Path) -> nn.Module:
-    """A checkpoint as transformers loads it, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """A checkpoint as transformers loads it, in float32, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     if getattr(model.config, "final_logit_softcapping", None):
         raise SystemExit(f"agreement: {folder}: caps its logits behind the head, which is not supported here")
     return model
@@ -39,8 +40,8 @@ def load_ids(path: Path, column: str, samples: int | None) -> Tensor:
 @torch.inference_mode()
 def agreement(model: nn.Module, reference: nn.Module, ids_NT: Tensor) -> dict:
     """The figures of the module's docstring, each sequence by itself."""
-    total = torch.zeros(4, dtype=torch.float64)
-    for ids_T in ids_NT:
+    total = torch.zeros(4, dtype=torch.float64, device=model.device)
+    for ids_T in ids_NT.to(model.device):
         hidden = [m.base_model(ids_T[None]).last_hidden_state[0, :-1].split(POSITIONS) for m in (reference, model)]
         for reference_PD, model_PD, targets_P in zip(*hidden, ids_T[1:].split(POSITIONS), strict=True):
             log_p = reference.get_output_embeddings()(reference_PD).log_softmax(-1)

@@ -150,7 +150,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     nothing = start_new_peak()
     block, source, kwargs = make_block(shape, tokens, CPU)
     ahead = [] if arguments.alone else [tensor.clone() for tensor in source.values()]  # the next block
-    compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(lambda text: None)
+    compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(CPU, lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
     share = share_for(parallel, ranks, next(iter(source.values())).dtype)
     quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype, share)

@@ -33,10 +33,10 @@ from shardq.quant.spec import QuantSpec
 
 SHAPES = {"smollm2": "576x1536x9x3", "llama3-8b": "4096x14336x32x8", "llama3-70b": "8192x28672x64x8"}
 PROFILED_STEPS = 10
-PROFILE_KINDS = {  # pattern of an operation's name -> what it is called in the profile
-    r"^aten::(mm|addmm)$": "matrix multiplies of linears",
-    r"^aten::(bmm|baddbmm|_scaled_dot_product.*)$": "matrix multiplies of attention",
-    r"CompiledFxGraph": "fused kernels",
+PROFILE_KINDS = {  # pattern of an operation's or a GPU kernel's name -> what it is called in the profile
+    r"^aten::(mm|addmm)$|nvjet|gemm|cutlass": "matrix multiplies of linears",
+    r"^aten::(bmm|baddbmm|_scaled_dot_product.*)$|flash|fmha": "matrix multiplies of attention",
+    r"CompiledFxGraph|^triton": "fused kernels",
     r"[Aa]dam|[Aa]dagrad": "optimizer",
 }
 SQUARE = 4096  # size of the matrices whose product counts as the peak, beside the block's own shapes
@@ -151,14 +151,17 @@ def saved_bytes(quantizer: BlockQuantizer, shape: Shape) -> dict[str, float]:
     }
 
 
-def profile_shares(work: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Where the CPU's time goes, in milliseconds a step, by kind of operation."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+def profile_shares(work: Callable[[], None], device: torch.device) -> dict[str, dict[str, float]]:
+    """Where the device's time goes, in milliseconds a step, by kind of operation."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
         work()
     kinds = dict.fromkeys(PROFILE_KINDS.values(), 0.0) | {"other": 0.0}
     for event in profiler.key_averages():
         kind = next((kind for pattern, kind in PROFILE_KINDS.items() if re.search(pattern, event.key)), "other")
-        kinds[kind] += event.self_cpu_time_total / 1e3 / PROFILED_STEPS
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kinds[kind] += microseconds / 1e3 / PROFILED_STEPS
     return {"profile_ms": {kind: round(milliseconds, 2) for kind, milliseconds in kinds.items()}}
 
 
@@ -171,7 +174,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
         world_size=1,
         has_bf16=multiplies_bf16(device),
     )
-    compiled = eager if arguments.compile == "off" or why_not(device) else compiler(print)
+    compiled = eager if arguments.compile == "off" or why_not(device) else compiler(device, print)
     block, source, kwargs = make_block(shape, tokens, device)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
     spec = QuantSpec(bits=arguments.bits, group_size=None if arguments.group_size == -1 else arguments.group_size)
@@ -203,7 +206,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     times.clear()
     train(arguments.iterations)
     measured = list(times)
-    shares = profile_shares(lambda: train(PROFILED_STEPS)) if arguments.profile else {}
+    shares = profile_shares(lambda: train(PROFILED_STEPS), device) if arguments.profile else {}
     steps = sorted(after - before for before, after in zip(measured, measured[1:], strict=False))
     median = steps[len(steps) // 2]
     flop = arguments.batch_size * shape.step_flop(tokens)

@@ -57,7 +57,7 @@ def make_tuner(options: argparse.Namespace) -> AutoRound:
         batch_size=1,
         gradient_accumulate_steps=1,
         dataset=dataset,
-        device_map="cpu",
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
         **({} if options.dtype == "default" else {"amp": False}),
     )
 
