@@ -1,5 +1,6 @@
 """The checks of a command's options that need more than one of them, or none of the model."""
 
+import importlib.util
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
@@ -30,6 +31,7 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
              "at least 1, and 1 but for --target vllm")  # fmt: skip
     optimize = config.optimize
     _check_parallel(config.parallel, world_size)
+    _check_optimizer(optimize.optimizer, config.parallel)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
     _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
@@ -67,6 +69,17 @@ def _check_parallel(parallel: ParallelOptions, world_size: int) -> None:
              f"left out without {zero}")  # fmt: skip
     if parallel.zero_stage:
         deepspeed_settings(parallel)  # a file that cannot be used is refused before any work
+
+
+def _check_optimizer(optimizer: str, parallel: ParallelOptions) -> None:
+    if optimizer != "adam8":
+        return
+    _require(not parallel.zero_stage, "optimize.optimizer", optimizer, f"adam, rms or sign with {parallel.engine}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "optimize.optimizer: adam8 needs the package bitsandbytes; "
+            "pip install 'shardq[bitsandbytes]', or choose rms"
+        )
 
 
 def check_tune(config: TuneConfig) -> None:

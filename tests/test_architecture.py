@@ -26,6 +26,7 @@ HOMES = {  # third-party package -> the only places that may know it
     "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "pipeline/onnx_export.py"),
     "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "pipeline/gguf_export.py"),
     "deepspeed": ("parallel/deepspeed_stepper.py",),
+    "bitsandbytes": ("optimize/adam8.py",),
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),
     "torch._inductor": ("compiling.py",),

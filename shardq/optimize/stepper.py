@@ -74,7 +74,7 @@ class LocalStepper:
 
     def start(self, iterations: int, rate: float = 1.0) -> None:
         """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
-        if self._optimizer is None:
+        if self._optimizer is None or self._options.optimizer == "adam8":  # of whose state not all is 0 at the start
             self._make()
         for state in self._optimizer.state.values():
             for value in state.values():
@@ -129,6 +129,10 @@ class LocalStepper:
 
 def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
     """One of `OptimizeOptions.optimizer` over parameters in groups, fused."""
+    if kind == "adam8":
+        from shardq.optimize.adam8 import Adam8  # its package is an extra
+
+        return Adam8(groups)
     optimizer = OPTIMIZERS[kind](groups, fused=True)
     if kind == "rms":
         optimizer._need_device_dtype_check_for_fused = False  # before torch 2.12 it denies GPUs theirs
@@ -161,10 +165,11 @@ def skipped_where(optimizer: torch.optim.Optimizer, device: torch.device) -> Ten
 
 
 def held(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Some of an optimizer's parameters, and what it keeps for each, with names."""
+    """Some of an optimizer's parameters, and what it keeps for each, with names; plain numbers as tensors of int64."""
     for number, parameter in enumerate(parameters):
         yield f"{number}.value", parameter.detach()
-        yield from ((f"{number}.{name}", value) for name, value in optimizer.state.get(parameter, {}).items())
+        for name, value in optimizer.state.get(parameter, {}).items():
+            yield f"{number}.{name}", value if isinstance(value, Tensor) else torch.tensor(value)
 
 
 @torch.no_grad()
@@ -178,7 +183,7 @@ def take_over(optimizer: torch.optim.Optimizer, parameters: list[Tensor], state:
             if name in kept:
                 kept[name].copy_(value)
             else:
-                kept[name] = value.to(parameter.device)
+                kept[name] = value.item() if value.dtype == torch.int64 else value.to(parameter.device)
 
 
 def cosine_factor(done: int, iterations: int) -> float:

@@ -23,7 +23,7 @@ from shardq.pipeline.plan import Plan
 # A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
 # quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
 # gradient, in float32.
-MOMENTS = {"adam": 2, "rms": 1, "sign": 0}
+MOMENTS = {"adam": 2, "adam8": 0.51, "rms": 1, "sign": 0}  # in float32 numbers a weight
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def state_bytes(
         """What a rank has of something that `rows` and ZeRO from some stage on shard."""
         return num_bytes // world_size if rows or stage >= sharded_from else num_bytes
 
-    moments = 0 if parallel.offload else held(4 * MOMENTS[options.optimizer] * num_weights, 1)
+    moments = 0 if parallel.offload else held(int(4 * MOMENTS[options.optimizer] * num_weights), 1)
     state = moments + held(4 * num_weights, 3) + held(size.source, 3)
     if stage == 3:
         state += held(4 * num_weights, 3)  # DeepSpeed keeps a place for the gradient of its shard of s2
