@@ -67,7 +67,6 @@ def gpu_run(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFact
         ["--quant.method", "rtn"],
         ["--optimize.held_out", 2],
         ["--cache.placement", "cpu"],
-        ["--optimize.compile", "on"],
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
