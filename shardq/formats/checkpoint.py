@@ -37,7 +37,7 @@ def group_by_size(infos: Iterable[TensorInfo], limit_bytes: int) -> list[list[Te
 
 def plain_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """A quantized linear's weight as any program loads it: the grid points that its codes stand for, in `dtype`."""
-    return {f"{name}.weight": linear.dequantized().to(dtype)}
+    return {f"{name}.weight": linear.dequantized(dtype)}
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:

@@ -74,9 +74,8 @@ def size_of(version: Version, num_scales: int) -> str:
 
 def item_of(version: Version, name: str, linear: QuantizedLinear) -> dict:
     """What a file of a version holds of one weight: `{name: [...]}` in 0.6.1, else an object that has its `name`."""
-    positive = linear.with_positive_scales()
-    spec, scale_OG = positive.spec, positive.scale_OG.float()
-    offset_OG = (spec.qmin - positive.zero_point_OG).to(torch.int64)
+    scale_OG, zero_point_OG, spec = linear.positive_grid
+    scale_OG, offset_OG = scale_OG.float(), (spec.qmin - zero_point_OG).to(torch.int64)
     if version == "0.6.1":
         return {name: _objects(scale_OG, offset_OG, spec)}
     block_size = {"block_size": spec.group_size} if spec.group_size else {}

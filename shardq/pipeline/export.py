@@ -82,7 +82,7 @@ def write_block_files(
     for name, info in skeleton.block_tensors(block_index).items():
         linear = linears.get(name.removesuffix(".weight"))
         is_codes = linear is not None and name.endswith(".weight")
-        weights[info.name] = linear.dequantized().to(dtype) if is_codes else read_tensor(info)
+        weights[info.name] = linear.dequantized(dtype) if is_codes else read_tensor(info)
     write_tensors(weights_file, weights, {"format": "pt"})
     return [codes_file, *encodings_files.values(), weights_file]
 

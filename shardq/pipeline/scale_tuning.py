@@ -72,7 +72,7 @@ class Tuning:
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
                 on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
-                source[f"{name}.weight"] = on_device.dequantized().to(dtype)
+                source[f"{name}.weight"] = on_device.dequantized(dtype)
             return source
 
         return stream_blocks(self.skeleton, indices, device, partial(self.events.waiting, "input"), read=read)

@@ -142,7 +142,7 @@ def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLi
     if not linear.has_valid_scales:
         faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")
     weight_OI = read_tensor(info)
-    is_off_OI = weight_OI != linear.dequantized().to(weight_OI.dtype)
+    is_off_OI = weight_OI != linear.dequantized(weight_OI.dtype)
     if is_off_OI.any():
         where = torch.nonzero(is_off_OI)[0].tolist()
         faults["weights"].append(f"{info.file}: {info.name} is off its grid at {where}")

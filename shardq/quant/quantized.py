@@ -47,10 +47,13 @@ class QuantizedLinear:
             zero_point_OG=self.zero_point_OG[outputs],
         )
 
-    def dequantized(self) -> Tensor:
-        """The weight [O, I] that the codes stand for, float32."""
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I] that the codes stand for, computed in float32 and rounded to `dtype` at the end."""
         rows_Rg = affine.to_rows(self.codes_OI, self.spec)
-        values_Rg = affine.dequantize(rows_Rg, self.scale_OG.reshape(-1, 1), self.zero_point_OG.reshape(-1, 1))
+        scale_R1, zero_point_R1 = self.scale_OG.reshape(-1, 1), self.zero_point_OG.reshape(-1, 1)
+        values_Rg = torch.empty_like(rows_Rg, dtype=dtype)
+        for some in affine.row_chunks(rows_Rg):
+            values_Rg[some] = affine.dequantize(rows_Rg[some], scale_R1[some], zero_point_R1[some])
         return values_Rg.reshape(self.codes_OI.shape)
 
     def rescaled(self, log_factor_OG: Tensor) -> "QuantizedLinear":
@@ -66,10 +69,14 @@ class QuantizedLinear:
         """
         if not self.spec.full_range:
             return self
-        is_negative_OG = self.scale_OG < 0
         rows_Rg = affine.to_rows(self.codes_OI, self.spec)
-        codes_Rg = torch.where(is_negative_OG.reshape(-1, 1), -1 - rows_Rg, rows_Rg)
+        codes_Rg = torch.where(self.scale_OG.reshape(-1, 1) < 0, -1 - rows_Rg, rows_Rg)
+        return QuantizedLinear(codes_Rg.reshape(self.codes_OI.shape), *self.positive_grid)
+
+    @property
+    def positive_grid(self) -> tuple[Tensor, Tensor, QuantSpec]:
+        """Scales, zero points and grid of `with_positive_scales`, without its codes."""
+        if not self.spec.full_range:
+            return self.scale_OG, self.zero_point_OG, self.spec
         spec = replace(self.spec, symmetric=False, full_range=False)
-        return QuantizedLinear(
-            codes_Rg.reshape(self.codes_OI.shape), self.scale_OG.abs(), -is_negative_OG.float(), spec
-        )
+        return self.scale_OG.abs(), -(self.scale_OG < 0).float(), spec

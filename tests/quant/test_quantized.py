@@ -33,6 +33,16 @@ def test_grids_with_positive_scales_are_left_as_they_are(symmetric: bool):
     assert linear.with_positive_scales() is linear
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_in_pieces_is_the_whole_one_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shardq.quant.affine.CHUNK", 24)  # three groups: the last piece is shorter
+    spec = QuantSpec(bits=4, symmetric=False, group_size=8)
+    codes, scale = torch.randint(-8, 8, (5, 32), dtype=torch.int8), torch.rand(5, 4)
+    zero_point = torch.randint(-8, 8, (5, 4)).float()
+    whole = ((codes.view(5, 4, 8).float() - zero_point[..., None]) * scale[..., None]).view(5, 32)
+    assert torch.equal(QuantizedLinear(codes, scale, zero_point, spec).dequantized(dtype), whole.to(dtype))
+
+
 def rescaled_by_one_percent(spec: QuantSpec) -> tuple[QuantizedLinear, QuantizedLinear]:
     generator = torch.Generator().manual_seed(6)
     codes_OI = torch.randint(-8, 8, (4, 32), generator=generator, dtype=torch.int8)
