@@ -62,7 +62,7 @@ def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError
 
-    # For the whole process: torch.compile takes it by itself only from torch 2.12 on.
+    # For the whole process: torch.compile of torch 2.11 takes no such argument.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
     def compiled(function: Function, varying: bool) -> Function:

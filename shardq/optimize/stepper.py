@@ -135,7 +135,7 @@ def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
         return Adam8(groups)
     optimizer = OPTIMIZERS[kind](groups, fused=True)
     if kind == "rms":
-        optimizer._need_device_dtype_check_for_fused = False  # before torch 2.12 it denies GPUs theirs
+        optimizer._need_device_dtype_check_for_fused = False  # torch 2.11 denies GPUs theirs
     if kind == "sign":
         optimizer.register_step_pre_hook(_take_signs)
     return optimizer

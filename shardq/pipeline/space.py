@@ -67,7 +67,7 @@ def needed(run: Run) -> list[Need]:
         if run.config.checkpoint.every_iterations:
             # The newest of s2 and its moments stands beside its predecessor.
             num_tensors = 1 + MOMENTS[run.config.optimize.optimizer]
-            needs.append(Need("checkpoints", run.output, 2 * num_tensors * 4 * run.largest.size.num_weights))
+            needs.append(Need("checkpoints", run.output, int(2 * num_tensors * 4 * run.largest.size.num_weights)))
     if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
         there, num_redos = 0, len(ledger.redo_lines(run.lines)) - run.begins_redo
         if (run.output / ledger.MANIFEST).exists():

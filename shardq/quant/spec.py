@@ -29,6 +29,7 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Smallest code."""
+        # A power, not a shift: compiled code takes `bits` as a symbol, which torch 2.11 cannot shift by.
         return -(2 ** (self.bits - 1))
 
     @property
