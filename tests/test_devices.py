@@ -13,6 +13,7 @@ from shardq.devices import (
     to_device,
     to_host,
     training_attention,
+    values_at_once,
 )
 from shardq.errors import MemoryShortageError
 
@@ -57,6 +58,11 @@ def test_plain_attention_is_for_short_float32_sequences_on_a_cpu_alone():
     for kernels in [training_attention(*other) for other in others]:
         assert kernels[0] == SDPBackend.FLASH_ATTENTION
         assert kernels[-1] == SDPBackend.MATH, "nothing is left for what no fused kernel takes"
+
+
+def test_pieces_fit_a_cpus_cache_and_are_large_on_a_gpu():
+    assert 4 * values_at_once(CPU) <= 1 << 20
+    assert 4 * values_at_once(GPU) >= 32 << 20
 
 
 def test_on_a_cpu_nothing_moves():
