@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from shardq.cache.options import CacheOptions
@@ -62,8 +63,9 @@ class MemoryStore:
 class DiskStore:
     """Activations on disk: one safetensors file a sample, stream and generation, each written whole."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, pinned: bool = False):
+        """Keep files in a folder, and read them into pinned memory or not."""
+        self._folder, self._pinned = folder, pinned
 
     def _path(self, stream: Stream, generation: int, sample: int) -> Path:
         name = f"{_kept_stream(stream, generation)}-{sample:06d}.safetensors"
@@ -81,7 +83,7 @@ class DiskStore:
         """
         path = self._path(stream, generation, sample)
         try:
-            return read_checked(path)[0][HIDDEN]
+            return read_checked(path, self._pinned)[0][HIDDEN]
         except (ShardQError, KeyError) as error:
             remove(path)
             raise StorageError(
@@ -104,9 +106,13 @@ class DiskStore:
                 remove(self._path(stream, generation, sample))
 
 
-def open_store(options: CacheOptions, folder: Path) -> ActivationStore:
-    """The store that the options ask for; `folder` holds its files if it is on disk."""
-    return MemoryStore() if options.placement == "cpu" else DiskStore(folder)
+def open_store(options: CacheOptions, folder: Path, device: torch.device) -> ActivationStore:
+    """The store that the options ask for; `folder` holds its files if it is on disk.
+
+    Args:
+        device: where activations go: a GPU's are read into pinned memory, which it takes them from without a copy.
+    """
+    return MemoryStore() if options.placement == "cpu" else DiskStore(folder, device.type == "cuda")
 
 
 def _kept_stream(stream: Stream, generation: int) -> Stream:

@@ -141,8 +141,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor into CPU memory in its stored dtype.
+def read_tensor(info: TensorInfo, pinned: bool = False) -> Tensor:
+    """Read one tensor into CPU memory, pinned for a GPU to take it from or not, in its stored dtype.
 
     Plain reads, no memory map: pages of a map would count as resident memory and stall on network file systems.
 
@@ -151,7 +151,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """
     if info.dtype not in DTYPES:
         raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
-    raw = torch.empty(info.num_bytes, dtype=torch.uint8)
+    raw = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
     with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
         _read_into(raw, file, info, 0)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
@@ -168,13 +168,13 @@ def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> Non
         done += count
 
 
-def read_weight(info: TensorInfo) -> Tensor:
+def read_weight(info: TensorInfo, pinned: bool = False) -> Tensor:
     """Read one floating-point tensor and check that every value is finite.
 
     Raises:
         CheckpointError: a NaN or an infinity is found.
     """
-    tensor = read_tensor(info)
+    tensor = read_tensor(info, pinned)
     _check_finite(info, tensor)
     return tensor
 

@@ -56,7 +56,7 @@ def stream_blocks(
 
     def read_all(block_index: int) -> dict[str, Tensor]:
         infos = skeleton.block_tensors(block_index)
-        return {name: to_device(read_weight(info), device) for name, info in infos.items()}
+        return {name: to_device(read_weight(info, device.type == "cuda"), device) for name, info in infos.items()}
 
     for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
         block = skeleton.blocks[block_index]

@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
     scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
-    store = open_store(config.cache, scratch)
+    store = open_store(config.cache, scratch, ranks.device)
     activations = Activations(store, samples, tokens_NT.shape[1], ranks.device, pace=ranks.pace)
     grids = together(ranks, lambda: _activation_grids(skeleton, config))
     together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, tokens_NT, activations, display))

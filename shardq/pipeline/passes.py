@@ -37,8 +37,8 @@ class Activations:
 
     def load(self, stream: Stream, generation: int, samples: list[int]) -> Tensor:
         """Hidden states [N, T, D] of some samples, on the device."""
-        hidden_NTD = torch.stack([self.store.read(stream, generation, sample) for sample in samples])
-        return to_device(hidden_NTD, self.device)
+        read = (self.store.read(stream, generation, sample) for sample in samples)
+        return torch.stack([to_device(hidden_TD, self.device) for hidden_TD in read])
 
     def ahead(self, load: Callable, keys: Iterable) -> Iterator:
         """`(key, load(key))` in order, each loaded while the one before is in use: what is done with one is a step."""

@@ -99,7 +99,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     """Quantize the blocks that are left and complete the output; give the ledger's lines."""
     config, ranks, plan = run.config, run.ranks, run.plan
     cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
-    store = open_store(config.cache, cache)
+    store = open_store(config.cache, cache, ranks.device)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting, ranks.pace)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)

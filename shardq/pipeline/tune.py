@@ -132,8 +132,8 @@ def _finish(
     cache = cache_folder(config, config.folder)
     shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
     barrier(ranks)
-    activations = Activations(open_store(config.cache, cache), samples, found.tokens_NT.shape[1], ranks.device,
-                              events.waiting, ranks.pace)  # fmt: skip
+    store, length = open_store(config.cache, cache, ranks.device), found.tokens_NT.shape[1]
+    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
     steps_left, arguments = done < found.options.steps, []
     if steps_left:
         with events.span("prepare activations"):

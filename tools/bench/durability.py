@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +24,11 @@ from peers_truncate import truncate  # noqa: E402
 from run import read_spans  # noqa: E402
 
 from shardq.cli import keep_between_runs, parse, return_freed_tensors  # noqa: E402  the checkout comes first
+from shardq.formats import tensor_file  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
 from shardq.pipeline.run import quantize  # noqa: E402
 
-COSTS = {"sync": (os, "fsync"), "digest": (hashlib, "file_digest"), "checksum": (zlib, "crc32")}
+COSTS = {"sync": (os, "fsync"), "digest": (hashlib, "file_digest"), "checksum": (tensor_file, "_checksum")}
 
 
 def measured(work: Callable[[], object]) -> dict[str, dict[str, float]]:
