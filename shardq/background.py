@@ -1,4 +1,4 @@
-"""Work that goes on beside the computation, in one background thread each."""
+"""Work that goes on beside the computation, in background threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,29 +14,30 @@ Value = TypeVar("Value")
 Waiting = Callable[[], AbstractContextManager]
 """Gives a context that is entered while the computation waits for the background."""
 
-MAX_BEHIND = 2  # values that may wait to be taken care of: one under way, one next
+SPARE = 1  # values that may wait to be taken care of beside those under way
 
 
 def lookahead(
-    load: Callable[[Key], Value], keys: Iterable[Key], waiting: Waiting = nullcontext
+    load: Callable[[Key], Value], keys: Iterable[Key], waiting: Waiting = nullcontext, threads: int = 1
 ) -> Iterator[tuple[Key, Value]]:
-    """Yield `(key, load(key))` in order, with exactly one load running ahead.
+    """Yield `(key, load(key))` in order, with one load running ahead in each thread.
 
-    At most two values are alive: the one in use and the one being loaded. An error in `load` is raised where
-    its value would have been yielded.
+    Alive are the value in use and one for each thread. An error in `load` is raised where its value would have been
+    yielded.
     """
     remaining = iter(keys)
-    with _thread("lookahead") as executor:
+    with _threads("lookahead", threads) as executor:
+        pending: deque[tuple[Key, Future]] = deque()
 
-        def start_next() -> list:
-            return [(key, executor.submit(load, key)) for key in islice(remaining, 1)]
+        def start(num: int) -> None:
+            pending.extend((key, executor.submit(load, key)) for key in islice(remaining, num))
 
-        pending = start_next()
+        start(threads)
         while pending:
-            key, future = pending.pop()
+            key, future = pending.popleft()
             with waiting():
                 value = future.result()
-            pending = start_next()
+            start(1)
             yield key, value
             # The value just used must not stay alive while the generator waits for the next.
             del value, future
@@ -54,8 +55,10 @@ def one_by_one(
 
 
 @contextmanager
-def behind(work: Callable[..., None], waiting: Waiting = nullcontext) -> Iterator[Callable[..., None]]:
-    """Yield a function that has `work` done on its arguments later, one call after the other.
+def behind(
+    work: Callable[..., None], waiting: Waiting = nullcontext, threads: int = 1
+) -> Iterator[Callable[..., None]]:
+    """Yield a function that has `work` done on its arguments later, one call after the other in each thread.
 
     All work is done when the body has ended. An error in `work` is raised at one of the next calls, or at the end.
     """
@@ -67,16 +70,16 @@ def behind(work: Callable[..., None], waiting: Waiting = nullcontext) -> Iterato
                 pending.popleft().result()
 
     def submit(*args: object) -> None:
-        settle(MAX_BEHIND - 1)
+        settle(threads + SPARE - 1)
         pending.append(executor.submit(work, *args))
 
-    with _thread("behind") as executor:
+    with _threads("behind", threads) as executor:
         yield submit
         settle(0)
 
 
-def _thread(name: str) -> ThreadPoolExecutor:
+def _threads(name: str, num: int) -> ThreadPoolExecutor:
     # One core: a background thread with a team of its own would take the cores from the computation's team. Asking
     # settles this thread's own number first; a thread that computes later than the setting would take that over.
     torch.get_num_threads()
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(num, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from shardq.background import MAX_BEHIND, behind, lookahead, one_by_one
+from shardq.background import SPARE, behind, lookahead, one_by_one
 
+MAX_BEHIND = 1 + SPARE  # of one thread
 SOON = 10.0  # seconds that a test waits for another thread before it fails
 
 
@@ -129,6 +130,61 @@ def test_at_most_two_values_are_alive_while_one_is_used():
         gc.enable()
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_as_many_loads_run_beside_each_other_as_there_are_threads(threads: int):
+    """Each waits for as many to be under way; fewer would wait for ever."""
+    together, running, most = threading.Barrier(threads), [], []
+
+    def load(key: int) -> int:
+        running.append(key)
+        most.append(len(running))
+        together.wait(SOON)
+        running.remove(key)
+        return -key
+
+    keys = range(4 * threads)
+    assert list(lookahead(load, keys, threads=threads)) == [(key, -key) for key in keys]
+    assert max(most) <= threads
+
+
+def test_several_threads_keep_one_value_each_alive_beside_the_one_in_use():
+    loaded = [threading.Event() for _ in range(8)]
+    made: list[weakref.ref] = []
+
+    def load(key: int) -> Value:
+        value = Value(key)
+        made.append(weakref.ref(value))
+        return value
+
+    def load_and_tell(key: int) -> Value:
+        try:
+            return load(key)
+        finally:
+            loaded[key].set()
+
+    gc.disable()
+    try:
+        for key, value in lookahead(load_and_tell, range(8), threads=3):
+            ahead = range(key + 1, min(key + 4, 8))
+            assert value.key == key and all(loaded[other].wait(SOON) for other in ahead)
+            assert sorted(alive().key for alive in made if alive()) == [key, *ahead]
+    finally:
+        gc.enable()
+
+
+def test_error_in_one_of_several_threads_comes_where_its_item_would_have_come():
+    def load(key: int) -> int:
+        if key == 2:
+            raise OSError(f"disk failed at {key}")
+        time.sleep(0.01)
+        return key
+
+    items = lookahead(load, range(9), threads=4)
+    assert [next(items), next(items)] == [(0, 0), (1, 1)]
+    with pytest.raises(OSError, match="disk failed at 2"):
+        next(items)
+
+
 def is_gone(reference: weakref.ref) -> bool:
     """Whether a value goes within a moment."""
     deadline = time.monotonic() + 2
@@ -221,6 +277,19 @@ class TestBehind:
             for number in range(20):
                 later(number, str(number))
         assert done == [(number, str(number)) for number in range(20)]
+
+    def test_several_threads_work_beside_each_other(self):
+        """Each waits for three to be under way; fewer would wait for ever."""
+        together, done = threading.Barrier(3), []
+
+        def work(number: int) -> None:
+            together.wait(SOON)
+            done.append(number)
+
+        with behind(work, threads=3) as later:
+            for number in range(9):
+                later(number)
+        assert sorted(done) == list(range(9))
 
     def test_no_work_at_all_is_no_error(self):
         with behind(lambda: None):

@@ -10,6 +10,7 @@ from shardq.devices import (
     memory_errors,
     multiplies_bf16,
     spare_bytes,
+    storage_threads,
     to_device,
     to_host,
     training_attention,
@@ -63,6 +64,10 @@ def test_plain_attention_is_for_short_float32_sequences_on_a_cpu_alone():
 def test_pieces_fit_a_cpus_cache_and_are_large_on_a_gpu():
     assert 4 * values_at_once(CPU) <= 1 << 20
     assert 4 * values_at_once(GPU) >= 32 << 20
+
+
+def test_a_cpu_that_computes_gives_the_store_one_thread():
+    assert storage_threads(CPU) == 1 < storage_threads(GPU)
 
 
 def test_on_a_cpu_nothing_moves():

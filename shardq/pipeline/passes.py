@@ -11,7 +11,7 @@ from torch import Tensor
 from shardq.background import behind, lookahead
 from shardq.cache.store import ActivationStore, Stream
 from shardq.calib.partition import chunks
-from shardq.devices import mark_ready, pass_tokens, to_device, to_host
+from shardq.devices import mark_ready, pass_tokens, storage_threads, to_device, to_host
 from shardq.model.ends import BlockArguments, block_forward, prologue
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -41,8 +41,8 @@ class Activations:
         return torch.stack([to_device(hidden_TD, self.device) for hidden_TD in read])
 
     def ahead(self, load: Callable, keys: Iterable) -> Iterator:
-        """`(key, load(key))` in order, each loaded while the one before is in use: what is done with one is a step."""
-        return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input")))
+        """`(key, load(key))` in order, each loaded while those before are in use: what is done with one is a step."""
+        return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input"), storage_threads(self.device)))
 
     @contextmanager
     def keeping(self, stream: Stream, generation: int) -> Iterator[Callable[[list[int], Tensor], None]]:
@@ -52,7 +52,7 @@ class Activations:
             for sample, hidden_TD in zip(samples, to_host(hidden_NTD, ready), strict=True):
                 self.store.write(stream, generation, sample, hidden_TD)
 
-        with behind(write, partial(self.waiting, "output")) as write_later:
+        with behind(write, partial(self.waiting, "output"), storage_threads(self.device)) as write_later:
             yield lambda samples, hidden_NTD: write_later(samples, hidden_NTD, mark_ready(hidden_NTD))
 
     def chunks(self) -> list[list[int]]:

@@ -38,7 +38,7 @@ BF16 = ("--optimize.precision", "bf16", "--optimize.compile", "auto")
 
 def assert_alike(output: Path, reference: Path) -> None:
     """Nearly all of the first block's codes are the same, most of the others', and scales to a twentieth."""
-    for number, share in enumerate((0.99, 0.9, 0.9)):
+    for number, share in enumerate((0.97, 0.85, 0.85)):
         ours, theirs = (read_block(folder / "blocks" / f"block-{number:05d}.safetensors") for folder in
                         (output, reference))  # fmt: skip
         assert ours.keys() == theirs.keys() and len(ours) == 7
