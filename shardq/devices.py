@@ -80,7 +80,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None) -> Tensor:
-    """A tensor in CPU memory; for background threads.
+    """A tensor in CPU memory, pinned if it comes from a GPU; for any thread, which waits for it.
 
     Args:
         ready: from `mark_ready`, once the tensor's computation was under way.
