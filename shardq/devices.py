@@ -40,13 +40,16 @@ def values_at_once(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
-def storage_threads(device: torch.device) -> int:
-    """Background threads that bring activations from the store, and as many that take them there.
+def storage_threads(device: torch.device, num_samples: int = 1) -> int:
+    """Background threads that bring activations from the store, or take them there.
 
     A CPU computes with its cores. A GPU leaves them free, and one of them is slower than it: a sample of 2048 tokens of
     8192 channels takes 23 ms to read and check, and a step uses two of them in 29 (measured, H100).
+
+    Args:
+        num_samples: that a thread brings at once; it keeps them in the GPU's memory until they are asked for.
     """
-    return 1 if device.type == "cpu" else 4
+    return 1 if device.type == "cpu" else max(2, 4 // num_samples)
 
 
 def training_attention(device: torch.device, sequence_length: int, dtype: torch.dtype) -> list[SDPBackend]:

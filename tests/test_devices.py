@@ -67,7 +67,8 @@ def test_pieces_fit_a_cpus_cache_and_are_large_on_a_gpu():
 
 
 def test_a_cpu_that_computes_gives_the_store_one_thread():
-    assert storage_threads(CPU) == 1 < storage_threads(GPU)
+    assert storage_threads(CPU) == storage_threads(CPU, 8) == 1
+    assert 1 < storage_threads(GPU, 8) < storage_threads(GPU)
 
 
 def test_on_a_cpu_nothing_moves():

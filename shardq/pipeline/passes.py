@@ -40,9 +40,14 @@ class Activations:
         read = (self.store.read(stream, generation, sample) for sample in samples)
         return torch.stack([to_device(hidden_TD, self.device) for hidden_TD in read])
 
-    def ahead(self, load: Callable, keys: Iterable) -> Iterator:
-        """`(key, load(key))` in order, each loaded while those before are in use: what is done with one is a step."""
-        return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input"), storage_threads(self.device)))
+    def ahead(self, load: Callable, keys: Iterable, num_samples: int = 1) -> Iterator:
+        """`(key, load(key))` in order, each loaded while those before are in use: what is done with one is a step.
+
+        Args:
+            num_samples: that are loaded for a key where much else is in the device's memory.
+        """
+        threads = storage_threads(self.device, num_samples)
+        return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input"), threads))
 
     @contextmanager
     def keeping(self, stream: Stream, generation: int) -> Iterator[Callable[[list[int], Tensor], None]]:

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from shardq.calib.partition import step_samples, watched_samples
+from shardq.calib.partition import largest_part, step_samples, watched_samples
 from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError
@@ -221,7 +221,8 @@ def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, Tensor,
     num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
     iterations = at_hand.objective.iterations
     steps = step_samples(num_trained, optimize.batch_size, iterations, ranks.rank, ranks.world_size)
-    return (batch for _, batch in activations.ahead(load, islice(steps, first, None)))
+    part = largest_part(optimize.batch_size, ranks.world_size)
+    return (batch for _, batch in activations.ahead(load, islice(steps, first, None), part))
 
 
 @torch.no_grad()

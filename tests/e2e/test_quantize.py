@@ -338,8 +338,8 @@ def test_stored_weights_of_no_more_than_two_blocks_are_in_memory(tmp_path, token
     """The block in use and the one that is read ahead; checked at every tensor that is read."""
     read_weight, held, most = weights.read_weight, [], []
 
-    def noted(info):
-        tensor = read_weight(info)
+    def noted(info, *pinned):
+        tensor = read_weight(info, *pinned)
         if ".layers." in info.name:
             held.append((info.name.split(".")[2], weakref.ref(tensor)))
             most.append({block for block, reference in held if reference() is not None})
