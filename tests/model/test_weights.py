@@ -144,9 +144,9 @@ class TestStreamBlocks:
         second_is_read = threading.Event()
         last_of_second = list(skeleton.block_tensors(1).values())[-1].name
 
-        def noted(info: TensorInfo) -> torch.Tensor:
+        def noted(info: TensorInfo, *pinned: bool) -> torch.Tensor:
             started.append(info.name)
-            tensor = read_weight(info)
+            tensor = read_weight(info, *pinned)
             if info.name == last_of_second:
                 second_is_read.set()
             return tensor
