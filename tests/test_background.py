@@ -105,7 +105,8 @@ def test_loads_never_run_beside_each_other():
     assert max(most) == 1
 
 
-def test_at_most_two_values_are_alive_while_one_is_used():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_alive_are_the_value_in_use_and_one_for_each_thread(threads: int):
     loaded = [threading.Event() for _ in range(6)]
     made: list[weakref.ref] = []
 
@@ -122,10 +123,11 @@ def test_at_most_two_values_are_alive_while_one_is_used():
 
     gc.disable()  # what only the garbage collector frees counts as alive
     try:
-        for key, value in lookahead(load_and_tell, range(6)):
+        for key, value in lookahead(load_and_tell, range(6), threads=threads):
+            ahead = range(key + 1, min(key + 1 + threads, 6))
             assert value.key == key
-            assert key == 5 or loaded[key + 1].wait(SOON)
-            assert [alive().key for alive in made if alive()] == ([key, key + 1] if key < 5 else [5])
+            assert all(loaded[other].wait(SOON) for other in ahead)
+            assert sorted(alive().key for alive in made if alive()) == [key, *ahead]
     finally:
         gc.enable()
 
@@ -145,31 +147,6 @@ def test_as_many_loads_run_beside_each_other_as_there_are_threads(threads: int):
     keys = range(4 * threads)
     assert list(lookahead(load, keys, threads=threads)) == [(key, -key) for key in keys]
     assert max(most) <= threads
-
-
-def test_several_threads_keep_one_value_each_alive_beside_the_one_in_use():
-    loaded = [threading.Event() for _ in range(8)]
-    made: list[weakref.ref] = []
-
-    def load(key: int) -> Value:
-        value = Value(key)
-        made.append(weakref.ref(value))
-        return value
-
-    def load_and_tell(key: int) -> Value:
-        try:
-            return load(key)
-        finally:
-            loaded[key].set()
-
-    gc.disable()
-    try:
-        for key, value in lookahead(load_and_tell, range(8), threads=3):
-            ahead = range(key + 1, min(key + 4, 8))
-            assert value.key == key and all(loaded[other].wait(SOON) for other in ahead)
-            assert sorted(alive().key for alive in made if alive()) == [key, *ahead]
-    finally:
-        gc.enable()
 
 
 def test_error_in_one_of_several_threads_comes_where_its_item_would_have_come():

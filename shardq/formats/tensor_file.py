@@ -54,6 +54,7 @@ def write_checked(path: Path, tensors: dict[str, Tensor], about: dict | None = N
 
     Raises as `write_tensors`.
     """
+    # Not through pinned memory: a training checkpoint's are many times a block's weights.
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about, sort_keys=True)
     write_tensors(path, on_cpu, {"checked": f"{_checksum(on_cpu, text)} {text}"})

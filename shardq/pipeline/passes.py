@@ -37,8 +37,7 @@ class Activations:
 
     def load(self, stream: Stream, generation: int, samples: list[int]) -> Tensor:
         """Hidden states [N, T, D] of some samples, on the device."""
-        read = (self.store.read(stream, generation, sample) for sample in samples)
-        return torch.stack([to_device(hidden_TD, self.device) for hidden_TD in read])
+        return torch.stack([to_device(self.store.read(stream, generation, sample), self.device) for sample in samples])
 
     def ahead(self, load: Callable, keys: Iterable, num_samples: int = 1) -> Iterator:
         """`(key, load(key))` in order, each loaded while those before are in use: what is done with one is a step.
