@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
+
 from shardq.errors import StorageError
 
 ASIDE = ".partial"
@@ -99,9 +101,15 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest that says which file this is, 64 digits."""
     with storage_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def xxh128_of(path: Path) -> str:
+    """Hex digest that shows damage, 32 digits: XXH3 of 128 bits, faster than a disk where SHA-256 is slower."""
+    with storage_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def nearest_folder(folder: Path) -> Path:

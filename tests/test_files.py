@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from shardq import files
 from shardq.errors import StorageError
@@ -99,10 +100,12 @@ def test_digest_is_that_of_the_bytes(tmp_path, size: int):
     content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     (tmp_path / "a").write_bytes(content)
     assert files.sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+    assert files.xxh128_of(tmp_path / "a") == xxhash.xxh3_128_hexdigest(content)
 
 
-def test_digest_of_a_missing_file_names_it(tmp_path):
-    message = message_of(files.sha256_of, tmp_path / "a")
+@pytest.mark.parametrize("digest_of", [files.sha256_of, files.xxh128_of])
+def test_digest_of_a_missing_file_names_it(tmp_path, digest_of):
+    message = message_of(digest_of, tmp_path / "a")
     assert message.startswith(f"{tmp_path / 'a'}: no such file")
 
 

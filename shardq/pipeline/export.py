@@ -3,12 +3,14 @@
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from shardq.background import lookahead, one_by_one
 from shardq.checks import check_export
 from shardq.config import ExportConfig, Format
 from shardq.errors import ConfigError
@@ -60,11 +62,13 @@ def write_block_files(
     linears: dict[str, QuantizedLinear],
     activations: dict[str, ActivationGrid],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Path]:
     """Write a block's codes, encodings and weights; each file appears whole.
 
     Args:
         linears, activations: by name within the block.
+        device: that computed them: where it is a GPU, the files are written at the same time.
 
     Returns:
         The files.
@@ -72,19 +76,23 @@ def write_block_files(
     prefix = plan.names[block_index]
     full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
     grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
-    codes_file = block_file(output, block_index)
-    weights_file = output / plan.block_shard(block_index)
-    write_block(codes_file, full, grids)
-    encodings_files = {version: encodings_file(output, version, block_index) for version in plan.encoding_versions}
-    for version, path in encodings_files.items():
-        encodings.write(path, version, full, grids)
-    weights = {}
-    for name, info in skeleton.block_tensors(block_index).items():
-        linear = linears.get(name.removesuffix(".weight"))
-        is_codes = linear is not None and name.endswith(".weight")
-        weights[info.name] = linear.dequantized(dtype) if is_codes else read_tensor(info)
-    write_tensors(weights_file, weights, {"format": "pt"})
-    return [codes_file, *encodings_files.values(), weights_file]
+
+    def write_weights(path: Path) -> None:
+        weights = {}
+        for name, info in skeleton.block_tensors(block_index).items():
+            linear = linears.get(name.removesuffix(".weight"))
+            is_codes = linear is not None and name.endswith(".weight")
+            weights[info.name] = linear.dequantized(dtype) if is_codes else read_tensor(info)
+        write_tensors(path, weights, {"format": "pt"})
+
+    writers = {block_file(output, block_index): lambda path: write_block(path, full, grids)}
+    for version in plan.encoding_versions:
+        path = encodings_file(output, version, block_index)
+        writers[path] = lambda path, version=version: encodings.write(path, version, full, grids)
+    writers[output / plan.block_shard(block_index)] = write_weights
+    # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
+    at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
+    return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
 
 
 def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> list[Path]:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardq.errors import ResumeError
-from shardq.files import ASIDE, append_line, sha256_of, storage_errors, write_json
+from shardq.files import ASIDE, append_line, sha256_of, storage_errors, write_json, xxh128_of
 from shardq.parallel.collectives import TOKEN
 from shardq.pipeline.lock import LOCK
 from shardq.pipeline.manifest import REDO_MAY_CHANGE, differences
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
+SHA256_DIGITS = 64  # runs begun before digests were XXH3 have these
 Entries = dict[int | None, dict]
 """Ledger lines by the block that each is about; None: about the files that complete the run."""
 
@@ -218,7 +219,7 @@ def damaged_files(output: Path, entries: Entries) -> Iterator[tuple[int | None, 
                 is_there = path.is_file()
             if not is_there:
                 yield block, f"{path}: missing although the ledger has it as finished"
-            elif sha256_of(path) != digest:
+            elif _digest(path, digest) != digest:
                 yield block, f"{path}: changed since it was finished (its digest differs)"
 
 
@@ -232,8 +233,14 @@ def _cut_torn_line(output: Path) -> None:
 
 def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> dict:
     """Append the ledger line that makes a block's files count, and give it; `block` None: the whole run is complete."""
-    digests = {str(path.relative_to(output)): sha256_of(path) for path in files}
+    like = next((digest for line in read_lines(output) for digest in line.get("files", {}).values()), None)
+    digests = {str(path.relative_to(output)): _digest(path, like) for path in files}
     return append(output, {"block": block, "files": digests, **facts})
+
+
+def _digest(path: Path, like: object) -> str:
+    """Digest of a file, of the kind of `like`: a run that began with SHA-256 has no other to its end."""
+    return sha256_of(path) if isinstance(like, str) and len(like) == SHA256_DIGITS else xxh128_of(path)
 
 
 def append(output: Path, line: dict) -> dict:

@@ -69,7 +69,9 @@ class Activations:
 
     def drop(self, generation: int) -> None:
         """Forget a generation."""
-        self.store.drop(generation, self.samples)
+        with behind(self.store.drop, threads=storage_threads(self.device)) as drop_later:
+            for sample in self.samples:
+                drop_later(generation, [sample])
 
 
 @torch.no_grad()

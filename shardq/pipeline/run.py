@@ -230,7 +230,8 @@ def _not_finite(entry: dict) -> str:
 def _commit(
     run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
 ) -> dict:
-    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype)
+    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype,
+                              run.ranks.device)  # fmt: skip
     for chosen in run.config.export.checkpoints:
         write_block_shard(_export_of(run, chosen), run.skeleton, block_index, run.plan.block_shard(block_index))
     line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)

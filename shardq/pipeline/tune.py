@@ -208,7 +208,8 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
         if block_index not in ledger.finished(found.lines):
             grids = written_grids(tuning.run, plan.names[block_index], block_index)
             linears = tuning.linears(block_index)
-            files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype)
+            files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,
+                                      tuning.ranks.device)  # fmt: skip
             ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size)
     ledger.commit(output, None, write_run_files(output, skeleton, plan, dtype))
     remove(output / STATE)

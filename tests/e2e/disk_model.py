@@ -1,11 +1,12 @@
 """A model of a disk: what of a folder would survive a power cut; `crashes.py` records runs on it."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from shardq.files import sha256_of
+import xxhash
+
+from shardq.files import xxh128_of
 from shardq.pipeline import ledger
 
 
@@ -81,11 +82,11 @@ class Disk:
         entries = ledger.finished(ledger.read_lines(output))
         expected = {output / name: digest for entry in entries.values() for name, digest in entry["files"].items()}
         cached = (output / "cache" / f"generation-{len(entries):05d}").glob("*")
-        expected |= {path: sha256_of(path) for path in (output / "ledger.jsonl", output / "manifest.json", *cached)}
+        expected |= {path: xxh128_of(path) for path in (output / "ledger.jsonl", output / "manifest.json", *cached)}
         return [
             str(path.relative_to(output))
             for path, digest in expected.items()
-            if hashlib.sha256(durable.get(path) or b"").hexdigest() != digest
+            if xxhash.xxh3_128_hexdigest(durable.get(path) or b"") != digest
         ]
 
     def keep(self, kind: str, state: dict[str, bytes | None]) -> None:

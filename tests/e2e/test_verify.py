@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from runs import ONE_RANK, last_json, run_quantize
 from shardq.cli import parse
 from shardq.errors import CheckpointError, ResumeError
-from shardq.files import sha256_of
+from shardq.files import xxh128_of
 from shardq.formats.block_file import read_block, write_block
 from shardq.pipeline.verify import CHECKS, find_faults, verify
 from shardq.quant.quantized import QuantizedLinear
@@ -179,7 +179,7 @@ def renew_digests(run: Path) -> None:
     """Make the ledger say what is there, so that damage has to be found by looking at the content."""
     entries = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     for entry in entries:
-        entry["files"] = {name: sha256_of(run / name) if (run / name).exists() else "-" for name in entry["files"]}
+        entry["files"] = {name: xxh128_of(run / name) if (run / name).exists() else "-" for name in entry["files"]}
     (run / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
@@ -137,8 +138,17 @@ class TestOtherRun:
 class TestLedger:
     def test_line_holds_the_files_digests_by_their_names_in_the_folder(self, output: Path):
         lines = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
-        digests = [hashlib.sha256(f"block {block}".encode()).hexdigest() for block in range(2)]
+        digests = [xxhash.xxh3_128_hexdigest(f"block {block}".encode()) for block in range(2)]
         assert [line["files"] for line in lines] == [{"blocks/0.bin": digests[0]}, {"blocks/1.bin": digests[1]}]
+
+    def test_run_that_began_with_sha256_is_checked_and_goes_on_with_it(self, output: Path):
+        first = {"block": 0, "files": {"blocks/0.bin": hashlib.sha256(b"block 0").hexdigest()}}
+        (output / "ledger.jsonl").write_text(json.dumps(first) + "\n")
+        line = commit(output, 1, [output / "blocks" / "1.bin"])
+        assert line["files"] == {"blocks/1.bin": hashlib.sha256(b"block 1").hexdigest()}
+        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0, 1]
+        write(output / "blocks" / "0.bin", "block !")
+        assert_refused(output, str(output / "blocks" / "0.bin"), "changed since it was finished")
 
     @pytest.mark.parametrize("kept_bytes", [1, 20, -2])
     def test_torn_last_line_is_dropped_and_cut_off(self, output: Path, kept_bytes: int):
