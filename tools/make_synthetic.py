@@ -50,7 +50,8 @@ def write_checkpoint(options: argparse.Namespace) -> None:
     for file, members in groups.items():
         save_file({name: random_tensor(name, shape) for name, shape in members.items()}, options.output / file)
     weight_map = {name: file for file, members in groups.items() for name in members}
-    (options.output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": 2 * sum(map(torch.Size.numel, shapes.values()))}, "weight_map": weight_map}
+    (options.output / "model.safetensors.index.json").write_text(json.dumps(index))
     tokens = torch.randint(options.vocab, (options.samples, options.length))
     save_file({"tokens": tokens}, options.output / "tokens.safetensors")
 
