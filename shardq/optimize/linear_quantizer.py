@@ -84,27 +84,23 @@ class LinearQuantizer(nn.Module):
                 )
             self.rows.data = rows_Rg
 
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point [R, 1] as trained so far; differentiable."""
-        if self.step is not None:
-            return adascale.learned_grid(self.min, self.max, self.step, self.step, self.spec, self.num_groups)
-        if self.beta is not None:
-            return adascale.learned_grid(self.min, self.max, self.beta, self.gamma, self.spec, self.num_groups)
-        scale_R1 = affine.scale_of(self.min, self.max, self.spec, self.num_groups)
-        return scale_R1, affine.zero_point_of(self.min, scale_R1, self.spec)
+    @property
+    def trained(self) -> adascale.Trained:
+        """The parameters as AdaScale's: one step stands for both ends of its grid."""
+        ends = (self.beta, self.gamma) if self.step is None else (self.step, self.step)
+        return adascale.Trained(self.s2, self.s3, *ends)
 
     def forward(self, dtype: torch.dtype, kernels: adascale.Kernels) -> Tensor:
         """The fake-quantized weight [O, I] in `dtype`; differentiable."""
-        scale_R1, zero_point_R1 = self.grid()
         rows_Rg = adascale.FakeQuantize.apply(
-            self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.spec, dtype, kernels
+            self.rows, self.min, self.max, *self.trained, self.spec, self.num_groups, dtype, kernels
         )
         return rows_Rg.view(self.shape)
 
     @torch.no_grad()
     def folded(self) -> QuantizedLinear:
         """Codes and grid that the trained quantizer becomes."""
-        scale_R1, zero_point_R1 = self.grid()
+        scale_R1, zero_point_R1 = adascale.learned_grid((self.min, self.max), self.trained, self.spec, self.num_groups)
         codes_Rg = adascale.fold(self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.spec)
         return QuantizedLinear(
             codes_Rg.view(self.shape),

@@ -19,19 +19,54 @@ from shardq.quant import affine
 from shardq.quant.spec import QuantSpec
 
 
-def learned_grid(
-    min_R1: Tensor, max_R1: Tensor, beta_R1: Tensor, gamma_R1: Tensor, spec: QuantSpec, num_groups: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point after learned clipping; differentiable in beta and gamma.
+class Trained(NamedTuple):
+    """What is trained of one weight, or its gradients; None where a method does not train it.
+
+    `beta_R1` and `gamma_R1` are logarithms of the factors on the start grid's min and max: 0 leaves an end where it is.
+    """
+
+    s2_Rg: Tensor | None
+    s3_R1: Tensor | None
+    beta_R1: Tensor | None
+    gamma_R1: Tensor | None
+
+
+Ends = tuple[Tensor, Tensor]
+"""Min and max of the frozen start grid, each [R, 1]."""
+
+
+def learned_grid(ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int | None = None) -> Ends:
+    """Scale and zero point after learned clipping.
 
     Args:
-        min_R1, max_R1: frozen ends of the start grid.
-        beta_R1, gamma_R1: logarithms of the factors on min and max; 0 leaves an end where it is.
         num_groups: neighbouring rows that are one output channel; a two-level grid needs it.
     """
-    low_R1, high_R1 = beta_R1.exp() * min_R1, gamma_R1.exp() * max_R1
+    low_R1, high_R1 = _clipped(ends, trained)
     scale_R1 = affine.scale_of(low_R1, high_R1, spec, num_groups)
     return scale_R1, affine.zero_point_of(low_R1, scale_R1, spec)
+
+
+def learned_grid_gradients(
+    grad_scale_R1: Tensor, grad_zero_point_R1: Tensor, scale_R1: Tensor, ends: Ends, trained: Trained, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """Gradients of beta and gamma from those of scale and zero point, whose rounding passes them straight through."""
+    low_R1, high_R1 = _clipped(ends, trained)
+    grad_low_R1: Tensor | float = 0.0
+    if not spec.symmetric:
+        exact_R1 = spec.qmin - low_R1 / scale_R1
+        grad_exact_R1 = torch.where((exact_R1 >= spec.qmin) & (exact_R1 <= spec.qmax), grad_zero_point_R1, 0.0)
+        grad_scale_R1 = grad_scale_R1 + grad_exact_R1 * low_R1 / scale_R1**2
+        grad_low_R1 = -grad_exact_R1 / scale_R1
+    step_R1 = (high_R1 - low_R1) / spec.num_steps
+    moves_R1 = (step_R1.abs() if spec.full_range else step_R1) >= affine.SCALE_FLOOR
+    grad_end_R1 = torch.where(moves_R1, grad_scale_R1, 0.0) / spec.num_steps
+    return (grad_low_R1 - grad_end_R1) * low_R1, grad_end_R1 * high_R1
+
+
+def _clipped(ends: Ends, trained: Trained) -> Ends:
+    if trained.beta_R1 is None:
+        return ends
+    return trained.beta_R1.exp() * ends[0], trained.gamma_R1.exp() * ends[1]
 
 
 def divided_weight(rows_Rg: Tensor, s2_Rg: Tensor | None, s3_R1: Tensor | None) -> Tensor:
@@ -91,37 +126,58 @@ def fake_quantized_gradients(
     return grad_steps_Rg * -scale_R1, shared_R1 * -scale_R1, grad_scale_R1, grad_zero_point_R1
 
 
+def trained_weight(
+    rows_Rg: Tensor, ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int, dtype: torch.dtype
+) -> Tensor:
+    """`W^` of the module docstring on the learned grid; as `learned_grid` and `fake_quantized`."""
+    grid = learned_grid(ends, trained, spec, num_groups)
+    return fake_quantized(rows_Rg, trained.s2_Rg, trained.s3_R1, *grid, spec, dtype)
+
+
+def trained_weight_gradients(
+    grad_Rg: Tensor, rows_Rg: Tensor, ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int
+) -> Trained:
+    """Gradients of what is trained from that of `trained_weight`."""
+    grid = learned_grid(ends, trained, spec, num_groups)
+    gradients = fake_quantized_gradients(grad_Rg, rows_Rg, trained.s2_Rg, trained.s3_R1, *grid, spec)
+    if trained.beta_R1 is None:
+        return Trained(*gradients[:2], None, None)
+    return Trained(*gradients[:2], *learned_grid_gradients(*gradients[2:], grid[0], ends, trained, spec))
+
+
 class Kernels(NamedTuple):
     """The two functions above as they are called: compiled into one pass over the weight each, or plain."""
 
-    forward: Callable[..., Tensor] = fake_quantized
-    backward: Callable[..., tuple] = fake_quantized_gradients
+    forward: Callable[..., Tensor] = trained_weight
+    backward: Callable[..., Trained] = trained_weight_gradients
 
 
 class FakeQuantize(torch.autograd.Function):
-    """`W^` as a function that autograd can differentiate, without a plain graph's temporaries.
+    """`trained_weight` as a function that autograd can differentiate, without a plain graph's temporaries.
 
     Saves only its inputs for backward, 6 bytes a weight with a 16-bit checkpoint (a plain graph: 13 and more), and
-    recomputes the rest. Gradients reach s2, s3, scale and zero point; the weight is frozen.
+    recomputes the rest. Gradients reach what is trained; the weight and the start grid are frozen.
     """
 
     @staticmethod
-    def forward(ctx, rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1, spec, dtype, kernels):
+    def forward(ctx, rows_Rg, min_R1, max_R1, s2_Rg, s3_R1, beta_R1, gamma_R1, spec, num_groups, dtype, kernels):
         """Return the fake-quantized rows [R, g] in `dtype`."""
-        ctx.save_for_backward(rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1)
-        ctx.spec, ctx.kernels = spec, kernels
-        return kernels.forward(*_plain(rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1), spec, dtype)
+        tensors = (rows_Rg, min_R1, max_R1, s2_Rg, s3_R1, beta_R1, gamma_R1)
+        ctx.save_for_backward(*tensors)
+        ctx.spec, ctx.num_groups, ctx.kernels = spec, num_groups, kernels
+        return kernels.forward(*_arguments(tensors), spec, num_groups, dtype)
 
     @staticmethod
     def backward(ctx, grad_Rg):
         """Gradients of the inputs that have one."""
-        gradients = ctx.kernels.backward(grad_Rg, *_plain(*ctx.saved_tensors), ctx.spec)
-        return None, *gradients, None, None, None
+        gradients = ctx.kernels.backward(grad_Rg, *_arguments(ctx.saved_tensors), ctx.spec, ctx.num_groups)
+        return None, None, None, *gradients, None, None, None, None
 
 
-def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors, none an nn.Parameter: torch.compile makes code for one size only of a parameter."""
-    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
+def _arguments(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Ends, Trained]:
+    """A kernel's, none an nn.Parameter: torch.compile makes code for one size only of a parameter."""
+    rows_Rg, min_R1, max_R1, *trained = (tensor if tensor is None else tensor.detach() for tensor in tensors)
+    return rows_Rg, (min_R1, max_R1), Trained(*trained)
 
 
 def fold(

@@ -53,9 +53,9 @@ def start_range(rows_Rg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec, num_groups: int | None = None) -> Tensor:
-    """Step of the grid between two ends, in weight units per code; differentiable. Its sign is that of `max - min`.
+    """Step of the grid between two ends, in weight units per code. Its sign is that of `max - min`.
 
-    Rounded, straight through, to what is kept (`kept_scale`), so that search, training and codes all see that step.
+    Rounded to what is kept (`kept_scale`), so that search, training and codes all see that step.
 
     Args:
         num_groups: neighbouring rows that are one output channel; a two-level grid needs it.
@@ -65,8 +65,7 @@ def scale_of(min_R1: Tensor, max_R1: Tensor, spec: QuantSpec, num_groups: int | 
         step_R1 = torch.where(step_R1 < 0, step_R1.clamp(max=-SCALE_FLOOR), step_R1.clamp(min=SCALE_FLOOR))
     else:
         step_R1 = step_R1.clamp(min=SCALE_FLOOR)
-    kept_R1 = kept_scale(step_R1.detach(), spec, num_groups)
-    return kept_R1 + (step_R1 - step_R1.detach())  # the kept step to the bit: what is added is 0
+    return kept_scale(step_R1, spec, num_groups)
 
 
 def kept_scale(scale_R1: Tensor, spec: QuantSpec, num_groups: int | None = None) -> Tensor:
@@ -97,11 +96,10 @@ def two_levels(scale_OG: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def zero_point_of(min_R1: Tensor, scale_R1: Tensor, spec: QuantSpec) -> Tensor:
-    """Integer code that stands for 0 on an asymmetric grid, straight-through rounded; 0 on a symmetric one."""
+    """Integer code that stands for 0 on an asymmetric grid; 0 on a symmetric one."""
     if spec.symmetric:
         return torch.zeros_like(scale_R1)
-    exact_R1 = (spec.qmin - min_R1 / scale_R1).clamp(spec.qmin, spec.qmax)
-    return exact_R1 + (exact_R1.round() - exact_R1).detach()
+    return (spec.qmin - min_R1 / scale_R1).clamp(spec.qmin, spec.qmax).round()
 
 
 def quantize(rows_Rg: Tensor, scale_R1: Tensor, zero_point_R1: Tensor, spec: QuantSpec) -> Tensor:

@@ -27,7 +27,7 @@ from shardq.errors import Stopped
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.tune import tune
-from shardq.quant import adascale
+from shardq.quant import adascale, affine
 from shardq.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -95,14 +95,14 @@ def test_compiled_kernels_give_what_the_plain_functions_give(group_size):
     compiled = compiler(ON_GPU.device, refused.append)
     torch.manual_seed(1)
     rows, grad = torch.randn(2, 512, group_size or 256, device=ON_GPU.device).bfloat16()
-    s2, s3 = 0.01 * torch.randn(rows.shape, device=rows.device), 0.01 * torch.randn(512, 1, device=rows.device)
-    scale, zero_point = 0.1 + torch.rand_like(s3), torch.zeros_like(s3)
-    inputs = rows, s2, s3, scale, zero_point, spec
-    found = compiled(adascale.fake_quantized, True)(*inputs, torch.float32)
-    expected = adascale.fake_quantized(*inputs, torch.float32)
+    s2 = 0.01 * torch.randn(rows.shape, device=rows.device)
+    s3, beta, gamma = 0.01 * torch.randn(3, 512, 1, device=rows.device)
+    inputs = rows, affine.start_range(rows.float(), spec), adascale.Trained(s2, s3, beta, gamma), spec, 1
+    found = compiled(adascale.trained_weight, True)(*inputs, torch.float32)
+    expected = adascale.trained_weight(*inputs, torch.float32)
     assert ((found - expected).norm() / expected.norm()).item() < 1e-3  # a division may round to the other neighbour
-    gradients = compiled(adascale.fake_quantized_gradients, True)(grad, *inputs)
-    for one, wanted in zip(gradients, adascale.fake_quantized_gradients(grad, *inputs), strict=True):
+    gradients = compiled(adascale.trained_weight_gradients, True)(grad, *inputs)
+    for one, wanted in zip(gradients, adascale.trained_weight_gradients(grad, *inputs), strict=True):
         assert ((one - wanted).norm() <= 1e-3 * wanted.norm()).item()
     assert not refused
 

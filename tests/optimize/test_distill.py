@@ -13,7 +13,7 @@ from shardq.optimize.linear_quantizer import Method
 from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper
-from shardq.quant.adascale import Kernels, fake_quantized
+from shardq.quant.adascale import Kernels, trained_weight
 from shardq.quant.spec import QuantSpec
 
 METHODS = ("adascale", "flexround", "lwc")
@@ -195,7 +195,7 @@ def test_weights_are_quantized_once_a_step(micro_batch: int):
 
     def counting(rows_Rg: Tensor, *others) -> Tensor:
         calls.append(rows_Rg.shape)
-        return fake_quantized(rows_Rg, *others)
+        return trained_weight(rows_Rg, *others)
 
     block = make_block()
     batches = make_batches(block, num_samples=4)[:3]

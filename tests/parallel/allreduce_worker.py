@@ -21,7 +21,7 @@ from shardq.optimize.stepper import Stepper
 from shardq.parallel.allreduce_stepper import BUCKET_SIZE, AllReduceStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.quant.adascale import Kernels, fake_quantized_gradients
+from shardq.quant.adascale import Kernels, trained_weight_gradients
 from shardq.quant.spec import QuantSpec
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
@@ -66,7 +66,7 @@ def one_logged_step(ranks: Ranks) -> list:
 
     def backward(grad: Tensor, *more: object) -> tuple:
         log.append(["computed", grad.numel()])
-        return fake_quantized_gradients(grad, *more)
+        return trained_weight_gradients(grad, *more)
 
     block, quantizer = make_block(Kernels(backward=backward))
     stepper, all_reduce = AllReduceStepper(quantizer, OPTIONS, PARALLEL, ranks), dist.all_reduce

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardq.compiling import compiler, why_not
 from shardq.quant import adascale, affine
-from shardq.quant.adascale import Kernels
+from shardq.quant.adascale import Kernels, Trained
 from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,10 +45,11 @@ def fake_quantized(
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = PLAIN,
 ) -> Tensor:
-    scale, zero_point = adascale.learned_grid(*start, parameters["beta"], parameters["gamma"], spec)
-    return adascale.FakeQuantize.apply(
-        rows, parameters["s2"], parameters["s3"], scale, zero_point, spec, dtype, kernels
-    )
+    return adascale.FakeQuantize.apply(rows, *start, *as_trained(parameters), spec, 1, dtype, kernels)
+
+
+def as_trained(parameters: Parameters) -> Trained:
+    return Trained(*(parameters[name] for name in PARAMETERS))
 
 
 def test_output_is_aimets(golden):
@@ -77,7 +78,7 @@ def test_folded_weight_and_codes_are_aimets(golden):
 
 def test_folded_grid_is_aimets(golden):
     tensors, spec = golden
-    scale, zero_point = adascale.learned_grid(tensors["min0"], tensors["max0"], tensors["beta"], tensors["gamma"], spec)
+    scale, zero_point = adascale.learned_grid((tensors["min0"], tensors["max0"]), as_trained(tensors), spec)
     torch.testing.assert_close(scale, tensors["folded_scale"], rtol=2e-6, atol=0)
     torch.testing.assert_close(zero_point, -tensors["folded_offset"], rtol=0, atol=0)
 
@@ -185,12 +186,11 @@ def test_bfloat16_weight_is_computed_in_float32_and_rounded_at_the_end(symmetric
 def gradients_by_hand(zero_point: float, symmetric: bool) -> tuple[list[float], float]:
     """Gradients of s2 and of the scale for 3 bits, step 1, and 1 passed back to every weight."""
     rows = torch.tensor([[-4.6, -4.4, -3.4, 0.25, 3.4, 3.6]])
-    scale, s2, s3 = torch.ones(1, 1).requires_grad_(), torch.zeros(1, 6).requires_grad_(), torch.zeros(1, 1)
-    spec = QuantSpec(bits=3, symmetric=symmetric)
-    adascale.FakeQuantize.apply(
-        rows, s2, s3, scale, torch.tensor([[zero_point]]), spec, torch.float32, PLAIN
-    ).sum().backward()
-    return s2.grad[0].tolist(), scale.grad.item()
+    scale, s2, s3 = torch.ones(1, 1), torch.zeros(1, 6), torch.zeros(1, 1)
+    grad_s2, _, grad_scale, _ = adascale.fake_quantized_gradients(
+        torch.ones(1, 6), rows, s2, s3, scale, torch.tensor([[zero_point]]), QuantSpec(bits=3, symmetric=symmetric)
+    )
+    return grad_s2[0].tolist(), grad_scale.item()
 
 
 def test_clamped_weights_get_no_gradient_on_a_symmetric_grid():
@@ -214,7 +214,7 @@ def test_one_shared_step_scales_the_grid_and_keeps_its_zero_point(bits: int, sym
     rows = torch.cat([rows[:2], rows[3:]])
     start = affine.start_range(rows, spec)
     step = (torch.randn(len(rows), 1) * 0.3).requires_grad_()
-    scale, zero_point = adascale.learned_grid(*start, step, step, spec)
+    scale, zero_point = adascale.learned_grid(start, Trained(None, None, step, step), spec)
     start_scale = (start[1] - start[0]) / (2**bits - 1)
     start_zero_point = 0 * start_scale if symmetric else torch.round(-(2 ** (bits - 1)) - start[0] / start_scale)
     torch.testing.assert_close(scale, step.exp() * start_scale, rtol=1e-6, atol=0)
@@ -232,6 +232,20 @@ def test_gradient_of_a_shared_step_is_that_of_plain_autograd(symmetric: bool):
     fake_quantized(rows, start, ours | {"gamma": ours["beta"]}, spec).backward(grad_output)
     naive_fake_quantized(rows, start, naive | {"gamma": naive["beta"]}, 3, symmetric).backward(grad_output)
     assert_same_gradients({name: ours[name] for name in naive}, naive, rows)
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+def test_rounding_of_scales_passes_gradients_straight_through(full_range: bool):
+    rounded = QuantSpec(bits=4, full_range=full_range, scale_dtype="bfloat16")
+    exact = QuantSpec(bits=4, full_range=full_range)
+    rows = awkward_weight(11, 64)
+    start, parameters = affine.start_range(rows, exact), random_parameters(rows)
+    trained = as_trained(parameters)
+    scale, grad_scale = adascale.learned_grid(start, trained, rounded)[0], torch.randn(len(rows), 1)
+    found = adascale.learned_grid_gradients(grad_scale, torch.zeros(len(rows), 1), scale, start, trained, rounded)
+    adascale.learned_grid(start, trained, exact)[0].backward(grad_scale)
+    for name, gradient in zip(("beta", "gamma"), found, strict=True):
+        torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -260,7 +274,7 @@ def test_fold_gives_the_weight_that_was_trained(bits: int, symmetric: bool):
     start, parameters = affine.start_range(rows, spec), random_parameters(rows)
     with torch.no_grad():
         expected = naive_fake_quantized(rows, start, parameters, bits, symmetric)
-        grid = adascale.learned_grid(*start, parameters["beta"], parameters["gamma"], spec)
+        grid = adascale.learned_grid(start, as_trained(parameters), spec)
         codes = adascale.fold(rows, parameters["s2"], parameters["s3"], *grid, spec)
     assert codes.dtype == torch.int8
     assert -(2 ** (bits - 1)) <= codes.min() and codes.max() <= 2 ** (bits - 1) - 1
