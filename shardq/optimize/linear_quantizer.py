@@ -93,7 +93,7 @@ class LinearQuantizer(nn.Module):
     def forward(self, dtype: torch.dtype, kernels: adascale.Kernels) -> Tensor:
         """The fake-quantized weight [O, I] in `dtype`; differentiable."""
         rows_Rg = adascale.FakeQuantize.apply(
-            self.rows, self.min, self.max, *self.trained, self.spec, self.num_groups, dtype, kernels
+            kernels, self.spec, self.num_groups, dtype, self.rows, self.min, self.max, *self.trained
         )
         return rows_Rg.view(self.shape)
 

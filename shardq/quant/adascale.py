@@ -35,7 +35,7 @@ Ends = tuple[Tensor, Tensor]
 """Min and max of the frozen start grid, each [R, 1]."""
 
 
-def learned_grid(ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int | None = None) -> Ends:
+def learned_grid(ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point after learned clipping.
 
     Args:
@@ -160,18 +160,17 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows_Rg, min_R1, max_R1, s2_Rg, s3_R1, beta_R1, gamma_R1, spec, num_groups, dtype, kernels):
-        """Return the fake-quantized rows [R, g] in `dtype`."""
-        tensors = (rows_Rg, min_R1, max_R1, s2_Rg, s3_R1, beta_R1, gamma_R1)
+    def forward(ctx, kernels, spec, num_groups, dtype, *tensors):
+        """Return the fake-quantized rows [R, g] in `dtype`; `tensors`: the weight, the start grid's ends, `Trained`."""
         ctx.save_for_backward(*tensors)
-        ctx.spec, ctx.num_groups, ctx.kernels = spec, num_groups, kernels
+        ctx.kernels, ctx.spec, ctx.num_groups = kernels, spec, num_groups
         return kernels.forward(*_arguments(tensors), spec, num_groups, dtype)
 
     @staticmethod
     def backward(ctx, grad_Rg):
         """Gradients of the inputs that have one."""
         gradients = ctx.kernels.backward(grad_Rg, *_arguments(ctx.saved_tensors), ctx.spec, ctx.num_groups)
-        return None, None, None, *gradients, None, None, None, None
+        return None, None, None, None, None, None, None, *gradients
 
 
 def _arguments(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Ends, Trained]:

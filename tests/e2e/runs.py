@@ -73,14 +73,17 @@ def committed(output: Path) -> int:
 
 
 def assert_nearly_equal(output: Path, reference: Path) -> None:
-    """Sums in another order round differently; a code in a hundred may fall on the other side."""
-    for number in range(3):
+    """Sums in another order round differently: a code in two hundred may fall on the other side.
+
+    And four times as many in the last block, whose input and gradients hold what came of that in those before.
+    """
+    for number, share in enumerate((0.995, 0.995, 0.98)):
         ours, theirs = (read_block(folder / "blocks" / f"block-{number:05d}.safetensors") for folder in
                         (output, reference))  # fmt: skip
         assert len(ours) == 7
         for name in ours:
             assert torch.allclose(ours[name].scale_OG, theirs[name].scale_OG, rtol=1e-2)
-            assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > 0.99
+            assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > share
 
 
 def failing_launch(arguments: list[str]) -> list[str]:

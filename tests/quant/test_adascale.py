@@ -45,7 +45,7 @@ def fake_quantized(
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = PLAIN,
 ) -> Tensor:
-    return adascale.FakeQuantize.apply(rows, *start, *as_trained(parameters), spec, 1, dtype, kernels)
+    return adascale.FakeQuantize.apply(kernels, spec, 1, dtype, rows, *start, *as_trained(parameters))
 
 
 def as_trained(parameters: Parameters) -> Trained:
