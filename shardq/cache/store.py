@@ -3,7 +3,6 @@
 Generation 0 is the embeddings' output, the same for both streams, and is kept once.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -31,8 +30,8 @@ class ActivationStore(Protocol):
     def holds(self, generation: int, sample: int) -> bool:
         """Whether both streams of a sample are there, and whole."""
 
-    def drop(self, generation: int, samples: Iterable[int]) -> None:
-        """Forget a generation of these samples; a generation that is not there is no error."""
+    def drop(self, generation: int, sample: int) -> None:
+        """Forget both streams of a sample; what is not there is no error."""
 
 
 class MemoryStore:
@@ -53,11 +52,10 @@ class MemoryStore:
         """Whether both streams of a sample are there."""
         return all((_kept_stream(stream, generation), generation, sample) in self._hidden for stream in ("fp", "quant"))
 
-    def drop(self, generation: int, samples: Iterable[int]) -> None:
-        """Free a generation of these samples."""
-        for sample in samples:
-            for stream in ("fp", "quant"):
-                self._hidden.pop((stream, generation, sample), None)
+    def drop(self, generation: int, sample: int) -> None:
+        """Free both streams of a sample."""
+        for stream in ("fp", "quant"):
+            self._hidden.pop((stream, generation, sample), None)
 
 
 class DiskStore:
@@ -99,11 +97,10 @@ class DiskStore:
             return False
         return True
 
-    def drop(self, generation: int, samples: Iterable[int]) -> None:
-        """Delete a generation's files of these samples; its folder stays: another rank may be about to write there."""
-        for sample in samples:
-            for stream in ("fp", "quant"):
-                remove(self._path(stream, generation, sample))
+    def drop(self, generation: int, sample: int) -> None:
+        """Delete a sample's files; the generation's folder stays: another rank may be about to write there."""
+        for stream in ("fp", "quant"):
+            remove(self._path(stream, generation, sample))
 
 
 def open_store(options: CacheOptions, folder: Path, device: torch.device) -> ActivationStore:

@@ -71,7 +71,7 @@ class Activations:
         """Forget a generation."""
         with behind(self.store.drop, threads=storage_threads(self.device)) as drop_later:
             for sample in self.samples:
-                drop_later(generation, [sample])
+                drop_later(generation, sample)
 
 
 @torch.no_grad()

@@ -88,7 +88,8 @@ def test_later_generations_need_both_streams(store):
 def test_dropped_samples_are_gone_and_the_others_stay(store, generation: int):
     """Ranks share the disk's folder: each drops only the samples that it owns."""
     written = fill(store, generation, range(6))
-    store.drop(generation, range(0, 6, 2))
+    for sample in range(0, 6, 2):
+        store.drop(generation, sample)
     assert [store.holds(generation, sample) for sample in range(6)] == [False, True] * 3
     assert torch.equal(store.read("quant", generation, 5), written["quant", 5])
 
@@ -96,16 +97,17 @@ def test_dropped_samples_are_gone_and_the_others_stay(store, generation: int):
 def test_other_generations_survive_a_drop(store):
     fill(store, 1, range(2))
     kept = fill(store, 2, range(2))
-    store.drop(1, range(2))
+    for sample in range(2):
+        store.drop(1, sample)
     assert store.holds(2, 0) and store.holds(2, 1)
     assert torch.equal(store.read("fp", 2, 1), kept["fp", 1])
 
 
 def test_generation_that_is_not_there_can_be_dropped(store):
-    store.drop(4, range(3))
+    store.drop(4, 0)
     fill(store, 4, range(1))
-    store.drop(4, range(3))
-    store.drop(4, range(3))
+    store.drop(4, 0)
+    store.drop(4, 0)
     assert not store.holds(4, 0)
 
 
@@ -116,14 +118,14 @@ def test_one_rank_writes_while_another_drops(tmp_path):
 
     def drop_until_finished():
         while not finished.is_set():
-            DiskStore(tmp_path).drop(1, range(1, 2))
+            DiskStore(tmp_path).drop(1, 1)
 
     with ThreadPoolExecutor() as pool:
         dropping = pool.submit(drop_until_finished)
         try:
             for _ in range(30):
                 writes("fp", 1, 0, torch.zeros(2, 3))
-                DiskStore(tmp_path).drop(1, range(1))
+                DiskStore(tmp_path).drop(1, 0)
         finally:
             finished.set()
         dropping.result()
