@@ -36,7 +36,11 @@ def why_not(device: torch.device) -> str | None:
 
 def keep_between_runs() -> None:
     """Have compiled kernels stay on the disk for later processes, unless the environment says where already."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "shardq" / "compiled"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Torch writes its own choice into the environment, a temporary folder, where its compiler is imported first.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.home() / ".cache" / "shardq" / "compiled")
 
 
 def eager(function: Function, varying: bool) -> Function:

@@ -124,6 +124,19 @@ class TestKeepBetweenRuns:
         keep_between_runs()
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "shardq" / "compiled")
 
+    @needs_compiler
+    def test_compiled_code_of_a_command_lies_there(self, tmp_path: Path):
+        """In a process of its own: what a command imports has torch choose a folder by itself."""
+        program = (
+            "import torch, shardq.cli; from shardq.compiling import compiler, keep_between_runs; keep_between_runs(); "
+            "compiler(torch.device('cpu'), print)(lambda x: x + 1, False)(torch.ones(3))"
+        )
+        environment = os.environ | {"HOME": str(tmp_path)}
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert child.returncode == 0, child.stderr
+        assert list((tmp_path / ".cache" / "shardq" / "compiled").rglob("*.so"))
+
     def test_folder_that_the_environment_gives_is_kept(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
         keep_between_runs()
