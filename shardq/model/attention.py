@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "causal_pieces"
-PIECE_TOKENS = 128
+PIECE_TOKENS = 256
 MAX_TOKENS = 1024  # beyond, a piece's scores leave the cache
 
 

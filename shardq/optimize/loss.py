@@ -64,8 +64,9 @@ def prediction_error(
     divergence_NT1 = (p_NTV * (log_p_NTV - log_q_NTV)).sum(-1, keepdim=True)
     cross_entropy_NT1 = -log_q_NTV.gather(-1, labels_NT1.clamp(min=0))
     value = ((1 - weight_NT1) * divergence_NT1 + weight_NT1 * cross_entropy_NT1).sum()
-    # Comparing, unlike writing at indices, becomes part of one pass over the logits when it is compiled.
-    is_label_NTV = torch.arange(p_NTV.shape[-1], device=p_NTV.device) == labels_NT1
+    # Comparing, unlike writing at indices, becomes part of one pass over the logits when it is compiled; in float32,
+    # which holds every token exactly, with vectors of the logits' own width.
+    is_label_NTV = torch.arange(p_NTV.shape[-1], dtype=torch.float32, device=p_NTV.device) == labels_NT1.float()
     wanted_NTV = torch.where(is_label_NTV, weight_NT1, 0) + (1 - weight_NT1) * p_NTV
     return value, (log_q_NTV.exp() - wanted_NTV).to(logits_NTV.dtype)
 

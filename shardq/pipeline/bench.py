@@ -42,7 +42,7 @@ class Bench:
 
     quantizer: BlockQuantizer
     stepper: Stepper | None  # None where nothing is trained
-    loss: Callable[..., Tensor]
+    loss: Callable[..., tuple[Tensor, Tensor]]
     inputs: RoundedInputs
 
 
@@ -110,11 +110,12 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     part = largest_part(job.optimize.batch_size, job.ranks.world_size)
     samples = list(job.activations.samples[: min(job.optimize.micro_batch, part)])
     hidden_NTD = job.activations.load("fp", loaded.index, samples)
+    loss = loss_of(job, bench, loaded, arguments, job.optimize.loss)
     bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
     bench.stepper.start(1)
     with bench.inputs.active({}):
-        distill(loss_of(job, bench, loaded, arguments), bench.quantizer, bench.stepper, [(hidden_NTD, hidden_NTD)],
-                len(samples), on_step=lambda loss: None)  # fmt: skip
+        distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
+                [(hidden_NTD, hidden_NTD)], len(samples), on_step=lambda loss: None)  # fmt: skip
     bench.stepper.rest()
 
 
@@ -146,9 +147,10 @@ def block_loss(
     kwargs: dict,
     dtype: torch.dtype,
     kind: Loss = "squared",
-) -> Tensor:
-    """Training loss of a block: what is compiled, forward and backward, as one piece."""
-    return distillation_loss(_trained_output(block, inputs_NTD, args, kwargs, dtype), targets_NTD, kind)
+) -> tuple[Tensor, Tensor]:
+    """Training loss of a block, and its output [N, T, D]: what is compiled, forward and backward, as one piece."""
+    output_NTD = _trained_output(block, inputs_NTD, args, kwargs, dtype)
+    return distillation_loss(output_NTD, targets_NTD, kind), output_NTD
 
 
 def training_forward(block: nn.Module, arguments: BlockArguments, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -162,14 +164,13 @@ def _trained_output(block: nn.Module, inputs_NTD: Tensor, args: tuple, kwargs: d
 
 
 def loss_of(
-    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Training loss of a block on its bench, by inputs and targets [N, T, D]."""
+    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, kind: Loss
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`block_loss` of a block on its bench, by inputs and targets [N, T, D]."""
 
-    def loss(inputs_NTD: Tensor, targets_NTD: Tensor) -> Tensor:
+    def loss(inputs_NTD: Tensor, targets_NTD: Tensor) -> tuple[Tensor, Tensor]:
         return bench.loss(
-            loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype,
-            job.optimize.loss,
-        )  # fmt: skip
+            loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype, kind
+        )
 
     return loss

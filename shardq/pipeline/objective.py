@@ -14,14 +14,13 @@ from shardq.model.weights import LoadedBlock
 from shardq.optimize.loss import (
     ErrorSums,
     at_positions,
-    distillation_loss,
     error_sums,
     furthest_off,
     prediction_error,
     prediction_loss,
     prediction_sums,
 )
-from shardq.pipeline.bench import Bench, BlockJob, loss_of, training_forward
+from shardq.pipeline.bench import Bench, BlockJob, loss_of
 
 LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence {:.4f} -> {:.4f} nats a token"}
 """Kinds of objective, and what users read of one: the loss before and after training."""
@@ -56,16 +55,16 @@ def objective_of(
     """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
     iterations = job.optimize.iterations
     if not (is_last and bench.stepper is not None and job.optimize.last_block == "predictions"):
-        of_output, errors = loss_of(job, bench, loaded, arguments), partial(error_sums, kind=job.optimize.loss)
-        yield Objective("loss", iterations, lambda inputs, targets, labels: of_output(inputs, targets), errors)
+        of_output = loss_of(job, bench, loaded, arguments, job.optimize.loss)
+        errors = partial(error_sums, kind=job.optimize.loss)
+        yield Objective("loss", iterations, lambda inputs, targets, labels: of_output(inputs, targets)[0], errors)
         return
-    forward = training_forward(loaded.module, arguments, job.optimize.dtype)
+    of_output = loss_of(job, bench, loaded, arguments, "token")
     kernel, label_weight = job.compiled(prediction_error, False), job.optimize.label_weight
     with whole_epilogue(job.skeleton, job.activations.device, job.optimize.dtype) as to_logits:
 
         def loss(inputs_NTD: Tensor, targets_NTD: Tensor, labels_NT: Tensor) -> Tensor:
-            output_NTD = forward(inputs_NTD)
-            error = distillation_loss(output_NTD, targets_NTD, "token")
+            error, output_NTD = of_output(inputs_NTD, targets_NTD)
             positions = furthest_off(output_NTD, targets_NTD, math.ceil(output_NTD.shape[1] * PREDICTED_SHARE))
             chosen = (at_positions(values, positions) for values in (output_NTD, targets_NTD, labels_NT))
             return prediction_loss(*chosen, label_weight, to_logits, kernel) + OUTPUT_WEIGHT * error

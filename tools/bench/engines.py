@@ -162,7 +162,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
 
     def train(num_steps: int, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:
         batch = tuple(torch.randn(2, arguments.samples, tokens, shape.hidden))
-        distill(lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype), quantizer, stepper,
+        distill(lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype)[0], quantizer, stepper,
                 [batch] * num_steps, 1, on_step, mean_over=1)  # fmt: skip
 
     train(WARM_UP_STEPS)

@@ -196,7 +196,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     def train(count: int) -> None:
         stepper.start(count)
         distill(
-            lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype),
+            lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype)[0],
             quantizer, stepper, batches(count), arguments.micro_batch or arguments.batch_size, lambda loss: None,
         )  # fmt: skip
 
