@@ -130,22 +130,33 @@ def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tupl
 @contextmanager
 def whole_epilogue(
     skeleton: Skeleton, device: torch.device, dtype: torch.dtype
-) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield a differentiable function from the hidden states [N, T, D] after the last block to the logits [N, T, V].
+) -> Iterator[Callable[[Tensor | None], Callable[[Tensor], Tensor]]]:
+    """Yield what gives, for some tokens, a function from hidden states [N, T, D] after the last block to logits.
+
+    That function is differentiable, and its logits [N, T, V] are those of the tokens [V] asked for, in their order, or
+    of all where None is.
 
     Args:
-        dtype: of the head, which is held whole, and of its matrix multiply.
+        dtype: of the head, which is held whole, of its rows for some tokens, a copy, and of its matrix multiply.
     """
     head = skeleton.model.get_output_embeddings()
     with _last_layers(skeleton, device) as (infos, to_logits):
-        for name, info in infos.items():
-            setattr(head, name, _frozen(read_weight(info), device, dtype))
+        whole = {name: _frozen(read_weight(info), device, dtype) for name, info in infos.items()}
 
-        def in_dtype(hidden_NTD: Tensor) -> Tensor:
-            with _multiplying_in(dtype, device):
-                return to_logits(hidden_NTD)
+        def of_tokens(tokens_V: Tensor | None) -> Callable[[Tensor], Tensor]:
+            rows = whole
+            if tokens_V is not None:
+                rows = {name: _frozen(tensor[tokens_V], device, dtype) for name, tensor in whole.items()}
 
-        yield in_dtype
+            def in_dtype(hidden_NTD: Tensor) -> Tensor:
+                for name, tensor in rows.items():
+                    setattr(head, name, tensor)
+                with _multiplying_in(dtype, device):
+                    return to_logits(hidden_NTD)
+
+            return in_dtype
+
+        yield of_tokens
 
 
 @contextmanager

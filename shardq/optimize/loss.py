@@ -43,6 +43,12 @@ def at_positions(values_NTX: Tensor, positions_NT: Tensor) -> Tensor:
     return values_NTX.gather(1, indices.expand(-1, -1, *values_NTX.shape[2:]))
 
 
+@torch.no_grad()
+def summed_probabilities(hidden_NTD: Tensor, to_logits: ToLogits) -> Tensor:
+    """How often each token [V] is expected next: its probability, summed over all positions."""
+    return sum(to_logits(hidden_1TD).float().softmax(-1).sum((0, 1)) for (hidden_1TD,) in _pieces(hidden_NTD))
+
+
 def prediction_error(
     logits_NTV: Tensor, target_NTV: Tensor, labels_NT: Tensor, label_weight: Tensor
 ) -> tuple[Tensor, Tensor]:

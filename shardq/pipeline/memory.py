@@ -18,6 +18,7 @@ from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import Engine, ParallelOptions
 from shardq.parallel.ranks import Ranks
+from shardq.pipeline.objective import LIKELY_TOKENS
 from shardq.pipeline.plan import Plan
 
 # A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
@@ -206,11 +207,12 @@ def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) ->
 
 
 def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
-    """The head in the matrix multiplies' dtype, and what a piece of both streams' logits takes."""
+    """The head in the matrix multiplies' dtype, its rows for likely tokens, and a piece of both streams' logits."""
     head = skeleton.model.get_output_embeddings()
+    held = head.out_features + min(LIKELY_TOKENS, head.out_features)
     # Logits and their gradient in that dtype; both in float32, their logarithms, p and q.
     logits = LOGITS_TOKENS * head.out_features * (3 * dtype.itemsize + 6 * 4)
-    return dtype.itemsize * sum(parameter.numel() for parameter in head.parameters()) + logits
+    return dtype.itemsize * held * sum(parameter[0].numel() for parameter in head.parameters()) + logits
 
 
 def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:

@@ -135,7 +135,8 @@ def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tupl
     options, device = tuning.options, tuning.activations.device
     gradients, total = [], 0.0
     forward = _forward(tuning, loaded)
-    with whole_epilogue(tuning.skeleton, device, options.dtype) as to_logits:
+    with whole_epilogue(tuning.skeleton, device, options.dtype) as of_tokens:
+        to_logits = of_tokens(None)
         for sample in samples:
             with torch.no_grad():
                 output_1TD = forward(tuning.activations.load("quant", loaded.index, [sample]))

@@ -217,14 +217,18 @@ def nats_a_token(folder, token_file):
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-def divergence_from(llama, folder, token_file):
-    """KL divergence of a model's predictions on the calibration tokens from the float model's, in nats a token."""
+def calibration_logits(folder, token_file):
     ids = load_file(token_file)["tokens"][:8, :64]
     with torch.no_grad():
-        log_p, log_q = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits.double().log_softmax(-1)
-            for path in (llama, folder)
-        )
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.double()
+
+
+def divergence_from(llama, folder, token_file, tokens=slice(None)):
+    """KL divergence of a model's predictions on the calibration tokens from the float model's, in nats a token.
+
+    Of some tokens of the vocabulary, as if there were no others.
+    """
+    log_p, log_q = (calibration_logits(path, token_file)[..., tokens].log_softmax(-1) for path in (llama, folder))
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
@@ -247,6 +251,21 @@ def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file
     assert (
         last.startswith("block 3/3") and said in last and done.startswith("done: mean relative loss") and said in done
     )
+
+
+def test_last_block_is_trained_to_the_tokens_that_the_float_model_expects_most(llama, token_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
+    monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
+    run_quantize(llama, token_file, tmp_path / "all")
+    expected = calibration_logits(llama, token_file)[:, :: objective.LOOKED_AT].softmax(-1).sum((0, 1))
+    likely = sorted(expected.topk(9).indices.tolist())
+    monkeypatch.setattr(objective, "LIKELY_TOKENS", 9)
+    run_quantize(llama, token_file, tmp_path / "likely")
+    of_likely, of_all = (divergence_from(llama, tmp_path / run, token_file, likely) for run in ("likely", "all"))
+    assert of_likely < 0.98 * of_all
+    others = [token for token in range(60) if token not in likely]
+    of_likely, of_all = (divergence_from(llama, tmp_path / run, token_file, others) for run in ("likely", "all"))
+    assert of_likely > 1.02 * of_all
 
 
 def test_labels_are_the_tokens_that_come_next(llama, token_file, tmp_path, monkeypatch):

@@ -168,21 +168,29 @@ def test_whole_epilogue_and_its_gradient_are_the_whole_models(tmp_path: Path, na
     along_NTV = torch.randn(expected_NTV.shape)
     (expected_gradient,) = torch.autograd.grad(expected_NTV, hidden_NTD, along_NTV)
     mine_NTD = hidden_NTD.detach().requires_grad_(True)
-    with ends.whole_epilogue(skeleton, CPU, torch.float32) as to_logits:
+    with ends.whole_epilogue(skeleton, CPU, torch.float32) as of_tokens:
+        to_logits, tokens_V = of_tokens(None), torch.tensor([5, 2, 40])
+        to_some = of_tokens(tokens_V)
+        some_NTV = to_some(mine_NTD)
         logits_NTV = to_logits(mine_NTD)
         pieces = [to_logits(piece) for piece in hidden_NTD.detach().split(LENGTH // 3, 1)]
     torch.testing.assert_close(logits_NTV, expected_NTV, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat(pieces, 1), expected_NTV, rtol=1e-5, atol=1e-5)
-    (gradient,) = torch.autograd.grad(logits_NTV, mine_NTD, along_NTV)
+    torch.testing.assert_close(some_NTV, expected_NTV[..., tokens_V], rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(logits_NTV, mine_NTD, along_NTV, retain_graph=True)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    (of_some,) = torch.autograd.grad(some_NTV, mine_NTD, along_NTV[..., tokens_V])
+    along_some_NTV = torch.zeros_like(along_NTV).index_copy(-1, tokens_V, along_NTV[..., tokens_V])
+    (expected_of_some,) = torch.autograd.grad(logits_NTV, mine_NTD, along_some_NTV)
+    torch.testing.assert_close(of_some, expected_of_some, rtol=1e-4, atol=1e-5)
 
 
 def test_whole_epilogue_holds_and_multiplies_the_head_in_the_dtype_asked_for(folder: Path):
     skeleton = open_skeleton(folder)
     hidden_NTD = torch.randn(1, 5, 48)
-    with ends.whole_epilogue(skeleton, CPU, torch.bfloat16) as to_logits:
+    with ends.whole_epilogue(skeleton, CPU, torch.bfloat16) as of_tokens:
+        assert of_tokens(None)(hidden_NTD).dtype == of_tokens([3, 1])(hidden_NTD).dtype == torch.bfloat16
         assert skeleton.model.get_output_embeddings().weight.dtype == torch.bfloat16
-        assert to_logits(hidden_NTD).dtype == torch.bfloat16
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert all(stand_in.injected is None and stand_in.seen is None for stand_in in skeleton.stand_ins)
 

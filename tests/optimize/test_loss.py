@@ -14,6 +14,7 @@ from shardq.optimize.loss import (
     prediction_error,
     prediction_loss,
     prediction_sums,
+    summed_probabilities,
 )
 
 
@@ -170,3 +171,12 @@ def test_prediction_loss_in_pieces_is_that_of_all_logits_at_once(monkeypatch, at
     torch.testing.assert_close(gradient, *torch.autograd.grad(3 * expected, output))
     sums = prediction_sums(output, target, to_logits)
     assert sums.weight == 14 and sums.loss == pytest.approx(divergence.item() / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 256])
+def test_summed_probabilities_are_the_softmaxs_sum_over_all_positions(monkeypatch, at_once: int):
+    monkeypatch.setattr(loss, "LOGITS_TOKENS", at_once)
+    head, hidden = torch.nn.Linear(6, 11), torch.randn(2, 7, 6)
+    expected = head(hidden).detach().double().exp()
+    expected = (expected / expected.sum(-1, keepdim=True)).flatten(0, 1).sum(0)
+    torch.testing.assert_close(summed_probabilities(hidden, head), expected.float())

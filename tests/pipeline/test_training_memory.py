@@ -118,9 +118,10 @@ def really_saved(block: nn.Module, arguments: BlockArguments, hidden_NTD: Tensor
 
 def test_head_counts_where_the_last_block_is_trained_to_predictions(llama_model: Model, monkeypatch):
     monkeypatch.setattr(memory, "LOGITS_TOKENS", 10)
+    monkeypatch.setattr(memory, "LIKELY_TOKENS", 15)
     options = OptimizeOptions(last_block="predictions", precision="bf16", optimizer="rms", batch_size=1)
     with_head = llama_model.largest_with(options)
-    assert with_head.head_bytes == 2 * 60 * 48 + 10 * 60 * (3 * 2 + 6 * 4)
+    assert with_head.head_bytes == 2 * (60 + 15) * 48 + 10 * 60 * (3 * 2 + 6 * 4)
     without = llama_model.largest_with(replace(options, last_block="output"))
     assert without == replace(with_head, head_bytes=0)
     needed, less = (training_bytes(block, options, WHOLE, 1, 1) for block in (with_head, without))
