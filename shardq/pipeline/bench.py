@@ -1,9 +1,10 @@
 """What trains blocks of one kind, built for the first of them, and the job that all blocks of a run share."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from shardq.calib.partition import largest_part
 from shardq.compiling import Compile, apart
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
-from shardq.model.ends import BlockArguments, run_block
+from shardq.model.ends import BlockArguments, block_forward, run_block
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.block_quantizer import BlockQuantizer
@@ -29,7 +30,7 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.parallel.row_share import RowShare
 from shardq.parallel.row_stepper import RowStepper
-from shardq.pipeline.passes import Activations
+from shardq.pipeline.passes import Activations, Forward
 from shardq.pipeline.training_checkpoint import Checkpoints
 from shardq.quant import adascale
 from shardq.quant.activation import ActivationOptions
@@ -76,6 +77,20 @@ class BlockJob:
         """Calibration samples over all ranks."""
         return len(self.tokens_NT)
 
+    @property
+    def samples_at_once(self) -> int:
+        """Samples that go through a block at once in training."""
+        return min(self.optimize.micro_batch, largest_part(self.optimize.batch_size, self.ranks.world_size))
+
+    @cached_property
+    def block_loss(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`block_loss`, compiled where this job compiles."""
+        return self.compiled(block_loss, False)
+
+    def trains(self, linear_names: list[str]) -> bool:
+        """Whether there is anything to train in a block whose linears to quantize are given."""
+        return self.method != "rtn" and bool(linear_names)
+
 
 def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
     """The bench for blocks of this kind; compiled if this is the first of them."""
@@ -97,8 +112,9 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
-    bench = Bench(quantizer, None, job.compiled(apart(block_loss) if rounds else block_loss, False), inputs)
-    if job.method == "rtn" or not linear_names:
+    loss = job.compiled(apart(block_loss), False) if rounds else job.block_loss
+    bench = Bench(quantizer, None, loss, inputs)
+    if not job.trains(linear_names):
         return bench
     bench = replace(bench, stepper=make_stepper(quantizer, optimize, job.parallel, job.ranks))
     _rehearse(job, bench, loaded, arguments)
@@ -107,8 +123,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
 
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
     """One step, of which nothing stays, so that compiling happens, and is timed, here."""
-    part = largest_part(job.optimize.batch_size, job.ranks.world_size)
-    samples = list(job.activations.samples[: min(job.optimize.micro_batch, part)])
+    samples = list(job.activations.samples[: job.samples_at_once])
     hidden_NTD = job.activations.load("fp", loaded.index, samples)
     loss = loss_of(job, bench, loaded, arguments, job.optimize.loss)
     bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
@@ -117,6 +132,46 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
         distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
                 [(hidden_NTD, hidden_NTD)], len(samples), on_step=lambda loss: None)  # fmt: skip
     bench.stepper.rest()
+
+
+def served_forward(
+    job: BlockJob, loaded: LoadedBlock, linear_names: list[str], bits: dict[str, int], arguments: BlockArguments
+) -> Forward:
+    """Function from the hidden states [N, T, D] that enter a block, as it is served, to those that leave it, float32.
+
+    Where the job compiles, and nothing is to be seen of the activations within, it is training's code for as many
+    samples as are trained at once, which takes half of the time (measured, on a CPU). The same in a replay as in the
+    block's turn, to the last bit; so no other rank is waited for.
+
+    Args:
+        bits: of the activations that get a grid, by name within the block.
+    """
+    forward = block_forward(loaded.module, arguments, job.optimize.dtype)
+    if job.optimize.compile == "off" or not job.trains(linear_names) or bits:
+        return forward
+    passed = (arguments.args, arguments.kwargs, job.optimize.dtype, job.optimize.loss)
+    weights = [loaded.module.get_submodule(name).weight for name in linear_names]
+
+    def compiled(hidden_NTD: Tensor) -> Tensor:
+        if len(hidden_NTD) % job.samples_at_once:
+            return forward(hidden_NTD)
+        # The code holds for targets that are not the inputs themselves, and for weights that ask for a gradient.
+        pairs = zip(*(hidden_NTD.split(job.samples_at_once) for _ in range(2)), strict=True)
+        with torch.enable_grad(), _asking_for_gradients(weights):
+            return torch.cat([job.block_loss(loaded.module, *pair, *passed)[1].detach() for pair in pairs])
+
+    return compiled
+
+
+@contextmanager
+def _asking_for_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 def share_for(parallel: ParallelOptions, ranks: Ranks, stored: torch.dtype) -> Share:

@@ -11,7 +11,7 @@ from shardq.optimize.block_quantizer import whole
 from shardq.optimize.channel_power import channel_power
 from shardq.parallel.collectives import reduce_over_ranks
 from shardq.pipeline.activations import activation_grids, observed
-from shardq.pipeline.bench import BlockJob, bench_for
+from shardq.pipeline.bench import BlockJob, bench_for, served_forward
 from shardq.pipeline.objective import objective_of
 from shardq.pipeline.passes import advance
 from shardq.pipeline.training import BlockAtHand, BlockResult, agreed_loss, train
@@ -41,16 +41,16 @@ def quantize_block(
     """
     block_index, activations, encodings = loaded.index, job.activations, job.encodings
     span = partial(job.events.span, block=block_index)
-    forward = block_forward(loaded.module, arguments, job.optimize.dtype)
     # 1. The fp stream moves on: its output is the target now and the next block's input.
     searched = linear_names if job.optimize.start == "search" else []
     early, late = (activation_bits, {}) if encodings.in_training else ({}, activation_bits)
     with span("fp pass"), channel_power(loaded.module, searched) as power:
         with observed(loaded.module, early, encodings) as statistics:
-            advance(activations, "fp", block_index, forward)
+            advance(activations, "fp", block_index, block_forward(loaded.module, arguments, job.optimize.dtype))
         reduce_over_ranks(job.ranks, list(power.values()))
     grids = activation_grids(statistics, early, encodings, job.spec.scale_dtype, job.ranks)
     bench = bench_for(job, loaded, linear_names, arguments)
+    forward = served_forward(job, loaded, linear_names, activation_bits, arguments)
     with bench.inputs.active(grids):
         with objective_of(job, bench, loaded, arguments, is_last) as objective:
             at_hand = BlockAtHand(job, bench, block_index, forward, objective)

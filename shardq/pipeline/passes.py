@@ -12,7 +12,7 @@ from shardq.background import behind, lookahead
 from shardq.cache.store import ActivationStore, Stream
 from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, storage_threads, to_device, to_host
-from shardq.model.ends import BlockArguments, block_forward, prologue
+from shardq.model.ends import prologue
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.loss import ErrorSums
@@ -99,29 +99,29 @@ def replay(
     activations: Activations,
     tokens_NT: Tensor,
     skeleton: Skeleton,
-    arguments: list[BlockArguments],
     num_blocks: int,
-    dtype: torch.dtype,
+    forwards: Callable[[LoadedBlock], tuple[Forward, Forward]],
     written: Callable[[int], Iterable[tuple[str, Tensor]]],
     rounding: Callable[[LoadedBlock], AbstractContextManager],
 ) -> None:
     """Compute what enters block `num_blocks`: the embeddings, then both streams through the blocks before it.
 
     Args:
-        written: gives a block's quantized weights by their linear's name.
+        forwards: gives what computes a block with its own weights, and what does once the quantized ones are there.
+        written: gives these on the device, in the dtype that they are computed with, by their linear's name.
         rounding: rounds a block's activations where the quantized stream moves on through rounded ones.
     """
     with prologue(skeleton, activations.device) as embed:
         embed_samples(activations, tokens_NT, embed)
     for loaded in stream_blocks(skeleton, range(num_blocks), activations.device):
-        forward = block_forward(loaded.module, arguments[loaded.index], dtype)
+        forward, served_forward = forwards(loaded)
         advance(activations, "fp", loaded.index, forward)
         for name, weight in written(loaded.index):
-            loaded.module.get_submodule(name).weight.copy_(weight)
+            loaded.module.get_submodule(name).weight.data = weight
         with rounding(loaded):
-            advance(activations, "quant", loaded.index, forward)
+            advance(activations, "quant", loaded.index, served_forward)
         activations.drop(loaded.index)
-        del loaded, forward  # its source must not stay in memory while the block after the next is read
+        del loaded, forward, served_forward  # its source must not stay in memory while the block after the next is read
 
 
 @torch.no_grad()

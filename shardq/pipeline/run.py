@@ -17,12 +17,13 @@ from shardq.compiling import compiler, eager
 from shardq.config import ExportConfig, Format, QuantizeConfig
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
+from shardq.model.ends import BlockArguments, block_forward
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger, training_checkpoint
 from shardq.pipeline.activations import simulated, written_grids
-from shardq.pipeline.bench import BlockJob
+from shardq.pipeline.bench import BlockJob, served_forward
 from shardq.pipeline.block_pass import quantize_block
 from shardq.pipeline.checkpoint_export import write_block_shard
 from shardq.pipeline.export import (
@@ -35,7 +36,7 @@ from shardq.pipeline.export import (
 )
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.objective import LOSSES
-from shardq.pipeline.passes import Activations, replay
+from shardq.pipeline.passes import Activations, Forward, replay
 from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, begin, prepare
 from shardq.pipeline.redo import remove_what_completes
@@ -113,7 +114,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
     lines = list(run.lines)
     with run.display.bars(plan.num_blocks, len(ledger.finished(lines))):
-        for loaded in _blocks_to_do(run, lines, cache, activations, events):
+        for loaded in _blocks_to_do(run, lines, cache, job):
             block_index, num_before = loaded.index, len(ledger.finished(lines))
             lines.append(_quantize_and_commit(run, job, loaded, dtype))
             del loaded  # its source must not stay in memory while the block after the next is read
@@ -129,9 +130,7 @@ def _finish(run: Run, events: Events) -> list[dict]:
     return lines
 
 
-def _blocks_to_do(
-    run: Run, lines: list[dict], cache: Path, activations: Activations, events: Events
-) -> Iterator[LoadedBlock]:
+def _blocks_to_do(run: Run, lines: list[dict], cache: Path, job: BlockJob) -> Iterator[LoadedBlock]:
     """Blocks that are not finished, stretch by stretch where finished ones lie between them.
 
     Args:
@@ -140,9 +139,9 @@ def _blocks_to_do(
     while True:
         entries = ledger.finished(lines)
         todo = ledger.blocks_to_do(entries, run.plan.num_blocks)
-        with events.span("prepare activations"):
-            _prepare_activations(run, cache, activations, entries, todo.start)
-        yield from _agreed_blocks(run, todo, events)
+        with job.events.span("prepare activations"):
+            _prepare_activations(run, cache, job, entries, todo.start)
+        yield from _agreed_blocks(run, todo, job.events)
         if not ledger.blocks_to_do(ledger.finished(lines), run.plan.num_blocks):
             return
 
@@ -159,11 +158,12 @@ def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedB
         del loaded
 
 
-def _prepare_activations(run: Run, cache: Path, activations: Activations, entries: ledger.Entries, first: int) -> None:
+def _prepare_activations(run: Run, cache: Path, job: BlockJob, entries: ledger.Entries, first: int) -> None:
     """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
 
     On the disk, samples are found by whichever rank owns them now.
     """
+    activations = job.activations
     if run.config.cache.placement == "cpu":
         # An earlier attempt's files: they would not belong to the blocks that are committed from now on.
         on_rank_zero(run.ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
@@ -177,21 +177,27 @@ def _prepare_activations(run: Run, cache: Path, activations: Activations, entrie
             f"{cost if num_without else 'nothing is done again'}"
         )
 
+    def forwards(loaded: LoadedBlock) -> tuple[Forward, Forward]:
+        own = block_forward(loaded.module, run.arguments[loaded.index], run.config.optimize.dtype)
+        return own, served_forward(job, loaded, *_asked(run, loaded.index))
+
     def compute() -> None:
         if first and are_there:
             activations.drop(first - 1)  # a kill right after a commit leaves it
         if not are_there:
-            replay(activations, run.tokens_NT, run.skeleton, run.arguments, first, run.config.optimize.dtype,
-                   partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
+            replay(activations, run.tokens_NT, run.skeleton, first, forwards, partial(_written_weights, run),
+                   partial(_rounding, run))  # fmt: skip
 
     together(run.ranks, compute)
 
 
 def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]:
-    """A finished block's quantized weights as they are served, by their linear's name."""
+    """A finished block's quantized weights as they are served and computed with, by their linear's name."""
+    device, dtype = run.ranks.device, run.config.optimize.dtype
     written = read_header(run.output / run.plan.block_shard(block_index))
     for name in run.plan.linears[block_index]:
-        yield name, read_tensor(written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name])
+        info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
+        yield name, read_tensor(info).to(device, dtype)
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
@@ -206,8 +212,7 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    asked = (run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index])
-    result, grids = quantize_block(job, loaded, *asked, is_last)
+    result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
         line = on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))
@@ -219,6 +224,11 @@ def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: to
         + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
     )
     return line
+
+
+def _asked(run: Run, block_index: int) -> tuple[list[str], dict[str, int], BlockArguments]:
+    """A block's linears to quantize, its activations that get a grid, and what the model passes it."""
+    return run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index]
 
 
 def _not_finite(entry: dict) -> str:

@@ -12,6 +12,7 @@ import tiny
 from runs import LAUNCH, last_json, quantize_arguments, run_quantize
 from shardq.compiling import why_not
 from shardq.logs import Display
+from shardq.pipeline import bench, block_pass
 
 pytestmark = pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
@@ -89,6 +90,38 @@ def test_compiled_training_ends_where_uncompiled_training_does(llama, token_file
     assert compiled["divergence_after"] < 0.97 * compiled["divergence_before"]
     for key in ("loss_before", "loss_after", "divergence_before", "divergence_after"):
         assert compiled[key] == pytest.approx(plain[key], rel=1e-4), key
+
+
+def test_served_block_is_computed_by_training_code_and_in_a_replay_to_the_same_bytes(
+    llama, token_file, tmp_path, monkeypatch
+):
+    def refuse(hidden):
+        raise AssertionError("a served block was computed uncompiled")
+
+    monkeypatch.setattr(bench, "block_forward", lambda *_: refuse)
+    output, written = tmp_path / "out", []
+    for more in ([], ["--redo", 2]):
+        quantize_compiled(llama, token_file, output, "--optimize.batch_size", 1, *more)
+        written.append({path.name: path.read_bytes() for path in (output / "blocks").iterdir()})
+    assert len(written[0]) == 3 and written[0] == written[1]
+    assert sum('"redo"' in line for line in (output / "ledger.jsonl").read_text().splitlines()) == 1
+
+
+def test_served_blocks_compile_nothing_of_their_own(llama, token_file, tmp_path, monkeypatch):
+    graphs = []
+    for number, bits in enumerate(({}, {"uncompiled": 8})):
+        notes = Notes(monkeypatch)
+        served = bench.served_forward
+
+        def given(job, loaded, linear_names, _, arguments, served=served, bits=bits):
+            return served(job, loaded, linear_names, bits, arguments)
+
+        monkeypatch.setattr(block_pass, "served_forward", given)
+        torch._dynamo.reset()
+        counters.clear()
+        quantize_compiled(llama, token_file, tmp_path / str(number), "--optimize.batch_size", 1)
+        graphs.append(notes.graphs)
+    assert graphs[0] == graphs[1], graphs
 
 
 @pytest.mark.slow

@@ -253,7 +253,7 @@ def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file
     )
 
 
-def test_last_block_is_trained_to_the_tokens_that_the_float_model_expects_most(llama, token_file, tmp_path, monkeypatch):
+def test_last_block_is_trained_to_the_tokens_that_the_float_model_expects(llama, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
     monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
     run_quantize(llama, token_file, tmp_path / "all")
