@@ -64,10 +64,15 @@ def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
     runs as it is, and `say` is told once.
     """
     from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor import config
     from torch._inductor.exc import CppCompileError
 
-    # For the whole process: torch.compile of torch 2.11 takes no such argument.
+    # For the whole process: torch.compile of torch 2.11 takes no such arguments.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    if config.cpp.vec_isa_ok is None:
+        # What the processor can do is asked of itself. That torch's headers compile for it too, as any compiler's of
+        # their C++20 do, would take four tests of 2 s to learn.
+        config.cpp.vec_isa_ok = True
 
     def compiled(function: Function, varying: bool) -> Function:
         shares_code = varying and device.type == "cpu"
