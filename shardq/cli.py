@@ -89,11 +89,11 @@ def return_freed_tensors() -> None:
     """Have freed tensors of large models go back to the system, and keep the rest of the memory in one piece.
 
     glibc would keep more and more of what is freed and give each thread memory of its own, so that peak memory grew
-    with the number of blocks. Smaller tensors stay for reuse: fetching them anew each step costs up to half of it.
+    with the number of blocks. Smaller tensors stay for reuse: fetching them anew costs up to half of a step or a pass.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:
-        set_option(M_MMAP_THRESHOLD, 4 << 20)
+        set_option(M_MMAP_THRESHOLD, 16 << 20)
         set_option(M_TRIM_THRESHOLD, 1 << 30)
         set_option(M_ARENA_MAX, 1)
 
