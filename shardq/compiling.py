@@ -67,11 +67,11 @@ def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
     from torch._inductor import config
     from torch._inductor.exc import CppCompileError
 
-    # For the whole process: torch.compile of torch 2.11 takes no such arguments.
+    # For the whole process: torch.compile of torch 2.11 takes no such argument.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     if config.cpp.vec_isa_ok is None:
-        # What the processor can do is asked of itself. That torch's headers compile for it too, as any compiler's of
-        # their C++20 do, would take four tests of 2 s to learn.
+        # The processor says itself what it can do. Whether torch's headers can be compiled for that takes four tests of
+        # 2 s to learn; a compiler that knows their C++20 compiles them.
         config.cpp.vec_isa_ok = True
 
     def compiled(function: Function, varying: bool) -> Function:

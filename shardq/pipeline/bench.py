@@ -1,7 +1,7 @@
 """What trains blocks of one kind, built for the first of them, and the job that all blocks of a run share."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -157,14 +157,15 @@ def served_forward(
             return forward(hidden_NTD)
         # The code holds for targets that are not the inputs themselves, and for weights that ask for a gradient.
         pairs = zip(*(hidden_NTD.split(job.samples_at_once) for _ in range(2)), strict=True)
-        with torch.enable_grad(), _asking_for_gradients(weights):
+        with torch.enable_grad(), collecting(weights):
             return torch.cat([job.block_loss(loaded.module, *pair, *passed)[1].detach() for pair in pairs])
 
     return compiled
 
 
 @contextmanager
-def _asking_for_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
+def collecting(weights: Collection[nn.Parameter]) -> Iterator[None]:
+    """Have a block's weights ask for gradients, and collect them, while the body runs."""
     for weight in weights:
         weight.requires_grad_(True)
     try:
@@ -172,6 +173,7 @@ def _asking_for_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(False)
+            weight.grad = None
 
 
 def share_for(parallel: ParallelOptions, ranks: Ranks, stored: torch.dtype) -> Share:

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
@@ -24,7 +23,7 @@ from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
 from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.bench import training_forward
+from shardq.pipeline.bench import collecting, training_forward
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, block_file
 from shardq.quant.quantized import QuantizedLinear
@@ -168,7 +167,7 @@ def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradi
     def load(sample: int) -> Tensor:
         return tuning.activations.load("quant", loaded.index, [sample])
 
-    with _collecting(weights):
+    with collecting(weights.values()):
         for place, (_, hidden_1TD) in enumerate(tuning.activations.ahead(load, samples)):
             hidden_1TD = hidden_1TD.detach().requires_grad_(True)
             forward(hidden_1TD).backward(gradients[place])
@@ -176,16 +175,3 @@ def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradi
         collected = tuner.gradients(weights)
     reduce_over_ranks(tuning.ranks, list(collected.values()))
     tuner.step(collected, step, tuning.options.steps)
-
-
-@contextmanager
-def _collecting(weights: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Have weights collect gradients during the body."""
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None

@@ -17,10 +17,14 @@ from shardq.pipeline import bench, block_pass
 pytestmark = pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled_yet() -> None:
+def forget_what_was_compiled() -> None:
     torch._dynamo.reset()
     counters.clear()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> None:
+    forget_what_was_compiled()
 
 
 def resident_bytes() -> int:
@@ -117,8 +121,7 @@ def test_served_blocks_compile_nothing_of_their_own(llama, token_file, tmp_path,
             return served(job, loaded, linear_names, bits, arguments)
 
         monkeypatch.setattr(block_pass, "served_forward", given)
-        torch._dynamo.reset()
-        counters.clear()
+        forget_what_was_compiled()
         quantize_compiled(llama, token_file, tmp_path / str(number), "--optimize.batch_size", 1)
         graphs.append(notes.graphs)
     assert graphs[0] == graphs[1], graphs
