@@ -1,5 +1,6 @@
 """Work that goes on beside the computation, in background threads."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ Value = TypeVar("Value")
 Waiting = Callable[[], AbstractContextManager]
 """Gives a context that is entered while the computation waits for the background."""
 
+THREADS = "background"
 SPARE = 1  # values that may wait to be taken care of beside those under way
 
 
@@ -26,7 +28,7 @@ def lookahead(
     yielded.
     """
     remaining = iter(keys)
-    with _threads("lookahead", threads) as executor:
+    with _threads(threads) as executor:
         pending: deque[tuple[Key, Future]] = deque()
 
         def start(num: int) -> None:
@@ -73,13 +75,24 @@ def behind(
         settle(threads + SPARE - 1)
         pending.append(executor.submit(work, *args))
 
-    with _threads("behind", threads) as executor:
+    with _threads(threads) as executor:
         yield submit
         settle(0)
 
 
-def _threads(name: str, num: int) -> ThreadPoolExecutor:
+def finish_interrupted() -> None:
+    """Wait for the threads that an interruption has left at work.
+
+    Their executors, which are closed, wait for them, but for one that was just being started: it runs, and its executor
+    does not know it yet.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREADS):
+            thread.join()
+
+
+def _threads(num: int) -> ThreadPoolExecutor:
     # One core: a background thread with a team of its own would take the cores from the computation's team. Asking
     # settles this thread's own number first; a thread that computes later than the setting would take that over.
     torch.get_num_threads()
-    return ThreadPoolExecutor(num, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(num, thread_name_prefix=THREADS, initializer=torch.set_num_threads, initargs=(1,))

@@ -103,6 +103,39 @@ def test_main_thread_that_does_not_come_to_its_end_is_ended(what):
     assert (process.returncode, stderr) == (128 + signal.SIGTERM, "shardq: ended by SIGTERM; go on\n")
 
 
+WRITING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from shardq import cli
+from shardq.background import THREADS, behind
+from shardq.files import write_whole
+
+def write(path):
+    write_whole(path, lambda aside: (aside.write_text("half"), time.sleep(1), aside.write_text("whole")))
+
+def start(thread):
+    plain_start(thread)
+    if thread.name.startswith(THREADS):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def work(config, ranks):
+    with behind(write) as write_later:
+        write_later(Path(sys.argv[1]) / "file")
+
+plain_start, threading.Thread.start = threading.Thread.start, start
+cli.COMMANDS["verify"] = (cli.COMMANDS["verify"][0], work, "")
+cli.run_command("verify", [sys.argv[1]])
+"""
+
+
+def test_file_being_written_is_finished_when_the_signal_comes_as_its_thread_starts(tmp_path):
+    """The thread runs by then, but its executor does not know it yet, and so does not wait for it."""
+    ended = subprocess.run([sys.executable, "-c", WRITING, tmp_path], capture_output=True, text=True, timeout=60)
+    [line] = own_lines(ended.stderr)
+    assert ended.returncode == 128 + signal.SIGTERM and line.startswith("shardq: ended by SIGTERM")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "whole"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["file", "signal"])
 def test_run_stops_after_the_block_at_hand_on_all_ranks(llama, token_file, two_ranks, tmp_path, how):
