@@ -31,18 +31,6 @@ def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
     return squared_NTD / target_NTD.square().mean(-1, keepdim=True).clamp(min=POWER_FLOOR)
 
 
-def furthest_off(output_NTD: Tensor, target_NTD: Tensor, num: int) -> Tensor:
-    """The `num` positions [N, num] of each sample whose error, relative to the target's power there, is largest."""
-    with torch.no_grad():
-        return _errors(output_NTD, target_NTD, "token").mean(-1).topk(num).indices
-
-
-def at_positions(values_NTX: Tensor, positions_NT: Tensor) -> Tensor:
-    """Each sample's values [N, T, ...] at its positions; differentiable."""
-    indices = positions_NT.view(*positions_NT.shape, *(1 for _ in values_NTX.shape[2:]))
-    return values_NTX.gather(1, indices.expand(-1, -1, *values_NTX.shape[2:]))
-
-
 @torch.no_grad()
 def summed_probabilities(hidden_NTD: Tensor, to_logits: ToLogits) -> Tensor:
     """How often each token [V] is expected next: its probability, summed over all positions."""

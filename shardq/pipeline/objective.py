@@ -1,6 +1,5 @@
 """What a block is trained to, and judged by: the fp block's output or, of the last block, what the model predicts."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from shardq.model.weights import LoadedBlock
 from shardq.optimize.loss import (
     ErrorSums,
     ToLogits,
-    at_positions,
     error_sums,
-    furthest_off,
     prediction_error,
     prediction_loss,
     prediction_sums,
@@ -32,7 +29,6 @@ LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence
 OUTPUT_WEIGHT = 30.0  # of the output's relative error; divergence alone does worse on held-out text (measured)
 LIKELY_TOKENS = 8192  # of the vocabulary, to whose predictions the last block is trained; as good as all (measured)
 LOOKED_AT = 4  # every so many positions tell which tokens these are
-PREDICTED_SHARE = 0.5  # of a sample's positions, those furthest off; as good as all (measured)
 PREDICTION_STEPS = 2  # times as many as the other blocks'; with that weight more steps still gain (measured)
 
 
@@ -75,10 +71,9 @@ def objective_of(
 
         def loss(inputs_NTD: Tensor, targets_NTD: Tensor, labels_NT: Tensor) -> Tensor:
             error, output_NTD = of_output(inputs_NTD, targets_NTD)
-            positions = furthest_off(output_NTD, targets_NTD, math.ceil(output_NTD.shape[1] * PREDICTED_SHARE))
-            compared = (output_NTD, targets_NTD, places_X[labels_NT])
-            chosen = (at_positions(values, positions) for values in compared)
-            return prediction_loss(*chosen, label_weight, to_likely, kernel) + OUTPUT_WEIGHT * error
+            labels_NT = places_X[labels_NT]
+            predictions = prediction_loss(output_NTD, targets_NTD, labels_NT, label_weight, to_likely, kernel)
+            return predictions + OUTPUT_WEIGHT * error
 
         errors = partial(prediction_sums, to_logits=to_logits, kernel=kernel)
         yield Objective("divergence", PREDICTION_STEPS * iterations, loss, errors)

@@ -233,10 +233,9 @@ def divergence_from(llama, folder, token_file, tokens=slice(None)):
 
 
 def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file, tmp_path, capsys, monkeypatch):
-    """Of the whole quantized model, here by them alone, all of them; the blocks before are what the other run's are."""
+    """Of the whole quantized model, here by them alone; the blocks before are what the other run's are."""
     plain = run_quantize(llama, token_file, tmp_path / "plain", "--optimize.last_block", "output")
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
-    monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
     output, summary = tmp_path / "out", run_quantize(llama, token_file, tmp_path / "out")
     reached = divergence_from(llama, output, token_file)
     assert summary["divergence_after"] == pytest.approx(reached, rel=1e-3)
@@ -255,7 +254,6 @@ def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file
 
 def test_last_block_is_trained_to_the_tokens_that_the_float_model_expects(llama, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
-    monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
     run_quantize(llama, token_file, tmp_path / "all")
     expected = calibration_logits(llama, token_file)[:, :: objective.LOOKED_AT].softmax(-1).sum((0, 1))
     likely = sorted(expected.topk(9).indices.tolist())
@@ -271,7 +269,6 @@ def test_last_block_is_trained_to_the_tokens_that_the_float_model_expects(llama,
 def test_labels_are_the_tokens_that_come_next(llama, token_file, tmp_path, monkeypatch):
     """Trained to the text's own tokens alone, the last block makes that text likelier than trained to the model's."""
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
-    monkeypatch.setattr(objective, "PREDICTED_SHARE", 1.0)
     nats = {}
     for weight in (0, 1):
         run_quantize(llama, token_file, tmp_path / str(weight), "--optimize.label_weight", weight)

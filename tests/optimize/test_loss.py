@@ -7,10 +7,8 @@ import torch
 from shardq.optimize import loss
 from shardq.optimize.loss import (
     ErrorSums,
-    at_positions,
     distillation_loss,
     error_sums,
-    furthest_off,
     prediction_error,
     prediction_loss,
     prediction_sums,
@@ -127,22 +125,6 @@ def test_labels_take_their_share_of_the_prediction_error_where_there_are_some():
             expected += kl if label < 0 else 0.7 * kl - 0.3 * log_q[sample, position, label]
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, logits))
-
-
-def test_positions_furthest_off_are_those_of_the_largest_relative_errors():
-    output = torch.randn(3, 8, 5, requires_grad=True)
-    target = torch.randn(3, 8, 5) * torch.logspace(-2, 2, 8)[:, None]
-    positions, labels = furthest_off(output, target, 3), torch.arange(24).view(3, 8)
-    chosen, wanted, taken = (at_positions(values, positions) for values in (output, target, labels))
-    for sample in range(3):
-        exact, reference = (t.detach()[sample].numpy().astype(np.float64) for t in (output, target))
-        ratios = ((exact - reference) ** 2).mean(1) / (reference**2).mean(1)
-        largest = np.argsort(-ratios)[:3].tolist()
-        assert torch.equal(chosen[sample], output[sample, largest])
-        assert torch.equal(wanted[sample], target[sample, largest])
-        assert taken[sample].tolist() == [8 * sample + position for position in largest]
-    chosen.sum().backward()
-    assert output.grad.sum() == 3 * 3 * 5 and set(output.grad.unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("label_weight", [0.0, 0.25])
