@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jsonargparse
 
-from shardq.background import finish_interrupted
 from shardq.compiling import keep_between_runs
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.devices import memory_errors
@@ -81,7 +80,6 @@ def run_command(verb: str, arguments: list[str]) -> None:
             print_error(str(error), error.where if error.agreed else this_rank())
         _leave(error.exit_code)
     except Interrupted as error:
-        finish_interrupted()
         print_interruption(error)
         _leave(error.exit_code)
     _leave(0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from shardq.background import finish_interrupted
 from shardq.errors import Interrupted
 from shardq.logs import print_error
 
@@ -20,8 +21,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def interruptible(advice: str) -> Iterator[None]:
     """During the body, which must be the main thread's, the first of these signals raises Interrupted there.
 
-    Further ones are ignored. If the main thread does not come to hear of it, as in a collective that waits for a rank
-    that is gone, or does not come to its end, the process is ended some seconds later.
+    Further ones are ignored, and what threads in the background have begun is finished. If the main thread does not
+    come to hear of it, as in a collective that waits for a rank that is gone, or does not come to its end, the process
+    is ended some seconds later.
 
     Args:
         advice: how to go on.
@@ -47,6 +49,9 @@ def interruptible(advice: str) -> Iterator[None]:
     threading.Thread(target=end_late, name="interrupts", daemon=True).start()
     try:
         yield
+    except Interrupted:
+        finish_interrupted()  # here, where no further signal cuts it short
+        raise
     finally:
         signal.set_wakeup_fd(former_fd)
         told.close()

@@ -116,6 +116,7 @@ def write(path):
 def start(thread):
     plain_start(thread)
     if thread.name.startswith(THREADS):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         os.kill(os.getpid(), signal.SIGTERM)
 
 def work(config, ranks):
@@ -129,7 +130,10 @@ cli.run_command("verify", [sys.argv[1]])
 
 
 def test_file_being_written_is_finished_when_the_signal_comes_as_its_thread_starts(tmp_path):
-    """The thread runs by then, but its executor does not know it yet, and so does not wait for it."""
+    """The thread runs by then, but its executor does not know it yet, and so does not wait for it.
+
+    A second signal changes nothing.
+    """
     ended = subprocess.run([sys.executable, "-c", WRITING, tmp_path], capture_output=True, text=True, timeout=60)
     [line] = own_lines(ended.stderr)
     assert ended.returncode == 128 + signal.SIGTERM and line.startswith("shardq: ended by SIGTERM")
