@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 Waiting = Callable[[], AbstractContextManager]
 """Gives a context that is entered while the computation waits for the background."""
 
-THREADS = "background"
+THREADS = "background"  # how the names of all threads here begin
 SPARE = 1  # values that may wait to be taken care of beside those under way
 
 
