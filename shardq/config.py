@@ -86,6 +86,8 @@ class QuantizeConfig:
     """Blocks of the run in the output folder to do again, counted from 0, such as `3,12-14`: damaged ones, or chosen
     ones with another seed, optimize, calib or quant.method. Those after one that comes out with other bytes are done
     again too. `end`: only the files that complete the run."""
+    self_check: bool = True
+    """Compare every block's output with transformers' own forward, on two samples, and stop where they differ."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
     target: Literal["vllm", "gguf"] | None = None
@@ -110,6 +112,8 @@ class EvaluateConfig:
 
     model: str
     """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
+    self_check: bool = True
+    """Compare every block's output with transformers' own forward, on two samples, and stop where they differ."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
     activations: Literal["float", "simulated"] = "float"
@@ -129,6 +133,8 @@ class TuneConfig:
     """The float model that the run has quantized: Hugging Face folder, or hub name (owner/model)."""
     output: str | None = field(default=None, kw_only=True)
     """Folder for the tuned run, which can do what a run can (default: RUN-tuned)."""
+    self_check: bool = field(default=True, kw_only=True)
+    """Compare every block's output with transformers' own forward, on two samples, and stop where they differ."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", kw_only=True)
     """Where blocks are computed."""
     tune: TuneOptions = field(default_factory=TuneOptions, kw_only=True)

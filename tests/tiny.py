@@ -9,13 +9,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PretrainedConfig
 
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 LAUNCH_TIMEOUT_SECONDS = 600
 PROGRAM_TIMEOUT_SECONDS = 1800
+
+# Each token has an input of its own for every block, and the last two blocks take keys and values of earlier ones.
+GEMMA4 = Gemma4TextConfig(
+    vocab_size=211, vocab_size_per_layer_input=211, hidden_size=48, intermediate_size=80, num_hidden_layers=6,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=12, global_head_dim=24, sliding_window=7,
+    layer_types=["sliding_attention", "full_attention"] * 3, hidden_size_per_layer_input=8, num_kv_shared_layers=2,
+    initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 
 
 def save_model(

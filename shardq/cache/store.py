@@ -1,10 +1,12 @@
 """Activations [T, D] that enter block k: generation k of the fp and of the quantized stream.
 
-Generation 0 is the embeddings' output, the same for both streams, and is kept once.
+Generation 0 is the embeddings' output, the same for both streams, and is kept once. What else enters a block, sample by
+sample, lies beside them under names of its own.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +16,14 @@ from shardq.errors import ShardQError, StorageError
 from shardq.files import remove
 from shardq.formats.tensor_file import read_checked, write_checked
 
-Stream = Literal["fp", "quant"]
+Stream = str
+"""What is kept: `fp` or `quant`, the hidden states, or a name of something else that enters a block."""
+STREAMS: tuple[Stream, ...] = ("fp", "quant")
 HIDDEN = "hidden"
 
 
 class ActivationStore(Protocol):
-    """Keeps hidden states by stream, generation and sample."""
+    """Keeps hidden states, and what else enters a block, by stream, generation and sample."""
 
     def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
         """Keep one sample's hidden states [T, D]."""
@@ -27,11 +31,11 @@ class ActivationStore(Protocol):
     def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
         """Hidden states [T, D] in CPU memory."""
 
-    def holds(self, generation: int, sample: int) -> bool:
-        """Whether both streams of a sample are there, and whole."""
+    def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
+        """Whether these streams of a sample are there, and whole."""
 
-    def drop(self, generation: int, sample: int) -> None:
-        """Forget both streams of a sample; what is not there is no error."""
+    def drop(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> None:
+        """Forget these streams of a sample; what is not there is no error."""
 
 
 class MemoryStore:
@@ -48,13 +52,13 @@ class MemoryStore:
         """Hidden states [T, D], not a copy."""
         return self._hidden[_kept_stream(stream, generation), generation, sample]
 
-    def holds(self, generation: int, sample: int) -> bool:
-        """Whether both streams of a sample are there."""
-        return all((_kept_stream(stream, generation), generation, sample) in self._hidden for stream in ("fp", "quant"))
+    def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
+        """Whether these streams of a sample are there."""
+        return all((_kept_stream(stream, generation), generation, sample) in self._hidden for stream in streams)
 
-    def drop(self, generation: int, sample: int) -> None:
-        """Free both streams of a sample."""
-        for stream in ("fp", "quant"):
+    def drop(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> None:
+        """Free these streams of a sample."""
+        for stream in streams:
             self._hidden.pop((stream, generation, sample), None)
 
 
@@ -88,18 +92,18 @@ class DiskStore:
                 f"{path}: cached activations are gone or damaged; run the same command again to compute them anew"
             ) from error
 
-    def holds(self, generation: int, sample: int) -> bool:
-        """Whether both streams of a sample are there, and whole: both are read."""
+    def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
+        """Whether these streams of a sample are there, and whole: they are read."""
         try:
-            for stream in ("fp", "quant"):
+            for stream in streams:
                 self.read(stream, generation, sample)
         except StorageError:
             return False
         return True
 
-    def drop(self, generation: int, sample: int) -> None:
+    def drop(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> None:
         """Delete a sample's files; the generation's folder stays: another rank may be about to write there."""
-        for stream in ("fp", "quant"):
+        for stream in streams:
             remove(self._path(stream, generation, sample))
 
 
@@ -113,4 +117,4 @@ def open_store(options: CacheOptions, folder: Path, device: torch.device) -> Act
 
 
 def _kept_stream(stream: Stream, generation: int) -> Stream:
-    return "fp" if generation == 0 else stream
+    return "fp" if generation == 0 and stream in STREAMS else stream

@@ -1,23 +1,36 @@
 """Causal attention on a CPU in bfloat16, in pieces; anything else is left to torch.
 
-Registered with transformers, whose models look their attention up by name.
+Transformers' models look their attention up by name. It takes the place of torch's under that one's own name, `sdpa`:
+some models ask for the name to decide what they compute.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "causal_pieces"
+NAME = "sdpa"
 PIECE_TOKENS = 256
 MAX_TOKENS = 1024  # beyond, a piece's scores leave the cache
 
 
-def use_pieces(model: PreTrainedModel) -> None:
-    """Have a model that would call torch's attention through transformers' interface call `attend` instead."""
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
-        model.set_attn_implementation(NAME)
+def use_pieces() -> None:
+    """Have models that call torch's attention through transformers' interface call `attend` from now on."""
+    AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """Have models call torch's attention as it is, while the body runs."""
+    ALL_ATTENTION_FUNCTIONS[NAME] = sdpa_attention_forward
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 def attend(
@@ -76,7 +89,3 @@ def causal_attention(query_NHTD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, s
         piece = torch.bmm(weights.flatten(1, 2), value[:, :end])
         pieces.append(piece.view(num, heads, end - start, -1))
     return torch.cat(pieces, 2)
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -6,25 +6,17 @@ final norms and logit caps are the model's, whatever its architecture.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from shardq.formats.shards import TensorInfo, read_weight, read_weight_rows
+from shardq.model.arguments import BlockArguments, Entering
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 
 HEAD_SLICE_BYTES = 256 << 20  # float32 rows of the head in memory at once
-
-
-@dataclass(frozen=True)
-class BlockArguments:
-    """What the model passes to one block beside the hidden states: mask, position embeddings, position ids, ..."""
-
-    args: tuple
-    kwargs: dict
 
 
 def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
@@ -34,50 +26,78 @@ def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, d
         args, kwargs: what the model passes beside the hidden states.
         dtype: of the matrix multiplies; norms, softmax and the residual stream stay in float32.
     """
-    with _multiplying_in(dtype, hidden_NTD.device):
+    with multiplying_in(dtype, hidden_NTD.device):
         output = block(hidden_NTD, *args, **kwargs)
     return (output[0] if isinstance(output, tuple) else output).float()
 
 
-def _multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """Where matrix multiplies are in a dtype."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def block_forward(block: nn.Module, arguments: BlockArguments, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Function from the hidden states [N, T, D] that enter a block to those that leave it, float32."""
-    return partial(run_block, block, args=arguments.args, kwargs=arguments.kwargs, dtype=dtype)
+def block_forward(
+    block: nn.Module, arguments: BlockArguments, dtype: torch.dtype
+) -> Callable[[Tensor | Entering], Tensor | Entering]:
+    """Function from what enters a block to what leaves it: hidden states [N, T, D], float32, and what it carries."""
+    if arguments.is_fixed:
+        return partial(run_block, block, args=arguments.args, kwargs=arguments.kwargs, dtype=dtype)
+
+    def forward(entering: Tensor | Entering) -> Tensor | Entering:
+        call = arguments.bound(entering)
+        return arguments.leaving(run_block(block, *call, dtype), call)
+
+    return forward
 
 
 @contextmanager
 def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield a function from tokens [N, T] to the hidden states [N, T, D] that enter block 0.
 
-    Of the token embeddings only the rows that a call needs are in memory, while it lasts.
+    Every stand-in has then `seen` what the model passes to its block. Of tables that tokens index only the rows that a
+    call needs are in memory, while it lasts.
     """
-    prefix = skeleton.model.base_model_prefix
-    base, table = getattr(skeleton.model, prefix), skeleton.model.get_input_embeddings()
-    stored = skeleton.stored(f"{_name_of(skeleton, table)}.weight")
-
-    def read_rows(table: nn.Module, inputs: tuple) -> tuple:
-        # The tokens are renumbered to index a table of their own embeddings alone.
-        used, renumbered_NT = inputs[0].unique(return_inverse=True)
-        table.weight = _frozen(read_weight_rows(stored, used.tolist()), device)
-        return (renumbered_NT, *inputs[1:])
+    base = skeleton.model.base_model
+    tables = _token_tables(skeleton)
+    hooks = [table.register_forward_pre_hook(_reading_rows(stored, device)) for table, stored in tables.items()]
+    unread = frozenset(stored.name for stored in tables.values())
+    if base is skeleton.model:
+        unread |= {skeleton.stored(name).name for name in _head_parameters(skeleton)}
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
         base(input_ids=tokens_NT.to(device), use_cache=False)
-        hidden_NTD, _, _ = skeleton.stand_ins[0].seen
-        return hidden_NTD
+        return skeleton.stand_ins[0].seen[0]
 
-    table.padding_idx = None  # torch would check it against the smaller table; it is for training alone
-    hook = table.register_forward_pre_hook(read_rows)
     try:
-        with materialised(skeleton, base, prefix, device, unread=frozenset([stored.name])):
+        with materialised(skeleton, base, _name_of(skeleton, base), device, unread=unread):
             yield embed
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         _forget(skeleton)
+
+
+def _token_tables(skeleton: Skeleton) -> dict[nn.Embedding, TensorInfo]:
+    """The embeddings that tokens index, the model's own and others made like it, and where their rows are stored."""
+    own = skeleton.model.get_input_embeddings()
+    return {
+        module: skeleton.stored(f"{name}.weight")
+        for name, module in skeleton.model.named_modules()
+        if type(module) is type(own) and module.num_embeddings == own.num_embeddings
+    }
+
+
+def _reading_rows(stored: TensorInfo, device: torch.device) -> Callable[[nn.Embedding, tuple], tuple]:
+    """A hook that gives a table the rows for the tokens it is called with alone, and renumbers these."""
+
+    def read_rows(table: nn.Embedding, inputs: tuple) -> tuple:
+        used, renumbered_NT = inputs[0].unique(return_inverse=True)
+        table.weight = _frozen(read_weight_rows(stored, used.tolist()), device)
+        table.padding_idx = None  # torch would check it against the smaller table; it is for training alone
+        return (renumbered_NT,)
+
+    return read_rows
 
 
 def _name_of(skeleton: Skeleton, wanted: nn.Module) -> str:
@@ -88,21 +108,10 @@ def _frozen(tensor: Tensor, device: torch.device, dtype: torch.dtype = COMPUTE_D
     return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
 
 
-def record_arguments(
-    skeleton: Skeleton, embed: Callable[[Tensor], Tensor], sequence_length: int
-) -> list[BlockArguments]:
-    """Each block's arguments for sequences of `sequence_length` tokens; valid for any number of sequences.
-
-    Args:
-        embed: what `prologue` yields; called once on one sequence.
-
-    Raises:
-        UnsupportedModelError: a block's arguments hold for one sequence alone.
-    """
-    embed(torch.zeros(1, sequence_length, dtype=torch.long))
-    for stand_in in skeleton.stand_ins:
-        stand_in.on_meta(times=2)
-    return [BlockArguments(stand_in.seen[1], stand_in.seen[2]) for stand_in in skeleton.stand_ins]
+def _head_parameters(skeleton: Skeleton) -> list[str]:
+    """Full names of the head's parameters."""
+    head = skeleton.model.get_output_embeddings()
+    return [f"{_name_of(skeleton, head)}.{name}" for name, _ in head.named_parameters()]
 
 
 @contextmanager
@@ -151,7 +160,7 @@ def whole_epilogue(
             def in_dtype(hidden_NTD: Tensor) -> Tensor:
                 for name, tensor in rows.items():
                     setattr(head, name, tensor)
-                with _multiplying_in(dtype, device):
+                with multiplying_in(dtype, device):
                     return to_logits(hidden_NTD)
 
             return in_dtype
@@ -174,9 +183,9 @@ def _last_layers(
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
         return model(input_ids=tokens_NT, use_cache=False).logits
 
-    # What the epilogue looks up in the input embedding is ignored, and the head is read by its users.
-    embedding = skeleton.stored(f"{_name_of(skeleton, model.get_input_embeddings())}.weight")
-    unread = frozenset([embedding.name, *(info.name for info in infos.values())])
+    # What the epilogue looks up in the embeddings is ignored, and the head is read by its users.
+    tables = _token_tables(skeleton).values()
+    unread = frozenset(info.name for info in (*tables, *infos.values()))
     try:
         with materialised(skeleton, model, "", device, unread=unread):
             yield infos, to_logits

@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from shardq.errors import UnsupportedModelError
-from shardq.model.ends import run_block
+from shardq.model.ends import prologue, run_block
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 
@@ -63,6 +64,7 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
     Raises:
         UnsupportedModelError: the exporter cannot take the model.
     """
+    _check_arguments(skeleton)
     unread = frozenset(info.name for info in skeleton.index.values())
     with materialised(skeleton, skeleton.model, "", CPU, unread):
         ones_NT = torch.ones(BATCH, LENGTH, dtype=torch.long)
@@ -82,6 +84,17 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
                     traced[kind] = name, _trace(part, hidden_NTD, {"model": "", "block": name}, opset)
             yield f"block-{number:05d}", number, _for_block(*traced[kind], name)
         yield "head", None, _trace(_Part(skeleton, None), hidden_NTD, {"model": ""}, opset)
+
+
+def _check_arguments(skeleton: Skeleton) -> None:
+    """Check that a block computes from hidden states and mask alone, which is what its graph takes."""
+    with prologue(skeleton, CPU) as embed:
+        arguments = record_arguments(skeleton, embed, LENGTH)
+    if any(passed.own or passed.carried_names for passed in arguments):
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__}: its blocks take more than hidden states and mask (an input of each "
+            "token's own, or keys of earlier blocks), which ONNX in parts does not pass on; export another format"
+        )
 
 
 def _computation(block: nn.Module, seen: tuple) -> tuple:

@@ -7,6 +7,7 @@ model's own `_no_split_modules`. No table of models.
 import fnmatch
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class StandIn(nn.Module):
 
     They are returned as the block would return them, alone or first of a tuple. Plain attributes of the block are
     copied, because some models read them (such as `attention_type`). If `injected` is set, that is returned instead:
-    so the model's own code turns given hidden states into logits.
+    so the model's own code turns given hidden states into logits. If `answer` is set, it is called with the hidden
+    states and what else the model passes, and gives what is returned.
     """
 
     def __init__(self, block: nn.Module):
@@ -42,35 +44,39 @@ class StandIn(nn.Module):
         self.__dict__.update({k: v for k, v in vars(block).items() if not k.startswith("_") and k not in own})
         self.injected: Tensor | None = None
         self.seen: tuple[Tensor, tuple, dict] | None = None
+        self.answer: Callable[[Tensor, tuple, dict], object] | None = None
         self._block = (block,)  # in a tuple: not a submodule, whose weights the model would expect
         self._returns_tuple: bool | None = None
 
-    def forward(self, hidden, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         """Record the call."""
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         self.seen = (hidden, args, kwargs)
+        if self.answer is not None:
+            return self.answer(hidden, args, kwargs)
+        return self.returned(hidden if self.injected is None else self.injected)
+
+    def returned(self, hidden: Tensor) -> object:
+        """Hidden states in the form in which the block returns them; it must have been called."""
         if self._returns_tuple is None:
-            self._returns_tuple = isinstance(self.on_meta(), tuple)
-        returned = hidden if self.injected is None else self.injected
-        return (returned,) if self._returns_tuple else returned
+            self._returns_tuple = isinstance(self.on_meta(to_meta(self.seen)), tuple)
+        return (hidden,) if self._returns_tuple else hidden
 
     @torch.no_grad()
-    def on_meta(self, times: int = 1) -> object:
-        """What the block returns for the call that was seen: structure and shapes, without computing.
-
-        Args:
-            times: how many times as many sequences to pass, with the arguments of the call.
+    def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:
+        """What the block returns for a call on the meta device: structure and shapes, without computing.
 
         Raises:
             UnsupportedModelError: the block does not take that.
         """
         block = self._block[0]
-        hidden, args, kwargs = to_meta(self.seen)
+        hidden, args, kwargs = call
         try:
-            return block(hidden.repeat(times, 1, 1), *args, **kwargs)
+            return block(hidden, *args, **kwargs)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UnsupportedModelError(
                 f"{type(block).__name__}: a decoder block must take any number of sequences with the arguments that "
-                f"the model passes it for one; it does not take {times} ({_first_line(error)})"
+                f"the model passes it for one; it does not take {len(hidden)} ({_first_line(error)})"
             ) from error
 
 
@@ -190,11 +196,11 @@ def _read_config(folder: Path):
 def _build_on_meta(folder: Path, config) -> nn.Module:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    use_pieces()
     try:
         with torch.device("meta"):
             # float32, not the config's dtype: buffers computed from the config would be rounded to that.
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-            use_pieces(model)
             return model.eval().requires_grad_(False)
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(

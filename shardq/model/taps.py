@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shardq.model.arguments import BlockArguments
 from shardq.model.attention import is_causal, scale_of
-from shardq.model.ends import BlockArguments
-from shardq.model.skeleton import to_meta
 
 Tap = Callable[[str, Tensor], Tensor]
 Wanted = Callable[[str], bool]
@@ -38,9 +37,9 @@ def activation_names(block: nn.Module, arguments: BlockArguments, hidden_shape: 
         names[name] = None
         return values
 
-    args, kwargs = to_meta((arguments.args, arguments.kwargs))
+    hidden_NTD, args, kwargs = arguments.on_meta(hidden_shape)
     with torch.no_grad(), tapped(block, note):
-        block(torch.empty(hidden_shape, device="meta"), *args, **kwargs)
+        block(hidden_NTD, *args, **kwargs)
     return list(names)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shardq.errors import QuantizationError, UnsupportedModelError
 from shardq.formats.block_file import read_activations
-from shardq.model.ends import BlockArguments
+from shardq.model.arguments import BlockArguments
 from shardq.model.skeleton import Skeleton
 from shardq.model.taps import activation_names, tapped
 from shardq.parallel.collectives import reduce_over_ranks

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from shardq.calib.partition import largest_part
 from shardq.compiling import Compile, apart
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
-from shardq.model.ends import BlockArguments, block_forward, run_block
+from shardq.model.arguments import BlockArguments, Entering, hidden_of
+from shardq.model.ends import block_forward, run_block
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.block_quantizer import BlockQuantizer
@@ -124,20 +125,20 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
     """One step, of which nothing stays, so that compiling happens, and is timed, here."""
     samples = list(job.activations.samples[: job.samples_at_once])
-    hidden_NTD = job.activations.load("fp", loaded.index, samples)
+    entering = job.activations.entering("fp", loaded.index, samples)
     loss = loss_of(job, bench, loaded, arguments, job.optimize.loss)
     bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
     bench.stepper.start(1)
     with bench.inputs.active({}):
         distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
-                [(hidden_NTD, hidden_NTD)], len(samples), on_step=lambda loss: None)  # fmt: skip
+                [(entering, hidden_of(entering))], len(samples), on_step=lambda loss: None)  # fmt: skip
     bench.stepper.rest()
 
 
 def served_forward(
     job: BlockJob, loaded: LoadedBlock, linear_names: list[str], bits: dict[str, int], arguments: BlockArguments
 ) -> Forward:
-    """Function from the hidden states [N, T, D] that enter a block, as it is served, to those that leave it, float32.
+    """Function from what enters a block, as it is served, to what leaves it, hidden states in float32.
 
     Where the job compiles, and nothing is to be seen of the activations within, it is training's code for as many
     samples as are trained at once, which takes half of the time (measured, on a CPU). The same in a replay as in the
@@ -147,7 +148,7 @@ def served_forward(
         bits: of the activations that get a grid, by name within the block.
     """
     forward = block_forward(loaded.module, arguments, job.optimize.dtype)
-    if job.optimize.compile == "off" or not job.trains(linear_names) or bits:
+    if job.optimize.compile == "off" or not job.trains(linear_names) or bits or not arguments.is_fixed:
         return forward
     passed = (arguments.args, arguments.kwargs, job.optimize.dtype, job.optimize.loss)
     weights = [loaded.module.get_submodule(name).weight for name in linear_names]
@@ -210,9 +211,11 @@ def block_loss(
     return distillation_loss(output_NTD, targets_NTD, kind), output_NTD
 
 
-def training_forward(block: nn.Module, arguments: BlockArguments, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Function from the hidden states [N, T, D] that enter a block in training to those that leave it, float32."""
-    return partial(_trained_output, block, args=arguments.args, kwargs=arguments.kwargs, dtype=dtype)
+def training_forward(
+    block: nn.Module, arguments: BlockArguments, dtype: torch.dtype
+) -> Callable[[Tensor | Entering], Tensor]:
+    """Function from what enters a block in training to the hidden states [N, T, D] that leave it, float32."""
+    return lambda entering: _trained_output(block, *arguments.bound(entering), dtype)
 
 
 def _trained_output(block: nn.Module, inputs_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
@@ -222,12 +225,11 @@ def _trained_output(block: nn.Module, inputs_NTD: Tensor, args: tuple, kwargs: d
 
 def loss_of(
     job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, kind: Loss
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`block_loss` of a block on its bench, by inputs and targets [N, T, D]."""
+) -> Callable[[Tensor | Entering, Tensor], tuple[Tensor, Tensor]]:
+    """`block_loss` of a block on its bench, by what enters it and targets [N, T, D]."""
 
-    def loss(inputs_NTD: Tensor, targets_NTD: Tensor) -> tuple[Tensor, Tensor]:
-        return bench.loss(
-            loaded.module, inputs_NTD, targets_NTD, arguments.args, arguments.kwargs, job.optimize.dtype, kind
-        )
+    def loss(entering: Tensor | Entering, targets_NTD: Tensor) -> tuple[Tensor, Tensor]:
+        inputs_NTD, args, kwargs = arguments.bound(entering)
+        return bench.loss(loaded.module, inputs_NTD, targets_NTD, args, kwargs, job.optimize.dtype, kind)
 
     return loss

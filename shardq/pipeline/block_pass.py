@@ -4,16 +4,18 @@ from functools import partial
 
 from torch import Tensor
 
-from shardq.model.ends import BlockArguments, block_forward
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import block_forward
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.block_quantizer import whole
 from shardq.optimize.channel_power import channel_power
-from shardq.parallel.collectives import reduce_over_ranks
+from shardq.parallel.collectives import reduce_over_ranks, together
 from shardq.pipeline.activations import activation_grids, observed
 from shardq.pipeline.bench import BlockJob, bench_for, served_forward
 from shardq.pipeline.objective import objective_of
 from shardq.pipeline.passes import advance
+from shardq.pipeline.self_check import Check
 from shardq.pipeline.training import BlockAtHand, BlockResult, agreed_loss, train
 from shardq.quant.activation import ActivationGrid
 
@@ -25,6 +27,7 @@ def quantize_block(
     activation_bits: dict[str, int],
     arguments: BlockArguments,
     is_last: bool,
+    check: Check,
 ) -> tuple[BlockResult, dict[str, ActivationGrid]]:
     """Quantize one block in place; its next generation of both streams is in the store afterwards.
 
@@ -32,6 +35,7 @@ def quantize_block(
 
     Args:
         activation_bits: of the activations that get a grid, by name within the block.
+        check: compares the block's output with the model's own.
 
     Returns:
         what training gave, and those grids.
@@ -48,6 +52,8 @@ def quantize_block(
         with observed(loaded.module, early, encodings) as statistics:
             advance(activations, "fp", block_index, block_forward(loaded.module, arguments, job.optimize.dtype))
         reduce_over_ranks(job.ranks, list(power.values()))
+    with span("self-check"):
+        together(job.ranks, lambda: check(loaded))
     grids = activation_grids(statistics, early, encodings, job.spec.scale_dtype, job.ranks)
     bench = bench_for(job, loaded, linear_names, arguments)
     forward = served_forward(job, loaded, linear_names, activation_bits, arguments)

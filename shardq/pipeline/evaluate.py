@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,8 +17,9 @@ from shardq.checks import check_evaluate
 from shardq.config import EvaluateConfig
 from shardq.errors import ConfigError
 from shardq.logs import Display, peak_rss_bytes
-from shardq.model.ends import block_forward, epilogue, prologue, record_arguments
+from shardq.model.ends import block_forward, epilogue, prologue
 from shardq.model.hub import local_folder
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
@@ -27,6 +29,7 @@ from shardq.parallel.ranks import Ranks
 from shardq.pipeline.activations import simulated, written_grids
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, block_file, make_plan
+from shardq.pipeline.self_check import Check, say_if_unchecked, self_check
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.adascale import Kernels
 
@@ -45,13 +48,17 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
     vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
     tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
     display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")
+    say_if_unchecked(config.self_check, display)
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
     scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
     store = open_store(config.cache, scratch, ranks.device)
     activations = Activations(store, samples, tokens_NT.shape[1], ranks.device, pace=ranks.pace)
+    activations = together(ranks, lambda: _embedded(skeleton, tokens_NT, activations))
     grids = together(ranks, lambda: _activation_grids(skeleton, config))
-    together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, tokens_NT, activations, display))
+    num_checked_of = config.self_check * len(samples) * tokens_NT.shape[1]
+    with self_check(skeleton, tokens_NT, activations, ranks, torch.float32, num_checked_of) as check:
+        together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, activations, check, display))
     loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))
     shutil.rmtree(scratch, ignore_errors=True)
     num_tokens = len(tokens_NT) * (tokens_NT.shape[1] - 1)
@@ -68,6 +75,15 @@ def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
     if config.quant.method == "none":
         return skeleton, Plan(skeleton.names, [[] for _ in skeleton.names], [], 0)
     return skeleton, make_plan(skeleton, config.quant)
+
+
+def _embedded(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations) -> Activations:
+    """Write generation 0; give the activations with what blocks are passed."""
+    with prologue(skeleton, activations.device) as embed:
+        arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
+        activations = replace(activations, arguments=arguments)
+        embed_samples(activations, tokens_NT, skeleton, embed)
+    return activations
 
 
 def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[str, ActivationGrid]]:
@@ -90,19 +106,17 @@ def _through_blocks(
     skeleton: Skeleton,
     plan: Plan,
     grids: list[dict[str, ActivationGrid]],
-    tokens_NT: Tensor,
     activations: Activations,
+    check: Check,
     display: Display,
 ) -> None:
-    with prologue(skeleton, activations.device) as embed:
-        arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
-        embed_samples(activations, tokens_NT, embed)
     with display.bars(plan.num_blocks, 0):
         for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
             _round_to_nearest(loaded, plan.linears[loaded.index], config)
-            forward = block_forward(loaded.module, arguments[loaded.index], torch.float32)
+            forward = block_forward(loaded.module, activations.arguments[loaded.index], torch.float32)
             with simulated(loaded.module, grids[loaded.index]):
                 advance(activations, "fp", loaded.index, forward)
+            check(loaded)
             activations.drop(loaded.index)
             display.advance_block()
             del loaded, forward  # its source must not stay in memory while the block after the next is read

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from shardq.calib.partition import largest_part
 from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
-from shardq.model.ends import BlockArguments, run_block
-from shardq.model.skeleton import Skeleton, to_meta
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import run_block
+from shardq.model.skeleton import Skeleton
 from shardq.optimize.loss import LOGITS_TOKENS
 from shardq.optimize.options import OptimizeOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
@@ -225,9 +226,8 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
         hidden_shape: samples, tokens, channels.
     """
     block = copy.deepcopy(block).requires_grad_(True)
-    args, kwargs = to_meta((arguments.args, arguments.kwargs))
-    hidden_NTD = torch.empty(hidden_shape, device="meta")
-    kept = saved_tensors(lambda: run_block(block, hidden_NTD, args, kwargs, torch.float32))
+    call = arguments.on_meta(hidden_shape)
+    kept = saved_tensors(lambda: run_block(block, *call, torch.float32))
     parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
     storages = [tensor.untyped_storage() for tensor in kept]
     return sum(storage.nbytes() for storage in storages if storage._cdata not in parameters)

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardq.model.ends import BlockArguments, whole_epilogue
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import whole_epilogue
 from shardq.model.weights import LoadedBlock
 from shardq.optimize.loss import (
     ErrorSums,

@@ -15,8 +15,10 @@ from shardq.errors import ConfigError
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.logs import Display
-from shardq.model.ends import BlockArguments, prologue, record_arguments
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import prologue
 from shardq.model.hub import local_folder
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
@@ -37,6 +39,7 @@ from shardq.pipeline.memory import (
 from shardq.pipeline.objective import PREDICTION_STEPS
 from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
 from shardq.pipeline.redo import begin_redo, blocks_asked
+from shardq.pipeline.self_check import say_if_unchecked
 from shardq.pipeline.target import check_served
 
 
@@ -207,6 +210,7 @@ def _say_what_will_be_done(run: Run) -> None:
             f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
             "in every step some ranks wait for the others"
         )
+    say_if_unchecked(config.self_check, run.display)
     if not run.reads_ahead:
         line("no block is read while the one before is trained: memory has no room for both")
     if None in ledger.finished(run.lines):

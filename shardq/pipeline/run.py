@@ -17,7 +17,8 @@ from shardq.compiling import compiler, eager
 from shardq.config import ExportConfig, Format, QuantizeConfig
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
-from shardq.model.ends import BlockArguments, block_forward
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import block_forward
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
@@ -40,6 +41,7 @@ from shardq.pipeline.passes import Activations, Forward, replay
 from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, begin, prepare
 from shardq.pipeline.redo import remove_what_completes
+from shardq.pipeline.self_check import Check, self_check
 from shardq.pipeline.space import check_space
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
@@ -102,7 +104,8 @@ def _finish(run: Run, events: Events) -> list[dict]:
     cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
     store = open_store(config.cache, cache, ranks.device)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
-    activations = Activations(store, samples, run.tokens_NT.shape[1], ranks.device, events.waiting, ranks.pace)
+    length = run.tokens_NT.shape[1]
+    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, run.arguments)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     job = BlockJob(
@@ -114,9 +117,9 @@ def _finish(run: Run, events: Events) -> list[dict]:
     on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
     lines = list(run.lines)
     with run.display.bars(plan.num_blocks, len(ledger.finished(lines))):
-        for loaded in _blocks_to_do(run, lines, cache, job):
+        for loaded, check in _blocks_to_do(run, lines, cache, job):
             block_index, num_before = loaded.index, len(ledger.finished(lines))
-            lines.append(_quantize_and_commit(run, job, loaded, dtype))
+            lines.append(_quantize_and_commit(run, job, loaded, dtype, check))
             del loaded  # its source must not stay in memory while the block after the next is read
             num_done = len(ledger.finished(lines))
             run.display.advance_block(num_done - num_before)
@@ -130,8 +133,8 @@ def _finish(run: Run, events: Events) -> list[dict]:
     return lines
 
 
-def _blocks_to_do(run: Run, lines: list[dict], cache: Path, job: BlockJob) -> Iterator[LoadedBlock]:
-    """Blocks that are not finished, stretch by stretch where finished ones lie between them.
+def _blocks_to_do(run: Run, lines: list[dict], cache: Path, job: BlockJob) -> Iterator[tuple[LoadedBlock, Check]]:
+    """Blocks that are not finished, and what checks them; stretch by stretch where finished ones lie between them.
 
     Args:
         lines: of the ledger, to which the block at hand has been added before the next is asked for.
@@ -141,9 +144,20 @@ def _blocks_to_do(run: Run, lines: list[dict], cache: Path, job: BlockJob) -> It
         todo = ledger.blocks_to_do(entries, run.plan.num_blocks)
         with job.events.span("prepare activations"):
             _prepare_activations(run, cache, job, entries, todo.start)
-        yield from _agreed_blocks(run, todo, job.events)
+        with self_check(run.skeleton, run.tokens_NT, job.activations, run.ranks, run.config.optimize.dtype,
+                        _tokens_through_block(run), todo.start) as check:  # fmt: skip
+            for loaded in _agreed_blocks(run, todo, job.events):
+                yield loaded, check
+                del loaded
         if not ledger.blocks_to_do(ledger.finished(lines), run.plan.num_blocks):
             return
+
+
+def _tokens_through_block(run: Run) -> int:
+    """About how many tokens a rank takes through each block, both ways in training; 0 where blocks are not checked."""
+    optimize, (num_samples, length) = run.config.optimize, run.tokens_NT.shape
+    trained = 0 if run.config.quant.method == "rtn" else 3 * optimize.iterations * optimize.batch_size
+    return run.config.self_check * length * (2 * num_samples + trained) // run.ranks.world_size
 
 
 def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
@@ -207,12 +221,12 @@ def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
     return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
 
 
-def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype) -> dict:
+def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, check: Check) -> dict:
     """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger line."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last)
+    result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last, check)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
         line = on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))

@@ -9,23 +9,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shardq.cache.store import STREAMS
 from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
-from shardq.errors import QuantizationError
+from shardq.errors import QuantizationError, UnsupportedModelError
 from shardq.formats.block_file import read_block
 from shardq.formats.shards import read_weight
 from shardq.logs import Display, Events
-from shardq.model.ends import BlockArguments, block_forward, prologue, record_arguments, whole_epilogue
+from shardq.model.arguments import Entering, hidden_of, with_hidden
+from shardq.model.ends import block_forward, prologue, whole_epilogue
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.optimize.loss import ToLogits, prediction_loss
 from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
-from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
+from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.bench import collecting, training_forward
 from shardq.pipeline.passes import Activations, advance, embed_samples
 from shardq.pipeline.plan import Plan, block_file
+from shardq.pipeline.self_check import self_check
 from shardq.quant.quantized import QuantizedLinear
 
 
@@ -37,7 +41,6 @@ class Tuning:
         run: the folder whose codes stay.
         skeleton: of the float model.
         tuners: one a block.
-        arguments: of each block.
         activations: generation 0 of this rank's samples, and the fp stream's last.
     """
 
@@ -47,7 +50,6 @@ class Tuning:
     options: TuneOptions
     tokens_NT: Tensor
     tuners: list[ScaleTuner]
-    arguments: list[BlockArguments]
     activations: Activations
     ranks: Ranks
     events: Events
@@ -78,17 +80,33 @@ class Tuning:
 
 
 def embed_and_target(
-    skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, dtype: torch.dtype
-) -> list[BlockArguments]:
-    """Fill generation 0 and the fp stream's last, the target; give the blocks' arguments."""
+    skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype, checks: bool
+) -> Activations:
+    """Fill generation 0 and the fp stream's last, the target; give the activations with the blocks' arguments.
+
+    Args:
+        checks: whether each block is checked against transformers' own forward.
+
+    Raises:
+        UnsupportedModelError: blocks leave something for later ones, whose gradient would be missing.
+    """
     with prologue(skeleton, activations.device) as embed:
         arguments = record_arguments(skeleton, embed, activations.sequence_length)
-        embed_samples(activations, tokens_NT, embed)
-    for loaded in stream_blocks(skeleton, range(len(arguments)), activations.device):
-        advance(activations, "fp", loaded.index, block_forward(loaded.module, arguments[loaded.index], dtype))
-        _forget(activations, loaded.index)
-        del loaded  # its source must not stay in memory while the block after the next is read
-    return arguments
+        if any(passed.carried_names for passed in arguments):
+            raise UnsupportedModelError(
+                f"{type(skeleton.model).__name__}: its blocks hand keys and values to later blocks, through which "
+                "scales cannot be tuned; the run itself can be evaluated, exported and served"
+            )
+        activations = replace(activations, arguments=arguments)
+        embed_samples(activations, tokens_NT, skeleton, embed)
+    num_tokens = checks * len(activations.samples) * activations.sequence_length
+    with self_check(skeleton, tokens_NT, activations, ranks, dtype, num_tokens) as check:
+        for loaded in stream_blocks(skeleton, range(len(arguments)), activations.device):
+            advance(activations, "fp", loaded.index, block_forward(loaded.module, arguments[loaded.index], dtype))
+            together(ranks, lambda loaded=loaded: check(loaded))
+            _forget(activations, loaded.index)
+            del loaded  # its source must not stay in memory while the block after the next is read
+    return activations
 
 
 def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
@@ -120,13 +138,13 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
 
 
 def _forward(tuning: Tuning, loaded: LoadedBlock) -> Callable[[Tensor], Tensor]:
-    return training_forward(loaded.module, tuning.arguments[loaded.index], tuning.options.dtype)
+    return training_forward(loaded.module, tuning.activations.arguments[loaded.index], tuning.options.dtype)
 
 
 def _forget(activations: Activations, generation: int) -> None:
-    """Drop what enters a block, but for the embeddings' output, with which every step begins."""
+    """Drop what enters a block, but for what every step begins with: embeddings' output, samples' own arguments."""
     if generation:
-        activations.drop(generation)
+        activations.drop(generation, STREAMS)
 
 
 def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tuple[float, list[Tensor]]:
@@ -138,7 +156,7 @@ def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tupl
         to_logits = of_tokens(None)
         for sample in samples:
             with torch.no_grad():
-                output_1TD = forward(tuning.activations.load("quant", loaded.index, [sample]))
+                output_1TD = forward(tuning.activations.entering("quant", loaded.index, [sample]))
             labels_1T = to_device(next_tokens(tuning.tokens_NT[[sample]]), device)
             loss = _loss(tuning, output_1TD.requires_grad_(True), sample, labels_1T, to_logits)
             gradients += torch.autograd.grad(loss, output_1TD)
@@ -164,13 +182,13 @@ def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradi
     forward, tuner = _forward(tuning, loaded), tuning.tuners[loaded.index]
     weights = {name: loaded.module.get_submodule(name).weight for name in tuning.plan.linears[loaded.index]}
 
-    def load(sample: int) -> Tensor:
-        return tuning.activations.load("quant", loaded.index, [sample])
+    def load(sample: int) -> Tensor | Entering:
+        return tuning.activations.entering("quant", loaded.index, [sample])
 
     with collecting(weights.values()):
-        for place, (_, hidden_1TD) in enumerate(tuning.activations.ahead(load, samples)):
-            hidden_1TD = hidden_1TD.detach().requires_grad_(True)
-            forward(hidden_1TD).backward(gradients[place])
+        for place, (_, entering) in enumerate(tuning.activations.ahead(load, samples)):
+            hidden_1TD = hidden_of(entering).detach().requires_grad_(True)
+            forward(with_hidden(entering, hidden_1TD)).backward(gradients[place])
             gradients[place] = hidden_1TD.grad
         collected = tuner.gradients(weights)
     reduce_over_ranks(tuning.ranks, list(collected.values()))

@@ -13,6 +13,7 @@ from shardq.calib.partition import largest_part, step_samples, watched_samples
 from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError
+from shardq.model.arguments import Entering, hidden_of, with_hidden
 from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.distill import distill
 from shardq.optimize.inputs import generator_for, mixed
@@ -196,8 +197,8 @@ def _what_follows(job: BlockJob, progress: Progress) -> str:
     return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
 
 
-def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs and targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
+def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor | Entering, Tensor, Tensor]]:
+    """What enters, targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
 
     Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
     """
@@ -205,18 +206,19 @@ def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor, Tensor,
     activations, optimize = job.activations, job.optimize
     labels_NT = next_tokens(job.tokens_NT)
 
-    def load(step: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def load(step: tuple[int, list[int]]) -> tuple[Tensor | Entering, Tensor, Tensor]:
         iteration, samples = step
         if not samples:  # fewer samples a step than ranks
             return (torch.empty(0, device=activations.device),) * 3
-        quant_NTD = activations.load("quant", block_index, samples)
+        entering = activations.entering("quant", block_index, samples)
         if optimize.fp_mix > 0:
             fp_NTD = activations.load("fp", block_index, samples)
             generators = [generator_for(job.seed, block_index, iteration, sample) for sample in samples]
-            pairs = zip(quant_NTD, fp_NTD, generators, strict=True)
-            quant_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
+            pairs = zip(hidden_of(entering), fp_NTD, generators, strict=True)
+            mixed_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
+            entering = with_hidden(entering, mixed_NTD)
         target_NTD = activations.load("fp", block_index + 1, samples)
-        return quant_NTD, target_NTD, to_device(labels_NT[samples], activations.device)
+        return entering, target_NTD, to_device(labels_NT[samples], activations.device)
 
     num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
     iterations = at_hand.objective.iterations

@@ -38,6 +38,7 @@ from shardq.pipeline.passes import Activations
 from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.pipeline.prepare import take_folder
 from shardq.pipeline.scale_tuning import Tuning, embed_and_target, tune_step
+from shardq.pipeline.self_check import say_if_unchecked
 from shardq.pipeline.stop import stop_if_asked, stoppable
 
 STATE = "tuning.safetensors"
@@ -65,6 +66,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
     """
     start, display, output = time.perf_counter(), Display(ranks.rank), config.folder
     together(ranks, lambda: check_tune(config))
+    say_if_unchecked(config.self_check, display)
     folder = on_every_host(ranks, lambda: local_folder(config.model))
     skeleton = together(ranks, lambda: open_skeleton(folder))
     with ExitStack() as held:
@@ -134,12 +136,13 @@ def _finish(
     barrier(ranks)
     store, length = open_store(config.cache, cache, ranks.device), found.tokens_NT.shape[1]
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
-    steps_left, arguments = done < found.options.steps, []
+    steps_left = done < found.options.steps
     if steps_left:
         with events.span("prepare activations"):
-            arguments = embed_and_target(skeleton, found.tokens_NT, activations, found.options.dtype)
-    tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, arguments, activations,
-                    ranks, events, display)  # fmt: skip
+            activations = embed_and_target(skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
+                                           config.self_check)  # fmt: skip
+    tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
+                    events, display)  # fmt: skip
     losses = _take_steps(tuning, config.folder, done) if steps_left else []
     shutil.rmtree(cache, ignore_errors=True)
     with events.span("write"):

@@ -10,7 +10,8 @@ from transformers import Gemma2Config, MistralConfig
 import tiny
 from shardq.model import attention
 from shardq.model.attention import NAME, PIECE_TOKENS, attend, causal_attention
-from shardq.model.ends import prologue, record_arguments, run_block
+from shardq.model.ends import prologue, run_block
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.model.weights import stream_blocks
 

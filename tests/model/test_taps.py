@@ -18,8 +18,10 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
+from shardq.model.arguments import BlockArguments
 from shardq.model.attention import NAME
-from shardq.model.ends import BlockArguments, prologue, record_arguments
+from shardq.model.ends import prologue
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.taps import activation_names, tapped
 from shardq.model.weights import stream_blocks

@@ -9,7 +9,8 @@ from transformers import FalconConfig
 
 import tiny
 from shardq.errors import QuantizationError, UnsupportedModelError
-from shardq.model.ends import prologue, record_arguments
+from shardq.model.ends import prologue
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.activations import activation_grids, observed, plan_activations, simulated

@@ -13,7 +13,9 @@ from transformers import Gemma2Config, Gemma4TextConfig, GPTNeoXConfig, LlamaCon
 import tiny
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
-from shardq.model.ends import BlockArguments, prologue, record_arguments, run_block
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import prologue, run_block
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
 from shardq.optimize.options import OptimizeOptions

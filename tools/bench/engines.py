@@ -34,7 +34,7 @@ from shardq.cli import return_freed_tensors
 from shardq.compiling import compiler, eager, keep_between_runs, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_rss_bytes
-from shardq.model.ends import BlockArguments
+from shardq.model.arguments import BlockArguments
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved

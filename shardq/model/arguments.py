@@ -1,0 +1,168 @@
+"""What the model passes to a decoder block beside the hidden states: once for all samples, or sample by sample."""
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardq.model.skeleton import to_meta
+
+
+class Call(NamedTuple):
+    """One call of a block by the model: hidden states [N, T, D], then what else it is passed."""
+
+    hidden: Tensor
+    args: tuple
+    kwargs: dict
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What enters a block for some samples, where that is more than hidden states.
+
+    Attributes:
+        hidden: [N, T, D].
+        own: arguments that follow the sample, [N, K, ...]: K rows of the argument's batch dimension each.
+        carried: what earlier blocks have left for later ones, [N, ...].
+    """
+
+    hidden: Tensor
+    own: tuple[Tensor, ...] = ()
+    carried: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, some: slice) -> "Entering":
+        own, carried = (tuple(values[some] for values in kept) for kept in (self.own, self.carried))
+        return Entering(self.hidden[some], own, carried)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.hidden.device
+
+
+def hidden_of(entering: Tensor | Entering) -> Tensor:
+    """The hidden states [N, T, D] of what enters or leaves a block."""
+    return entering.hidden if isinstance(entering, Entering) else entering
+
+
+def with_hidden(entering: Tensor | Entering, hidden_NTD: Tensor) -> Tensor | Entering:
+    """What enters a block, with other hidden states."""
+    return replace(entering, hidden=hidden_NTD) if isinstance(entering, Entering) else hidden_NTD
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A mapping that blocks pass on: where it stands among a call's leaves, its type, and what is in it by then.
+
+    Attributes:
+        entering, leaving: key and place of each tensor in it before and after the block.
+        is_tuple: whether a key's value is a tuple of tensors.
+    """
+
+    place: int
+    kind: type
+    entering: tuple[tuple[str, int], ...]
+    leaving: tuple[tuple[str, int], ...]
+    is_tuple: dict[str, bool]
+
+    def mapping(self, carried: Sequence[Tensor]) -> MutableMapping:
+        """The mapping as it enters a block."""
+        values: dict[str, list[Tensor]] = {}
+        for (key, _), tensor in zip(self.entering, carried, strict=True):
+            values.setdefault(key, []).append(tensor)
+        filled = self.kind()
+        for key, tensors in values.items():
+            filled[key] = tuple(tensors) if self.is_tuple[key] else tensors[0]
+        return filled
+
+    def left_in(self, mapping: MutableMapping) -> tuple[Tensor, ...]:
+        """What is in the mapping after the block, in the order of `leaving`."""
+        return tuple(mapping[key][place] if self.is_tuple[key] else mapping[key] for key, place in self.leaving)
+
+
+@dataclass(frozen=True)
+class BlockArguments:
+    """What the model passes to one block beside the hidden states: masks, position embeddings, position ids, ...
+
+    Attributes:
+        args, kwargs: of a call with one sequence.
+        own: places, among their leaves, of tensors that follow the sample, and the dimension of their batch.
+        repeated: places of those that hold for any sample but grow with the batch, and along which dimension.
+        rows: places of those among them that the block broadcasts from the one row of one sample.
+        shared: the mapping that blocks pass on, if there is one.
+        example: on the meta device, what enters the block for one sample, but for the hidden states.
+    """
+
+    args: tuple
+    kwargs: dict
+    own: tuple[tuple[int, int], ...] = ()
+    repeated: tuple[tuple[int, int], ...] = ()
+    rows: tuple[tuple[int, int], ...] = ()
+    shared: Shared | None = None
+    example: Entering | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the same objects are passed for any samples."""
+        return not (self.own or self.repeated or self.shared)
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Names under which a sample's own arguments are kept."""
+        return tuple(f"own{place}" for place, _ in self.own)
+
+    @property
+    def carried_names(self) -> tuple[str, ...]:
+        """Names under which what earlier blocks have left for this one is kept."""
+        return tuple(f"{key}{place}" for key, place in self.shared.entering) if self.shared else ()
+
+    def own_of(self, call: Call) -> tuple[Tensor, ...]:
+        """The arguments that follow the sample, from the model's call with N sequences, [N, K, ...] each."""
+        leaves, num = tree_flatten((call.args, call.kwargs))[0], len(call.hidden)
+        return tuple(leaves[place].movedim(dim, 0).unflatten(0, (num, -1)) for place, dim in self.own)
+
+    def entering(self, left: Tensor | Entering, own: tuple[Tensor, ...]) -> Tensor | Entering:
+        """What enters the block: what has left the one before it, and this one's own arguments."""
+        carried = left.carried if isinstance(left, Entering) else ()
+        return Entering(hidden_of(left), own, carried) if own or carried else hidden_of(left)
+
+    def bound(self, entering: Tensor | Entering) -> Call:
+        """The call of a block on what enters it."""
+        if self.is_fixed:
+            return Call(hidden_of(entering), self.args, self.kwargs)
+        given = entering if isinstance(entering, Entering) else Entering(entering)
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        for (place, dim), values in zip(self.own, given.own, strict=True):
+            leaves[place] = values.flatten(0, 1).movedim(0, dim)
+        for place, dim in self.repeated:
+            leaves[place] = torch.cat([leaves[place]] * len(given), dim)
+        if self.shared:
+            leaves[self.shared.place] = self.shared.mapping(given.carried)
+        return Call(given.hidden, *tree_unflatten(leaves, structure))
+
+    def leaving(self, hidden_NTD: Tensor, call: Call) -> Tensor | Entering:
+        """What enters the next block, but for that one's own arguments, after a block's call gave hidden states."""
+        if self.shared is None or not self.shared.leaving:
+            return hidden_NTD
+        return Entering(hidden_NTD, carried=self.shared.left_in(self.shared_in(call)))
+
+    def shared_in(self, call: Call) -> MutableMapping:
+        """The mapping that blocks pass on, in a call."""
+        return tree_flatten((call.args, call.kwargs))[0][self.shared.place]
+
+    def on_meta(self, hidden_shape: tuple[int, int, int]) -> Call:
+        """The call for hidden states [N, T, D], nothing of which is computed."""
+        num, hidden = hidden_shape[0], torch.empty(hidden_shape, device="meta")
+        if self.is_fixed:
+            return Call(*to_meta(self.bound(hidden)))
+        own, carried = (
+            tuple(values.expand(num, *values.shape[1:]) for values in kept)
+            for kept in (self.example.own, self.example.carried)
+        )
+        return Call(*to_meta(self.bound(Entering(hidden, own, carried))))

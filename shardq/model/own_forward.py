@@ -1,0 +1,97 @@
+"""Transformers' own forward of a few samples, which waits in each block's place until that block is at hand.
+
+So all that stands between the blocks is the model's, in the order in which the model runs it, while memory holds one
+block. The forward runs in a thread of its own; blocks are computed by whoever asks, one at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor, nn
+
+from shardq.model.arguments import Call
+from shardq.model.attention import torchs_own
+from shardq.model.ends import multiplying_in, prologue
+from shardq.model.skeleton import Skeleton, open_skeleton
+
+
+class _Ended(BaseException):
+    """The forward is not needed any more; no handler of the model's is to catch it."""
+
+
+_ENDED = object()  # what a block gives in that case
+
+
+class OwnForward:
+    """A forward under way; made by `own_forward`.
+
+    Attributes:
+        skeleton: of the same checkpoint as the stream's, but another: its blocks share nothing with that one's.
+    """
+
+    def __init__(self, skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_NT: Tensor, first: int):
+        """Start it; blocks before `first` give what they are called with."""
+        self.skeleton = skeleton
+        self._called: SimpleQueue[tuple[int, Call] | None] = SimpleQueue()  # None: the forward is over
+        self._returned: SimpleQueue[object] = SimpleQueue()
+        for number, stand_in in enumerate(skeleton.stand_ins):
+            if number >= first:
+                stand_in.answer = lambda *call, number=number: self._wait_for_block(number, Call(*call))
+        executor = ThreadPoolExecutor(1, "own-forward", torch.set_num_threads, (1,))
+        self._over = executor.submit(embed, tokens_NT)
+        self._over.add_done_callback(lambda over: self._called.put(None))
+        executor.shutdown(wait=False)
+
+    def at_next_block(self, respond: Callable[[int, Call], object]) -> None:
+        """Have the forward get to the next block, and go on behind it with what `respond` gives for number and call.
+
+        Raises what the model raises on its way there.
+        """
+        called = self._called.get()
+        if called is None:
+            self._over.result()
+            raise RuntimeError("the model's own forward is over before its last block")
+        self._returned.put(respond(*called))
+
+    def end(self) -> None:
+        """Leave the forward where it is."""
+        self._returned.put(_ENDED)
+        wait([self._over])
+
+    def _wait_for_block(self, number: int, call: Call) -> object:
+        self._called.put((number, call))
+        returned = self._returned.get()
+        if returned is _ENDED:
+            raise _Ended
+        return returned
+
+
+@contextmanager
+def own_forward(skeleton: Skeleton, tokens_NT: Tensor, device: torch.device, first: int = 0) -> Iterator[OwnForward]:
+    """Yield the forward of a checkpoint, opened anew, on tokens [N, T]; it is over with the body.
+
+    Args:
+        first: the first block that is waited for.
+    """
+    own = open_skeleton(skeleton.folder)
+    with prologue(own, device) as embed:
+        forward = OwnForward(own, embed, tokens_NT, first)
+        try:
+            yield forward
+        finally:
+            forward.end()
+
+
+@torch.no_grad()
+def computed(block: nn.Module, like: nn.Module, call: Call, dtype: torch.dtype) -> object:
+    """What a block on the meta device returns for a call with the tensors of a loaded one.
+
+    Args:
+        dtype: of the matrix multiplies.
+    """
+    tensors = {**dict(like.named_parameters()), **dict(like.named_buffers())}
+    with torchs_own(), multiplying_in(dtype, call.hidden.device):
+        return torch.func.functional_call(block, tensors, (call.hidden, *call.args), call.kwargs)
