@@ -5,13 +5,13 @@ Usage: PYTHONPATH=. python tools/family_sweep.py RESULT.json [FAMILY ...]
 RESULT.json is written after each family; families that it holds are not run again. RESULT.md, beside it, is a table.
 """
 
-import contextlib
 import json
 import os
 import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def main(result, *chosen):
         if family in {row["family"] for row in rows}:
             continue
         start = time.perf_counter()
-        with contextlib.redirect_stderr(open(os.devnull, "w")), contextlib.redirect_stdout(open(os.devnull, "w")):
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
             row = asdict(sweep(family))
         rows.append(row | {"seconds": round(time.perf_counter() - start, 2)})
         path.write_text(json.dumps(rows, indent=1) + "\n")
@@ -52,4 +52,6 @@ def main(result, *chosen):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if not sys.argv[1:]:
+        raise SystemExit("family_sweep: name a file for the result, such as sweep.json")
     main(*sys.argv[1:])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import family_sweep  # noqa: E402
+
 from sweep import Row  # noqa: E402
 
 
