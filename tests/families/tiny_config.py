@@ -53,13 +53,23 @@ NEEDED = {"head_dim": 16, "num_key_value_heads": 4, "num_experts_per_tok": 2, "n
 KV_HEADS = r"(.*_)?(num_key_value_heads|n_heads_kv|kv_n_heads|num_kv_heads)"
 SPECIAL_TOKENS = r"(.*_)?token_(id|ids|index)"
 
+_COMPASS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4}
+                                for kind in ("sliding_attention", "full_attention")}}  # fmt: skip
+
 # What single families need beside: fields of the config, or of the text's config within it.
 FIELDS_OF: dict[str, dict[str, object]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 128},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-                            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4}
-                                                for kind in ("sliding_attention", "full_attention")}},
+    "cohere_compass": _COMPASS,
+    "cohere_compass_text": _COMPASS,
+    "cosmos3_edge": {"rope_parameters": {"mrope_section": [2, 3, 3]}},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "ernie4_5_vl_moe": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
+    "hunyuan_vl": {"rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
+    "mistral4": {"head_dim": 32},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "step3p7": {"sliding_window": 16},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"head_dim": 40, "audio_config": {"adapter_input_size": 64}},
