@@ -1,0 +1,65 @@
+"""Every family that transformers builds from a small config streams as transformers computes it, or is refused."""
+
+from pathlib import Path
+
+import pytest
+
+import sweep as sweep_module
+from shardq.errors import UnsupportedModelError
+from sweep import families, sweep
+from tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
+
+# Kinds of decoder that differ in what streaming depends on: rotary and learned positions, biases by distance, windows
+# and capped logits, tied and own heads, keys of low rank.
+QUICK = ("llama, rope yarn", "opt", "falcon, alibi", "qwen2, window", "gemma2", "deepseek_v3, dense")
+STREAMED = frozenset(Path(__file__).with_name("streamed.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_family_is_as_transformers_computes_it_before_and_after_quantization(family: str):
+    row = sweep(family)
+    assert row.outcome == "equal", row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_no_family_is_wrong_without_a_word_and_none_is_lost(family: str):
+    row = sweep(family)
+    assert row.outcome not in ("different", "traceback"), row
+    assert row.outcome == "equal" or family not in STREAMED, row
+
+
+def test_families_that_must_stream_are_known():
+    assert STREAMED and STREAMED <= set(families())
+
+
+@pytest.mark.parametrize(
+    ("outcome", "planted"),
+    [("different", 300.0), ("refused", UnsupportedModelError("no")), ("traceback", KeyError("no"))],
+)
+def test_what_came_is_told_apart(outcome: str, planted: float | Exception, monkeypatch: pytest.MonkeyPatch):
+    def planted_evaluate(*_):
+        if isinstance(planted, Exception):
+            raise planted
+        return {"perplexity": planted}
+
+    monkeypatch.setattr(sweep_module, "evaluate", planted_evaluate)
+    row = sweep("llama")
+    assert (row.outcome, row.stage) == (outcome, "few")
+
+
+def test_a_model_that_looks_ahead_is_no_decoder():
+    assert sweep("bert").outcome == "no decoder"
+
+
+def test_a_small_config_keeps_a_layer_of_each_kind():
+    config = tiny_config("gemma3_text")
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert len(config.layer_types) == config.num_hidden_layers <= 4
+
+
+def test_special_tokens_lie_behind_those_of_texts():
+    config = tiny_config("gemma3")
+    assert len({config.image_token_id, config.boi_token_index, config.text_config.eos_token_id}) == 3
+    assert min(config.image_token_id, config.boi_token_index, config.text_config.eos_token_id) >= FIRST_SPECIAL_TOKEN
+    assert config.text_config.vocab_size > FIRST_SPECIAL_TOKEN
