@@ -159,7 +159,7 @@ def num_arguments(function: Function) -> int:
 
 
 def broad_excepts(sources: Sources) -> list[str]:
-    """Handlers that swallow what nobody thought of; one that cleans up and raises again is none."""
+    """Handlers that swallow what nobody thought of; one that ends by raising it, or another that it causes, is none."""
     return [
         f"{path}:{node.lineno}: broad except"
         for path, node in nodes(sources, ast.ExceptHandler)
@@ -177,9 +177,11 @@ def is_broad(caught: ast.expr | None) -> bool:
 
 
 def raises_again(handler: ast.ExceptHandler) -> bool:
-    """Whether a handler ends in a bare `raise`."""
+    """Whether a handler ends in a bare `raise`, or in one `from` what it has caught."""
     last = handler.body[-1]
-    return isinstance(last, ast.Raise) and last.exc is None
+    if not isinstance(last, ast.Raise):
+        return False
+    return last.exc is None or isinstance(last.cause, ast.Name) and last.cause.id == handler.name
 
 
 def missing_docstrings(sources: Sources) -> list[str]:
@@ -260,6 +262,13 @@ def test_planted_fault_is_found(tmp_path: Path, check: Callable, path: str, faul
     assert len(new) == 1 and report in new[0]
 
 
-@pytest.mark.parametrize("handler", ["except OSError:\n    pass\n", "except BaseException:\n    undo()\n    raise\n"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "except OSError:\n    pass\n",
+        "except BaseException:\n    undo()\n    raise\n",
+        "except Exception as error:\n    raise TypeError from error\n",
+    ],
+)
 def test_narrow_handler_and_clean_up_are_allowed(handler: str):
     assert broad_excepts({"files.py": f"try:\n    pass\n{handler}"}) == []

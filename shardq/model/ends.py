@@ -11,8 +11,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from shardq.errors import UnsupportedModelError
 from shardq.formats.shards import TensorInfo, read_weight, read_weight_rows
+from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 
@@ -21,10 +24,14 @@ HEAD_SLICE_BYTES = 256 << 20  # float32 rows of the head in memory at once
 
 @dataclass(frozen=True)
 class BlockArguments:
-    """What the model passes to one block beside the hidden states: mask, position embeddings, position ids, ..."""
+    """What the model passes to one block beside the hidden states: mask, position embeddings, position ids, ...
+
+    `width` is how many channels the hidden states have that enter it.
+    """
 
     args: tuple
     kwargs: dict
+    width: int
 
 
 def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
@@ -54,8 +61,8 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
 
     Of the token embeddings only the rows that a call needs are in memory, while it lasts.
     """
-    prefix = skeleton.model.base_model_prefix
-    base, table = getattr(skeleton.model, prefix), skeleton.model.get_input_embeddings()
+    prefix = skeleton.base_name
+    base, table = skeleton.model.get_submodule(prefix), skeleton.model.get_input_embeddings()
     stored = skeleton.stored(f"{_name_of(skeleton, table)}.weight")
 
     def read_rows(table: nn.Module, inputs: tuple) -> tuple:
@@ -66,7 +73,9 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
-        base(input_ids=tokens_NT.to(device), use_cache=False)
+        with own_code(type(skeleton.model).__name__, "its own code fails on tokens alone"):
+            base(input_ids=tokens_NT.to(device), use_cache=False)
+        _check_calls(skeleton)
         hidden_NTD, _, _ = skeleton.stand_ins[0].seen
         return hidden_NTD
 
@@ -78,6 +87,26 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
     finally:
         hook.remove()
         _forget(skeleton)
+
+
+def _check_calls(skeleton: Skeleton) -> None:
+    """Check that tokens reach every block, and that what a block gives the next is hidden states [N, T, D] alone.
+
+    Raises:
+        UnsupportedModelError: naming the block.
+    """
+    for name, block, stand_in in zip(skeleton.names, skeleton.blocks, skeleton.stand_ins, strict=True):
+        where = f"{type(skeleton.model).__name__}: {name} ({type(block).__name__})"
+        if stand_in.seen is None:
+            raise UnsupportedModelError(f"{where} is not called where there are tokens alone; such models, with blocks "
+                                        "for images or sound, are not supported yet")  # fmt: skip
+        hidden, args, kwargs = stand_in.seen
+        if hidden.dim() != 3:
+            raise UnsupportedModelError(f"{where} takes hidden states of {hidden.dim()} dimensions, several streams at "
+                                        "once; such models are not supported yet")  # fmt: skip
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            raise UnsupportedModelError(f"{where} takes more than hidden states from the blocks before it; such models "
+                                        "are not supported yet")  # fmt: skip
 
 
 def _name_of(skeleton: Skeleton, wanted: nn.Module) -> str:
@@ -102,7 +131,8 @@ def record_arguments(
     embed(torch.zeros(1, sequence_length, dtype=torch.long))
     for stand_in in skeleton.stand_ins:
         stand_in.on_meta(times=2)
-    return [BlockArguments(stand_in.seen[1], stand_in.seen[2]) for stand_in in skeleton.stand_ins]
+    return [BlockArguments(args, kwargs, hidden.shape[-1]) for hidden, args, kwargs in
+            (stand_in.seen for stand_in in skeleton.stand_ins)]  # fmt: skip
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shardq.model.attention import is_causal, scale_of
 from shardq.model.ends import BlockArguments
+from shardq.model.own_code import own_code
 from shardq.model.skeleton import to_meta
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -39,7 +40,7 @@ def activation_names(block: nn.Module, arguments: BlockArguments, hidden_shape: 
         return values
 
     args, kwargs = to_meta((arguments.args, arguments.kwargs))
-    with torch.no_grad(), tapped(block, note):
+    with own_code(type(block).__name__, "its activations cannot be found"), torch.no_grad(), tapped(block, note):
         block(torch.empty(hidden_shape, device="meta"), *args, **kwargs)
     return list(names)
 

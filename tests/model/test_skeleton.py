@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GptOssConfig, MixtralConfig, OpenAIGPTConfig, Qwen3MoeConfig
+from transformers import GPT2Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig, XLMConfig
 from transformers.utils import logging as transformers_logging
 
 import tiny
@@ -102,10 +102,10 @@ class TestRefusedConfig:
         change_config(copied, model_type="t5")
         assert_refused(copied, UnsupportedModelError, str(copied), "no causal language model", "T5Config")
 
-    def test_no_list_of_blocks(self, tmp_path: Path):
-        config = OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-        folder = tiny.save_model(tmp_path, config)
-        assert_refused(folder, UnsupportedModelError, "OpenAIGPTLMHeadModel", "no list of decoder blocks")
+    def test_layers_in_several_lists(self, tmp_path: Path):
+        folder = tiny.save_model(tmp_path, XLMConfig(vocab_size=50, emb_dim=16, n_layers=2, n_heads=2, causal=True))
+        lists = ("transformer.attentions", "transformer.ffns")
+        assert_refused(folder, UnsupportedModelError, "XLMWithLMHeadModel", "4 lists of blocks", *lists)
 
     @pytest.mark.parametrize("content", ["[]", "null", "3"])
     def test_json_that_is_no_object(self, copied: Path, content: str):
