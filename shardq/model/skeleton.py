@@ -136,9 +136,9 @@ def open_skeleton(folder: Path) -> Skeleton:
     """
     index = open_index(folder)
     model = build_on_meta(folder)
+    aliases = _aliases(folder, index, model)
     list_name, block_list = find_blocks(model)
     blocks = list(block_list)
-    aliases = _aliases(folder, index, model)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
     names = [f"{list_name}.{number}" for number in range(len(blocks))]
