@@ -243,6 +243,12 @@ PLANTED = [
     (broad_excepts, "files.py", "try:\n    pass\nexcept Exception:\n    pass\n", "broad except"),
     (broad_excepts, "files.py", "try:\n    pass\nexcept (OSError, BaseException):\n    pass\n", "broad except"),
     (broad_excepts, "files.py", "try:\n    pass\nexcept:\n    pass\n", "broad except"),
+    (
+        broad_excepts,
+        "files.py",
+        "try:\n    pass\nexcept Exception as e:\n    raise TypeError from None\n",
+        "broad except",
+    ),
     (missing_docstrings, "files.py", "def bare():\n    pass\n", "files.py: bare has no docstring"),
     (missing_docstrings, "files.py", "class Bare:\n    pass\n", "files.py: Bare has no docstring"),
     (missing_docstrings, "files.py", 'class C:\n    """C."""\n    def bare(self): pass\n', "bare has no docstring"),

@@ -59,7 +59,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModelError(
             f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
         )
-    with own_code(f"{path}", "transformers cannot read it"):
+    with own_code(str(path), "transformers cannot read it"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 

@@ -73,7 +73,7 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
-        with own_code(type(skeleton.model).__name__, "its own code fails on tokens alone"):
+        with own_code(type(skeleton.model).__name__, "its own code fails on tokens before its blocks, or between them"):
             base(input_ids=tokens_NT.to(device), use_cache=False)
         _check_calls(skeleton)
         hidden_NTD, _, _ = skeleton.stand_ins[0].seen
@@ -202,7 +202,8 @@ def _last_layers(
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
-        return model(input_ids=tokens_NT, use_cache=False).logits
+        with own_code(type(model).__name__, "its own code fails after its blocks"):
+            return model(input_ids=tokens_NT, use_cache=False).logits
 
     # What the epilogue looks up in the input embedding is ignored, and the head is read by its users.
     embedding = skeleton.stored(f"{_name_of(skeleton, model.get_input_embeddings())}.weight")
