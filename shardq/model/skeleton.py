@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardq.formats.shards import Index, TensorInfo, open_index
@@ -62,10 +62,12 @@ class StandIn(nn.Module):
         """
         block = self._block[0]
         hidden, args, kwargs = to_meta(self.seen)
-        what = (
-            "a decoder block must take any number of sequences with the arguments that the model passes it for one; "
-            f"it does not take {times}"
-        )
+        what = "its shapes cannot be followed without values"
+        if times > 1:
+            what = (
+                "a decoder block must take any number of sequences with the arguments that the model passes it for "
+                f"one; it does not take {times}"
+            )
         with own_code(type(block).__name__, what):
             return block(hidden.repeat(times, *[1] * (hidden.dim() - 1)), *args, **kwargs)
 
@@ -172,8 +174,8 @@ def _aliases(folder: Path, index: Index, model: nn.Module) -> dict[str, str]:
 def _conversion(converter: WeightConverter, name: str) -> str:
     """What transformers makes of a stored tensor as it loads it into `name`, in words."""
     num_parts, num_results = len(converter.source_patterns), len(converter.target_patterns)
-    if any(isinstance(operation, MergeModulelist) for operation in converter.operations):
-        return f"is of one of the fused experts, and becomes part of {name}"
+    if "expert" in name:
+        return f"is of fused experts, and becomes {name}"
     if num_results > num_parts:
         return f"is split, into {name} and {num_results - 1} more,"
     if num_parts > num_results:
@@ -214,7 +216,7 @@ def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
     owner = skeleton.blocks[number].get_submodule(inner)
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f", of a convolution ({type(owner).__name__})"
-    return ", of fused experts" if "expert" in f"{inner}{type(owner).__name__}".lower() else ""
+    return ", of fused experts" if "expert" in f"{inner} {type(owner).__name__}".lower() else ""
 
 
 def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[str]]:
