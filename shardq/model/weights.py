@@ -179,6 +179,17 @@ def _with_models(
         yield from _with_models(f"{name}.{child_name}".removeprefix("."), child, model)
 
 
+def _models_beside(skeleton: Skeleton, module: nn.Module) -> tuple[str, ...]:
+    """Prefixes, within a module, of transformers models that have neither the blocks nor embeddings or head."""
+    model = skeleton.model
+    text = {skeleton.stand_ins, model.get_input_embeddings(), model.get_output_embeddings()}
+    return tuple(
+        f"{name}."
+        for name, inner in module.named_modules()
+        if name and isinstance(inner, PreTrainedModel) and text.isdisjoint(inner.modules())
+    )
+
+
 @contextmanager
 def materialised(
     skeleton: Skeleton,
@@ -189,14 +200,18 @@ def materialised(
 ) -> Iterator[None]:
     """Hold the weights of a module outside the blocks (embeddings, norm, head) while the body runs.
 
+    Models beside the text decoder, as for images, stay without: tokens alone do not reach them, and would fail there.
+
     Args:
         prefix: the module's name in the model, "" for the model itself.
         unread: stored names whose values do not matter; they become zeros that take no memory.
     """
-    buffers = dict(module.named_buffers())
+    buffers, beside = dict(module.named_buffers()), _models_beside(skeleton, module)
     tensors: dict[str, Tensor] = {}
     by_storage: dict[str, Tensor] = {}
     for name in module.state_dict():
+        if name.startswith(beside):
+            continue
         info = skeleton.stored(f"{prefix}.{name}" if prefix else name)
         if info.name not in by_storage:  # a tied tensor is read, and held, once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(info.shape)

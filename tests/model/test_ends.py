@@ -401,6 +401,16 @@ def test_end_is_in_memory_only_while_it_is_used(folder: Path, end: Callable):
     assert all(tensor.is_meta for tensor in [*skeleton.model.parameters(), *skeleton.model.buffers()])
 
 
+@pytest.mark.parametrize("end", [prologue, epilogue])
+def test_models_beside_the_text_decoder_are_not_read(tmp_path: Path, end: Callable):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, ARCHITECTURES["gemma4-wrapper"]))
+    with end(skeleton, CPU):
+        inner = skeleton.model.model
+        assert not inner.language_model.norm.weight.is_meta
+        towers = [*inner.vision_tower.parameters(), *inner.audio_tower.parameters()]
+        assert towers and all(parameter.is_meta for parameter in towers)
+
+
 def test_embedded_hidden_states_are_let_go_after_the_prologue(folder: Path):
     with prologue(open_skeleton(folder), CPU) as embed:
         hidden_NTD = embed(random_tokens(2))
