@@ -35,7 +35,7 @@ class QuantOptions:
     method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
     nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
-    ignore: tuple[str, ...] | str = DEFAULT_IGNORE
+    ignore: tuple[str, ...] | str | None = DEFAULT_IGNORE
     """Linears to leave as they are: names or patterns (`*.down_proj`, `re:...`), separated by commas. Embeddings and
     head are never quantized."""
 
@@ -56,7 +56,7 @@ class QuantOptions:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Patterns to ignore, always with the defaults."""
-        given = tuple(self.ignore.split(",")) if isinstance(self.ignore, str) else tuple(self.ignore)
+        given = self.ignore.split(",") if isinstance(self.ignore, str) else self.ignore or ()
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
 
 

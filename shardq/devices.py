@@ -117,11 +117,18 @@ def memory_errors(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in SIGNS_OF_SHORTAGE):
+        if not is_shortage(error):
             raise
         # Torch says first how much was asked for and how much there is, then how to tune its allocator.
         reason = ". ".join(" ".join(str(error).split()).split(". ")[:3]) or type(error).__name__
         raise MemoryShortageError(f"out of memory ({reason}); {advice}") from error
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error is a failed allocation, on a GPU or in host memory."""
+    if isinstance(error, RuntimeError):
+        return any(sign in str(error) for sign in SIGNS_OF_SHORTAGE)
+    return isinstance(error, MemoryError)
 
 
 @cache

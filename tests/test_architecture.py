@@ -159,7 +159,7 @@ def num_arguments(function: Function) -> int:
 
 
 def broad_excepts(sources: Sources) -> list[str]:
-    """Handlers that swallow what nobody thought of; one that cleans up and raises again is none."""
+    """Handlers that swallow what nobody thought of; one that ends by raising it, or another that it causes, is none."""
     return [
         f"{path}:{node.lineno}: broad except"
         for path, node in nodes(sources, ast.ExceptHandler)
@@ -177,9 +177,11 @@ def is_broad(caught: ast.expr | None) -> bool:
 
 
 def raises_again(handler: ast.ExceptHandler) -> bool:
-    """Whether a handler ends in a bare `raise`."""
+    """Whether a handler ends in a bare `raise`, or in one `from` what it has caught."""
     last = handler.body[-1]
-    return isinstance(last, ast.Raise) and last.exc is None
+    if not isinstance(last, ast.Raise):
+        return False
+    return last.exc is None or isinstance(last.cause, ast.Name) and last.cause.id == handler.name
 
 
 def missing_docstrings(sources: Sources) -> list[str]:
@@ -241,6 +243,12 @@ PLANTED = [
     (broad_excepts, "files.py", "try:\n    pass\nexcept Exception:\n    pass\n", "broad except"),
     (broad_excepts, "files.py", "try:\n    pass\nexcept (OSError, BaseException):\n    pass\n", "broad except"),
     (broad_excepts, "files.py", "try:\n    pass\nexcept:\n    pass\n", "broad except"),
+    (
+        broad_excepts,
+        "files.py",
+        "try:\n    pass\nexcept Exception as e:\n    raise TypeError from None\n",
+        "broad except",
+    ),
     (missing_docstrings, "files.py", "def bare():\n    pass\n", "files.py: bare has no docstring"),
     (missing_docstrings, "files.py", "class Bare:\n    pass\n", "files.py: Bare has no docstring"),
     (missing_docstrings, "files.py", 'class C:\n    """C."""\n    def bare(self): pass\n', "bare has no docstring"),
@@ -260,6 +268,13 @@ def test_planted_fault_is_found(tmp_path: Path, check: Callable, path: str, faul
     assert len(new) == 1 and report in new[0]
 
 
-@pytest.mark.parametrize("handler", ["except OSError:\n    pass\n", "except BaseException:\n    undo()\n    raise\n"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "except OSError:\n    pass\n",
+        "except BaseException:\n    undo()\n    raise\n",
+        "except Exception as error:\n    raise TypeError from error\n",
+    ],
+)
 def test_narrow_handler_and_clean_up_are_allowed(handler: str):
     assert broad_excepts({"files.py": f"try:\n    pass\n{handler}"}) == []

@@ -84,6 +84,12 @@ def test_later_options_win_over_recipes(tmp_path):
     assert (config.model, config.quant.bits, config.quant.group_size) == ("from_recipe", 2, 64)
 
 
+def test_no_linears_to_ignore_but_the_default_ones(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\nquant: {ignore: null}\n")
+    assert parse("quantize", ["--config", str(recipe)]).quant.ignored == QuantOptions().ignored
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as left:

@@ -91,7 +91,7 @@ def quantization_config(
     """The entry `quantization_config` of config.json.
 
     Args:
-        ignored: full names of the model's linears that are not quantized.
+        ignored: full names of the linears that are not quantized.
         inputs: a grid like those of all linears' inputs, where activation_bits is 8.
     """
     is_packed = activation_bits == 16

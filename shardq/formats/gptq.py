@@ -22,6 +22,12 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 BITS = (2, 3, 4, 8)
+# Linears that vLLM makes one of, and gives one scheme.
+VLLM_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 WORD_CODES = 32  # of channels a multiple: then a row of codes of any width fills whole words
 
 
@@ -82,8 +88,16 @@ def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
     """The entry `quantization_config` of config.json.
 
     Args:
-        ignored: full names of the model's linears that are not quantized.
+        ignored: full names of the linears that are not quantized.
     """
+    left = set(ignored)
+    # vLLM looks for what it makes of several linears under that name alone.
+    left |= {
+        f"{parent}.{fused}"
+        for parent in {name.rpartition(".")[0] for name in left}
+        for fused, parts in VLLM_FUSED.items()
+        if left.issuperset(f"{parent}.{part}" for part in parts)
+    }
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if spec.symmetric else "gptq_v2",
@@ -93,6 +107,6 @@ def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
-        "dynamic": {f"-:^{re.escape(name)}$": {} for name in sorted(ignored)},
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in sorted(left)},
         "meta": {"quantizer": [f"shardq:{__version__}"]},
     }

@@ -92,6 +92,7 @@ class BlockArguments:
 
     Attributes:
         args, kwargs: of a call with one sequence.
+        width: channels of the hidden states that enter the block.
         own: places, among their leaves, of tensors that follow the sample, and the dimension of their batch.
         repeated: places of those that hold for any sample but grow with the batch, and along which dimension.
         rows: places of those among them that the block broadcasts from the one row of one sample.
@@ -101,6 +102,7 @@ class BlockArguments:
 
     args: tuple
     kwargs: dict
+    width: int
     own: tuple[tuple[int, int], ...] = ()
     repeated: tuple[tuple[int, int], ...] = ()
     rows: tuple[tuple[int, int], ...] = ()

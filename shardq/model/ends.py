@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shardq.formats.shards import TensorInfo, read_weight, read_weight_rows
 from shardq.model.arguments import BlockArguments, Entering
+from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 
@@ -57,7 +58,7 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
     Every stand-in has then `seen` what the model passes to its block. Of tables that tokens index only the rows that a
     call needs are in memory, while it lasts.
     """
-    base = skeleton.model.base_model
+    base = skeleton.model.get_submodule(skeleton.base_name)
     tables = _token_tables(skeleton)
     hooks = [table.register_forward_pre_hook(_reading_rows(stored, device)) for table, stored in tables.items()]
     unread = frozenset(stored.name for stored in tables.values())
@@ -66,11 +67,12 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
-        base(input_ids=tokens_NT.to(device), use_cache=False)
+        with own_code(type(skeleton.model).__name__, "its own code fails on tokens before its blocks, or between them"):
+            base(input_ids=tokens_NT.to(device), use_cache=False)
         return skeleton.stand_ins[0].seen[0]
 
     try:
-        with materialised(skeleton, base, _name_of(skeleton, base), device, unread=unread):
+        with materialised(skeleton, base, skeleton.base_name, device, unread=unread):
             yield embed
     finally:
         for hook in hooks:
@@ -181,7 +183,8 @@ def _last_layers(
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
-        return model(input_ids=tokens_NT, use_cache=False).logits
+        with own_code(type(model).__name__, "its own code fails after its blocks"):
+            return model(input_ids=tokens_NT, use_cache=False).logits
 
     # What the epilogue looks up in the embeddings is ignored, and the head is read by its users.
     tables = _token_tables(skeleton).values()

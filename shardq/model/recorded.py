@@ -6,24 +6,19 @@ states. Keys and values that a block leaves in a mapping for later blocks travel
 that differs is refused by name.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
-from types import NoneType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import tree_flatten
 
 from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import BlockArguments, Call, Entering, Shared
+from shardq.model.compared import argument_names, is_equal
 from shardq.model.skeleton import Skeleton, to_meta
 
-PLAIN = (NoneType, bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
-ROUNDING = 1e-5  # of values computed twice, as a share of the largest
 CHAIN_TOKENS = 16  # of the call that shows in which order blocks are called, and on what
 _UNSUPPORTED = "such models are not supported yet"
 
@@ -81,9 +76,9 @@ def _check_chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1
     for number, (call, other) in enumerate(zip(*runs, strict=True)):
         leaves, others = (tree_flatten((one.args, one.kwargs))[0] for one in (call, other))
         for place, values in enumerate(zip(leaves, others, strict=True)):
-            if isinstance(values[0], Tensor) and not _equal(*values):
+            if isinstance(values[0], Tensor) and not is_equal(*values):
                 raise UnsupportedModelError(
-                    f"{_named(skeleton, number)} is passed {_argument_names(skeleton, number, call)[place]}, which "
+                    f"{_named(skeleton, number)} is passed {argument_names(skeleton, number, call)[place]}, which "
                     f"comes from what earlier blocks give; {_UNSUPPORTED}"
                 )
 
@@ -102,7 +97,10 @@ def _chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Ten
         if number < len(calls):
             raise UnsupportedModelError(f"{where} is called several times in one forward; {_UNSUPPORTED}")
         if number > len(calls):
-            raise UnsupportedModelError(f"{where} is called before {skeleton.names[len(calls)]}; {_UNSUPPORTED}")
+            raise _not_called(skeleton, len(calls))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_flatten((call.args, call.kwargs))[0]):
+            raise UnsupportedModelError(f"{where} takes more than hidden states from the blocks before it; "
+                                        f"{_UNSUPPORTED}")  # fmt: skip
         if calls and not torch.equal(call.hidden, calls[-1].hidden + added):
             raise UnsupportedModelError(f"{where} is called on other hidden states than the block before it gives; "
                                         f"{_UNSUPPORTED}")  # fmt: skip
@@ -112,8 +110,15 @@ def _chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Ten
     with _answering(skeleton, answer):
         embed(tokens_1T)
     if len(calls) < len(skeleton.blocks):
-        raise UnsupportedModelError(f"{_named(skeleton, len(calls))} is not called in a forward; {_UNSUPPORTED}")
+        raise _not_called(skeleton, len(calls))
     return calls
+
+
+def _not_called(skeleton: Skeleton, number: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{_named(skeleton, number)} is not called where there are tokens alone, or after later blocks; models with "
+        "blocks for images or sound among the others are not supported yet"
+    )
 
 
 def _check_hidden(name: str, hidden: Tensor) -> None:
@@ -127,34 +132,10 @@ def _named(skeleton: Skeleton, number: int) -> str:
     return f"{type(skeleton.model).__name__}: {skeleton.names[number]}"
 
 
-def _argument_names(skeleton: Skeleton, number: int, call: Call) -> list[str]:
-    """What each leaf of a call is called by the block's own forward."""
-    parameters = list(inspect.signature(skeleton.blocks[number].forward).parameters)[1:]
-    names = []
-    for path, _ in tree_flatten_with_path((call.args, call.kwargs))[0]:
-        outer, inner = path[1], path[2:]
-        is_positional = path[0].idx == 0
-        known = is_positional and outer.idx < len(parameters)
-        name = parameters[outer.idx] if known else f"argument {outer.idx + 1}" if is_positional else outer.key
-        names.append(name + keystr(inner))
-    return names
-
-
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        same_kind = one.shape == other.shape and one.dtype == other.dtype
-        if not same_kind or not one.is_floating_point():
-            return same_kind and torch.equal(one, other)
-        # Two sequences at once may be rounded otherwise than one.
-        rounding = ROUNDING * one.nan_to_num(0, 0, 0).abs().amax().item() if one.numel() else 0.0
-        return torch.allclose(one, other, rtol=ROUNDING, atol=rounding, equal_nan=True)
-    return type(one) is type(other) and isinstance(one, PLAIN) and (one == other or one != one)
-
-
 def _compared(skeleton: Skeleton, number: int, first: Call, second: Call, both: Call) -> BlockArguments:
     """A block's arguments, from the calls with two sequences one by one, and with both."""
     where = _named(skeleton, number)
-    names = _argument_names(skeleton, number, first)
+    names = argument_names(skeleton, number, first)
     (leaves, structure), *others = (tree_flatten((call.args, call.kwargs)) for call in (first, second, both))
     _check_hidden(where, first.hidden)
     if any(other != structure for _, other in others):
@@ -175,12 +156,13 @@ def _compared(skeleton: Skeleton, number: int, first: Call, second: Call, both: 
             if shared is not None:
                 raise UnsupportedModelError(f"{where} is passed two mappings that blocks share; {_UNSUPPORTED}")
             shared = Shared(place, type(one), (), (), {})
-        elif not (_equal(one, other) and _equal(one, two)):
+        elif not (is_equal(one, other) and is_equal(one, two)):
             raise UnsupportedModelError(
                 f"{where} is passed {names[place]}, a {type(one).__name__} that may differ from call to call; "
                 f"{_UNSUPPORTED}"
             )
-    return BlockArguments(first.args, first.kwargs, tuple(own), tuple(repeated), tuple(rows), shared)
+    width = first.hidden.shape[-1]
+    return BlockArguments(first.args, first.kwargs, width, tuple(own), tuple(repeated), tuple(rows), shared)
 
 
 def _follows(one: Tensor, other: Tensor, both: Tensor) -> tuple[str, int] | None:
@@ -190,11 +172,11 @@ def _follows(one: Tensor, other: Tensor, both: Tensor) -> tuple[str, int] | None
     """
     if one.shape != other.shape or one.dim() != both.dim():
         return None
-    is_same = _equal(one, other)
-    if is_same and _equal(one, both):
+    is_same = is_equal(one, other)
+    if is_same and is_equal(one, both):
         return "nothing", 0
     for dim in range(one.dim()):
-        if both.shape[dim] == 2 * one.shape[dim] and _equal(both, torch.cat([one, other], dim)):
+        if both.shape[dim] == 2 * one.shape[dim] and is_equal(both, torch.cat([one, other], dim)):
             return ("row" if one.shape[dim] == 1 else "number") if is_same else "sample", dim
     return None
 
@@ -265,28 +247,3 @@ class _Carried:
             self._is_tuple[key] = isinstance(value, tuple)
             self.tensors |= {(key, place): tensor for place, tensor in enumerate(tensors)}
         return Shared(shared.place, shared.kind, shared.entering, tuple(self.tensors), dict(self._is_tuple))
-
-
-def differing(skeleton: Skeleton, number: int, call: Call, passed: Call) -> list[str]:
-    """Names of the arguments in which a call of a block differs from another for as many tokens or more."""
-    leaves, structure = tree_flatten((call.args, call.kwargs))
-    others, other_structure = tree_flatten((passed.args, passed.kwargs))
-    if structure != other_structure:
-        return ["their structure"]
-    names = _argument_names(skeleton, number, call)
-    return [name for name, one, other in zip(names, leaves, others, strict=True) if not _begins(one, other)]
-
-
-def _begins(short: Any, long: Any) -> bool:
-    """Whether a value is the beginning of another, in every dimension in which that is longer."""
-    if isinstance(short, Tensor) and isinstance(long, Tensor) and short.dim() == long.dim():
-        for dim, size in enumerate(short.shape):
-            long = long.narrow(dim, 0, min(size, long.shape[dim]))
-        return _equal(*torch.broadcast_tensors(short, long)) if _can_broadcast(short, long) else False
-    is_mask = (isinstance(value, Tensor | NoneType) for value in (short, long))
-    # None stands for a mask that is plainly causal, as that of few tokens may be.
-    return isinstance(short, MutableMapping) or _equal(short, long) or (short is None and all(is_mask))
-
-
-def _can_broadcast(one: Tensor, other: Tensor) -> bool:
-    return all(1 in sizes or sizes[0] == sizes[1] for sizes in zip(one.shape, other.shape, strict=True))

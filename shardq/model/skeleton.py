@@ -1,11 +1,9 @@
 """A model without weights: its decoder blocks on the meta device and stand-ins where they stood.
 
-Works for any architecture of transformers: the blocks are the `ModuleList` whose children's class stands in the
-model's own `_no_split_modules`. No table of models.
+What the checkpoint stores under which name is checked against it before any weight is read.
 """
 
 import fnmatch
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import logging as transformers_logging
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardq.formats.shards import Index, TensorInfo, open_index
-from shardq.model.attention import use_pieces
+from shardq.model.build import build_on_meta, find_blocks
+from shardq.model.own_code import own_code
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 DEFAULT_IGNORE = ("lm_head", "*embed*")
@@ -32,10 +28,11 @@ DEFAULT_IGNORE = ("lm_head", "*embed*")
 class StandIn(nn.Module):
     """Takes a block's place in the model: records what the model passes, returns the hidden states unchanged.
 
-    They are returned as the block would return them, alone or first of a tuple. Plain attributes of the block are
-    copied, because some models read them (such as `attention_type`). If `injected` is set, that is returned instead:
-    so the model's own code turns given hidden states into logits. If `answer` is set, it is called with the hidden
-    states and what else the model passes, and gives what is returned.
+    They are returned as the block would return them, alone or first of a tuple; what a block returns beside them is
+    there without values, on the meta device. Plain attributes of the block are copied, because some models read them
+    (such as `attention_type`). If `injected` is set, that is returned instead: so the model's own code turns given
+    hidden states into logits. If `answer` is set, it is called with the hidden states and what else the model passes,
+    and gives what is returned.
     """
 
     def __init__(self, block: nn.Module):
@@ -46,7 +43,7 @@ class StandIn(nn.Module):
         self.seen: tuple[Tensor, tuple, dict] | None = None
         self.answer: Callable[[Tensor, tuple, dict], object] | None = None
         self._block = (block,)  # in a tuple: not a submodule, whose weights the model would expect
-        self._returns_tuple: bool | None = None
+        self._returns: object = None
 
     def forward(self, *args, **kwargs):
         """Record the call."""
@@ -58,9 +55,9 @@ class StandIn(nn.Module):
 
     def returned(self, hidden: Tensor) -> object:
         """Hidden states in the form in which the block returns them; it must have been called."""
-        if self._returns_tuple is None:
-            self._returns_tuple = isinstance(self.on_meta(to_meta(self.seen)), tuple)
-        return (hidden,) if self._returns_tuple else hidden
+        if self._returns is None:
+            self._returns = self.on_meta(to_meta(self.seen))
+        return (hidden, *self._returns[1:]) if isinstance(self._returns, tuple) else hidden
 
     @torch.no_grad()
     def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:
@@ -71,13 +68,12 @@ class StandIn(nn.Module):
         """
         block = self._block[0]
         hidden, args, kwargs = call
-        try:
+        what = (
+            "a decoder block must take any number of sequences with the arguments that the model passes it for one; it "
+            f"does not take {len(hidden)}"
+        )
+        with own_code(type(block).__name__, what):
             return block(hidden, *args, **kwargs)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UnsupportedModelError(
-                f"{type(block).__name__}: a decoder block must take any number of sequences with the arguments that "
-                f"the model passes it for one; it does not take {len(hidden)} ({_first_line(error)})"
-            ) from error
 
 
 def to_meta(values: Any) -> Any:
@@ -110,6 +106,12 @@ class Skeleton:
         """The stand-ins, in the order of the blocks."""
         return self.model.get_submodule(self.names[0].rpartition(".")[0])
 
+    @property
+    def base_name(self) -> str:
+        """Name of the model's part that takes tokens and calls the blocks, which is all of it but the head."""
+        list_name = self.names[0].rpartition(".")[0]
+        return list_name.partition(".")[0] if "." in list_name else ""
+
     def stored(self, name: str) -> TensorInfo:
         """Where the parameter or buffer `name` is stored.
 
@@ -139,11 +141,10 @@ def open_skeleton(folder: Path) -> Skeleton:
         UnsupportedModelError: a kind of model that cannot be quantized block by block.
     """
     index = open_index(folder)
-    config = _read_config(folder)
-    model = _build_on_meta(folder, config)
-    list_name, block_list = _find_blocks(model)
-    blocks = list(block_list)
+    model = build_on_meta(folder)
     aliases = _aliases(folder, index, model)
+    list_name, block_list = find_blocks(model)
+    blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
     names = [f"{list_name}.{number}" for number in range(len(blocks))]
@@ -154,70 +155,37 @@ def open_skeleton(folder: Path) -> Skeleton:
 
 def _aliases(folder: Path, index: Index, model: nn.Module) -> dict[str, str]:
     """Names of tied parameters, and of those that transformers renames as it loads -> names in the checkpoint."""
-    tied = model._tied_weights_keys if getattr(model.config, "tie_word_embeddings", False) else None
-    # A head that is stored beside the embedding is a matrix of its own, whatever the config says.
-    aliases = {name: source for name, source in tied.items() if name not in index} if isinstance(tied, dict) else {}
-    transforms = get_model_conversion_mapping(model)
+    with own_code(type(model).__name__, "transformers does not tell under which names it is stored"):
+        transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    expected = model.state_dict()
+    expected, renamed = model.state_dict(), {}
     for stored in index:
-        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
-        if converter is not None:
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+        if pattern is not None and name in expected:
+            converter = next(converter for converter in converters if pattern in converter.source_patterns)
             raise UnsupportedModelError(
-                f"{folder}: tensor {stored} is stored in parts that {type(model).__name__} fuses into {name}; "
-                "such blocks (fused experts) are not supported yet"
+                f"{folder}: tensor {stored} {_conversion(converter, name)} as {type(model).__name__} loads it; such "
+                "blocks are not supported yet"
             )
         if name != stored and name in expected:
-            aliases[name] = stored
-    return aliases
+            renamed[name] = stored
+    # A head that is stored beside the embedding is a matrix of its own, whatever the config says.
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in index}
+    return {name: renamed.get(source, source) for name, source in tied.items()} | renamed
 
 
-def _read_config(folder: Path):
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        quantization = raw.get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error
-    if quantization:
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise UnsupportedModelError(f"{path}: transformers cannot read it ({_first_line(error)})") from error
-
-
-def _build_on_meta(folder: Path, config) -> nn.Module:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    use_pieces()
-    try:
-        with torch.device("meta"):
-            # float32, not the config's dtype: buffers computed from the config would be rounded to that.
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-            return model.eval().requires_grad_(False)
-    except (ValueError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"{folder}: transformers has no causal language model for it ({_first_line(error)})"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    kinds = set(model._no_split_modules or ())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in kinds:
-            return name, module
-    raise UnsupportedModelError(
-        f"{type(model).__name__}: no list of decoder blocks found (its `_no_split_modules` names {sorted(kinds)})"
-    )
+def _conversion(converter: WeightConverter, name: str) -> str:
+    """What transformers makes of a stored tensor as it loads it into `name`, in words."""
+    num_parts, num_results = len(converter.source_patterns), len(converter.target_patterns)
+    if "expert" in name:
+        return f"is of fused experts, and becomes {name}"
+    if num_results > num_parts:
+        return f"is split, into {name} and {num_results - 1} more,"
+    if num_parts > num_results:
+        return f"is one of {num_parts} parts that become {name}"
+    kinds = ", ".join(type(operation).__name__ for operation in converter.operations)
+    return f"is changed by {kinds}, into {name},"
 
 
 def _check_tensors(skeleton: Skeleton) -> None:
@@ -240,9 +208,19 @@ def _check_tensors(skeleton: Skeleton) -> None:
             )
         if tensor.dim() > 2 and (name, tensor) in expected:
             raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional (fused experts or "
-                "convolutions); such blocks are not supported yet"
+                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional"
+                f"{_what_it_is_of(skeleton, name)}; such blocks are not supported yet"
             )
+
+
+def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
+    """What a block's parameter of more than two dimensions is of, in words where these can be told."""
+    number = next(number for number, prefix in enumerate(skeleton.names) if name.startswith(f"{prefix}."))
+    inner = name.removeprefix(f"{skeleton.names[number]}.").rpartition(".")[0]
+    owner = skeleton.blocks[number].get_submodule(inner)
+    if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return f", of a convolution ({type(owner).__name__})"
+    return ", of fused experts" if "expert" in f"{inner} {type(owner).__name__}".lower() else ""
 
 
 def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[str]]:
@@ -269,12 +247,17 @@ def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[lis
         raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
                           f"{skeleton.names[0]}.{linears[0] if linears else 'mlp.down_proj'}")  # fmt: skip
     if not any(chosen):
-        kinds = sorted({type(module).__name__ for module in skeleton.blocks[0].modules()})
-        raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__}: no linear would be quantized; the blocks hold {', '.join(kinds)}, "
-            f"quant.ignore is {list(ignore)}"
-        )
+        raise UnsupportedModelError(f"{type(skeleton.model).__name__}: no linear would be quantized: "
+                                    f"{_why_none(skeleton, ignore)}")  # fmt: skip
     return chosen
+
+
+def _why_none(skeleton: Skeleton, ignore: tuple[str, ...]) -> str:
+    modules = [module for block in skeleton.blocks for module in block.modules()]
+    if any(isinstance(module, nn.Linear) for module in modules):
+        return f"quant.ignore leaves out all of them ({', '.join(ignore)})"
+    kinds = sorted({type(module).__name__ for module in modules if any(p.dim() > 1 for p in module.parameters(False))})
+    return f"the matrices of its blocks are in modules of other kinds ({', '.join(kinds)}), which are not supported yet"
 
 
 def _check_expressions(patterns: tuple[str, ...]) -> None:
@@ -297,7 +280,3 @@ def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
             for candidate in candidates
         )
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shardq.model.arguments import BlockArguments
 from shardq.model.attention import is_causal, scale_of
+from shardq.model.own_code import own_code
 
 Tap = Callable[[str, Tensor], Tensor]
 Wanted = Callable[[str], bool]
@@ -38,7 +39,7 @@ def activation_names(block: nn.Module, arguments: BlockArguments, hidden_shape: 
         return values
 
     hidden_NTD, args, kwargs = arguments.on_meta(hidden_shape)
-    with torch.no_grad(), tapped(block, note):
+    with own_code(type(block).__name__, "its activations cannot be found"), torch.no_grad(), tapped(block, note):
         block(hidden_NTD, *args, **kwargs)
     return list(names)
 

@@ -9,11 +9,13 @@ from types import NoneType
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
-from shardq.errors import UnsupportedModelError
-from shardq.formats.shards import read_weight
+from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.formats.shards import TensorInfo, read_tensor, read_weight
+from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 
 COMPUTE_DTYPE = torch.float32
@@ -55,8 +57,9 @@ def stream_blocks(
     slots: dict[tuple, nn.Module] = {}
 
     def read_all(block_index: int) -> dict[str, Tensor]:
-        infos = skeleton.block_tensors(block_index)
-        return {name: to_device(read_weight(info, device.type == "cuda"), device) for name, info in infos.items()}
+        infos, buffers = skeleton.block_tensors(block_index), dict(skeleton.blocks[block_index].named_buffers())
+        pinned = device.type == "cuda"
+        return {name: to_device(_read(info, name in buffers, pinned), device) for name, info in infos.items()}
 
     for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
         block = skeleton.blocks[block_index]
@@ -64,7 +67,7 @@ def stream_blocks(
         if kind not in slots:
             slots[kind] = copy.deepcopy(block)
         _carry_attributes(block, slots[kind])
-        fill(skeleton.model, slots[kind], dict(source), device)
+        fill(_model_around(skeleton, skeleton.names[block_index]), slots[kind], dict(source), device)
         yield LoadedBlock(block_index, slots[kind], source)
         del source
         _return_freed_memory()
@@ -93,13 +96,34 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
+def _read(info: TensorInfo, is_buffer: bool, pinned: bool = False) -> Tensor:
+    """Read a tensor; one that is no parameter may be infinite, as a limit that is not there."""
+    if not is_buffer:
+        return read_weight(info, pinned)
+    tensor = read_tensor(info, pinned)
+    if tensor.is_floating_point() and tensor.isnan().any():
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} holds nan; the checkpoint is damaged, download it again or retrain"
+        )
+    return tensor
+
+
+def _model_around(skeleton: Skeleton, name: str) -> PreTrainedModel:
+    """The innermost transformers model that a module, of this name, is in or is; it knows how to initialise it."""
+    model = skeleton.model
+    for end in range(name.count(".") + bool(name)):
+        module = skeleton.model.get_submodule(".".join(name.split(".")[: end + 1]))
+        model = module if isinstance(module, PreTrainedModel) else model
+    return model
+
+
 def fill(model: nn.Module, module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
     """Put tensors into a module in the compute dtype; empties `tensors` so that no second copy stays alive.
 
     A parameter on the meta device is allocated, one that has storage is overwritten in place.
 
     Args:
-        model: the transformers model, which knows how to make buffers that checkpoints do not store.
+        model: the transformers model around the module, which knows how to make buffers that checkpoints do not store.
         tensors: parameters and persistent buffers by name within the module.
     """
     _make_buffers(model, module, device)
@@ -115,28 +139,55 @@ def _place(owner: nn.Module, name: str, tensor: Tensor, device: torch.device) ->
     if not current.is_meta:
         current.copy_(tensor)
         return
-    dtype = COMPUTE_DTYPE if tensor.is_floating_point() else tensor.dtype
-    tensor = tensor.to(device, dtype)
+    tensor = _computed(tensor, device)
     if name in owner._parameters:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[name] = tensor
 
 
-def _make_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+def _computed(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in the dtype that it is computed in."""
+    return tensor.to(device, COMPUTE_DTYPE if tensor.is_floating_point() else tensor.dtype)
+
+
+def _make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
     """Compute non-persistent buffers, such as rotary frequencies, the way the model initialises them."""
-    for name, owner in module.named_modules():
+    for name, owner, own_model in _with_models("", module, model):
         computed = [key for key in owner._non_persistent_buffers_set if owner._buffers[key] is not None]
         for key in computed:
             like = owner._buffers[key]
             owner._buffers[key] = torch.full_like(like, torch.nan if like.is_floating_point() else 0, device=device)
         if computed:
-            model._init_weights(owner)
+            with own_code(type(own_model).__name__, f"it cannot initialise the buffers of {type(owner).__name__}"):
+                own_model._init_weights(owner)
         for key in computed:
             if owner._buffers[key].is_floating_point() and owner._buffers[key].isnan().any():
                 raise UnsupportedModelError(
-                    f"{type(model).__name__}: buffer {name}.{key} is neither stored nor initialised by transformers"
+                    f"{type(model).__name__}: buffer {f'{name}.{key}'.removeprefix('.')} is neither stored nor "
+                    "initialised by transformers"
                 )
+
+
+def _with_models(
+    name: str, module: nn.Module, model: PreTrainedModel
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """A module and those in it, by name, each with the innermost model that it is in: transformers asks that one."""
+    model = module if isinstance(module, PreTrainedModel) else model
+    yield name, module, model
+    for child_name, child in module.named_children():
+        yield from _with_models(f"{name}.{child_name}".removeprefix("."), child, model)
+
+
+def _models_beside(skeleton: Skeleton, module: nn.Module) -> tuple[str, ...]:
+    """Prefixes, within a module, of transformers models that have neither the blocks nor embeddings or head."""
+    model = skeleton.model
+    text = {skeleton.stand_ins, model.get_input_embeddings(), model.get_output_embeddings()}
+    return tuple(
+        f"{name}."
+        for name, inner in module.named_modules()
+        if name and isinstance(inner, PreTrainedModel) and text.isdisjoint(inner.modules())
+    )
 
 
 @contextmanager
@@ -149,21 +200,25 @@ def materialised(
 ) -> Iterator[None]:
     """Hold the weights of a module outside the blocks (embeddings, norm, head) while the body runs.
 
+    Models beside the text decoder, as for images, stay without: tokens alone do not reach them, and would fail there.
+
     Args:
         prefix: the module's name in the model, "" for the model itself.
         unread: stored names whose values do not matter; they become zeros that take no memory.
     """
-    names = [f"{prefix}.{name}" if prefix else name for name in module.state_dict()]
+    buffers, beside = dict(module.named_buffers()), _models_beside(skeleton, module)
     tensors: dict[str, Tensor] = {}
     by_storage: dict[str, Tensor] = {}
-    for name in names:
-        info = skeleton.stored(name)
+    for name in module.state_dict():
+        if name.startswith(beside):
+            continue
+        info = skeleton.stored(f"{prefix}.{name}" if prefix else name)
         if info.name not in by_storage:  # a tied tensor is read, and held, once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(info.shape)
-            by_storage[info.name] = zeros if info.name in unread else read_weight(info).to(device, COMPUTE_DTYPE)
-        tensors[name.removeprefix(f"{prefix}.") if prefix else name] = by_storage[info.name]
+            by_storage[info.name] = zeros if info.name in unread else _computed(_read(info, name in buffers), device)
+        tensors[name] = by_storage[info.name]
     by_storage.clear()
-    fill(skeleton.model, module, tensors, device)
+    fill(_model_around(skeleton, prefix), module, tensors, device)
     try:
         yield
     finally:

@@ -34,10 +34,9 @@ def plan_activations(
     """
     if not options.asked:
         return [{} for _ in skeleton.blocks]
-    shape = (1, length, skeleton.model.get_input_embeddings().embedding_dim)
     chosen = []
     for block, linear_names, passed in zip(skeleton.blocks, plan.linears, arguments, strict=True):
-        names = activation_names(block, passed, shape)
+        names = activation_names(block, passed, (1, length, passed.width))
         if options.kv_bits and not any(name.endswith(KEPT) for name in names):
             raise UnsupportedModelError(
                 f"{type(skeleton.model).__name__}: its attention is code of its own, beside transformers' attention "

@@ -147,12 +147,23 @@ def _scale_change(skeleton: Skeleton, dtype: torch.dtype) -> float:
 
 
 def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
-    """Names of the linears that are not quantized, the model's and, where it differs, the checkpoint's."""
+    """Names of the linears that are not quantized, the model's and, where it differs, the checkpoint's.
+
+    Whatever else is stored as a matrix counts as one, but for embeddings: a program may build linears of what
+    transformers builds otherwise (routers) or not at all (layers that predict further tokens, parts for images), and
+    would look for packed ones.
+    """
     modules = dict(skeleton.model.named_modules())
     for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
     left = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized}
-    return left | {skeleton.stored(f"{name}.weight").name.removesuffix(".weight") for name in left}
+    others = {
+        skeleton.stored(f"{name}.weight").name
+        for name, module in modules.items()
+        if name in quantized or isinstance(module, nn.Embedding)
+    }
+    matrices = {name for name, info in skeleton.index.items() if name.endswith(".weight") and len(info.shape) == 2}
+    return left | {name.removesuffix(".weight") for name in matrices - others}
 
 
 def _model_dtype(spec: QuantSpec, embedding_dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.arguments import BlockArguments
 from shardq.model.ends import run_block
+from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.loss import LOGITS_TOKENS
 from shardq.optimize.options import OptimizeOptions
@@ -62,7 +63,7 @@ def largest_block(
     """
     sizes = [block_size(skeleton, plan, number) for number in range(plan.num_blocks)]
     largest = max(range(plan.num_blocks), key=lambda number: sizes[number].num_weights)
-    hidden_shape = (1, sequence_length, skeleton.model.get_input_embeddings().embedding_dim)
+    hidden_shape = (1, sequence_length, arguments[largest].width)
     sample = saved_bytes(skeleton.blocks[largest], arguments[largest], hidden_shape)
     head = head_bytes(skeleton, options.dtype) if options.last_block == "predictions" else 0
     return LargestBlock(plan.names[largest], sizes[largest], sample, head)
@@ -227,7 +228,8 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
     """
     block = copy.deepcopy(block).requires_grad_(True)
     call = arguments.on_meta(hidden_shape)
-    kept = saved_tensors(lambda: run_block(block, *call, torch.float32))
+    with own_code(type(block).__name__, "its memory for training cannot be counted"):
+        kept = saved_tensors(lambda: run_block(block, *call, torch.float32))
     parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
     storages = [tensor.untyped_storage() for tensor in kept]
     return sum(storage.nbytes() for storage in storages if storage._cdata not in parameters)

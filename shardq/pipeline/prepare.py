@@ -103,7 +103,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         return tokens_NT, manifest, take_folder(output, manifest, config.resume, redo, held, display), chosen
 
     skeleton, plan, arguments, activations = together(ranks, open_and_plan)
-    largest = largest_block(skeleton, plan, arguments, config.calib.sequence_length, config.optimize)
+    length = config.calib.sequence_length
+    largest = together(ranks, lambda: largest_block(skeleton, plan, arguments, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
     tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair

@@ -13,8 +13,8 @@ from torch import Tensor
 from shardq.errors import UnsupportedModelError
 from shardq.logs import Display
 from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
+from shardq.model.compared import differing
 from shardq.model.own_forward import OwnForward, computed, own_forward
-from shardq.model.recorded import differing
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock
 from shardq.parallel.ranks import Ranks

@@ -87,8 +87,7 @@ def cache_bytes(run: Run) -> int:
     if run.config.cache.folder is None:
         sharing = range(ranks.world_size)
     held = sum(len(owned_samples(num_samples, rank, ranks.world_size)) for rank in sharing)
-    hidden_size = run.skeleton.model.get_input_embeddings().embedding_dim
-    sample = length * hidden_size * COMPUTE_DTYPE.itemsize + HEADER_BYTES
+    sample = length * run.arguments[0].width * COMPUTE_DTYPE.itemsize + HEADER_BYTES
     return held * min(run.plan.num_blocks + 1, 4) * sample
 
 

@@ -1,6 +1,7 @@
 """What the program that is to serve a run's result asks of it, checked before work starts."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -20,7 +21,6 @@ from shardq.quant.spec import QuantSpec
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
-VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix, and one scheme, there
 
 
 def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
@@ -87,13 +87,22 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
     fault_on = partial(_shape_fault, skeleton, plan, spec, VLLM_MULTIPLE[activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
-        advice = f"on {' or '.join(served)} it is served" if served else "leave it as it is with --quant.ignore"
-        raise ConfigError(f"target: {fault}; {advice}")
+        fault = fault if served else fault_on(1)
+        advice = f"on {' or '.join(served)} it is served" if served else _how_to_ignore(skeleton, fault.name)
+        raise ConfigError(f"target: {fault.reason}; {advice}")
     for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
         _check_fused(block_name, block, names)
 
 
-def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int, degree: int) -> str | None:
+@dataclass(frozen=True)
+class _Fault:
+    """What keeps vLLM from serving a model, and the linear that it lies in, "" where it lies in none."""
+
+    reason: str
+    name: str = ""
+
+
+def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int, degree: int) -> _Fault | None:
     """What keeps vLLM from splitting the quantized linears over `degree` GPUs, if anything does.
 
     Which side of a linear is split is the architecture's own declaration. Heads of keys and values that are fewer than
@@ -104,11 +113,11 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int,
     heads = getattr(config, "num_attention_heads", degree)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if degree > 1 and not ways:
-        return f"on {degree} GPUs: {type(skeleton.model).__name__} declares no way to split it"
+        return _Fault(f"on {degree} GPUs: {type(skeleton.model).__name__} declares no way to split it")
     if heads % degree:
-        return f"on {degree} GPUs: {heads} attention heads do not divide"
+        return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
     if max(kv_heads, degree) % min(kv_heads, degree):
-        return f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated"
+        return _Fault(f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated")
     for name, linear in _linears(skeleton, plan):
         way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
         over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
@@ -117,21 +126,40 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int,
             split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
             part = f"{name} has {size} {kind} channels{split}"
             if size % (parts[kind] * multiple):
-                return f"{part}; vLLM's kernels need a multiple of {multiple}"
+                return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
             if kind == "input" and spec.group_size and size % (parts[kind] * spec.group_size):
-                return f"{part}; these must be whole groups of {spec.group_size}"
+                return _Fault(f"{part}; these must be whole groups of {spec.group_size}", name)
     return None
 
 
+def _how_to_ignore(skeleton: Skeleton, name: str) -> str:
+    """How to leave a linear as it is, in every block, and with it those that vLLM makes one of with it."""
+    block_name = next(prefix for prefix in skeleton.names if name.startswith(f"{prefix}."))
+    inner = name.removeprefix(f"{block_name}.")
+    groups = _fused_groups(skeleton.blocks[skeleton.names.index(block_name)], inner.rpartition(".")[0])
+    together = next((group for group in groups if inner in group), [inner])
+    patterns = _last_parts(together, "*.", ",")
+    why = ", which vLLM makes one linear of" if len(together) > 1 else ""
+    return f"leave {'them' if why else 'it'} as {'they are' if why else 'it is'} with --quant.ignore '{patterns}'{why}"
+
+
+def _fused_groups(block: nn.Module, parent: str) -> list[list[str]]:
+    """The linears below a module of a block, by name within it, that vLLM makes one linear of, in groups."""
+    present = dict(block.get_submodule(parent).named_children())
+    groups = [[part for part in parts if part in present] for parts in gptq.VLLM_FUSED.values()]
+    return [[f"{parent}.{part}".removeprefix(".") for part in group] for group in groups if len(group) > 1]
+
+
+def _last_parts(names: list[str], before: str = "", between: str = ", ") -> str:
+    return between.join(before + name.rpartition(".")[2] for name in names)
+
+
 def _check_fused(block_name: str, block: nn.Module, names: list[str]) -> None:
-    parents = {name.rpartition(".")[0] for name in names}
-    for parent in sorted(parents):
-        present = dict(block.get_submodule(parent).named_children())
-        for parts in VLLM_FUSED:
-            together = [f"{parent}.{part}".removeprefix(".") for part in parts if part in present]
+    for parent in sorted({name.rpartition(".")[0] for name in names}):
+        for together in _fused_groups(block, parent):
             left = [name for name in together if name not in names]
             if left and len(left) < len(together):
                 raise ConfigError(
-                    f"quant.ignore: vLLM fuses {', '.join(parts)} of {block_name}.{parent}, so all or none must be "
-                    f"quantized; {left[0]} is not"
+                    f"quant.ignore: vLLM fuses {_last_parts(together)} of {block_name}.{parent}, so all or none must "
+                    f"be quantized; {left[0]} is not"
                 )

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from runs import ONE_RANK, run_quantize
@@ -217,6 +219,33 @@ def test_linears_left_as_they_are_are_ignored_and_kept(llama: Path, token_file: 
     left = [f"model.layers.{number}.mlp.down_proj" for number in range(3)]
     assert set(config["quantization_config"]["ignore"]) >= {"lm_head", *left}
     assert torch.equal(logits(run / "compressed-tensors"), logits(run, dtype=torch.bfloat16))
+
+
+def test_matrices_that_transformers_builds_nothing_of_are_named_as_float(llama: Path, token_file: Path, tmp_path: Path):
+    """Of layers that predict further tokens, in their two places: vLLM, which builds them, looks them up by name."""
+    model, run = shutil.copytree(llama, tmp_path / "model"), tmp_path / "run"
+    layers = ("mtp.layers.0", "model.layers.3")
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "eh_proj")
+    further = {f"{layer}.{part}.weight": torch.ones(64, 64) for layer in layers for part in parts}
+    save_file(further | {"mtp.norm.weight": torch.ones(64)}, model / "further.safetensors")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys((*further, "mtp.norm.weight"), "further.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    run_quantize(model, token_file, run, *RTN, "--target", "vllm", "--export.formats", "[compressed-tensors,gptq]",
+                 "--quant.ignore", "*.down_proj")  # fmt: skip
+    config = {kind: json.loads((run / kind / "config.json").read_text())["quantization_config"]
+              for kind in ("compressed-tensors", "gptq")}  # fmt: skip
+    left = {name.removesuffix(".weight") for name in further} | {"lm_head"}
+    left |= {f"model.layers.{number}.mlp.down_proj" for number in range(3)}
+    assert set(config["compressed-tensors"]["ignore"]) == left
+
+    def is_left(name: str) -> bool:
+        return any(re.match(pattern.removeprefix("-:"), name) for pattern in config["gptq"]["dynamic"])
+
+    fused = {f"{layer}.{name}" for layer in layers for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")}
+    assert all(is_left(name) for name in left | fused)
+    quantized = {name for path in (run / "blocks").iterdir() for name in read_block(path)}
+    assert not any(is_left(name) for name in quantized | {"model.layers.0.self_attn.qkv_proj", "mtp.norm"})
 
 
 def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_file: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, OPTConfig
 
 import tiny
 from runs import (
@@ -120,6 +120,34 @@ def test_evaluation_of_long_sequences_agrees_with_the_whole_model(tmp_path):
     measured = run_evaluate(folder, tokens, "--eval.sequence_length", 600)
     assert measured["tokens"] == 2 * 599
     assert measured["perplexity"] == pytest.approx(whole_model_perplexity(folder, tokens), rel=1e-5)
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # The 350M form: embeddings are narrower than what enters a block.
+        OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=32, max_position_embeddings=512),
+        # Stored as published, with a vision tower beside the text decoder, and a tied head.
+        Gemma3Config(
+            text_config=SIZES | {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16},
+            vision_config={
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 8,
+            },
+            mm_tokens_per_image=1,
+        ),
+    ],
+    ids=["narrow-embeddings", "vision-tower"],
+)  # fmt: skip
+def test_models_of_other_forms_are_quantized_and_evaluated(config, token_file, tmp_path):
+    folder, output = tiny.save_model(tmp_path / "model", config), tmp_path / "run"
+    summary = run_quantize(folder, token_file, output, "--activations.bits", 8, "--optimize.iterations", 8)
+    assert summary["loss_after"] < summary["loss_before"] and summary["blocks"] == 2
+    perplexity = run_evaluate(output, token_file, "--eval.sequence_length", 64)["perplexity"]
+    assert perplexity == pytest.approx(whole_model_perplexity(output, token_file), rel=1e-4)
 
 
 def test_evaluation_rounds_to_nearest_as_a_plain_rounding_does(llama, token_file):

@@ -82,7 +82,7 @@ def test_a_run_of_blocks_that_hand_keys_on_is_the_whole_models_also_when_it_is_r
 def recorded_as_if_for_all(skeleton, embed, length: int) -> list[BlockArguments]:
     """What one sample is passed, taken for what all are."""
     found = record_arguments(skeleton, embed, length)
-    return [BlockArguments(passed.args, passed.kwargs, shared=passed.shared) for passed in found]
+    return [BlockArguments(passed.args, passed.kwargs, passed.width, shared=passed.shared) for passed in found]
 
 
 def test_arguments_of_another_sample_stop_the_run_and_are_named(

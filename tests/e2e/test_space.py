@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from transformers import OPTConfig
 
 import tiny
 from runs import LAUNCH, ONE_RANK, committed, failing_launch, quantize_arguments, result_files, run_quantize
@@ -69,6 +70,14 @@ def test_run_that_will_not_fit_is_refused_before_it_begins(small_disk, llama, to
         r"another --output or --cache\.folder", str(caught.value),
     )  # fmt: skip
     assert result_files(output) == {}
+
+
+def test_activations_are_as_wide_as_what_enters_a_block(token_file, tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96}
+    folder = tiny.save_model(tmp_path / "model", OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64))
+    num_bytes = predicted(quantize_arguments(folder, token_file, tmp_path / "out"))["activations"]
+    three_generations = 3 * 8 * 64 * 64 * 4  # of 8 samples of 64 tokens, in float32
+    assert three_generations <= num_bytes < 1.1 * three_generations
 
 
 def test_disks_are_told_apart_by_their_file_system(small_disk, llama, token_file, tmp_path):

@@ -1,5 +1,7 @@
 """GPTQ tensors, taken apart bit by bit as the format describes them, give back the grid points."""
 
+import re
+
 import pytest
 import torch
 
@@ -76,6 +78,18 @@ def test_symmetric_zero_points_are_those_that_every_reader_expects():
 def test_linears_left_as_they_are_are_named():
     config = quantization_config(QuantSpec(bits=4), ["lm_head", "model.layers.0.mlp.up_proj"])
     assert set(config["dynamic"]) == {r"-:^lm_head$", r"-:^model\.layers\.0\.mlp\.up_proj$"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "fused"),
+    [("q_proj k_proj v_proj", "qkv_proj"), ("up_proj gate_proj", "gate_up_proj"),
+     ("q_a_proj kv_a_proj_with_mqa", "fused_qkv_a_proj")],
+)  # fmt: skip
+def test_linears_of_which_vllm_makes_one_are_named_as_that_too(parts: str, fused: str):
+    names = [f"model.layers.0.x.{part}" for part in parts.split()]
+    left = quantization_config(QuantSpec(bits=4), ["y.o_proj", *names])["dynamic"]
+    assert f"-:^{re.escape(f'model.layers.0.x.{fused}')}$" in left and len(left) == len(names) + 2
+    assert not any(fused in name for name in quantization_config(QuantSpec(bits=4), names[1:])["dynamic"])
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7])

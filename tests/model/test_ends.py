@@ -10,17 +10,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BioGptConfig,
     BloomConfig,
     CodeGenConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4Config,
     Gemma4TextConfig,
+    GlmMoeDsaConfig,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     MptConfig,
     OPTConfig,
     Phi3Config,
@@ -29,10 +37,11 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     XGLMConfig,
+    xLSTMConfig,
 )
 
 import tiny
-from shardq.errors import CheckpointError
+from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.model import ends
 from shardq.model.arguments import Call, hidden_of
 from shardq.model.ends import block_forward, epilogue, prologue, run_block
@@ -53,6 +62,14 @@ ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "f
 GEMMA = GATED | ALTERNATING | {"head_dim": 12}
 NEOX = SHAPE | {"intermediate_size": 80, "initializer_range": 0.2}
 LLAMA = LlamaConfig(**GATED, tie_word_embeddings=True)
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+MLA = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 # 211 rows in slices of 50: four whole ones and a rest.
 SLICE_ROWS = 50
 
@@ -87,6 +104,27 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     # Masks and biases that hold for one number of sequences.
     "bloom": BloomConfig(**SHAPE | {"initializer_range": 0.2}),
     "xglm": XGLMConfig(**SHAPE, ffn_dim=80, attention_heads=4, num_layers=3, d_model=48, init_std=0.2),
+    # No `_no_split_modules`.
+    "biogpt": BioGptConfig(**SHAPE, intermediate_size=80, initializer_range=0.2),
+    # Blocks that return two values.
+    "xlstm": xLSTMConfig(vocab_size=VOCAB, hidden_size=48, num_hidden_layers=2, num_heads=4),
+    # `base_model_prefix` is that of the model with the vision tower.
+    "llama4-dense": Llama4TextConfig(
+        **GATED, intermediate_size_mlp=80, num_local_experts=2, moe_layers=[], interleave_moe_layer_step=0, head_dim=12
+    ),
+    # With vision towers, whose layers come first, and tied heads; the last with infinite buffers for sound.
+    "gemma3-wrapper": Gemma3Config(text_config=GEMMA, vision_config=VISION, mm_tokens_per_image=1),
+    "gemma4-wrapper": Gemma4Config(
+        text_config=GEMMA | {
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0, "global_head_dim": 24,
+        },
+        vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 16},
+        audio_config={
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [8, 8],
+            "output_proj_dims": 32,
+        },
+    ),
     # As many positions as tokens, so that the two embeddings have equal shapes.
     "opt-positions-as-tokens": OPTConfig(
         **SHAPE | {"max_position_embeddings": VOCAB - 2}, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2
@@ -202,6 +240,56 @@ def test_whole_epilogue_holds_and_multiplies_the_head_in_the_dtype_asked_for(fol
     assert all(stand_in.injected is None and stand_in.seen is None for stand_in in skeleton.stand_ins)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            GlmMoeDsaConfig(
+                **GATED | MLA, mlp_layer_types=["dense"] * 3, index_topk=4, index_head_dim=16, index_n_heads=2
+            ),
+            "GlmMoeDsaForCausalLM: model.layers.1 takes more than hidden states from the blocks before it",
+        ),
+        (
+            Gemma3nTextConfig(
+                **GATED | {"intermediate_size": [80] * 3}, head_dim=12, vocab_size_per_layer_input=VOCAB,
+                hidden_size_per_layer_input=8, num_kv_shared_layers=0, laurel_rank=4,
+                layer_types=["full_attention"] * 3, activation_sparsity_pattern=[0.0] * 3,
+            ),
+            "Gemma3nForCausalLM: model.layers.0 takes hidden states of 4 dimensions",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)  # fmt: skip
+def test_blocks_that_pass_on_more_than_hidden_states_are_refused(tmp_path: Path, config: PretrainedConfig, reason: str):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+    with prologue(skeleton, CPU) as embed, pytest.raises(UnsupportedModelError) as caught:
+        record_arguments(skeleton, embed, LENGTH)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_blocks_that_tokens_alone_do_not_reach_are_refused(tmp_path: Path):
+    config = MllamaConfig(
+        text_config=GATED | {"cross_attention_layers": [1]},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1,
+            "attention_heads": 2, "image_size": 16, "patch_size": 8, "max_num_tiles": 1, "vision_output_dim": 64,
+            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
+        },
+    )  # fmt: skip
+    MllamaForConditionalGeneration(config).save_pretrained(tmp_path)
+    skeleton = open_skeleton(tmp_path)
+    with prologue(skeleton, CPU) as embed, pytest.raises(UnsupportedModelError) as caught:
+        record_arguments(skeleton, embed, LENGTH)
+    assert "MllamaForCausalLM: model.layers.1 is not called where there are tokens alone" in str(caught.value)
+
+
+def test_width_is_that_of_what_enters_a_block_not_the_embeddings(tmp_path: Path):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, ARCHITECTURES["opt-projected"]))
+    with prologue(skeleton, CPU) as embed:
+        assert {arguments.width for arguments in record_arguments(skeleton, embed, LENGTH)} == {48}
+    assert skeleton.model.get_input_embeddings().embedding_dim == 32
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config, PhiConfig, OPTConfig, GPTNeoXConfig])
 def test_head_tied_or_not_is_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, tied: bool):
@@ -307,6 +395,16 @@ def test_end_is_in_memory_only_while_it_is_used(folder: Path, end: Callable):
     with end(skeleton, CPU):
         assert not skeleton.model.model.norm.weight.is_meta
     assert all(tensor.is_meta for tensor in [*skeleton.model.parameters(), *skeleton.model.buffers()])
+
+
+@pytest.mark.parametrize("end", [prologue, epilogue])
+def test_models_beside_the_text_decoder_are_not_read(tmp_path: Path, end: Callable):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, ARCHITECTURES["gemma4-wrapper"]))
+    with end(skeleton, CPU):
+        inner = skeleton.model.model
+        assert not inner.language_model.norm.weight.is_meta
+        towers = [*inner.vision_tower.parameters(), *inner.audio_tower.parameters()]
+        assert towers and all(parameter.is_meta for parameter in towers)
 
 
 def test_embedded_hidden_states_are_let_go_after_the_prologue(folder: Path):

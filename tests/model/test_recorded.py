@@ -12,8 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import tiny
 from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import BlockArguments, Call, Entering
+from shardq.model.compared import differing
 from shardq.model.ends import prologue
-from shardq.model.recorded import differing, record_arguments
+from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 
 CPU = torch.device("cpu")
@@ -149,8 +150,8 @@ def two_mappings(model, input_ids, hidden, needed):
     "run, words",
     [
         (twice, "model.layers.0 is called several times"),
-        (skipping, "model.layers.1 is called before model.layers.0"),
-        (leaving_out_the_last, "model.layers.2 is not called"),
+        (skipping, "model.layers.0 is not called where there are tokens alone"),
+        (leaving_out_the_last, "model.layers.2 is not called where there are tokens alone"),
         (on_other_hidden_states, "model.layers.1 is called on other hidden states"),
         (from_earlier_blocks, "model.layers.1 is passed position_ids, which comes from what earlier blocks give"),
         (of_the_whole_batch, "model.layers.0 is passed position_ids, which differs between samples"),

@@ -7,7 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GptOssConfig, MixtralConfig, OpenAIGPTConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    Gemma3Config,
+    GPT2Config,
+    GptOssConfig,
+    HrmTextConfig,
+    JetMoeConfig,
+    Lfm2Config,
+    LlavaConfig,
+    MixtralConfig,
+    OpenAIGPTConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+    RwkvConfig,
+    XLMConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 import tiny
@@ -18,6 +33,14 @@ LINEARS = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 ]  # fmt: skip
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -70,6 +93,34 @@ class TestOpening:
         assert "lm_head.weight" not in skeleton.index
         assert skeleton.stored("lm_head.weight").name == "model.embed_tokens.weight"
 
+    def test_blocks_of_a_model_with_a_vision_tower_are_those_of_its_text_decoder(self, tmp_path: Path):
+        """Both have 2 layers, the tower's come first, and `_no_split_modules` names either."""
+        config = Gemma3Config(text_config=SIZES | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=1)
+        skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+        assert skeleton.names == ["model.language_model.layers.0", "model.language_model.layers.1"]
+        assert {type(block).__name__ for block in skeleton.blocks} == {"Gemma3DecoderLayer"}
+        # The published names: the head is tied to the embedding, which is renamed as it is loaded.
+        assert skeleton.stored("lm_head.weight").name == "language_model.model.embed_tokens.weight"
+
+    def test_blocks_that_the_model_does_not_declare_are_found(self, tmp_path: Path):
+        config = OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+        assert not skeleton.model._no_split_modules
+        assert skeleton.names == ["transformer.h.0", "transformer.h.1"]
+
+    def test_layer_that_transformers_does_not_build_may_be_of_another_kind(self, tmp_path: Path):
+        """One more than `num_hidden_layers`, which predicts a further token: its experts stop nobody."""
+        config = DeepseekV3Config(
+            **SIZES | {"num_key_value_heads": 4}, first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16,
+            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        )  # fmt: skip
+        folder = tiny.save_model(tmp_path, config, max_shard_size="1GB")
+        names = [f"model.layers.2.mlp.experts.0.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+        shard = folder / "model.safetensors"
+        save_file(load_file(shard) | {name: torch.ones(4, 4) for name in names}, shard)
+        skeleton = open_skeleton(folder)
+        assert skeleton.names == ["model.layers.0", "model.layers.1"] and set(skeleton.index) > set(names)
+
     def test_transformers_is_as_talkative_afterwards_as_before(self, llama: Path):
         before = transformers_logging.get_verbosity()
         open_skeleton(llama)
@@ -102,10 +153,20 @@ class TestRefusedConfig:
         change_config(copied, model_type="t5")
         assert_refused(copied, UnsupportedModelError, str(copied), "no causal language model", "T5Config")
 
-    def test_no_list_of_blocks(self, tmp_path: Path):
-        config = OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-        folder = tiny.save_model(tmp_path, config)
-        assert_refused(folder, UnsupportedModelError, "OpenAIGPTLMHeadModel", "no list of decoder blocks")
+    def test_kind_of_positions_that_transformers_does_not_know(self, copied: Path):
+        change_config(copied, rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4})
+        where = str(copied / "config.json")
+        assert_refused(copied, UnsupportedModelError, where, "llama cannot be built", "KeyError: 'nonesuch'")
+
+    def test_wrapper_without_a_causal_language_model(self, copied: Path):
+        LlavaConfig(text_config=SIZES | {"model_type": "llama"}).save_pretrained(copied)
+        parts = ("LlavaConfig is of a wrapper", "text_config", "vision_config", "text model alone")
+        assert_refused(copied, UnsupportedModelError, str(copied), *parts)
+
+    def test_layers_in_several_lists(self, tmp_path: Path):
+        folder = tiny.save_model(tmp_path, XLMConfig(vocab_size=50, emb_dim=16, n_layers=2, n_heads=2, causal=True))
+        lists = ("transformer.attentions", "transformer.ffns")
+        assert_refused(folder, UnsupportedModelError, "XLMWithLMHeadModel", "4 lists of blocks", *lists)
 
     @pytest.mark.parametrize("content", ["[]", "null", "3"])
     def test_json_that_is_no_object(self, copied: Path, content: str):
@@ -163,11 +224,21 @@ class TestRefusedTensors:
 
     @pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
     def test_experts_that_are_stored_apart_and_run_fused(self, tmp_path: Path, config_class: type):
-        config = config_class(
-            vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2,
-        )  # fmt: skip
-        assert_refused(tiny.save_model(tmp_path, config), UnsupportedModelError, "experts")
+        folder = tiny.save_model(tmp_path, config_class(**SIZES))
+        assert_refused(folder, UnsupportedModelError, "fused experts", config_class.__name__.removesuffix("Config"))
+
+    @pytest.mark.parametrize(
+        ("config", "parts"),
+        [
+            (JetMoeConfig(**SIZES, kv_channels=8, num_local_experts=2, num_experts_per_tok=1), ["of fused experts"]),
+            (Lfm2Config(**SIZES, layer_types=["conv"] * 2), ["conv.conv.weight", "of a convolution (Conv1d)"]),
+            (RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2), ["time_mix_key is 3-dimensional;"]),
+            (HrmTextConfig(**SIZES), ["gqkv_proj.weight is split, into", "self_attn.gate_proj.weight and 3 more"]),
+        ],
+        ids=lambda value: getattr(value, "model_type", ""),
+    )
+    def test_other_tensors_are_called_what_they_are(self, tmp_path: Path, config: PreTrainedConfig, parts: list[str]):
+        assert_refused(tiny.save_model(tmp_path, config, max_shard_size="1GB"), UnsupportedModelError, *parts)
 
 
 class TestIgnore:
@@ -207,7 +278,7 @@ class TestIgnore:
         assert "model.layers.0.self_attn.q_proj" in message, "an example of a name is missing"
 
     def test_nothing_left_to_quantize_is_refused(self, llama: Path):
-        with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: no linear would be quantized.*proj"):
+        with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: no linear .*quant.ignore.*[*]_proj"):
             linears_to_quantize(open_skeleton(llama), ("*_proj",))
 
     def test_blocks_without_linears_are_refused(self, tmp_path: Path):
@@ -216,7 +287,7 @@ class TestIgnore:
         with pytest.raises(UnsupportedModelError) as caught:
             linears_to_quantize(skeleton, DEFAULT_IGNORE)
         message = str(caught.value)
-        assert "GPT2LMHeadModel: no linear would be quantized" in message and "Conv1D" in message
+        assert "GPT2LMHeadModel: no linear would be quantized" in message and "other kinds (Conv1D)" in message
         assert "\n" not in message
 
     def test_pattern_that_is_no_regular_expression_is_refused(self, llama: Path):

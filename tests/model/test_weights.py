@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,40 @@ class TestMaterialised:
         with pytest.raises(KeyError), materialised(skeleton, skeleton.model.model, "model", CPU):
             raise KeyError
         assert is_on_meta(skeleton.model)
+
+
+class TestBuffers:
+    """Limits that are not there are stored as infinite; a parameter that is infinite, or any NaN, is damage."""
+
+    @pytest.fixture
+    def limited(self, llama: Path) -> Skeleton:
+        skeleton = open_skeleton(llama)
+        stored = skeleton.index["model.layers.0.input_layernorm.weight"]
+        for owner, prefix in ((skeleton.model.model, "model"), (skeleton.blocks[0], "model.layers.0")):
+            owner.register_buffer("limit", torch.zeros(64, device="meta"))
+            skeleton.index[f"{prefix}.limit"] = replace(stored, name=f"{prefix}.limit", file=llama / "limit")
+        return skeleton
+
+    @pytest.mark.parametrize("in_block", [True, False])
+    @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+    def test_buffer_may_be_infinite(
+        self, limited: Skeleton, monkeypatch: pytest.MonkeyPatch, value: float, in_block: bool
+    ):
+        read = weights.read_tensor
+        given = lambda info, *pinned: torch.full((64,), value) if info.file.name == "limit" else read(info, *pinned)  # noqa: E731
+        monkeypatch.setattr(weights, "read_tensor", given)
+
+        def limit() -> Tensor:
+            if in_block:
+                return next(stream_blocks(limited, [0], CPU)).module.limit
+            with materialised(limited, limited.model.model, "model", CPU):
+                return limited.model.model.limit
+
+        if value == value:
+            assert torch.equal(limit(), torch.full((64,), value))
+            return
+        with pytest.raises(CheckpointError, match="limit holds nan"):
+            limit()
 
 
 class TestFill:

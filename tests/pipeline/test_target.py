@@ -1,10 +1,12 @@
 """vLLM's rules on shapes, checked on the model before anything runs."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import OPTConfig
+from transformers import DeepseekV3Config, OPTConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
@@ -120,6 +122,49 @@ def test_linears_that_vllm_fuses_are_quantized_together_or_not_at_all(llama: Pat
         check(llama, ignore=ignored)
     check(llama, ignore=f"{ignored},*.q_proj,*.k_proj,*.v_proj,*.gate_proj,*.up_proj")
     check(llama, ignore=ignored, target=None)
+
+
+def save_mla(folder: Path, rope_channels: int) -> Path:
+    """A dense DeepSeek: vLLM makes one of `q_a_proj`, and `kv_a_proj_with_mqa` of 32 + rope_channels outputs."""
+    config = DeepseekV3Config(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, first_k_dense_replace=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, q_lora_rank=32, kv_lora_rank=32,
+        qk_rope_head_dim=rope_channels, qk_nope_head_dim=32 - rope_channels, v_head_dim=16,
+    )  # fmt: skip
+    return tiny.save_model(folder, config)
+
+
+@pytest.mark.parametrize("ignored", ["q_a_proj", "kv_a_proj_with_mqa"])
+def test_compressed_queries_and_keys_are_quantized_together_or_not_at_all(tmp_path: Path, ignored: str):
+    folder = save_mla(tmp_path, rope_channels=32)
+    check(folder)
+    with pytest.raises(ConfigError, match=f"vLLM fuses q_a_proj, kv_a_proj_with_mqa of .*; self_attn.{ignored} is not"):
+        check(folder, ignore=f"*.{ignored}")
+    check(folder, ignore="*.q_a_proj,*.kv_a_proj_with_mqa")
+
+
+@pytest.mark.parametrize(
+    "save, asked",
+    [
+        (lambda folder: save_mla(folder, rope_channels=8), {"q_a_proj", "kv_a_proj_with_mqa"}),
+        (lambda folder: tiny.save_llama(folder, intermediate_size=80), {"gate_proj", "up_proj", "down_proj"}),
+    ],
+    ids=["mla", "llama"],
+)
+def test_advice_on_what_to_ignore_leads_to_a_run_that_is_served(tmp_path: Path, save: Callable, asked: set[str]):
+    folder, ignored = save(tmp_path), []
+    while advice := refusal(folder, ignored):
+        more = re.search("--quant.ignore '([^']+)'", advice).group(1).split(",")
+        assert not set(more) & set(ignored)
+        ignored += more
+    assert {name.removeprefix("*.") for name in ignored} == asked
+
+
+def refusal(folder: Path, ignored: list[str]) -> str | None:
+    try:
+        return check(folder, ignore=",".join(ignored))
+    except ConfigError as error:
+        return str(error)
 
 
 def test_a_format_that_cannot_hold_the_grid_is_refused_without_a_target_too(llama: Path):
