@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,6 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PIECE_BYTES = 64 << 20  # of a tensor that is read only to be looked at; a multiple of every dtype's size
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class TensorInfo:
 
 
 Index = dict[str, TensorInfo]
+Digests = dict[str, str]
+"""XXH3-128 of all bytes of tensors, 32 hex digits, by the tensor's name."""
 
 
 def open_index(folder: Path) -> Index:
@@ -149,12 +153,16 @@ def read_tensor(info: TensorInfo, pinned: bool = False) -> Tensor:
     Raises:
         CheckpointError: unsupported dtype, or the file ended early.
     """
-    if info.dtype not in DTYPES:
-        raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
+    _check_dtype(info)
     raw = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
     with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
         _read_into(raw, file, info, 0)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
 
 
 def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> None:
@@ -179,6 +187,46 @@ def read_weight(info: TensorInfo, pinned: bool = False) -> Tensor:
     return tensor
 
 
+def check_weight(info: TensorInfo, digests: Digests) -> None:
+    """Read one tensor piece by piece and check that every value is finite and, as `check_same`, that it is the same.
+
+    Raises:
+        CheckpointError: as `read_weight` and `check_same`.
+    """
+    _check_dtype(info)
+    whole = xxhash.xxh3_128()
+    with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
+        for start in range(0, info.num_bytes, PIECE_BYTES):
+            raw = torch.empty(min(PIECE_BYTES, info.num_bytes - start), dtype=torch.uint8)
+            _read_into(raw, file, info, start)
+            if not _is_finite(raw.view(DTYPES[info.dtype])):
+                read_weight(info)  # says where
+            whole.update(memoryview(raw.numpy()))
+    _compare(info, whole.hexdigest(), digests)
+
+
+def check_same(info: TensorInfo, tensor: Tensor, digests: Digests) -> Tensor:
+    """Check that a tensor, as it was just read, has the bytes that it had before; give it back.
+
+    Args:
+        digests: of what was read before, to which that of a new tensor is added.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    raw = tensor.reshape(-1).view(torch.uint8)
+    _compare(info, xxhash.xxh3_128_hexdigest(memoryview(raw.numpy())), digests)
+    return tensor
+
+
+def _compare(info: TensorInfo, found: str, digests: Digests) -> None:
+    if digests.setdefault(info.name, found) != found:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} is not what it was when the run first read it; restore that file, or "
+            "begin in another --output"
+        )
+
+
 def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
     """Read some rows (indices of the first dimension, ascending) of a floating-point tensor, finite values only.
 
@@ -200,8 +248,7 @@ def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
 
 def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None) -> None:
     """Raise if a value is not finite; `rows` says which rows of the stored tensor these are, if not all."""
-    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
-    if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
+    if not _is_finite(tensor):
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         value = tensor[tuple(where)].item()
         where = where if rows is None else [rows[where[0]], *where[1:]]
@@ -211,8 +258,13 @@ def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = Non
         )
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
+    return not tensor.numel() or all(torch.isfinite(end) for end in tensor.aminmax())
+
+
 def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:
-    """Bytes from the middle of a tensor, cheap evidence that its content is what it was."""
+    """Bytes from the middle of a tensor, cheap evidence of its content before it is read."""
     length = min(num_bytes, info.num_bytes)
     with storage_errors(info.file), open(info.file, "rb") as file:
         file.seek(info.offset + (info.num_bytes - length) // 2)

@@ -7,7 +7,7 @@ model's own `_no_split_modules`. No table of models.
 import fnmatch
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as transformers_logging
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from shardq.formats.shards import Index, TensorInfo, open_index
+from shardq.formats.shards import Digests, Index, TensorInfo, open_index
 from shardq.model.attention import use_pieces
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -90,6 +90,7 @@ class Skeleton:
         blocks: the decoder blocks, on the meta device, in order.
         names: each block's name in the checkpoint, such as `model.layers.0`.
         aliases: names of tied parameters -> the name under which the checkpoint stores them.
+        digests: of the stored tensors that have been read whole, now or in an earlier part of the run.
     """
 
     folder: Path
@@ -98,6 +99,7 @@ class Skeleton:
     blocks: list[nn.Module]
     names: list[str]
     aliases: dict[str, str]
+    digests: Digests = field(default_factory=dict)
 
     @property
     def stand_ins(self) -> nn.ModuleList:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
-from shardq.formats.shards import read_weight
+from shardq.formats.shards import TensorInfo, check_same, read_weight
 from shardq.model.skeleton import Skeleton
 
 COMPUTE_DTYPE = torch.float32
@@ -32,6 +32,15 @@ class LoadedBlock:
     index: int
     module: nn.Module
     source: dict[str, Tensor]
+
+
+def read_source(skeleton: Skeleton, info: TensorInfo, pinned: bool = False) -> Tensor:
+    """Read one tensor of a checkpoint, as `read_weight`; whenever it is read again it must have the same bytes.
+
+    Raises:
+        CheckpointError: it has others, or one of `read_weight`'s reasons.
+    """
+    return check_same(info, read_weight(info, pinned), skeleton.digests)
 
 
 def stream_blocks(
@@ -56,7 +65,8 @@ def stream_blocks(
 
     def read_all(block_index: int) -> dict[str, Tensor]:
         infos = skeleton.block_tensors(block_index)
-        return {name: to_device(read_weight(info, device.type == "cuda"), device) for name, info in infos.items()}
+        pinned = device.type == "cuda"
+        return {name: to_device(read_source(skeleton, info, pinned), device) for name, info in infos.items()}
 
     for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
         block = skeleton.blocks[block_index]
@@ -160,7 +170,8 @@ def materialised(
         info = skeleton.stored(name)
         if info.name not in by_storage:  # a tied tensor is read, and held, once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(info.shape)
-            by_storage[info.name] = zeros if info.name in unread else read_weight(info).to(device, COMPUTE_DTYPE)
+            is_read = info.name not in unread
+            by_storage[info.name] = read_source(skeleton, info).to(device, COMPUTE_DTYPE) if is_read else zeros
         tensors[name.removeprefix(f"{prefix}.") if prefix else name] = by_storage[info.name]
     by_storage.clear()
     fill(skeleton.model, module, tensors, device)

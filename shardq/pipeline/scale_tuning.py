@@ -13,11 +13,10 @@ from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError
 from shardq.formats.block_file import read_block
-from shardq.formats.shards import read_weight
 from shardq.logs import Display, Events
 from shardq.model.ends import BlockArguments, block_forward, prologue, record_arguments, whole_epilogue
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.model.weights import LoadedBlock, read_source, stream_blocks
 from shardq.optimize.loss import ToLogits, prediction_loss
 from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
@@ -67,7 +66,7 @@ class Tuning:
             linears = self.linears(block_index)
             infos = self.skeleton.block_tensors(block_index)
             kept = {name: info for name, info in infos.items() if name.removesuffix(".weight") not in linears}
-            source = {name: to_device(read_weight(info), device) for name, info in kept.items()}
+            source = {name: to_device(read_source(self.skeleton, info), device) for name, info in kept.items()}
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
                 on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
