@@ -176,19 +176,22 @@ def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> Non
         done += count
 
 
-def read_weight(info: TensorInfo, pinned: bool = False) -> Tensor:
-    """Read one floating-point tensor and check that every value is finite.
+def read_weight(info: TensorInfo, pinned: bool = False, is_buffer: bool = False) -> Tensor:
+    """Read one tensor and check that every value is finite.
+
+    Args:
+        is_buffer: it is no parameter; such a one may be infinite, as a limit that is not there, but hold no NaN.
 
     Raises:
         CheckpointError: a NaN or an infinity is found.
     """
     tensor = read_tensor(info, pinned)
-    _check_finite(info, tensor)
+    _check_finite(info, tensor, is_buffer=is_buffer)
     return tensor
 
 
-def check_weight(info: TensorInfo, digests: Digests) -> None:
-    """Read one tensor piece by piece and check that every value is finite and, as `check_same`, that it is the same.
+def check_weight(info: TensorInfo, digests: Digests, is_buffer: bool = False) -> None:
+    """Read one tensor piece by piece, and check it as `read_weight` and `check_same` do.
 
     Raises:
         CheckpointError: as `read_weight` and `check_same`.
@@ -199,8 +202,8 @@ def check_weight(info: TensorInfo, digests: Digests) -> None:
         for start in range(0, info.num_bytes, PIECE_BYTES):
             raw = torch.empty(min(PIECE_BYTES, info.num_bytes - start), dtype=torch.uint8)
             _read_into(raw, file, info, start)
-            if not _is_finite(raw.view(DTYPES[info.dtype])):
-                read_weight(info)  # says where
+            if not _is_finite(raw.view(DTYPES[info.dtype]), is_buffer):
+                read_weight(info, is_buffer=is_buffer)  # says where
             whole.update(memoryview(raw.numpy()))
     _compare(info, whole.hexdigest(), digests)
 
@@ -246,10 +249,10 @@ def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
     return tensor
 
 
-def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None) -> None:
+def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None, is_buffer: bool = False) -> None:
     """Raise if a value is not finite; `rows` says which rows of the stored tensor these are, if not all."""
-    if not _is_finite(tensor):
-        where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    if not _is_finite(tensor, is_buffer):
+        where = (tensor.isnan() if is_buffer else ~torch.isfinite(tensor)).nonzero()[0].tolist()
         value = tensor[tuple(where)].item()
         where = where if rows is None else [rows[where[0]], *where[1:]]
         raise CheckpointError(
@@ -258,9 +261,10 @@ def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = Non
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor, is_buffer: bool) -> bool:
     # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
-    return not tensor.numel() or all(torch.isfinite(end) for end in tensor.aminmax())
+    ends = tensor.aminmax() if tensor.numel() else ()
+    return not any(end.isnan() if is_buffer else not end.isfinite() for end in ends)
 
 
 def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:

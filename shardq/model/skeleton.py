@@ -8,6 +8,7 @@ import fnmatch
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ class Skeleton:
     def stand_ins(self) -> nn.ModuleList:
         """The stand-ins, in the order of the blocks."""
         return self.model.get_submodule(self.names[0].rpartition(".")[0])
+
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """Names in the checkpoint of what is no parameter of the model."""
+        parts = [("", self.model), *((f"{name}.", block) for name, block in zip(self.names, self.blocks, strict=True))]
+        return frozenset(
+            self.stored(f"{prefix}{name}").name
+            for prefix, module in parts
+            for name in dict(module.named_buffers()).keys() & module.state_dict().keys()
+        )
 
     def stored(self, name: str) -> TensorInfo:
         """Where the parameter or buffer `name` is stored.

@@ -40,7 +40,7 @@ def read_source(skeleton: Skeleton, info: TensorInfo, pinned: bool = False) -> T
     Raises:
         CheckpointError: it has others, or one of `read_weight`'s reasons.
     """
-    return check_same(info, read_weight(info, pinned), skeleton.digests)
+    return check_same(info, read_weight(info, pinned, info.name in skeleton.buffers), skeleton.digests)
 
 
 def stream_blocks(

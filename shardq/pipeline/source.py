@@ -24,7 +24,7 @@ def check_outside(skeleton: Skeleton) -> Digests:
     """
     infos = outside_blocks(skeleton)
     for info in infos:
-        check_weight(info, skeleton.digests)
+        check_weight(info, skeleton.digests, info.name in skeleton.buffers)
     return {info.name: skeleton.digests[info.name] for info in infos}
 
 

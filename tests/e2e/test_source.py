@@ -224,7 +224,7 @@ def test_run_of_an_earlier_version_whose_head_is_not_finite_goes_nowhere(
     output, fault = tmp_path / "out", "tensor lm_head.weight holds nan"
     put(model, "lm_head.weight", float("nan"))
     with monkeypatch.context() as unseeing:
-        unseeing.setattr(shards, "_is_finite", lambda tensor: True)
+        unseeing.setattr(shards, "_is_finite", lambda *_: True)
         run_quantize(model, token_file, output, *RTN)
     for kind in ("hf", "compressed-tensors", "gptq", "gguf", "onnx"):
         with pytest.raises(CheckpointError, match=fault):

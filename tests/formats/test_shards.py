@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,22 @@ def test_value_in_any_piece_that_is_not_finite_is_named_with_its_place(in_pieces
     rows_file(in_pieces.file.parent, weight)
     message = message_of(CheckpointError, shards.check_weight, in_pieces, {})
     assert f"rows.safetensors: tensor weight holds -inf at [{row}, 3]" in message
+
+
+def checked(info: shards.TensorInfo, is_buffer: bool) -> None:
+    shards.check_weight(info, {}, is_buffer)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("read", [lambda *given: shards.read_weight(given[0], False, given[1]), checked])
+def test_buffer_may_be_infinite_but_hold_no_nan(tmp_path: Path, read: Callable, value: float):
+    save_file({"limit": torch.tensor([[1.0, value], [-math.inf, 2.0]])}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["limit"]
+    assert f"limit holds {value} at [0, 1]" in message_of(CheckpointError, read, info, False)
+    if math.isnan(value):
+        assert "limit holds nan at [0, 1]" in message_of(CheckpointError, read, info, True)
+    else:
+        read(info, True)
 
 
 def test_tensor_that_shrank_is_named(in_pieces: shards.TensorInfo):
