@@ -31,6 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SAMPLE_BYTES = 4096
 PIECE_BYTES = 64 << 20  # of a tensor that is read only to be looked at; a multiple of every dtype's size
 
 
@@ -208,24 +209,27 @@ def check_weight(info: TensorInfo, digests: Digests, is_buffer: bool = False) ->
     _compare(info, whole.hexdigest(), digests)
 
 
-def check_same(info: TensorInfo, tensor: Tensor, digests: Digests) -> Tensor:
+def check_same(info: TensorInfo, tensor: Tensor, digests: Digests, samples: Digests) -> Tensor:
     """Check that a tensor, as it was just read, has the bytes that it had before; give it back.
 
     Args:
         digests: of what was read before, to which that of a new tensor is added.
+        samples: of what was not, as `sample_digest` gives them; may be empty.
 
     Raises:
         CheckpointError: it has others.
     """
-    raw = tensor.reshape(-1).view(torch.uint8)
-    _compare(info, xxhash.xxh3_128_hexdigest(memoryview(raw.numpy())), digests)
+    raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    if info.name in samples:
+        _compare(info, xxhash.xxh3_128_hexdigest(raw[_sampled(info, SAMPLE_BYTES)]), samples)
+    _compare(info, xxhash.xxh3_128_hexdigest(raw), digests)
     return tensor
 
 
 def _compare(info: TensorInfo, found: str, digests: Digests) -> None:
     if digests.setdefault(info.name, found) != found:
         raise CheckpointError(
-            f"{info.file}: tensor {info.name} is not what it was when the run first read it; restore that file, or "
+            f"{info.file}: tensor {info.name} is not what it was when the run began; restore that file, or "
             "begin in another --output"
         )
 
@@ -267,9 +271,20 @@ def _is_finite(tensor: Tensor, is_buffer: bool) -> bool:
     return not any(end.isnan() if is_buffer else not end.isfinite() for end in ends)
 
 
-def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:
+def sample_digest(info: TensorInfo) -> str:
+    """Digest of what `read_sample` reads of a tensor."""
+    return xxhash.xxh3_128_hexdigest(read_sample(info, SAMPLE_BYTES))
+
+
+def read_sample(info: TensorInfo, num_bytes: int = SAMPLE_BYTES) -> bytes:
     """Bytes from the middle of a tensor, cheap evidence of its content before it is read."""
-    length = min(num_bytes, info.num_bytes)
+    place = _sampled(info, num_bytes)
     with storage_errors(info.file), open(info.file, "rb") as file:
-        file.seek(info.offset + (info.num_bytes - length) // 2)
-        return file.read(length)
+        file.seek(info.offset + place.start)
+        return file.read(place.stop - place.start)
+
+
+def _sampled(info: TensorInfo, num_bytes: int) -> slice:
+    length = min(num_bytes, info.num_bytes)
+    start = (info.num_bytes - length) // 2
+    return slice(start, start + length)

@@ -141,7 +141,7 @@ def whole_epilogue(
     """
     head = skeleton.model.get_output_embeddings()
     with _last_layers(skeleton, device) as (infos, to_logits):
-        whole = {name: _frozen(read_source(skeleton, info), device, dtype) for name, info in infos.items()}
+        whole = {name: _frozen(read_source(skeleton, info, False), device, dtype) for name, info in infos.items()}
 
         def of_tokens(tokens_V: Tensor | None) -> Callable[[Tensor], Tensor]:
             rows = whole

@@ -8,7 +8,6 @@ import fnmatch
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class Skeleton:
         blocks: the decoder blocks, on the meta device, in order.
         names: each block's name in the checkpoint, such as `model.layers.0`.
         aliases: names of tied parameters -> the name under which the checkpoint stores them.
-        digests: of the stored tensors that have been read whole, now or in an earlier part of the run.
+        digests, samples: of stored tensors that have been read whole; of parts of those that had not as the run began.
     """
 
     folder: Path
@@ -101,21 +100,12 @@ class Skeleton:
     names: list[str]
     aliases: dict[str, str]
     digests: Digests = field(default_factory=dict)
+    samples: Digests = field(default_factory=dict)
 
     @property
     def stand_ins(self) -> nn.ModuleList:
         """The stand-ins, in the order of the blocks."""
         return self.model.get_submodule(self.names[0].rpartition(".")[0])
-
-    @cached_property
-    def buffers(self) -> frozenset[str]:
-        """Names in the checkpoint of what is no parameter of the model."""
-        parts = [("", self.model), *((f"{name}.", block) for name, block in zip(self.names, self.blocks, strict=True))]
-        return frozenset(
-            self.stored(f"{prefix}{name}").name
-            for prefix, module in parts
-            for name in dict(module.named_buffers()).keys() & module.state_dict().keys()
-        )
 
     def stored(self, name: str) -> TensorInfo:
         """Where the parameter or buffer `name` is stored.

@@ -5,6 +5,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 
 import torch
@@ -34,13 +35,13 @@ class LoadedBlock:
     source: dict[str, Tensor]
 
 
-def read_source(skeleton: Skeleton, info: TensorInfo, pinned: bool = False) -> Tensor:
+def read_source(skeleton: Skeleton, info: TensorInfo, is_buffer: bool, pinned: bool = False) -> Tensor:
     """Read one tensor of a checkpoint, as `read_weight`; whenever it is read again it must have the same bytes.
 
     Raises:
         CheckpointError: it has others, or one of `read_weight`'s reasons.
     """
-    return check_same(info, read_weight(info, pinned, info.name in skeleton.buffers), skeleton.digests)
+    return check_same(info, read_weight(info, pinned, is_buffer), skeleton.digests, skeleton.samples)
 
 
 def stream_blocks(
@@ -64,9 +65,9 @@ def stream_blocks(
     slots: dict[tuple, nn.Module] = {}
 
     def read_all(block_index: int) -> dict[str, Tensor]:
-        infos = skeleton.block_tensors(block_index)
-        pinned = device.type == "cuda"
-        return {name: to_device(read_source(skeleton, info, pinned), device) for name, info in infos.items()}
+        infos, buffers = skeleton.block_tensors(block_index), dict(skeleton.blocks[block_index].named_buffers())
+        read = partial(read_source, skeleton, pinned=device.type == "cuda")
+        return {name: to_device(read(info, name in buffers), device) for name, info in infos.items()}
 
     for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
         block = skeleton.blocks[block_index]
@@ -163,16 +164,16 @@ def materialised(
         prefix: the module's name in the model, "" for the model itself.
         unread: stored names whose values do not matter; they become zeros that take no memory.
     """
-    names = [f"{prefix}.{name}" if prefix else name for name in module.state_dict()]
+    buffers = dict(module.named_buffers())
     tensors: dict[str, Tensor] = {}
     by_storage: dict[str, Tensor] = {}
-    for name in names:
-        info = skeleton.stored(name)
+    for name in module.state_dict():
+        info = skeleton.stored(f"{prefix}.{name}" if prefix else name)
         if info.name not in by_storage:  # a tied tensor is read, and held, once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(info.shape)
-            is_read = info.name not in unread
-            by_storage[info.name] = read_source(skeleton, info).to(device, COMPUTE_DTYPE) if is_read else zeros
-        tensors[name.removeprefix(f"{prefix}.") if prefix else name] = by_storage[info.name]
+            read = zeros if info.name in unread else read_source(skeleton, info, name in buffers)
+            by_storage[info.name] = read.to(device, COMPUTE_DTYPE)
+        tensors[name] = by_storage[info.name]
     by_storage.clear()
     fill(skeleton.model, module, tensors, device)
     try:

@@ -66,7 +66,11 @@ class Tuning:
             linears = self.linears(block_index)
             infos = self.skeleton.block_tensors(block_index)
             kept = {name: info for name, info in infos.items() if name.removesuffix(".weight") not in linears}
-            source = {name: to_device(read_source(self.skeleton, info), device) for name, info in kept.items()}
+            buffers = dict(self.skeleton.blocks[block_index].named_buffers())
+            source = {
+                name: to_device(read_source(self.skeleton, info, name in buffers), device)
+                for name, info in kept.items()
+            }
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
                 on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)

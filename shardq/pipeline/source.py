@@ -1,13 +1,14 @@
 """The bytes of the model that a run is made from: noted as they are read, compared whenever they are read again.
 
 No pass is made for it: a tensor's digest is taken where its bytes go by anyway. Those outside the blocks are read whole
-as a run begins, because a value that is not finite among them would be met after hours only.
+as a run begins, because a value that is not finite among them would be met after hours only. Of the others, samples are
+noted then, so that files which are exchanged while the run is under way are found as they are read.
 """
 
 from collections.abc import Callable, Collection
 
 from shardq.errors import CheckpointError
-from shardq.formats.shards import Digests, TensorInfo, check_weight
+from shardq.formats.shards import Digests, TensorInfo, check_weight, sample_digest
 from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_every_host, on_rank_zero, together
 from shardq.parallel.ranks import Ranks
@@ -23,8 +24,9 @@ def check_outside(skeleton: Skeleton) -> Digests:
         CheckpointError: a value is not finite, or a tensor is not what it was.
     """
     infos = outside_blocks(skeleton)
+    buffers = {skeleton.aliases.get(name, name) for name, _ in skeleton.model.named_buffers()}
     for info in infos:
-        check_weight(info, skeleton.digests, info.name in skeleton.buffers)
+        check_weight(info, skeleton.digests, info.name in buffers)
     return {info.name: skeleton.digests[info.name] for info in infos}
 
 
@@ -43,6 +45,8 @@ def begin_with(skeleton: Skeleton, former: Digests, ranks: Ranks, say: Callable[
     if num_bytes > LARGE_BYTES:
         say(f"reading what lies outside the blocks, to check it: {num_bytes / 1e9:.1f} GB")
     skeleton.digests.update(on_every_host(ranks, lambda: check_outside(skeleton)))
+    unread = [info for name, info in skeleton.index.items() if name not in skeleton.digests]
+    on_rank_zero(ranks, lambda: skeleton.samples.update({info.name: sample_digest(info) for info in unread}))
     agree(skeleton, outside_blocks(skeleton), ranks)
 
 

@@ -11,7 +11,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 import tiny
-from runs import ONE_RANK, result_files, run_quantize, stop_after
+from runs import ONE_RANK, committed, result_files, run_quantize, stop_after
 from shardq.cli import parse
 from shardq.errors import CheckpointError, ConfigError, ResumeError, ShardQError, Stopped
 from shardq.formats import shards
@@ -146,6 +146,23 @@ def test_bytes_that_change_under_a_run_stop_it(model: Path, token_file: Path, tm
     monkeypatch.setattr(run, "quantize_block", change_and_quantize)
     with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.input_layernorm\.weight is not what it was"):
         run_quantize(model, token_file, tmp_path / "out", *RTN)
+
+
+def test_weight_that_is_exchanged_before_its_block_is_read_stops_the_run(
+    model: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begin, name = run.begin, "model.layers.2.mlp.up_proj.weight"
+
+    def begin_and_exchange(given: object) -> None:
+        begin(given)
+        info = open_index(model)[name]
+        tensors = load_file(info.file)
+        save_file({**tensors, name: tensors[name].flip(0)}, info.file, {"format": "pt"})
+
+    monkeypatch.setattr(run, "begin", begin_and_exchange)
+    with pytest.raises(CheckpointError, match=f"tensor {name} is not what it was when the run began"):
+        run_quantize(model, token_file, tmp_path / "out", *RTN)
+    assert committed(tmp_path / "out") == 2
 
 
 def test_run_goes_on_from_where_model_and_text_are_now(

@@ -240,14 +240,14 @@ def test_tensor_is_known_by_all_its_bytes_and_by_nothing_else(in_pieces: shards.
     shards.check_weight(in_pieces, digests)
     assert digests == {"other": "d", "weight": xxhash.xxh3_128_hexdigest(content)}
     tensor = shards.read_weight(in_pieces)
-    assert shards.check_same(in_pieces, tensor, digests) is tensor
+    assert shards.check_same(in_pieces, tensor, digests, {}) is tensor
     for place in range(140):
         with open(in_pieces.file, "r+b") as file:
             file.seek(in_pieces.offset + place)
             file.write(bytes([content[place] ^ 1]))
-        for check in (shards.check_weight, lambda i, d: shards.check_same(i, shards.read_tensor(i), d)):
+        for check in (shards.check_weight, lambda i, d: shards.check_same(i, shards.read_tensor(i), d, {})):
             message = message_of(CheckpointError, check, in_pieces, digests)
-            assert message.startswith(f"{in_pieces.file}: tensor weight is not what it was when the run first read it")
+            assert message.startswith(f"{in_pieces.file}: tensor weight is not what it was when the run began")
         with open(in_pieces.file, "r+b") as file:
             file.seek(in_pieces.offset)
             file.write(content)
@@ -259,8 +259,21 @@ def test_pieces_and_the_whole_have_one_digest(tmp_path: Path, name: str):
     save_file(STORED, tmp_path / "a.safetensors")
     info, digests = shards.read_header(tmp_path / "a.safetensors")[name], {}
     shards.check_weight(info, digests)
-    shards.check_same(info, shards.read_tensor(info), digests)
+    shards.check_same(info, shards.read_tensor(info), digests, {info.name: shards.sample_digest(info)})
     assert list(digests) == [name]
+
+
+def test_sample_is_compared_with_the_same_bytes_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards, "SAMPLE_BYTES", 8)
+    info = rows_file(tmp_path, torch.arange(25.0))  # its middle 8 bytes begin inside number 11
+    samples = {"weight": shards.sample_digest(info)}
+    assert samples["weight"] == xxhash.xxh3_128_hexdigest(torch.arange(25.0).numpy().tobytes()[46:54])
+    others = torch.arange(25.0)
+    others[10] = 7.0
+    shards.check_same(info, others, {}, samples)
+    others[12] = 7.0
+    message = message_of(CheckpointError, lambda: shards.check_same(info, others, {}, samples))
+    assert "tensor weight is not what it was when the run began" in message
 
 
 @pytest.mark.parametrize("row", [0, 4, 9])

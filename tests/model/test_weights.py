@@ -19,7 +19,8 @@ from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.shards import INDEX_FILE, TensorInfo, read_weight
 from shardq.model import weights
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.model.weights import LoadedBlock, fill, materialised, read_source, stream_blocks
+from shardq.model.weights import LoadedBlock, fill, materialised, stream_blocks
+from shardq.pipeline.source import check_outside
 
 CPU = torch.device("cpu")
 # Sliding attention with heads of 8 channels, full attention with heads of 16.
@@ -195,11 +196,13 @@ class TestReadSource:
         (copied / INDEX_FILE).write_text(json.dumps(listed))
         skeleton = open_skeleton(copied)
         with pytest.raises(CheckpointError, match=r"tensor model\.limit holds -inf at \[0\]"):
-            read_source(skeleton, skeleton.index["model.limit"])
+            check_outside(skeleton)
         skeleton = open_skeleton(copied)
-        skeleton.model.model.register_buffer("limit", torch.empty(2, device="meta"))
-        assert skeleton.buffers == {"model.limit"}
-        assert read_source(skeleton, skeleton.index["model.limit"]).tolist() == [-torch.inf] * 2
+        model = skeleton.model.model
+        model.register_buffer("limit", torch.empty(2, device="meta"))
+        check_outside(skeleton)
+        with materialised(skeleton, model, "model", CPU):
+            assert model.limit.tolist() == [-torch.inf] * 2
 
     def test_bytes_are_those_of_the_first_time(self, copied: Path):
         skeleton = open_skeleton(copied)
