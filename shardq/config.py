@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from shardq.cache.options import CacheOptions
-from shardq.calib.options import TextOptions
+from shardq.calib.options import MovedText, TextOptions
 from shardq.formats.options import AimetOptions, ExportOptions, Format
 from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions, TuneOptions
@@ -137,6 +137,7 @@ class TuneConfig:
     """Compare every block's output with transformers' own forward, on two samples, and stop where they differ."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", kw_only=True)
     """Where blocks are computed."""
+    calib: MovedText = field(default_factory=MovedText, kw_only=True)
     tune: TuneOptions = field(default_factory=TuneOptions, kw_only=True)
     cache: CacheOptions = field(default_factory=CacheOptions, kw_only=True)
 

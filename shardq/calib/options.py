@@ -1,6 +1,6 @@
 """Which text becomes token sequences, and how."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 
@@ -22,3 +22,23 @@ class TextOptions:
     """Number of sequences; null: all there are (in a file)."""
     sequence_length: int = 2048
     """Tokens a sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedText:
+    """Where the text that a run was made with is now; what is left out is as the run had it."""
+
+    dataset: str | None = None
+    """The file or hub name that gives the run's tokens now (default: where the run had it)."""
+    subset: str | None = None
+    """Subset (configuration) of a hub dataset."""
+    split: str | None = None
+    """Split of a hub dataset."""
+    column: str | None = None
+    """Column with the text, or the tensor's name in a .safetensors file."""
+    packing: Literal["packed", "row"] | None = None
+    """As --calib.packing of quantize."""
+
+    def instead_of(self, former: TextOptions) -> TextOptions:
+        """What a run had, with the values that are given now."""
+        return replace(former, **{name: value for name, value in asdict(self).items() if value is not None})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,6 +31,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SAMPLE_BYTES = 4096
+PIECE_BYTES = 64 << 20  # of a tensor that is read only to be looked at; a multiple of every dtype's size
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class TensorInfo:
 
 
 Index = dict[str, TensorInfo]
+Digests = dict[str, str]
+"""XXH3-128 of all bytes of tensors, 32 hex digits, by the tensor's name."""
 
 
 def open_index(folder: Path) -> Index:
@@ -149,12 +154,16 @@ def read_tensor(info: TensorInfo, pinned: bool = False) -> Tensor:
     Raises:
         CheckpointError: unsupported dtype, or the file ended early.
     """
-    if info.dtype not in DTYPES:
-        raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
+    _check_dtype(info)
     raw = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
     with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
         _read_into(raw, file, info, 0)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
 
 
 def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> None:
@@ -168,15 +177,61 @@ def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> Non
         done += count
 
 
-def read_weight(info: TensorInfo, pinned: bool = False) -> Tensor:
-    """Read one floating-point tensor and check that every value is finite.
+def read_weight(info: TensorInfo, pinned: bool = False, is_buffer: bool = False) -> Tensor:
+    """Read one tensor and check that every value is finite.
+
+    Args:
+        is_buffer: it is no parameter; such a one may be infinite, as a limit that is not there, but hold no NaN.
 
     Raises:
         CheckpointError: a NaN or an infinity is found.
     """
     tensor = read_tensor(info, pinned)
-    _check_finite(info, tensor)
+    _check_finite(info, tensor, is_buffer=is_buffer)
     return tensor
+
+
+def check_weight(info: TensorInfo, digests: Digests, is_buffer: bool = False) -> None:
+    """Read one tensor piece by piece, and check it as `read_weight` and `check_same` do.
+
+    Raises:
+        CheckpointError: as `read_weight` and `check_same`.
+    """
+    _check_dtype(info)
+    whole = xxhash.xxh3_128()
+    with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
+        for start in range(0, info.num_bytes, PIECE_BYTES):
+            raw = torch.empty(min(PIECE_BYTES, info.num_bytes - start), dtype=torch.uint8)
+            _read_into(raw, file, info, start)
+            if not _is_finite(raw.view(DTYPES[info.dtype]), is_buffer):
+                read_weight(info, is_buffer=is_buffer)  # says where
+            whole.update(memoryview(raw.numpy()))
+    _compare(info, whole.hexdigest(), digests)
+
+
+def check_same(info: TensorInfo, tensor: Tensor, digests: Digests, samples: Digests) -> Tensor:
+    """Check that a tensor, as it was just read, has the bytes that it had before; give it back.
+
+    Args:
+        digests: of what was read before, to which that of a new tensor is added.
+        samples: of what was not, as `sample_digest` gives them; may be empty.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    if info.name in samples:
+        _compare(info, xxhash.xxh3_128_hexdigest(raw[_sampled(info, SAMPLE_BYTES)]), samples)
+    _compare(info, xxhash.xxh3_128_hexdigest(raw), digests)
+    return tensor
+
+
+def _compare(info: TensorInfo, found: str, digests: Digests) -> None:
+    if digests.setdefault(info.name, found) != found:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} is not what it was when the run began; restore that file, or "
+            "begin in another --output"
+        )
 
 
 def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
@@ -198,11 +253,10 @@ def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
     return tensor
 
 
-def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None) -> None:
+def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None, is_buffer: bool = False) -> None:
     """Raise if a value is not finite; `rows` says which rows of the stored tensor these are, if not all."""
-    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
-    if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
-        where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    if not _is_finite(tensor, is_buffer):
+        where = (tensor.isnan() if is_buffer else ~torch.isfinite(tensor)).nonzero()[0].tolist()
         value = tensor[tuple(where)].item()
         where = where if rows is None else [rows[where[0]], *where[1:]]
         raise CheckpointError(
@@ -211,9 +265,26 @@ def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = Non
         )
 
 
-def read_sample(info: TensorInfo, num_bytes: int = 4096) -> bytes:
-    """Bytes from the middle of a tensor, cheap evidence that its content is what it was."""
-    length = min(num_bytes, info.num_bytes)
+def _is_finite(tensor: Tensor, is_buffer: bool) -> bool:
+    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
+    ends = tensor.aminmax() if tensor.numel() else ()
+    return not any(end.isnan() if is_buffer else not end.isfinite() for end in ends)
+
+
+def sample_digest(info: TensorInfo) -> str:
+    """Digest of what `read_sample` reads of a tensor."""
+    return xxhash.xxh3_128_hexdigest(read_sample(info, SAMPLE_BYTES))
+
+
+def read_sample(info: TensorInfo, num_bytes: int = SAMPLE_BYTES) -> bytes:
+    """Bytes from the middle of a tensor, cheap evidence of its content before it is read."""
+    place = _sampled(info, num_bytes)
     with storage_errors(info.file), open(info.file, "rb") as file:
-        file.seek(info.offset + (info.num_bytes - length) // 2)
-        return file.read(length)
+        file.seek(info.offset + place.start)
+        return file.read(place.stop - place.start)
+
+
+def _sampled(info: TensorInfo, num_bytes: int) -> slice:
+    length = min(num_bytes, info.num_bytes)
+    start = (info.num_bytes - length) // 2
+    return slice(start, start + length)

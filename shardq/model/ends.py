@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from shardq.formats.shards import TensorInfo, read_weight, read_weight_rows
+from shardq.formats.shards import TensorInfo, read_weight_rows
 from shardq.model.arguments import BlockArguments, Entering
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import COMPUTE_DTYPE, materialised
+from shardq.model.weights import COMPUTE_DTYPE, materialised, read_source
 
 HEAD_SLICE_BYTES = 256 << 20  # float32 rows of the head in memory at once
 
@@ -152,7 +152,7 @@ def whole_epilogue(
     """
     head = skeleton.model.get_output_embeddings()
     with _last_layers(skeleton, device) as (infos, to_logits):
-        whole = {name: _frozen(read_weight(info), device, dtype) for name, info in infos.items()}
+        whole = {name: _frozen(read_source(skeleton, info, False), device, dtype) for name, info in infos.items()}
 
         def of_tokens(tokens_V: Tensor | None) -> Callable[[Tensor], Tensor]:
             rows = whole

@@ -7,6 +7,7 @@ block. The forward runs in a thread of its own; blocks are computed by whoever a
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
@@ -76,7 +77,7 @@ def own_forward(skeleton: Skeleton, tokens_NT: Tensor, device: torch.device, fir
     Args:
         first: the first block that is waited for.
     """
-    own = open_skeleton(skeleton.folder)
+    own = replace(open_skeleton(skeleton.folder), digests=skeleton.digests, samples=skeleton.samples)
     with prologue(own, device) as embed:
         forward = OwnForward(own, embed, tokens_NT, first)
         try:

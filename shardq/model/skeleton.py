@@ -6,7 +6,7 @@ What the checkpoint stores under which name is checked against it before any wei
 import fnmatch
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from shardq.formats.shards import Index, TensorInfo, open_index
+from shardq.formats.shards import Digests, Index, TensorInfo, open_index
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.own_code import own_code
 
@@ -92,6 +92,7 @@ class Skeleton:
         blocks: the decoder blocks, on the meta device, in order.
         names: each block's name in the checkpoint, such as `model.layers.0`.
         aliases: names of tied parameters -> the name under which the checkpoint stores them.
+        digests, samples: of stored tensors that have been read whole; of parts of those that had not as the run began.
     """
 
     folder: Path
@@ -100,6 +101,8 @@ class Skeleton:
     blocks: list[nn.Module]
     names: list[str]
     aliases: dict[str, str]
+    digests: Digests = field(default_factory=dict)
+    samples: Digests = field(default_factory=dict)
 
     @property
     def stand_ins(self) -> nn.ModuleList:

@@ -5,6 +5,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 
 import torch
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel
 
 from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
-from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.shards import TensorInfo, read_tensor, read_weight
+from shardq.errors import UnsupportedModelError
+from shardq.formats.shards import TensorInfo, check_same, read_weight
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 
@@ -34,6 +35,15 @@ class LoadedBlock:
     index: int
     module: nn.Module
     source: dict[str, Tensor]
+
+
+def read_source(skeleton: Skeleton, info: TensorInfo, is_buffer: bool, pinned: bool = False) -> Tensor:
+    """Read one tensor of a checkpoint, as `read_weight`; whenever it is read again it must have the same bytes.
+
+    Raises:
+        CheckpointError: it has others, or one of `read_weight`'s reasons.
+    """
+    return check_same(info, read_weight(info, pinned, is_buffer), skeleton.digests, skeleton.samples)
 
 
 def stream_blocks(
@@ -58,8 +68,8 @@ def stream_blocks(
 
     def read_all(block_index: int) -> dict[str, Tensor]:
         infos, buffers = skeleton.block_tensors(block_index), dict(skeleton.blocks[block_index].named_buffers())
-        pinned = device.type == "cuda"
-        return {name: to_device(_read(info, name in buffers, pinned), device) for name, info in infos.items()}
+        read = partial(read_source, skeleton, pinned=device.type == "cuda")
+        return {name: to_device(read(info, name in buffers), device) for name, info in infos.items()}
 
     for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
         block = skeleton.blocks[block_index]
@@ -94,18 +104,6 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim:
         trim(0)
-
-
-def _read(info: TensorInfo, is_buffer: bool, pinned: bool = False) -> Tensor:
-    """Read a tensor; one that is no parameter may be infinite, as a limit that is not there."""
-    if not is_buffer:
-        return read_weight(info, pinned)
-    tensor = read_tensor(info, pinned)
-    if tensor.is_floating_point() and tensor.isnan().any():
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name} holds nan; the checkpoint is damaged, download it again or retrain"
-        )
-    return tensor
 
 
 def _model_around(skeleton: Skeleton, name: str) -> PreTrainedModel:
@@ -215,7 +213,9 @@ def materialised(
         info = skeleton.stored(f"{prefix}.{name}" if prefix else name)
         if info.name not in by_storage:  # a tied tensor is read, and held, once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(info.shape)
-            by_storage[info.name] = zeros if info.name in unread else _computed(_read(info, name in buffers), device)
+            is_read = info.name not in unread
+            read = read_source(skeleton, info, name in buffers) if is_read else zeros
+            by_storage[info.name] = _computed(read, device)
         tensors[name] = by_storage[info.name]
     by_storage.clear()
     fill(_model_around(skeleton, prefix), module, tensors, device)

@@ -19,7 +19,7 @@ from shardq.formats import encodings
 from shardq.formats.block_file import read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.model_card import model_card
-from shardq.formats.shards import DTYPES, INDEX_FILE, read_tensor
+from shardq.formats.shards import DTYPES, INDEX_FILE, TensorInfo, check_same, read_tensor
 from shardq.formats.tensor_file import write_tensors
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
@@ -29,6 +29,7 @@ from shardq.pipeline import ledger
 from shardq.pipeline.aimet_export import merge_encodings, write_encodings
 from shardq.pipeline.checkpoint_export import write_checkpoint
 from shardq.pipeline.plan import Plan, block_file, encodings_file
+from shardq.pipeline.source import check_outside
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -82,7 +83,7 @@ def write_block_files(
         for name, info in skeleton.block_tensors(block_index).items():
             linear = linears.get(name.removesuffix(".weight"))
             is_codes = linear is not None and name.endswith(".weight")
-            weights[info.name] = linear.dequantized(dtype) if is_codes else read_tensor(info)
+            weights[info.name] = linear.dequantized(dtype) if is_codes else _copied(skeleton, info)
         write_tensors(path, weights, {"format": "pt"})
 
     writers = {block_file(output, block_index): lambda path: write_block(path, full, grids)}
@@ -95,6 +96,11 @@ def write_block_files(
     return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
 
 
+def _copied(skeleton: Skeleton, info: TensorInfo) -> Tensor:
+    """A tensor of the source, which has been read and checked before, as it is."""
+    return check_same(info, read_tensor(info), skeleton.digests, skeleton.samples)
+
+
 def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> list[Path]:
     """Write what completes the checkpoint: tensors outside the blocks, index, config, tokenizer, merged encodings.
 
@@ -104,7 +110,7 @@ def write_run_files(output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.d
     rest = []
     for number, infos in enumerate(plan.rest):
         rest.append(output / plan.rest_shard(number))
-        write_tensors(rest[-1], {info.name: read_tensor(info) for info in infos}, {"format": "pt"})
+        write_tensors(rest[-1], {info.name: _copied(skeleton, info) for info in infos}, {"format": "pt"})
     merged = [merge_encodings(output, version, output, plan.num_blocks) for version in plan.encoding_versions]
     copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, dtype)
@@ -146,6 +152,8 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
         As `export`, but for `seconds`.
     """
     skeleton, folder = open_skeleton(Path(config.run)), config.folder
+    if not is_begun:
+        check_outside(skeleton)  # runs of earlier versions may hold what is not finite
     paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     match config.format:

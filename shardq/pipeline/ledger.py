@@ -104,8 +104,11 @@ def begin_run(output: Path, manifest: dict) -> None:
 
 def _redo_line(lines: list[dict], redo: list[int], manifest: dict, damaged: dict[int | None, str]) -> dict | None:
     """What begins a redo; None where the last one has asked for the same, and nothing of it is damaged since."""
-    line, redos = {"redo": redo, "manifest": manifest}, redo_lines(lines)
-    return None if redos and redos[-1] == line and not damaged.keys() & {*redo, None} else line
+    for last in redo_lines(lines)[-1:]:
+        is_same = last["redo"] == redo and not differences(last["manifest"], manifest)
+        if is_same and not damaged.keys() & {*redo, None}:
+            return None
+    return {"redo": redo, "manifest": manifest}
 
 
 def check_finished(output: Path) -> None:
@@ -169,6 +172,8 @@ def _fault(line: object, before: Entries) -> str:
         numbers = isinstance(redo, list) and all(type(block) is int for block in redo)
         return "" if numbers and isinstance(manifest, dict) else damaged
     if "block" not in line or not isinstance(line.get("files"), dict):
+        return damaged
+    if not isinstance(line.get("source", {}), dict):
         return damaged
     block, expected = line["block"], blocks_to_do(before, len(before) + 1).start
     if None in before:

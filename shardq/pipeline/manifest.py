@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from shardq.config import QuantizeConfig
 from shardq.files import sha256_of
 from shardq.formats.shards import Index, read_sample
 
+# Of a config.json: who wrote it, and what decides no number here. Weights are computed with in dtypes of our own.
+BESIDE_THE_POINT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 # May differ when a run goes on.
 NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "self_check", "device", "tensor_parallel", "cache",
                      "checkpoint", "parallel")  # fmt: skip
@@ -34,28 +37,63 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
 
 
 def model_of(index: Index, folder: Path) -> dict:
-    """What tells the model in a folder apart from others."""
-    return {"config": sha256_of(folder / "config.json"), "weights": _fingerprint(index)}
+    """What tells the model in a folder apart from others, before its weights are read.
 
-
-def _fingerprint(index: Index) -> str:
-    """Digest over every tensor's name, place, shape, dtype and 4 KiB from its middle.
+    `config` is the file's digest, for the record; `settings` is what counts, the digest of what the file says.
+    `weights`, and of each file `files`, are over every tensor's name, place, shape, dtype and 4 KiB from its middle.
 
     Hashing all bytes of a 70B model would take minutes at every start; a retrained or another model differs here too.
+    What differs elsewhere is found as it is read, by the digests that the ledger keeps.
     """
-    digest = hashlib.sha256()
+    path = folder / "config.json"
+    weights, files = hashlib.sha256(), defaultdict(hashlib.sha256)
     for info in index.values():
-        digest.update(repr((info.name, info.file.name, info.dtype, info.shape, info.offset)).encode())
-        digest.update(read_sample(info))
-    return digest.hexdigest()
+        place = repr((info.name, info.file.name, info.dtype, info.shape, info.offset)).encode()
+        for part in (place, read_sample(info)):
+            weights.update(part)
+            files[info.file.name].update(part)
+    by_file = {name: digest.hexdigest() for name, digest in files.items()}
+    return {"config": sha256_of(path), "settings": _settings(path), "weights": weights.hexdigest(), "files": by_file}
 
 
-def differences(stored: object, current: object, path: str = "") -> dict[str, str]:
-    """What differs between two manifests: both values by dotted name."""
+def _settings(path: Path) -> str:
+    """Digest of a config.json that formatting, the order of entries and those beside the point do not change."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        return int(value) if value.is_integer() else value  # some programs write 10000.0 as 10000
+
+    def entries(pairs: list[tuple[str, object]]) -> dict:
+        return {name: value for name, value in pairs if name not in BESIDE_THE_POINT}
+
+    content = json.loads(path.read_text(encoding="utf-8"), parse_float=number, object_pairs_hook=entries)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def differences(stored: dict, current: dict) -> dict[str, str]:
+    """What differs between two manifests, but for what decides nothing: both values by dotted name.
+
+    Where the tokens are the same it does not matter which text they are from, and where the settings are, how
+    config.json is written; of a run that was begun before there were settings, the file must be the same.
+    """
+    found = _differences(stored, current)
+    same_tokens, same_settings = "calibration_tokens" not in found, "model.settings" not in found
+    files = [name.removeprefix("model.files.") for name in found if name.startswith("model.files.")]
+    if files:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        found["model.weights"] = f"model.weights (in {files[0]}{more})"
+    if same_settings:
+        found.pop("model.config", None)
+    # `model.config` and `model.weights` stand for the others of the model.
+    told = ("model.settings", "model.files", *(["calib."] if same_tokens else []))
+    return {name: text for name, text in found.items() if not name.startswith(told)}
+
+
+def _differences(stored: object, current: object, path: str = "") -> dict[str, str]:
     if isinstance(stored, dict) and isinstance(current, dict):
         found: dict[str, str] = {}
         for name in sorted(stored.keys() | current.keys()):
-            found |= differences(stored.get(name), current.get(name), f"{path}.{name}" if path else name)
+            found |= _differences(stored.get(name), current.get(name), f"{path}.{name}" if path else name)
         return found
     name = path.removeprefix("options.")
     return {} if stored == current else {name: f"{name} (was {_short(stored)}, is {_short(current)})"}

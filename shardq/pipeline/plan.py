@@ -67,16 +67,19 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
     """
     linears = linears_to_quantize(skeleton, quant.ignored)
     _check_group_size(skeleton, linears, quant.spec.group_size)
-    in_blocks = {
-        info.name for number in range(len(skeleton.blocks)) for info in skeleton.block_tensors(number).values()
-    }
-    rest = [info for name, info in skeleton.index.items() if name not in in_blocks]
     num_scales = sum(
         linear.out_features * (linear.in_features // (quant.spec.group_size or linear.in_features))
         for block, names in zip(skeleton.blocks, linears, strict=True)
         for linear in map(block.get_submodule, names)
     )
-    return Plan(skeleton.names, linears, group_by_size(rest, REST_SHARD_BYTES), num_scales)
+    return Plan(skeleton.names, linears, group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES), num_scales)
+
+
+def outside_blocks(skeleton: Skeleton) -> list[TensorInfo]:
+    """The stored tensors that are copied as they are: those of no block, or that a block's code does not use."""
+    numbers = range(len(skeleton.blocks))
+    in_blocks = {info.name for number in numbers for info in skeleton.block_tensors(number).values()}
+    return [info for name, info in skeleton.index.items() if name not in in_blocks]
 
 
 def _check_group_size(skeleton: Skeleton, linears: list[list[str]], group_size: int | None) -> None:

@@ -40,6 +40,7 @@ from shardq.pipeline.objective import PREDICTION_STEPS
 from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
 from shardq.pipeline.redo import begin_redo, blocks_asked
 from shardq.pipeline.self_check import say_if_unchecked
+from shardq.pipeline.source import begin_with, known
 from shardq.pipeline.target import check_served
 
 
@@ -109,6 +110,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
+    if redo or None not in ledger.finished(lines):
+        begin_with(skeleton, known(lines), ranks, display.line)
     ahead = reads_ahead(largest, config.optimize, config.parallel, limit, ranks.world_size)
     lines += [redo] if redo else []
     run = Run(

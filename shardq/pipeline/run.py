@@ -42,6 +42,7 @@ from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, begin, prepare
 from shardq.pipeline.redo import remove_what_completes
 from shardq.pipeline.self_check import Check, self_check
+from shardq.pipeline.source import agree, noted
 from shardq.pipeline.space import check_space
 from shardq.pipeline.stop import stop_if_asked, stoppable
 from shardq.pipeline.target import scale_dtype
@@ -161,13 +162,14 @@ def _tokens_through_block(run: Run) -> int:
 
 
 def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
-    """Blocks as they are streamed; a rank that cannot read one stops all with its message."""
+    """Blocks as they are streamed; a rank that cannot read one, or reads another, stops all with its message."""
     blocks = stream_blocks(
         run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"), ahead=run.reads_ahead
     )
     for block_index in indices:
         with events.span("load", block=block_index):
             loaded = together(run.ranks, lambda: next(blocks))
+            agree(run.skeleton, run.skeleton.block_tensors(block_index).values(), run.ranks)
         yield loaded
         del loaded
 
@@ -258,7 +260,8 @@ def _commit(
                               run.ranks.device)  # fmt: skip
     for chosen in run.config.export.checkpoints:
         write_block_shard(_export_of(run, chosen), run.skeleton, block_index, run.plan.block_shard(block_index))
-    line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **result.facts)
+    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block_index)}
+    line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **facts)
     training_checkpoint.remove(run.output)
     return line
 

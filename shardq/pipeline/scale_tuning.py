@@ -14,17 +14,16 @@ from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError, UnsupportedModelError
 from shardq.formats.block_file import read_block
-from shardq.formats.shards import read_weight
 from shardq.logs import Display, Events
 from shardq.model.arguments import Entering, hidden_of, with_hidden
 from shardq.model.ends import block_forward, prologue, whole_epilogue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.model.weights import LoadedBlock, read_source, stream_blocks
 from shardq.optimize.loss import ToLogits, prediction_loss
 from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
-from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks, together
+from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.bench import collecting, training_forward
 from shardq.pipeline.passes import Activations, advance, embed_samples
@@ -69,7 +68,11 @@ class Tuning:
             linears = self.linears(block_index)
             infos = self.skeleton.block_tensors(block_index)
             kept = {name: info for name, info in infos.items() if name.removesuffix(".weight") not in linears}
-            source = {name: to_device(read_weight(info), device) for name, info in kept.items()}
+            buffers = dict(self.skeleton.blocks[block_index].named_buffers())
+            source = {
+                name: to_device(read_source(self.skeleton, info, name in buffers), device)
+                for name, info in kept.items()
+            }
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
                 on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
@@ -83,6 +86,8 @@ def embed_and_target(
     skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype, checks: bool
 ) -> Activations:
     """Fill generation 0 and the fp stream's last, the target; give the activations with the blocks' arguments.
+
+    An error is the caller's to share with other ranks.
 
     Args:
         checks: whether each block is checked against transformers' own forward.
@@ -103,7 +108,7 @@ def embed_and_target(
     with self_check(skeleton, tokens_NT, activations, ranks, dtype, num_tokens) as check:
         for loaded in stream_blocks(skeleton, range(len(arguments)), activations.device):
             advance(activations, "fp", loaded.index, block_forward(loaded.module, arguments[loaded.index], dtype))
-            together(ranks, lambda loaded=loaded: check(loaded))
+            check(loaded)
             _forget(activations, loaded.index)
             del loaded  # its source must not stay in memory while the block after the next is read
     return activations

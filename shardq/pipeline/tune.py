@@ -18,9 +18,10 @@ from shardq.calib.tokens import digest, load_tokens
 from shardq.checks import check_tune
 from shardq.config import QuantOptions, TuneConfig
 from shardq.devices import multiplies_bf16
-from shardq.errors import CheckpointError, ConfigError, ResumeError
+from shardq.errors import CalibrationError, CheckpointError, ConfigError, ResumeError
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
+from shardq.formats.shards import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
 from shardq.model.hub import local_folder
@@ -33,12 +34,13 @@ from shardq.pipeline import ledger
 from shardq.pipeline.activations import written_grids
 from shardq.pipeline.export import stored_dtype, write_block_files, write_run_files
 from shardq.pipeline.folders import cache_folder, events_file
-from shardq.pipeline.manifest import model_of
+from shardq.pipeline.manifest import differences, model_of
 from shardq.pipeline.passes import Activations
 from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.pipeline.prepare import take_folder
 from shardq.pipeline.scale_tuning import Tuning, embed_and_target, tune_step
 from shardq.pipeline.self_check import say_if_unchecked
+from shardq.pipeline.source import agree, begin_with, known, noted
 from shardq.pipeline.stop import stop_if_asked, stoppable
 
 STATE = "tuning.safetensors"
@@ -46,12 +48,13 @@ STEPS_A_STATE = 4  # from one to the next: it is as large as the scales, and a s
 
 
 class Found(NamedTuple):
-    """What is tuned, and how far the output folder is: `lines` are its ledger's."""
+    """What is tuned, and how far the output folder is: `lines` are its ledger's, `source` is of the run's."""
 
     manifest: dict
     options: TuneOptions
     tokens_NT: Tensor
     lines: list[dict]
+    source: Digests
 
 
 def tune(config: TuneConfig, ranks: Ranks) -> dict:
@@ -78,6 +81,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
             on_rank_zero(ranks, lambda: remove(output / STATE))  # a kill right after the last ledger line leaves it
             display.line(f"{output}: this tuning is finished, nothing is left to do")
         else:
+            begin_with(skeleton, found.source, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
     summary = {
@@ -104,12 +108,13 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         raise ResumeError(f"{run}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
     ledger.check_finished(run)
     source = ledger.read_manifest(run)
-    if source["model"] != model_of(skeleton.index, skeleton.folder):
-        raise ConfigError(f"model: {config.model} is not the model that {run} has quantized; give that one")
-    vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
-    tokens_NT = load_tokens(TextOptions(**source["options"]["calib"]), skeleton.folder, vocabulary_size)
-    if digest(tokens_NT) != source["calibration_tokens"]:
-        raise ConfigError(f"{run}: its calibration text gives other tokens than it did; restore that text")
+    others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
+    if others:
+        raise ConfigError(
+            f"model: {config.model} is not the model that {run} has quantized; "
+            f"different: {'; '.join(others.values())}; give that one"
+        )
+    tokens_NT = _tokens(config, source, skeleton)
     if len(tokens_NT) < ranks.world_size:
         raise ConfigError(f"{run}: its {len(tokens_NT)} samples are fewer than {ranks.world_size} ranks; take fewer")
     options = resolved_tuning(config.tune, len(tokens_NT), multiplies_bf16(ranks.device))
@@ -118,7 +123,23 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(run / ledger.LEDGER), "options": asdict(options)}}
     lines, _ = take_folder(output, manifest, "auto", None, held, display)
-    return Found(manifest, options, tokens_NT, lines)
+    return Found(manifest, options, tokens_NT, lines, known(ledger.read_lines(run)))
+
+
+def _tokens(config: TuneConfig, source: dict, skeleton: Skeleton) -> Tensor:
+    """The token ids [N, T] that the run was calibrated on, from where its text is now."""
+    text = config.calib.instead_of(TextOptions(**source["options"]["calib"]))
+    advice = "or say with --calib.dataset where that text is now"
+    try:
+        tokens_NT = load_tokens(text, skeleton.folder, skeleton.model.get_input_embeddings().num_embeddings)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}; {config.run} was calibrated on it: restore it, {advice}") from error
+    if digest(tokens_NT) != source["calibration_tokens"]:
+        raise ConfigError(
+            f"{text.dataset}: gives other tokens than those that {config.run} was calibrated on; "
+            f"restore that text, {advice}"
+        )
+    return tokens_NT
 
 
 def _finish(
@@ -139,8 +160,10 @@ def _finish(
     steps_left = done < found.options.steps
     if steps_left:
         with events.span("prepare activations"):
-            activations = embed_and_target(skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
-                                           config.self_check)  # fmt: skip
+            target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
+                             config.self_check)  # fmt: skip
+            activations = together(ranks, target)
+            agree(skeleton, skeleton.index.values(), ranks)
     tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
                     events, display)  # fmt: skip
     losses = _take_steps(tuning, config.folder, done) if steps_left else []
@@ -213,6 +236,7 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
             linears = tuning.linears(block_index)
             files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,
                                       tuning.ranks.device)  # fmt: skip
-            ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size)
+            source = noted(found.source, skeleton, block_index)
+            ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size, source=source)
     ledger.commit(output, None, write_run_files(output, skeleton, plan, dtype))
     remove(output / STATE)

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError, StorageError
@@ -223,6 +225,85 @@ def test_weight_that_is_not_finite_names_value_and_place(tmp_path, value: str, d
     info = shards.read_header(tmp_path / "a.safetensors")["q_proj.weight"]
     message = message_of(CheckpointError, shards.read_weight, info)
     assert f"q_proj.weight holds {value} at [1, 2]" in message and str(info.file) in message
+
+
+@pytest.fixture
+def in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> shards.TensorInfo:
+    """A tensor of several pieces, the last one short, between others."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", 64)
+    return rows_file(tmp_path, torch.randn(10, 7).half())
+
+
+def test_tensor_is_known_by_all_its_bytes_and_by_nothing_else(in_pieces: shards.TensorInfo):
+    content = in_pieces.file.read_bytes()[in_pieces.offset : in_pieces.offset + 140]
+    digests = {"other": "d"}
+    shards.check_weight(in_pieces, digests)
+    assert digests == {"other": "d", "weight": xxhash.xxh3_128_hexdigest(content)}
+    tensor = shards.read_weight(in_pieces)
+    assert shards.check_same(in_pieces, tensor, digests, {}) is tensor
+    for place in range(140):
+        with open(in_pieces.file, "r+b") as file:
+            file.seek(in_pieces.offset + place)
+            file.write(bytes([content[place] ^ 1]))
+        for check in (shards.check_weight, lambda i, d: shards.check_same(i, shards.read_tensor(i), d, {})):
+            message = message_of(CheckpointError, check, in_pieces, digests)
+            assert message.startswith(f"{in_pieces.file}: tensor weight is not what it was when the run began")
+        with open(in_pieces.file, "r+b") as file:
+            file.seek(in_pieces.offset)
+            file.write(content)
+    shards.check_weight(in_pieces, digests)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_pieces_and_the_whole_have_one_digest(tmp_path: Path, name: str):
+    save_file(STORED, tmp_path / "a.safetensors")
+    info, digests = shards.read_header(tmp_path / "a.safetensors")[name], {}
+    shards.check_weight(info, digests)
+    shards.check_same(info, shards.read_tensor(info), digests, {info.name: shards.sample_digest(info)})
+    assert list(digests) == [name]
+
+
+def test_sample_is_compared_with_the_same_bytes_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards, "SAMPLE_BYTES", 8)
+    info = rows_file(tmp_path, torch.arange(25.0))  # its middle 8 bytes begin inside number 11
+    samples = {"weight": shards.sample_digest(info)}
+    assert samples["weight"] == xxhash.xxh3_128_hexdigest(torch.arange(25.0).numpy().tobytes()[46:54])
+    others = torch.arange(25.0)
+    others[10] = 7.0
+    shards.check_same(info, others, {}, samples)
+    others[12] = 7.0
+    message = message_of(CheckpointError, lambda: shards.check_same(info, others, {}, samples))
+    assert "tensor weight is not what it was when the run began" in message
+
+
+@pytest.mark.parametrize("row", [0, 4, 9])
+def test_value_in_any_piece_that_is_not_finite_is_named_with_its_place(in_pieces: shards.TensorInfo, row: int):
+    weight = shards.read_tensor(in_pieces)
+    weight[row, 3] = -torch.inf
+    rows_file(in_pieces.file.parent, weight)
+    message = message_of(CheckpointError, shards.check_weight, in_pieces, {})
+    assert f"rows.safetensors: tensor weight holds -inf at [{row}, 3]" in message
+
+
+def checked(info: shards.TensorInfo, is_buffer: bool) -> None:
+    shards.check_weight(info, {}, is_buffer)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("read", [lambda *given: shards.read_weight(given[0], False, given[1]), checked])
+def test_buffer_may_be_infinite_but_hold_no_nan(tmp_path: Path, read: Callable, value: float):
+    save_file({"limit": torch.tensor([[1.0, value], [-math.inf, 2.0]])}, tmp_path / "a.safetensors")
+    info = shards.read_header(tmp_path / "a.safetensors")["limit"]
+    assert f"limit holds {value} at [0, 1]" in message_of(CheckpointError, read, info, False)
+    if math.isnan(value):
+        assert "limit holds nan at [0, 1]" in message_of(CheckpointError, read, info, True)
+    else:
+        read(info, True)
+
+
+def test_tensor_that_shrank_is_named(in_pieces: shards.TensorInfo):
+    os.truncate(in_pieces.file, in_pieces.offset + 139)
+    assert "truncated inside tensor weight" in message_of(CheckpointError, shards.check_weight, in_pieces, {})
 
 
 def rows_file(folder: Path, weight: torch.Tensor) -> shards.TensorInfo:

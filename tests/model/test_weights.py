@@ -1,5 +1,6 @@
 """Weights in and out of the skeleton: right values, one block at a time, the next one read ahead."""
 
+import json
 import shutil
 import threading
 import weakref
@@ -16,10 +17,11 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.shards import TensorInfo, read_weight
+from shardq.formats.shards import INDEX_FILE, TensorInfo, read_weight
 from shardq.model import weights
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, fill, materialised, stream_blocks
+from shardq.pipeline.source import check_outside
 
 CPU = torch.device("cpu")
 # Sliding attention with heads of 8 channels, full attention with heads of 16.
@@ -183,6 +185,39 @@ class TestStreamBlocks:
             next(blocks)
         assert f"{info.file}: tensor {info.name} holds {value} at [5, 7]" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+class TestReadSource:
+    def test_what_is_no_parameter_may_be_infinite(self, copied: Path):
+        info = open_skeleton(copied).index["model.norm.weight"]
+        tensors = load_file(info.file)
+        save_file({**tensors, "model.limit": torch.full((2,), -torch.inf)}, info.file)
+        listed = json.loads((copied / INDEX_FILE).read_text())
+        listed["weight_map"]["model.limit"] = info.file.name
+        (copied / INDEX_FILE).write_text(json.dumps(listed))
+        skeleton = open_skeleton(copied)
+        with pytest.raises(CheckpointError, match=r"tensor model\.limit holds -inf at \[0\]"):
+            check_outside(skeleton)
+        skeleton = open_skeleton(copied)
+        model = skeleton.model.model
+        model.register_buffer("limit", torch.empty(2, device="meta"))
+        check_outside(skeleton)
+        with materialised(skeleton, model, "model", CPU):
+            assert model.limit.tolist() == [-torch.inf] * 2
+
+    def test_bytes_are_those_of_the_first_time(self, copied: Path):
+        skeleton = open_skeleton(copied)
+        for _ in stream_blocks(skeleton, [0, 1], CPU):
+            pass
+        info = skeleton.index["model.layers.1.mlp.up_proj.weight"]
+        with open(info.file, "r+b") as file:
+            file.seek(info.offset)
+            file.write(b"\x01")
+        blocks = stream_blocks(skeleton, [0, 1], CPU)
+        assert next(blocks).index == 0
+        with pytest.raises(CheckpointError, match=f"{info.file}: tensor {info.name} is not what it was"):
+            next(blocks)
+        assert len(list(stream_blocks(open_skeleton(copied), [0, 1], CPU))) == 2
 
 
 class TestMaterialised:

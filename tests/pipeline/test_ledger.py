@@ -1,5 +1,6 @@
 """What a run is and what it has finished: when a folder is taken up again, and when and why it is refused."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,7 @@ from shardq.errors import ResumeError
 from shardq.formats.shards import open_index
 from shardq.optimize.options import OptimizeOptions
 from shardq.pipeline.ledger import begin_run, blocks_to_do, commit, finished, open_run, read_lines
-from shardq.pipeline.manifest import make_manifest
+from shardq.pipeline.manifest import differences, make_manifest
 
 MANIFEST = {
     "shardq": "1.0",
@@ -207,6 +208,16 @@ class TestLedger:
         assert len(opened(output, MANIFEST, "auto")) == 2
 
 
+REWRITINGS: dict[str, Callable[[dict], str]] = {
+    "formatted": lambda content: json.dumps(content, indent=7) + "\n\n",
+    "in another order": lambda content: json.dumps(dict(reversed(content.items()))),
+    "whole numbers": lambda content: json.dumps(content | {"vocab_size": float(content["vocab_size"])}),
+    "another version": lambda content: json.dumps(content | {"transformers_version": "6.0", "use_cache": False}),
+    "another place": lambda content: json.dumps(content | {"_name_or_path": "/elsewhere"}),
+    "dtype's old name": lambda content: json.dumps({"torch_dtype": content.pop("dtype"), **content}),
+}
+
+
 class TestMakeManifest:
     """Config and model as in a real run; the model is the tiny Llama."""
 
@@ -245,7 +256,10 @@ class TestMakeManifest:
                 {"config": dataclasses.replace(CONFIG, optimize=OptimizeOptions(micro_batch=4))},
                 "optimize.micro_batch (was None, is 4)",
             ),
-            ({"digest": "e"}, "calibration_tokens (was d, is e)"),
+            (
+                {"config": dataclasses.replace(CONFIG, calib=TextOptions(dataset="other.txt")), "digest": "e"},
+                "calibration_tokens (was d, is e); calib.dataset (was text.txt, is other.txt)",
+            ),
         ],
     )
     def test_what_changes_the_result_is_a_difference(self, llama: Path, tmp_path: Path, change: dict, report: str):
@@ -255,7 +269,7 @@ class TestMakeManifest:
     @pytest.mark.parametrize(
         ("damage", "report"),
         [
-            (lambda folder: flip_byte_inside_a_tensor(folder), "model.weights (was "),
+            (lambda folder: flip_byte_inside_a_tensor(folder), "model.weights (in model-00003-of-00005.safetensors);"),
             (lambda folder: write(folder / "config.json", "{}"), "model.config (was "),
         ],
         ids=["weights", "config"],
@@ -267,6 +281,36 @@ class TestMakeManifest:
         opened(tmp_path / "out", self.manifest(folder), "auto")
         damage(folder)
         assert_refused(tmp_path / "out", report, manifest=self.manifest(folder))
+
+    @pytest.mark.parametrize("change", REWRITINGS.values(), ids=REWRITINGS)
+    def test_config_that_says_the_same_is_the_same(self, llama: Path, tmp_path: Path, change: Callable[[dict], str]):
+        folder = shutil.copytree(llama, tmp_path / "model")
+        path = folder / "config.json"
+        path.write_text(change(json.loads(path.read_text())))
+        assert differences(self.manifest(llama), self.manifest(folder)) == {}
+
+    @pytest.mark.parametrize("entries", [{"rms_norm_eps": 1e-5}, {"sliding_window": None}, {"hidden_act": "gelu"}])
+    def test_config_that_says_something_else_is_another(self, llama: Path, tmp_path: Path, entries: dict):
+        folder = shutil.copytree(llama, tmp_path / "model")
+        content = json.loads((folder / "config.json").read_text())
+        assert not entries.items() <= content.items()
+        (folder / "config.json").write_text(json.dumps(content | entries))
+        assert list(differences(self.manifest(llama), self.manifest(folder))) == ["model.config"]
+
+    @pytest.mark.parametrize("text", [{"dataset": "a/b.jsonl"}, {"column": "ids"}, {"split": "test"}], ids=str)
+    def test_text_does_not_matter_where_its_tokens_are_the_same(self, llama: Path, text: dict):
+        options = dataclasses.replace(self.CONFIG.calib, **text)
+        moved = self.manifest(llama, dataclasses.replace(self.CONFIG, calib=options))
+        assert moved["options"]["calib"] != self.manifest(llama)["options"]["calib"]
+        assert differences(self.manifest(llama), moved) == {}
+
+    def test_run_of_before_there_were_settings_is_compared_by_the_files_bytes(self, llama: Path):
+        now = self.manifest(llama)
+        before = copy.deepcopy(now)
+        del before["model"]["settings"], before["model"]["files"]
+        assert differences(before, now) == {}
+        before["model"] |= {"config": "c" * 64, "weights": "w" * 64}
+        assert list(differences(before, now)) == ["model.config", "model.weights"]
 
 
 def flip_byte_inside_a_tensor(folder: Path) -> None:
@@ -289,7 +333,9 @@ def test_folder_left_by_a_kill_before_the_manifest_was_whole_is_taken(tmp_path: 
     assert opened(tmp_path, MANIFEST, "auto") == []
 
 
-@pytest.mark.parametrize("line", [b"{}", b"[]", b'{"block": 0}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "line", [b"{}", b"[]", b'{"block": 0}', b'{"block": 0, "files": {}, "source": "all"}', b"\xff\xfe"]
+)
 def test_line_that_is_no_entry_is_refused_by_number(output: Path, line: bytes):
     (output / "ledger.jsonl").write_bytes(line + b"\n")
     assert_refused(output, "line 1 is damaged")
