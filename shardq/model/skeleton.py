@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardq.formats.shards import Index, TensorInfo, open_index
 from shardq.model.attention import use_pieces
+from shardq.quant.spec import DEFAULT_IGNORE
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-DEFAULT_IGNORE = ("lm_head", "*embed*")
 
 
 class StandIn(nn.Module):
