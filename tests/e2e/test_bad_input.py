@@ -232,7 +232,7 @@ def test_evaluation_on_disk_needs_a_folder(llama, token_file):
     "arguments, named",
     [
         (["--model", "x", "--quant.bit", "3"], "--quant.bit"),
-        (["--model", "x", "--quant.bits", "four"], "quant.bits: Expected a <class 'int'>"),
+        (["--model", "x", "--quant.bits", "four"], "quant.bits: four is not allowed, it must be a whole number"),
         (["--model", "x", "--optimize.preset", "fastest"], "optimize.preset"),
         (["--model", "x", "--optimize.precision", "int8"], "optimize.precision"),
         (["--model", "x", "--optimize.compile", "maybe"], "optimize.compile"),
