@@ -144,7 +144,14 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     ends = {other.rpartition(".")[2]: other for other in reversed(known)}
     same_end = [other for other in known if other.rpartition(".")[2] == last]
     by_end = [ends[end] for end in difflib.get_close_matches(last, ends, 2, 0.7)]
-    return (same_end or difflib.get_close_matches(wanted, known, 2) or by_end)[:2]
+    return (same_end or _close(wanted, known) or by_end)[:2]
+
+
+def _close(wanted: str, known: list[str]) -> list[str]:
+    """Names that are like another, and about as much as the one that is most."""
+    likeness = {name: difflib.SequenceMatcher(None, wanted, name).ratio() for name in known}
+    least = max(0.6, max(likeness.values()) - 0.05)
+    return sorted((name for name in known if likeness[name] >= least), key=likeness.get, reverse=True)
 
 
 def _check_known(setting: Setting, hints: dict[str, object], verb: str) -> None:
@@ -203,7 +210,7 @@ def _value_of(node: yaml.Node, where: str) -> Value:
         return None
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     for item in items:
-        if not isinstance(item, yaml.ScalarNode) or not item.tag.startswith(STANDARD_TAG):
+        if not isinstance(item, yaml.ScalarNode) or not item.tag.removeprefix(STANDARD_TAG).isalpha():
             raise ConfigError(f"{where}: must be a plain value, or a list of such")
     return [item.value for item in items] if isinstance(node, yaml.SequenceNode) else node.value
 
@@ -273,7 +280,7 @@ def _described(hint: object) -> str:
 
 
 def _shown(value: Value) -> str:
-    text = "null" if value is None else ", ".join(value) if isinstance(value, list) else value
+    text = "null" if value is None else ", ".join(value) if isinstance(value, list) else value or "an empty text"
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 

@@ -121,6 +121,8 @@ ADVICE = {
     errno.EACCES: "choose another folder",
     errno.EPERM: "choose another folder",
     errno.EROFS: "choose another folder",
+    errno.EEXIST: "a file stands where a folder is to be",
+    errno.ENOTDIR: "a file stands where a folder is to be",
     errno.ENOENT: "no such file",
     errno.EIO: "Input/output error; check the disk",
 }
