@@ -26,7 +26,7 @@ FLAGS = ("help", "version", "print-config")
 RECIPE = "config"
 NULLS = ("null", "~")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NUMBERS = {int: "a whole number", float: "a number"}
+WORDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 SHOWN = 60  # characters of a value that a message repeats
 STANDARD_TAG = "tag:yaml.org,2002:"
 
@@ -92,7 +92,7 @@ def make_config(config_class: type[Config], given: Given, verb: str) -> Config:
         )
     main = [Setting(needed[0], text) for text in given.positional]
     if main and any(setting.name == needed[0] for setting in given.settings):
-        raise ConfigError(f"{needed[0]}: is given twice, alone and with --{needed[0]}; leave one out")
+        raise ConfigError(f"{needed[0]}: is given twice, as {main[0].value} and with --{needed[0]}; leave one out")
     recipes = [setting for path in given.recipes for setting in _read_recipe(path, config_class)]
     values = {}
     for setting in (*recipes, *main, *given.settings):
@@ -250,7 +250,7 @@ def _converted(value: Value, hint: object) -> object:
         return _chosen(value, {str(choice): choice for choice in parts})
     if hint is bool:
         return _chosen(value.lower(), SWITCH)
-    if hint in NUMBERS:
+    if hint in (int, float):
         number = hint(value)
         if not math.isfinite(number):
             raise ValueError(value)
@@ -275,8 +275,7 @@ def _described(hint: object) -> str:
         return f"a list{among}, separated by commas"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, parts))}"
-    words = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words[hint]
+    return WORDS[hint]
 
 
 def _shown(value: Value) -> str:

@@ -222,7 +222,7 @@ def test_linears_left_as_they_are_are_ignored_and_kept(llama: Path, token_file: 
 def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_file: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="not an empty folder"):
         run_export(served)
-    with pytest.raises(ResumeError, match="not finished"):
+    with pytest.raises(ResumeError, match="holds no run of shardq"):
         run_export(llama)
     with pytest.raises(ConfigError, match="pickle"):
         run_export(served, "--format", "pickle")

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import tiny
 from runs import ONE_RANK, quantize_arguments, run_quantize, stop_after
 from shardq.cli import COMMANDS, main, parse
 from shardq.errors import ShardQError, Stopped
@@ -31,6 +33,14 @@ def foreign(*names: str):
             (place / "foreign" / name).touch()
 
     return make
+
+
+def overflowing(place: Path) -> None:
+    """What makes a model whose block 1 gives infinities."""
+    folder = tiny.save_llama(place / "huge", vocab=300)
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    save_file({other: tensor * 1e38 if other == name else tensor for other, tensor in load_file(file).items()}, file)
 
 
 def rows(texts: list) -> str:
@@ -67,7 +77,7 @@ OPTIONS = {
     "no model to tune to": (None, "tune r", 2, r"model: missing; shardq tune RUN --model MODEL"),
     "no run": (None, "verify", 2, r"run: missing; shardq verify RUN"),
     "two models": (None, "quantize a b", 2, "takes one MODEL, 2 are given .a, b.; put patterns with . between quotes"),
-    "model twice": (None, "evaluate a --model b", 2, "model: is given twice"),
+    "model twice": (None, "evaluate a --model b", 2, "model: is given twice, as a and with --model"),
     "out of range": (None, "quantize MODEL --quant.bits 9", 2, "quant.bits: 9 is not allowed, .* between 2 and 8"),
     "for vLLM": (None, f"{RUN} --target vllm --quant.bits 3", 2, "vLLM has no kernel for 3 bits, only for 4 and 8"),
 }
@@ -133,6 +143,12 @@ RUNS = {
         f"{RUN} --cache.folder TOKENS",
         5,
         "a file stands where a folder is to be; choose another",
+    ),
+    "overflow": (
+        overflowing,
+        f"{RUN} --model TMP/huge",
+        7,
+        "block 1 model.layers.1: its loss is not finite; check the",
     ),
     "no room": (None, f"{RUN} --cache.folder /proc/x", 5, r"[1-9]\d*\.\d kB .*there .activations [1-9].*other --cache"),
 }
