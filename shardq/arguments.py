@@ -54,7 +54,7 @@ def take_apart(arguments: list[str], config_class: type) -> Given:
     """Tell options, recipes and the rest of a command line apart; every option but the flags takes one value.
 
     Raises:
-        ConfigError: an option has no value.
+        ConfigError: an option has no value, or one dash.
     """
     hints, given, left = option_types(config_class), Given(), iter(arguments)
     for argument in left:
@@ -63,6 +63,8 @@ def take_apart(arguments: list[str], config_class: type) -> Given:
             given.flags.append("help" if argument == "-h" else name)
             continue
         if not argument.startswith("--"):
+            if argument.startswith("-"):
+                raise ConfigError(f"{argument}: no such option; all but -h begin with --")
             given.positional.append(argument)
             continue
         if not has_value:

@@ -63,6 +63,7 @@ OPTIONS = {
     ),
     "of another command": (None, "evaluate m --calib.samples 3", 2, r"did you mean --eval.samples\?"),
     "like nothing": (None, "quantize m --frobnicate 3", 2, "--frobnicate: no such option; shardq quantize --help"),
+    "one dash": (None, "quantize m -b 3", 2, "-b: no such option; all but -h begin with --"),
     "group": (None, "quantize m --quant 3", 2, "--quant: is a group of options; .*such as --quant.bits"),
     "no value": (None, "quantize m --quant.bits", 2, "quant.bits: no value is given, it must be a whole number"),
     "option for value": (None, "quantize m --seed --redo 3", 2, "seed: no value is given"),
