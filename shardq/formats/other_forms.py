@@ -6,7 +6,7 @@ from pathlib import Path
 FORMS = {
     "adapter_config.json": "is a LoRA adapter, not a model; merge it into its base model (peft: merge_and_unload, then "
     "save_pretrained) and pass that folder",
-    "ledger.jsonl": "is an unfinished run of shardq; run its own command to the end first",
+    "ledger.jsonl": "is a run of shardq that is not finished, or has lost its {index}; run its own command again",
     "consolidated*": "is in Mistral's own format ({found}); pass the model in Hugging Face's format, which has a "
     "config.json and {single} or an index",
     "model-*-of-*.safetensors": "holds {found}, but no {index}; download that, and the shards that it names",

@@ -107,7 +107,12 @@ MODELS = {
         "but no model.safetensors.in",
     ),
     "empty": (foreign(), "evaluate TMP/foreign", 3, "holds neither .* pass the folder of a Hugging Face checkpoint"),
-    "unfinished": (None, "evaluate STOPPED", 3, "is an unfinished run of shardq; run its own command to the end first"),
+    "unfinished": (
+        None,
+        "evaluate STOPPED",
+        3,
+        "is a run of shardq that is not finished, .*; run its own command again",
+    ),
 }
 TEXTS = {
     "absent": (None, f"{RUN} --calib.dataset TMP/a.jsonl", 4, "a.jsonl: no such file; check the path"),

@@ -133,7 +133,10 @@ FOREIGN_FOLDERS = {
     "llama": (["params.json", "consolidated.00.pth"], "own format (consolidated.00.pth)"),
     "shard": (["config.json", "model-00001-of-00002.safetensors"], "model-00001-of-00002.safetensors, but no"),
     "other name": (["config.json", "weights.safetensors"], "rename it to model.safetensors"),
-    "unfinished": (["manifest.json", "ledger.jsonl", "model-00001-of-00004.safetensors"], "is an unfinished run"),
+    "unfinished": (
+        ["manifest.json", "ledger.jsonl", "model-00001-of-00004.safetensors"],
+        "is a run of shardq that is not finished",
+    ),
     "gguf": (["model-q4_0.gguf"], "llama.cpp (model-q4_0.gguf)"),
     "empty": ([], "holds neither model.safetensors.index.json nor model.safetensors; pass the folder"),
 }
