@@ -9,7 +9,7 @@ from shardq.errors import ConfigError
 from shardq.formats.options import AimetOptions
 from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
-from shardq.quant.activation import ActivationOptions
+from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import MAX_DECOMPRESSED_BITS
 
 

@@ -1,42 +1,71 @@
-"""The command line: arguments to a config, a command to its ranks, an error to one line and an exit code."""
+"""The command line: arguments to a config, a command to its ranks, an error to one line and an exit code.
+
+What computes is imported by the functions that need it: torch takes seconds, which help and a refused option save.
+"""
 
 import ctypes
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jsonargparse
-
-from shardq.compiling import keep_between_runs
+from shardq import __version__
+from shardq.arguments import as_recipe, make_config, nearest, take_apart
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
-from shardq.devices import memory_errors
 from shardq.errors import ConfigError, Interrupted, ShardQError
-from shardq.interrupts import interruptible, print_interruption
+from shardq.help import help_text
 from shardq.logs import print_error
-from shardq.parallel.ranks import Ranks, started, this_rank
-from shardq.pipeline.evaluate import evaluate
-from shardq.pipeline.export import export
-from shardq.pipeline.run import quantize
-from shardq.pipeline.tune import tune
-from shardq.pipeline.verify import verify
+
+if TYPE_CHECKING:
+    from shardq.parallel.ranks import Ranks
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 Config = QuantizeConfig | TuneConfig | EvaluateConfig | ExportConfig | VerifyConfig
 
+
+def _quantize(config: QuantizeConfig, ranks: "Ranks") -> dict:
+    from shardq.pipeline.run import quantize
+
+    return quantize(config, ranks)
+
+
+def _tune(config: TuneConfig, ranks: "Ranks") -> dict:
+    from shardq.pipeline.tune import tune
+
+    return tune(config, ranks)
+
+
+def _evaluate(config: EvaluateConfig, ranks: "Ranks") -> dict:
+    from shardq.pipeline.evaluate import evaluate
+
+    return evaluate(config, ranks)
+
+
+def _export(config: ExportConfig, ranks: "Ranks") -> dict:
+    from shardq.pipeline.export import export
+
+    return export(config, ranks)
+
+
+def _verify(config: VerifyConfig, ranks: "Ranks") -> dict:
+    from shardq.pipeline.verify import verify
+
+    return verify(config, ranks)
+
+
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "quantize": (
         QuantizeConfig,
-        quantize,
+        _quantize,
         "Quantize a model block by block; the last line of output is JSON.",
     ),
-    "tune": (TuneConfig, tune, "Tune a finished run's scales end to end; the last line of output is JSON."),
-    "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
-    "export": (ExportConfig, export, "Convert a finished run for other programs; the last line of output is JSON."),
-    "verify": (VerifyConfig, verify, "Check every file of a finished run; the last line of output is JSON."),
+    "tune": (TuneConfig, _tune, "Tune a finished run's scales end to end; the last line of output is JSON."),
+    "evaluate": (EvaluateConfig, _evaluate, "Measure a model's perplexity; the last line of output is JSON."),
+    "export": (ExportConfig, _export, "Convert a finished run for other programs; the last line of output is JSON."),
+    "verify": (VerifyConfig, _verify, "Check every file of a finished run; the last line of output is JSON."),
 }
 IF_MEMORY_IS_SHORT = {
     "quantize": "free some and run the same command again, or begin in another --output with a smaller "
@@ -57,32 +86,51 @@ def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in COMMANDS:
         run_command(verb, sys.argv[2:])
+    if verb == "--version":
+        print(f"shardq {__version__}")
+        sys.exit(0)
+    if verb not in ("-h", "--help"):
+        meant = "".join(f"did you mean {name}? " for name in nearest(verb, COMMANDS)[:1])
+        print_error(f"{verb}: no such command; {meant}There are {', '.join(COMMANDS)}")
+        sys.exit(ConfigError.exit_code)
     lines = [f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items()]
     print("usage: shardq COMMAND [options]\n\n" + "\n".join(lines) + "\n\nshardq COMMAND --help explains every option.")
-    sys.exit(0 if verb in ("-h", "--help") else ConfigError.exit_code)
+    sys.exit(0)
 
 
 def run_command(verb: str, arguments: list[str]) -> None:
     """Run one command on this rank and exit with its code; an error is one line on standard error."""
+    return_freed_tensors()
+    try:
+        _run(verb, parse(verb, arguments))
+    except ShardQError as error:
+        is_first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"  # every host has a console of its own
+        if is_first_on_host or not error.agreed:
+            print_error(str(error), error.where)
+        _leave(error.exit_code)
+    _leave(0)
+
+
+def _run(verb: str, config: Config) -> None:
+    from shardq.compiling import keep_between_runs
+    from shardq.devices import memory_errors
+    from shardq.interrupts import interruptible, print_interruption
+    from shardq.parallel.ranks import started, this_rank
+
     for library in ("huggingface_hub", "datasets", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
-    return_freed_tensors()
     keep_between_runs()
+    advice = IF_INTERRUPTED.get(verb, "the same command does it anew")
     try:
-        config = parse(verb, arguments)
-        advice = IF_INTERRUPTED.get(verb, "the same command does it anew")
         with interruptible(advice), started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):
             summary = COMMANDS[verb][1](config, ranks)
             _print_summary(ranks, summary)
     except ShardQError as error:
-        is_first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"  # every host has a console of its own
-        if is_first_on_host or not error.agreed:
-            print_error(str(error), error.where if error.agreed else this_rank())
-        _leave(error.exit_code)
+        error.where = error.where if error.agreed else this_rank()
+        raise
     except Interrupted as error:
         print_interruption(error)
         _leave(error.exit_code)
-    _leave(0)
 
 
 def return_freed_tensors() -> None:
@@ -99,40 +147,31 @@ def return_freed_tensors() -> None:
 
 
 def parse(verb: str, arguments: list[str]) -> Config:
-    """Defaults, then --config files from left to right, then single options.
+    """Defaults, then --config files from left to right, then single options; --help and the like print and leave.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong type; the same on every rank of a host.
     """
-    parser = _make_parser(verb)
-    try:
-        options = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    except (jsonargparse.ArgumentError, TypeError, ValueError, RecursionError) as error:  # the others: odd recipes
-        reason = re.sub(r'^Parser key "(.+?)":', r"\1:", " ".join(str(error).split()))
-        wrong = ConfigError(f"{reason}; {verb} --help lists the options")
-        wrong.agreed = True
-        raise wrong from error
-    del options["config"]  # the recipes' names; their content is in the other options
-    return COMMANDS[verb][0](**options)
-
-
-def _make_parser(verb: str) -> jsonargparse.ArgumentParser:
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     config_class, _, description = COMMANDS[verb]
-    parser = jsonargparse.ArgumentParser(
-        prog=f"shardq {verb}",
-        description=description,
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_config_files=[],
-        print_config="--print-config",
-    )
-    parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
-    parser.add_class_arguments(config_class, as_positional=True)  # fields that are not keyword-only
-    return parser
+    try:
+        given = take_apart(arguments, config_class)
+        if "help" in given.flags:
+            print(help_text(verb, description, config_class))
+            sys.exit(0)
+        if "version" in given.flags:
+            print(f"shardq {__version__}")
+            sys.exit(0)
+        config = make_config(config_class, given, verb)
+        if "print-config" in given.flags:
+            print(as_recipe(config), end="")
+            sys.exit(0)
+        return config
+    except ConfigError as error:
+        error.agreed = True
+        raise
 
 
-def _print_summary(ranks: Ranks, summary: dict) -> None:
+def _print_summary(ranks: "Ranks", summary: dict) -> None:
     if ranks.rank == 0:
         print(json.dumps(summary), flush=True)
 

@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import MovedText, TextOptions
 from shardq.formats.options import AimetOptions, ExportOptions, Format
-from shardq.model.skeleton import DEFAULT_IGNORE
 from shardq.optimize.options import OptimizeOptions, TuneOptions
 from shardq.parallel.options import ParallelOptions
-from shardq.quant.activation import ActivationOptions
-from shardq.quant.spec import QuantSpec
+from shardq.quant.options import ActivationOptions
+from shardq.quant.spec import DEFAULT_IGNORE, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,8 @@ class QuantOptions:
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
     nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
     ignore: tuple[str, ...] | str | None = DEFAULT_IGNORE
-    """Linears to leave as they are: names or patterns (`*.down_proj`, `re:...`), separated by commas. Embeddings and
-    head are never quantized."""
+    """Linears to leave as they are: names or patterns (`*.down_proj`, `re:...`), separated by commas. A comma within
+    brackets, as in `re:.*[.]1{1,2}[.].*`, belongs to the pattern. Embeddings and head are never quantized."""
 
     @property
     def spec(self) -> QuantSpec:
@@ -56,8 +55,22 @@ class QuantOptions:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Patterns to ignore, always with the defaults."""
-        given = self.ignore.split(",") if isinstance(self.ignore, str) else self.ignore or ()
-        return tuple(dict.fromkeys((*DEFAULT_IGNORE, *(pattern.strip() for pattern in given if pattern.strip()))))
+        given = listed(self.ignore) if isinstance(self.ignore, str) else self.ignore or ()
+        return tuple(dict.fromkeys((*DEFAULT_IGNORE, *given)))
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Items that commas separate; a comma within brackets, as in `re:x{1,2}`, or behind a backslash does not."""
+    items, depth, is_escaped = [""], 0, False
+    for character in text:
+        if character == "," and not depth and not is_escaped:
+            items.append("")
+            continue
+        if not is_escaped:
+            depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        is_escaped = character == "\\" and not is_escaped
+        items[-1] += character
+    return tuple(item.strip() for item in items if item.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """Errors that a user can act on; each class has the exit code that the command line returns."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ShardQError(Exception):
@@ -55,6 +57,16 @@ class QuantizationError(ShardQError):
     """A number that must be finite or positive is not."""
 
     exit_code = 7
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Have an error about numbers begin with the place where they are."""
+    try:
+        yield
+    except QuantizationError as error:
+        error.args = (f"{place}: {error}",)
+        raise
 
 
 class RankError(ShardQError):

@@ -130,7 +130,9 @@ def _advice(error: OSError, path: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left ({_free_mib(path)} MiB free); make room and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "cannot be written; choose another --output or change its permissions"
+        return "cannot be written; choose another folder or change its permissions"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "a file stands where a folder is to be; choose another folder or move that file away"
     if error.errno == errno.ENOENT:
         return "no such file or folder; check the path"
     return f"{error.strerror or error}; check the disk and run the same command again"

@@ -9,15 +9,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from shardq.files import storage_errors
+
+if TYPE_CHECKING:  # errors are printed before torch is imported, which takes seconds
+    import torch
+    from torch import Tensor
 
 STEPS_A_LOSS = 50
 SHOW_CURSOR = "\r\033[?25h"
@@ -38,8 +41,10 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def peak_device_bytes(device: torch.device) -> int:
+def peak_device_bytes(device: "torch.device") -> int:
     """Largest memory of this process on its device so far, in bytes: GPU memory, or resident memory on CPU."""
+    import torch
+
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
@@ -143,7 +148,7 @@ class Display:
         if self._bar:
             self._bar.reset(self._iterations, completed=done, total=num_iterations, description=self._name)
 
-    def advance_iteration(self, loss: Tensor | None = None) -> None:
+    def advance_iteration(self, loss: "Tensor | None" = None) -> None:
         """One optimizer step is done; its loss is read, which waits for the device, only now and then."""
         if not self._bar:
             return

@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
 LAYERS = ["errors", "files", "background", "devices", "compiling", "logs", "interrupts", "quant", "formats",
-          "model", "calib", "cache", "optimize", "parallel", "config", "checks", "pipeline", "cli"]  # fmt: skip
+          "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks", "pipeline",
+          "cli"]  # fmt: skip
 SIBLINGS = {"model", "calib", "cache", "optimize"}  # only what stands above puts two of these together
 HOMES = {  # third-party package -> the only places that may know it
     "torch.distributed": ("parallel/",),
     "transformers": ("model/", "calib/tokenizer.py"),
     "safetensors": ("formats/",),
     "datasets": ("calib/",),
-    "jsonargparse": ("cli.py",),
     "rich": ("logs.py",),
     "compressed_tensors": ("formats/compressed_tensors.py",),
     "torch.onnx": ("model/graph.py",),
@@ -229,7 +229,6 @@ PLANTED = [
     (strayed_packages, "calib/tokens.py", "from transformers import AutoConfig", "uses transformers.AutoConfig"),
     (strayed_packages, "cache/store.py", "import safetensors.torch", "cache/store.py: uses safetensors.torch"),
     (strayed_packages, "pipeline/run.py", "import datasets", "pipeline/run.py: uses datasets"),
-    (strayed_packages, "config.py", "import jsonargparse", "config.py: uses jsonargparse"),
     (strayed_packages, "cli.py", "from rich.console import Console", "cli.py: uses rich.console.Console"),
     (strayed_packages, "logs.py", "import psutil", "logs.py: uses psutil"),
     (strayed_packages, "logs.py", "from torch._inductor.exc import CppCompileError", "logs.py: uses torch._inductor"),

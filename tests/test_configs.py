@@ -77,10 +77,12 @@ def test_grid_is_full_range_by_default_up_to_4_symmetric_bits_alone(bits, symmet
     assert not QuantOptions(bits=bits, group_size=64, decompressed_bits=8).spec.full_range
 
 
-def test_later_options_win_over_recipes(tmp_path):
+@pytest.mark.parametrize("recipe_comes_first", [True, False])
+def test_options_win_over_recipes_wherever_they_stand(tmp_path, recipe_comes_first):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: from_recipe\nquant: {bits: 3, group_size: 64}\n")
-    config = parse("quantize", ["--config", str(recipe), "--quant.bits", "2"])
+    given = [["--config", str(recipe)], ["--quant.bits", "2"]]
+    config = parse("quantize", sum(given if recipe_comes_first else given[::-1], []))
     assert (config.model, config.quant.bits, config.quant.group_size) == ("from_recipe", 2, 64)
 
 
@@ -88,6 +90,74 @@ def test_no_linears_to_ignore_but_the_default_ones(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\nquant: {ignore: null}\n")
     assert parse("quantize", ["--config", str(recipe)]).quant.ignored == QuantOptions().ignored
+
+
+def test_later_recipes_win_over_earlier_ones(tmp_path):
+    for name, content in (("a", "model: a\nseed: 1"), ("b", "model: b")):
+        (tmp_path / name).write_text(content)
+    config = parse("quantize", [f"--config={tmp_path / 'a'}", "--config", str(tmp_path / "b")])
+    assert (config.model, config.seed) == ("b", 1)
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_model_may_stand_alone_before_and_behind_options(command):
+    for arguments in (["m", "--quant.bits", "3"], ["--quant.bits", "3", "m"], ["--model", "m", "--quant.bits=3"]):
+        config = parse(command, arguments)
+        assert (config.model, config.quant.bits) == ("m", 3)
+
+
+@pytest.mark.parametrize("command", ["tune", "export", "verify"])
+def test_run_may_be_named(command):
+    more = ["--model", "m"] if command == "tune" else []
+    assert parse(command, ["r", *more]) == parse(command, ["--run", "r", *more])
+
+
+PATTERNS = [
+    ("a,b", ("a", "b")), (" a , b, ", ("a", "b")), ("re:x{1,2},b", ("re:x{1,2}", "b")), ("[a, 're:x{1,2}']",
+    ("a", "re:x{1,2}")), ("re:(a,b)[c,d],e", ("re:(a,b)[c,d]", "e")), (r"re:\(,b", (r"re:\(", "b")), ("null", ()),
+    ("[ab]*.x", ("[ab]*.x",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, items", PATTERNS)
+def test_lists_take_commas_and_yaml_alike_in_options_and_recipes(tmp_path, text, items):
+    (tmp_path / "recipe.yaml").write_text(f"quant:\n  ignore: {text if text != '[ab]*.x' else repr(text)}\n")
+    for arguments in (["--quant.ignore", text], ["--config", str(tmp_path / "recipe.yaml")]):
+        assert parse("quantize", ["m", *arguments]).quant.ignore == items
+
+
+def test_formats_take_commas_and_yaml_alike(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("export: {formats: 'gguf, onnx'}")
+    for arguments in (["--export.formats", "gguf,onnx"], ["--export.formats", "[gguf, onnx]"],
+                      ["--config", str(tmp_path / "recipe.yaml")]):  # fmt: skip
+        assert parse("quantize", ["m", *arguments]).export.asked == ("gguf", "onnx")
+
+
+VALUES = [
+    ("weight_lr: 1e-3", "optimize", "weight_lr", 1e-3), ("compile: off", "optimize", "compile", "off"),
+    ("samples: null", "calib", "samples", None), ("samples:", "calib", "samples", None),
+    ("dataset: 123", "calib", "dataset", "123"), ("offload: True", "parallel", "offload", True),
+    ("activation_bits: 8", "export", "activation_bits", 8), ("folder: null", "cache", "folder", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, section, name, value", VALUES)
+def test_values_of_recipes_and_options_mean_the_same(tmp_path, text, section, name, value):
+    (tmp_path / "recipe.yaml").write_text(f"model: m\n{section}: {{{text}}}\nquant:\n")
+    written = text.partition(":")[2].strip() or "null"
+    for arguments in (["--config", str(tmp_path / "recipe.yaml")], ["m", f"--{section}.{name}", written]):
+        found = getattr(getattr(parse("quantize", arguments), section), name)
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_printed_config_is_a_recipe_of_the_same_options(command, tmp_path, capsys):
+    arguments = ["a", *(["--model", "b"] if command == "tune" else [])]
+    with pytest.raises(SystemExit) as left:
+        parse(command, [*arguments, "--print-config"])
+    assert left.value.code == 0
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    assert parse(command, ["--config", str(tmp_path / "recipe.yaml")]) == parse(command, arguments)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -100,4 +170,4 @@ def test_help_explains_every_option(command, capsys):
         re.sub(r"\(type:.*?\)", "", " ".join(option.split()[2:])) for option in re.split(r"\n  (?=--)", shown)[1:]
     ]
     assert all(len(text) > 12 for text in explained), explained
-    assert all(re.search(rf"\n  (--)?{field.name}\b", shown) for field in fields(COMMANDS[command][0])), shown
+    assert all(re.search(rf"\n  ([A-Z]+, )?--{field.name}\b", shown) for field in fields(COMMANDS[command][0])), shown

@@ -118,9 +118,11 @@ def test_file_in_a_folders_place_is_named(tmp_path):
 ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
-    errno.EACCES: "choose another --output",
-    errno.EPERM: "choose another --output",
-    errno.EROFS: "choose another --output",
+    errno.EACCES: "choose another folder",
+    errno.EPERM: "choose another folder",
+    errno.EROFS: "choose another folder",
+    errno.EEXIST: "a file stands where a folder is to be",
+    errno.ENOTDIR: "a file stands where a folder is to be",
     errno.ENOENT: "no such file",
     errno.EIO: "Input/output error; check the disk",
 }

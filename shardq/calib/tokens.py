@@ -16,6 +16,7 @@ from shardq.formats.tensor_file import read_tensors
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DEFAULT_SUBSETS = {"allenai/c4": "en"}
+CHATS = ("messages", "conversations", "conversation")  # what columns of conversations are called
 PIECE_CHARACTERS = 1 << 20
 POOL_FACTOR = 16  # candidate sequences read for each one taken, so that a large file is not read to its end
 
@@ -29,7 +30,7 @@ def load_tokens(options: TextOptions, model_folder: Path, vocabulary_size: int) 
     Raises:
         CalibrationError: no such dataset, column or tokenizer; too few tokens; an id beyond the vocabulary.
     """
-    if options.dataset.endswith(".safetensors"):
+    if options.dataset.lower().endswith(".safetensors"):
         pool = _read_ids(options)
     else:
         cut = {"packed": _packed, "row": _row_by_row}[options.packing]
@@ -88,7 +89,7 @@ def _texts(options: TextOptions) -> Iterator[str]:
     Tokens are thus the whole text's but for one boundary a piece, and memory does not grow with the file.
     """
     texts = _column(options)
-    if options.dataset.endswith(".txt") and options.packing == "packed":
+    if options.dataset.lower().endswith(".txt") and options.packing == "packed":
         piece, size = [], 0
         for line in texts:
             piece.append(line)
@@ -102,41 +103,59 @@ def _texts(options: TextOptions) -> Iterator[str]:
 
 
 def _column(options: TextOptions) -> Iterator[str]:
-    for row in _rows(options):
-        column = options.column or "text"
+    name, column = options.dataset, options.column or "text"
+    for number, row in enumerate(_rows(options), start=1):
+        value = row.get(column)
+        chats = [other for other in CHATS if isinstance(row.get(other), list)]
+        if chats and not isinstance(value, str):
+            raise CalibrationError(
+                f"{name}: column {chats[0]!r} holds conversations, not text; write each as one text, with the model's "
+                "chat template, to a column text"
+            )
         if column not in row:
             raise CalibrationError(
-                f"{options.dataset}: no column {column!r}; name one of {', '.join(sorted(row))} with the option column"
+                f"{name}: no column {column!r}; name one of {', '.join(sorted(row))} with the option column"
             )
-        if not isinstance(row[column], str):
-            raise CalibrationError(f"{options.dataset}: column {column!r} holds {type(row[column]).__name__}, not text")
-        yield row[column]
+        if not isinstance(value, str):
+            held = "null" if value is None else type(value).__name__
+            advice = "remove that row, or give it text" if value is None else "name another with the option column"
+            raise CalibrationError(f"{name}: column {column!r} of row {number} holds {held}, not text; {advice}")
+        yield value
 
 
 def _rows(options: TextOptions) -> Iterator[dict]:
     """Rows of a file or a hub dataset, streamed: nothing is downloaded or held beyond what is asked for."""
-    name = options.dataset
-    path = Path(name)
+    name, path = options.dataset, Path(options.dataset)
+    if path.is_dir():
+        raise CalibrationError(f"{name}: is a folder; pass one file in it ({', '.join(BUILDERS)}), or a hub name")
+    is_local = path.is_file()
+    if not is_local and (path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~"))):
+        raise CalibrationError(f"{name}: no such file; check the path, or pass a hub name (owner/name)")
     try:
-        if path.is_file():
-            if path.suffix not in BUILDERS:
-                raise CalibrationError(f"{name}: file type {path.suffix!r} is not read; use {', '.join(BUILDERS)}")
-            builder = BUILDERS[path.suffix]
-            line_breaks = {"keep_linebreaks": True} if builder == "text" else {}
-            yield from load_dataset(builder, data_files=str(path), split="train", streaming=True, **line_breaks)
-            return
-        if path.suffix in BUILDERS or name.startswith((".", "/")):
-            raise CalibrationError(f"{name}: no such file; pass a text, jsonl or parquet file, or a hub name")
-        subset = options.subset or DEFAULT_SUBSETS.get(name)
-        yield from load_dataset(name, subset, split=options.split, streaming=True)
+        yield from (
+            _rows_of_file(path)
+            if is_local
+            else load_dataset(name, options.subset or DEFAULT_SUBSETS.get(name), split=options.split, streaming=True)
+        )
     except CalibrationError:
         raise
     except (DatasetNotFoundError, OSError, ValueError, RuntimeError, StopIteration) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(
-            f"{name}: the dataset cannot be read ({reason}); check its name and the network, "
-            "or pass a local text, jsonl or parquet file"
-        ) from error
+        reason = (str(error).strip().splitlines() or ["it holds no rows"])[0]
+        if is_local:
+            said = f"cannot be read as {path.suffix.lower()} ({reason}); mend the file, or pass another"
+        else:
+            said = f"the dataset cannot be read ({reason}); check its name and the network, or pass a local text file"
+        raise CalibrationError(f"{name}: {said}") from error
+
+
+def _rows_of_file(path: Path) -> Iterable[dict]:
+    builder = BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise CalibrationError(f"{path}: file type {path.suffix!r} is not read; use {', '.join(BUILDERS)}")
+    if not path.stat().st_size:
+        raise CalibrationError(f"{path}: is empty; pass a file with text")
+    line_breaks = {"keep_linebreaks": True} if builder == "text" else {}
+    return load_dataset(builder, data_files=str(path), split="train", streaming=True, **line_breaks)
 
 
 def _read_ids(options: TextOptions) -> list[list[int]]:

@@ -27,6 +27,7 @@ from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
+BITS = (4, 8)
 PER_TOKEN_INT8 = ActivationGrid(8, symmetric=True)
 
 
@@ -36,7 +37,7 @@ def check_grid(spec: QuantSpec, activation_bits: int) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if spec.bits not in (4, 8):
+    if spec.bits not in BITS:
         # Other widths lie differently in words of the library's older and newer versions.
         raise ConfigError(f"compressed-tensors: {spec.bits} bits are not supported, only 4 and 8; export hf instead")
     if activation_bits == 8 and not spec.symmetric:

@@ -20,7 +20,6 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +27,14 @@ from torch import Tensor
 from shardq import __version__
 from shardq.errors import CheckpointError, ConfigError
 from shardq.files import storage_errors, write_whole
+from shardq.formats.options import EncodingsVersion
 from shardq.quant import affine
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 Grids = dict[str, ActivationGrid]
-Version = Literal["0.6.1", "1.0.0", "2.0.0", "2.1.0"]
+Version = EncodingsVersion
 
 PRODUCER = {"package": "shardq", "version": __version__}
 LAYOUTS: dict[Version, tuple[str, str]] = {  # key of a file's items, the brackets around them

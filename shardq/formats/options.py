@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shardq.formats import encodings
-
 Format = Literal["compressed-tensors", "gptq", "hf", "onnx", "gguf", "aimet"]
+EncodingsVersion = Literal["0.6.1", "1.0.0", "2.0.0", "2.1.0"]
 CHECKPOINTS: tuple[Format, ...] = ("compressed-tensors", "gptq", "hf")  # a shard a block
 
 
@@ -13,7 +12,7 @@ CHECKPOINTS: tuple[Format, ...] = ("compressed-tensors", "gptq", "hf")  # a shar
 class AimetOptions:
     """The encodings of `aimet`."""
 
-    version: encodings.Version = "1.0.0"
+    version: EncodingsVersion = "1.0.0"
     """Version of the encodings; 0.6.1 is what load_encodings of aimet_torch reads."""
 
 
@@ -24,9 +23,10 @@ class ExportOptions:
     dtype: Literal["float32", "source"] = "float32"
     """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
     dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
-    formats: Format | tuple[Format, ...] = ()
-    """Further formats to write, each to a folder of its name in the output folder: `compressed-tensors`, `gptq`, `hf` a
-    shard a block as the run goes on, the others when it is done; `shardq export` does it later."""
+    formats: tuple[Format, ...] | Format = ()
+    """Further formats to write, separated by commas, each to a folder of its name in the output folder:
+    `compressed-tensors`, `gptq`, `hf` a shard a block as the run goes on, the others when it is done; `shardq export`
+    does it later."""
     activation_bits: Literal[8, 16] = 16
     """Activations that a compressed-tensors checkpoint asks for: 16 leaves them as they are, 8 has those that
     enter the linears rounded to int8 while the model runs (W8A8, W4A8): on the run's own grids (activations.bits 8), or

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.files import storage_errors
+from shardq.formats.other_forms import what_it_is
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -74,9 +75,7 @@ def open_index(folder: Path) -> Index:
         return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
     if (folder / SINGLE_FILE).exists():
         return read_header(inside(folder, SINGLE_FILE))
-    raise CheckpointError(
-        f"{folder}: holds neither {INDEX_FILE} nor {SINGLE_FILE}; shardq reads safetensors checkpoints only"
-    )
+    raise CheckpointError(f"{folder}: {what_it_is(folder, SINGLE_FILE, INDEX_FILE)}")
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

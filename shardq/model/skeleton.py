@@ -20,9 +20,9 @@ from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardq.formats.shards import Digests, Index, TensorInfo, open_index
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.own_code import own_code
+from shardq.quant.spec import DEFAULT_IGNORE
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-DEFAULT_IGNORE = ("lm_head", "*embed*")
 
 
 class StandIn(nn.Module):

@@ -236,6 +236,11 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
         "scale": folded.scale_OG
     }
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
+    if folded.spec.scale_dtype == "float16" and wrong in (["scale"], []) and not folded.has_valid_scales:
+        raise QuantizationError(
+            f"{name}: its weights need a scale beyond what float16 holds, in which the target keeps scales; leave this "
+            "linear as it is with --quant.ignore, or leave out --target"
+        )
     if wrong or not folded.has_valid_scales:
         sign = "nonzero" if folded.spec.full_range else "positive"
         raise QuantizationError(

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # options are read before torch is imported, which takes seconds
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,9 @@ class OptimizeOptions:
     (presets: 0, aimet 0.5)."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """What `precision` stands for, once it is resolved."""
-        return DTYPES[self.precision]
+        return _dtype(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,10 @@ class TuneOptions:
     """As --optimize.precision of quantize."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """What `precision` stands for, once it is resolved."""
-        return DTYPES[self.precision]
+        return _dtype(self.precision)
 
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 # weight_lr by bits: 2, 3, 4 and more. A coarser grid asks for larger changes of the weight (measured).
 DEFAULT = {
@@ -135,3 +134,9 @@ def resolved_tuning(options: TuneOptions, num_samples: int, has_bf16: bool) -> T
 
 def _precision(asked: str, has_bf16: bool) -> str:
     return asked if asked != "auto" else "bf16" if has_bf16 else "float32"
+
+
+def _dtype(precision: str) -> "torch.dtype":
+    import torch
+
+    return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]

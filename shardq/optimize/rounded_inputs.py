@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from shardq.quant.activation import ActivationGrid, ActivationOptions, RoundThrough, token_grid
+from shardq.quant.activation import ActivationGrid, RoundThrough, token_grid
+from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 

@@ -1,9 +1,11 @@
 """How ranks share a block's training."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # options are read before torch is imported, which takes seconds
+    import torch
+
 
 Engine = Literal["local", "rows", "allreduce", "zero1", "zero2", "zero3"]
 
@@ -25,8 +27,10 @@ class ParallelOptions:
     """JSON file of further DeepSpeed settings for a ZeRO engine, such as `zero_optimization.reduce_bucket_size`."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """What `reduce_dtype` stands for."""
+        import torch
+
         return {"float32": torch.float32, "bf16": torch.bfloat16}[self.reduce_dtype]
 
     @property

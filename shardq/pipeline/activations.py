@@ -14,8 +14,9 @@ from shardq.model.taps import activation_names, tapped
 from shardq.parallel.collectives import reduce_over_ranks
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.plan import Plan, block_file
-from shardq.quant.activation import ActivationGrid, ActivationOptions, rounded
+from shardq.quant.activation import ActivationGrid, rounded
 from shardq.quant.observers import REDUCTIONS, WITH_COUNTS, Statistics, no_statistics, observed_grid, statistics_of
+from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 KEPT = (".key", ".value")  # what a KV cache keeps

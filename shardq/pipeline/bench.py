@@ -34,7 +34,7 @@ from shardq.parallel.row_stepper import RowStepper
 from shardq.pipeline.passes import Activations, Forward
 from shardq.pipeline.training_checkpoint import Checkpoints
 from shardq.quant import adascale
-from shardq.quant.activation import ActivationOptions
+from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 

@@ -124,8 +124,12 @@ def check_finished(output: Path) -> None:
 
 def why_unfinished(output: Path, entries: Entries) -> list[str]:
     """One line where a run is not finished."""
-    done = len(entries.keys() - {None})
-    return [] if None in entries else [f"{output}: not finished, {done} block(s) are; run its command to the end"]
+    if None in entries:
+        return []
+    if not (output / MANIFEST).exists():
+        what = f"holds no run of shardq (no {MANIFEST})" if output.exists() else "no such folder"
+        return [f"{output}: {what}; check the path"]
+    return [f"{output}: not finished, {len(entries)} block(s) are; run its command again, which goes on after them"]
 
 
 def read_json(path: Path) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shardq import __version__
-from shardq.config import QuantizeConfig
+from shardq.config import QuantizeConfig, listed
 from shardq.files import sha256_of
 from shardq.formats.shards import Index, read_sample
 
@@ -96,6 +96,8 @@ def _differences(stored: object, current: object, path: str = "") -> dict[str, s
             found |= _differences(stored.get(name), current.get(name), f"{path}.{name}" if path else name)
         return found
     name = path.removeprefix("options.")
+    if name == "quant.ignore" and isinstance(stored, str):
+        stored = list(listed(stored))  # a run that was begun when text was kept as it was typed
     return {} if stored == current else {name: f"{name} (was {_short(stored)}, is {_short(current)})"}
 
 

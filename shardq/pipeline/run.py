@@ -15,6 +15,7 @@ from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
 from shardq.compiling import compiler, eager
 from shardq.config import ExportConfig, Format, QuantizeConfig
+from shardq.errors import located
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
 from shardq.model.arguments import BlockArguments
@@ -120,14 +121,14 @@ def _finish(run: Run, events: Events) -> list[dict]:
     with run.display.bars(plan.num_blocks, len(ledger.finished(lines))):
         for loaded, check in _blocks_to_do(run, lines, cache, job):
             block_index, num_before = loaded.index, len(ledger.finished(lines))
-            lines.append(_quantize_and_commit(run, job, loaded, dtype, check))
+            _quantize_and_commit(run, job, loaded, dtype, lines, check)
             del loaded  # its source must not stay in memory while the block after the next is read
             num_done = len(ledger.finished(lines))
             run.display.advance_block(num_done - num_before)
             if num_done <= num_before:
                 run.display.line(f"block {block_index} has come out otherwise; all after it are done again")
             if num_done < plan.num_blocks:
-                stop_if_asked(run.output, ranks, block_index + 1, plan.num_blocks)
+                stop_if_asked(run.output, ranks, num_done, plan.num_blocks)
     with events.span("export"):
         shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
         lines.append(on_rank_zero(ranks, lambda: _complete(run, dtype)))
@@ -223,23 +224,25 @@ def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
     return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
 
 
-def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, check: Check) -> dict:
-    """Quantize one block, write its files, make them count, drop what only this block needed; give its ledger line."""
+def _quantize_and_commit(
+    run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, lines: list[dict], check: Check
+) -> None:
+    """Quantize one block, write its files, make them count, drop what only this block needed; add its ledger line."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
     job.display.start_block(name)
-    result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last, check)
+    with located(f"block {block_index} {name}"):
+        result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last, check)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
-        line = on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype))
+        lines.append(on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype)))
         job.activations.drop(block_index)
     job.display.line(
-        f"block {block_index + 1}/{run.plan.num_blocks} {name}: "
+        f"block {block_index} {name}, {len(ledger.finished(lines))} of {run.plan.num_blocks} done: "
         f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
         + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
     )
-    return line
 
 
 def _asked(run: Run, block_index: int) -> tuple[list[str], dict[str, int], BlockArguments]:

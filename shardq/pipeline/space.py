@@ -31,6 +31,7 @@ class Need:
     what: str
     folder: Path
     num_bytes: int
+    option: str = "--output"
 
 
 def check_space(run: Run) -> None:
@@ -48,9 +49,10 @@ def check_space(run: Run) -> None:
             if total > num_free:
                 parts = ", ".join(f"{need.what} {_size(need.num_bytes)}" for need in needs)
                 folders = " and ".join(dict.fromkeys(str(need.folder) for need in needs))
+                options = " or ".join(dict.fromkeys(need.option for need in needs))
                 raise StorageError(
                     f"{folders}: {_size(total)} are still to be written there ({parts}), {_size(num_free)} are free; "
-                    "make room, or choose another --output or --cache.folder"
+                    f"make room, or choose another {options}"
                 )
 
     together(run.ranks, lambda: check() if run.ranks.local_rank == 0 else None)
@@ -73,7 +75,7 @@ def needed(run: Run) -> list[Need]:
         if (run.output / ledger.MANIFEST).exists():
             there = _there(cache_folder(run.config, run.output, num_redos))  # kept, or removed as a redo begins
         folder = Path(run.config.cache.folder or run.output)
-        needs.append(Need("activations", folder, max(0, cache_bytes(run) - there)))
+        needs.append(Need("activations", folder, max(0, cache_bytes(run) - there), "--cache.folder"))
     return needs
 
 
@@ -148,4 +150,6 @@ def _there(path: Path) -> int:
 
 
 def _size(num_bytes: int) -> str:
+    if num_bytes < 1e6:
+        return f"{num_bytes / 1e3:.1f} kB"
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -34,7 +34,7 @@ def stop_if_asked(output: Path, ranks: Ranks, done: int, num: int, what: str = "
         Stopped: it was there.
     """
     if on_rank_zero(ranks, lambda: _taken_away(output)):
-        error = Stopped(f"{output}: stopped after {what} {done} of {num} as asked; the same command goes on")
+        error = Stopped(f"{output}: stopped as asked, {done} of {num} {what}s are done; the same command goes on")
         error.agreed = True  # every rank has heard the same from rank 0
         raise error
 

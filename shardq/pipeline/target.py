@@ -46,6 +46,11 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
             f"quant.decompressed_bits: {config.target} keeps scales in {scale_dtype(config, skeleton, plan)}, in which "
             "they are no whole multiples; leave out quant.decompressed_bits or target"
         )
+    if config.target == "vllm" and spec.bits not in compressed_tensors.BITS:
+        raise ConfigError(
+            f"quant.bits: vLLM has no kernel for {spec.bits} bits, only for 4 and 8; choose one of them, or leave out "
+            "target"
+        )
     if config.target == "vllm" or "compressed-tensors" in export.asked:
         compressed_tensors.check_grid(spec, export.activation_bits)
     if "gptq" in export.asked:

@@ -239,9 +239,7 @@ def agreed_loss(at_hand: BlockAtHand) -> float:
     sums = compare(job.activations, block_index, samples, at_hand.forward, at_hand.objective.errors)
     total = ErrorSums(*sum_over_ranks(job.ranks, [sums.error, sums.weight]))
     if not math.isfinite(total.loss):
-        error = QuantizationError(
-            f"the loss of block {block_index} is not finite; check the model's activations for overflow"
-        )
+        error = QuantizationError("its loss is not finite; check the model's activations for overflow")
         error.agreed = True  # every rank has added up the same numbers
         raise error
     return total.loss

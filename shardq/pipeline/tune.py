@@ -104,8 +104,6 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         held: keeps other runs out of that folder until it is closed.
     """
     run, output = Path(config.run), config.folder
-    if not (run / ledger.MANIFEST).exists():
-        raise ResumeError(f"{run}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
     ledger.check_finished(run)
     source = ledger.read_manifest(run)
     others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})

@@ -75,14 +75,16 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     """
     quant = ledger.stored_options(output, "quant")
     if not quant:
-        raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
+        raise ResumeError(ledger.why_unfinished(output, {})[0])
     faults: Faults = {"ledger": [], "index": []}
     try:
         entries = ledger.finished(ledger.read_lines(output))
     except ResumeError as error:
         return faults | {"ledger": [str(error)]}, 0, 0
     unfinished = ledger.why_unfinished(output, entries)
-    faults["ledger"] = [fault for _, fault in ledger.damaged_files(output, entries)] + unfinished
+    faults["ledger"] = [fault for _, fault in ledger.damaged_files(output, entries)]
+    if unfinished and not faults["ledger"]:
+        raise ResumeError(unfinished[0])
     if unfinished:
         return faults, 0, 0
     try:

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardq.quant.activation import ActivationGrid, ActivationOptions, grid_between
+from shardq.quant.activation import ActivationGrid, grid_between
 from shardq.quant.affine import SCALE_FLOOR
+from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 Reduction = Literal["min", "max", "sum"]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 MAX_DECOMPRESSED_BITS = 16
+DEFAULT_IGNORE = ("lm_head", "*embed*")  # linears that are never quantized
 
 
 @dataclass(frozen=True, kw_only=True)

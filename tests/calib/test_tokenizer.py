@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
 from shardq.calib.tokenizer import load_tokenizer
 from shardq.errors import CalibrationError
@@ -28,11 +29,11 @@ def _library_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece_model(model_type: str) -> bytes:
+def sentencepiece_model(model_type: str, vocab_size: int = 40, **options: object) -> bytes:
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, model_type=model_type, vocab_size=40,
-        hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter(TEXTS), model_writer=model, model_type=model_type, vocab_size=vocab_size,
+        hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
     return model.getvalue()
 
@@ -152,6 +153,48 @@ def test_sentencepiece_model_with_a_config_beside_it_is_read_as_llama_2_ships_it
     library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenize = load_tokenizer(tmp_path)
     assert [tokenize(text) for text in UNSEEN] == [library.encode(text) for text in UNSEEN]
+
+
+LLAMA_2 = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+IN_JSON = {"added_tokens.json": {"<|im_start|>": 330, "<|im_end|>": 331, "<|im|>": 332}}
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+
+
+def in_config(**flags: bool) -> dict[str, dict]:
+    tokens = {str(number): {"content": text} | FLAGS | flags for text, number in IN_JSON["added_tokens.json"].items()}
+    return {"tokenizer_config.json": {"added_tokens_decoder": tokens}}
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize(
+    "files",
+    [IN_JSON, in_config(), in_config(lstrip=True, rstrip=True), in_config(single_word=True), IN_JSON | in_config()],
+    ids=["json", "config", "strips", "words", "both"],
+)
+def test_added_tokens_beside_a_lone_sentencepiece_model_are_transformers_ids(tmp_path, files, legacy):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe", 330, **LLAMA_2))
+    config = {"tokenizer_class": "LlamaTokenizer"} | ({} if legacy is None else {"legacy": legacy})
+    for name, content in ({"tokenizer_config.json": {}} | files).items():
+        own = content | config if name == "tokenizer_config.json" else content
+        (tmp_path / name).write_text(json.dumps(own))
+    reference, tokenize = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    marked = ["<|im_start|>the dog<|im_end|>\nfox", "a<|im_start|>", "dog <|im_start|>  the <|im|>", "<|im_end|>",
+              "x<|im_start|><|im_end|>y", "<|im_start", "two  spaces"]  # fmt: skip
+    for text in UNSEEN + marked:
+        assert tokenize(text) == reference(text, add_special_tokens=False)["input_ids"], text
+    assert tokenize("<|im_start|>") == [330]
+
+
+@pytest.mark.parametrize(
+    "content", ["garbage", "[]", '{"added_tokens_decoder": {"x": {}}}', '{"added_tokens_decoder": 3}']
+)
+def test_damaged_file_of_added_tokens_is_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    if content != "[]":
+        assert "cannot be read" in message_of(tmp_path)
+    else:
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizer_config_that_is_no_object_is_one_line(tmp_path, library_tokenizer):

@@ -216,7 +216,7 @@ def test_too_little_text_says_how_much_there_is(tmp_path, model, packing: str):
     assert "3 sequences of 5 tokens" in message and "4 are needed" in message
 
 
-@pytest.mark.parametrize("content", ["", "\n", "w1 w2"], ids=["empty", "blank", "short"])
+@pytest.mark.parametrize("content", ["\n", "w1 w2"], ids=["blank", "short"])
 def test_text_without_a_whole_sequence_is_refused(tmp_path, model, content: str):
     (tmp_path / "a.txt").write_text(content)
     assert "0 sequences of 5 tokens" in message_of(tmp_path / "a.txt", model)
@@ -285,7 +285,21 @@ def test_relative_path_that_is_not_there_is_no_hub_name(model):
     assert "no such file" in message_of("./nowhere", model)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.TXT", "plain"])
+@pytest.mark.parametrize("suffix", [".TXT", ".JSONL", ".Parquet", ".SafeTensors"])
+def test_case_of_a_suffix_does_not_matter(tmp_path, model, suffix: str):
+    if suffix == ".SafeTensors":
+        path = save_ids(tmp_path / f"a{suffix}", torch.tensor([[1, 2], [3, 4]]))
+    elif suffix == ".TXT":
+        path = tmp_path / f"a{suffix}"
+        path.write_text("w1 w2\nw3 w4\n")
+        assert loaded(path, model, packing="packed", sequence_length=6) == [[1, 2, NEWLINE_ID, 3, 4, NEWLINE_ID]]
+        return
+    else:
+        path = write_rows(tmp_path / f"a{suffix.lower()}", ["w1 w2", "w3 w4"]).rename(tmp_path / f"a{suffix}")
+    assert loaded(path, model, sequence_length=2) == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "plain"])
 def test_file_of_another_type_names_the_types_that_are_read(tmp_path, model, name: str):
     (tmp_path / name).write_text("w1 w2")
     message = message_of(tmp_path / name, model)
@@ -358,9 +372,39 @@ def test_dataset_that_the_hub_does_not_have_is_named(model, empty_hub):
     assert any("owner/name" in path for path in empty_hub)
 
 
-def test_empty_file_is_refused(tmp_path, model):
-    (tmp_path / "a.jsonl").write_text("")
-    message_of(tmp_path / "a.jsonl", model)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet"])
+def test_empty_file_is_said_to_be(tmp_path, model, name: str):
+    (tmp_path / name).write_text("")
+    assert "is empty" in message_of(tmp_path / name, model)
+
+
+def test_folder_is_said_to_be_one(tmp_path, model):
+    assert "is a folder; pass one file in it" in message_of(tmp_path, model)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_row_without_text_is_named(tmp_path, model, suffix: str):
+    path = write_rows(tmp_path / f"a{suffix}", [*(["w1 w2"] * 49), None, "w3"])
+    assert "column 'text' of row 50 holds null" in message_of(path, model)
+
+
+@pytest.mark.parametrize("options", [{}, {"column": "messages"}], ids=["unasked", "asked"])
+def test_conversations_are_said_to_be_no_text(tmp_path, model, options: dict):
+    chat = [{"role": "user", "content": "w1 w2"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    message = message_of(tmp_path / "a.jsonl", model, **options)
+    assert "column 'messages' holds conversations" in message and "chat template" in message
+
+
+def test_text_beside_conversations_is_read(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user"}], "text": "w1 w2"}) + "\n")
+    assert loaded(tmp_path / "a.jsonl", model, sequence_length=2) == [[1, 2]]
+
+
+def test_damaged_local_file_is_not_blamed_on_the_network(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text("garbage")
+    message = message_of(tmp_path / "a.jsonl", model)
+    assert "cannot be read as .jsonl" in message and "network" not in message
 
 
 def test_id_file_without_tensors_is_refused(tmp_path, model):

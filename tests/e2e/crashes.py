@@ -58,7 +58,7 @@ POINTS = {  # name: where the function is looked up when it is called
 }
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 WRITES = ("sync", "rename", "make folder", "delete")  # points at which the system may refuse
-ADVICE = ("run the same command again", "choose another --output or change its permissions")
+ADVICE = ("run the same command again", "choose another folder or change its permissions")
 TORN = {"write tensors": lambda tensors, path, *_: path, "ledger line": lambda path, line: path}
 MOMENTS = ("before", "after", "within")
 

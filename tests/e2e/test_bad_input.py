@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import tiny
 from runs import LAUNCH, committed, failing_launch, quantize_arguments, run_evaluate, run_quantize
 from shardq import errors
-from shardq.cli import parse
 
 
 def edit_tensor(folder, name, change):
@@ -226,25 +225,6 @@ def test_evaluation_trains_nothing(llama, token_file):
 def test_evaluation_on_disk_needs_a_folder(llama, token_file):
     with pytest.raises(errors.ConfigError, match="--cache.folder"):
         run_evaluate(llama, token_file, "--cache.placement", "disk")
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (["--model", "x", "--quant.bit", "3"], "--quant.bit"),
-        (["--model", "x", "--quant.bits", "four"], "quant.bits: Expected a <class 'int'>"),
-        (["--model", "x", "--optimize.preset", "fastest"], "optimize.preset"),
-        (["--model", "x", "--optimize.precision", "int8"], "optimize.precision"),
-        (["--model", "x", "--optimize.compile", "maybe"], "optimize.compile"),
-        (["--model", "x", "--optimize.micro_batch", "1.5"], "optimize.micro_batch"),
-        (["--model", "x", "--config", "absent.yaml"], "absent.yaml"),
-        ([], "model"),
-    ],
-)
-def test_options_that_do_not_exist_or_fit_are_named(arguments, named):
-    with pytest.raises(errors.ConfigError) as error:
-        parse("quantize", arguments)
-    check_one_line(error, named)
 
 
 def test_bad_option_ends_the_command_with_code_2_and_one_line(llama, token_file, tmp_path):

@@ -251,7 +251,7 @@ def test_matrices_that_transformers_builds_nothing_of_are_named_as_float(llama: 
 def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_file: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="not an empty folder"):
         run_export(served)
-    with pytest.raises(ResumeError, match="not finished"):
+    with pytest.raises(ResumeError, match="holds no run of shardq"):
         run_export(llama)
     with pytest.raises(ConfigError, match="pickle"):
         run_export(served, "--format", "pickle")

@@ -155,7 +155,7 @@ def test_run_stops_after_the_block_at_hand_on_all_ranks(llama, token_file, two_r
     [line] = own_lines(stderr)
     done = committed(output)
     assert 1 <= done <= 2
-    assert line == f"shardq: {output}: stopped after block {done} of 3 as asked; the same command goes on"
+    assert line == f"shardq: {output}: stopped as asked, {done} of 3 blocks are done; the same command goes on"
     assert process.returncode != 0 and not (output / STOP).exists()
     finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
     assert last_json(finished.stdout)["blocks"] == 3
@@ -172,7 +172,7 @@ def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, t
 
     monkeypatch.setattr("shardq.pipeline.run.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask())[0])
     for done in (1, 2):
-        with pytest.raises(Stopped, match=f"stopped after block {done} of 3"):
+        with pytest.raises(Stopped, match=f"stopped as asked, {done} of 3 blocks are done"):
             run_quantize(llama, token_file, output, "--quant.method", "rtn")
         assert committed(output) == done and not (output / STOP).exists()
         (output / STOP).touch()

@@ -118,7 +118,7 @@ def test_same_command_goes_on_with_a_redo_and_does_not_begin_it_anew(output, cha
     arguments = ["--redo", "1", *OTHER]
     with monkeypatch.context() as patched:
         stop_after(patched, 1)
-        with pytest.raises(Stopped, match="after block 2 of 3"):
+        with pytest.raises(Stopped, match="2 of 3 blocks are done"):
             run_quantize(llama, token_file, output, *arguments)
     with pytest.raises(ResumeError, match="not finished, 2 block"):
         verify(parse("verify", [str(output)]), ONE_RANK)

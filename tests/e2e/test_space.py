@@ -61,13 +61,14 @@ def test_run_that_will_not_fit_is_refused_before_it_begins(small_disk, llama, to
     more = [] if where == "output" else ["--cache.folder", small_disk / "cache"]
     with pytest.raises(StorageError) as caught:
         run_quantize(llama, token_file, output, *more)
-    named, parts = {
-        "output": (output, r"weights and encodings 1\.\d MB, activations 0\.5 MB"),
-        "cache": (small_disk / "cache", r"activations 0\.5 MB"),
-    }[where]
+    named, size, parts, options = {
+        "output": (output, r"1\.\d MB", r"weights and encodings 1\.\d MB, activations 53\d\.\d kB",
+                   r"--output or --cache\.folder"),
+        "cache": (small_disk / "cache", r"53\d\.\d kB", r"activations 53\d\.\d kB", r"--cache\.folder"),
+    }[where]  # fmt: skip
     assert re.fullmatch(
-        rf"{named}: \d\.\d MB are still to be written there \({parts}\), 0\.4 MB are free; make room, or choose "
-        r"another --output or --cache\.folder", str(caught.value),
+        rf"{named}: {size} are still to be written there \({parts}\), 39\d\.\d kB are free; make room, or choose "
+        rf"another {options}", str(caught.value),
     )  # fmt: skip
     assert result_files(output) == {}
 

@@ -171,7 +171,7 @@ def test_a_stopped_tuning_goes_on_from_the_last_saved_step(
     output, options = tmp_path / "out", ("--cache.placement", placement)
     with (
         stopping_after_a_save(output),
-        pytest.raises(Stopped, match="stopped after step 4 of 6 as asked; the same command goes on"),
+        pytest.raises(Stopped, match="stopped as asked, 4 of 6 steps are done; the same command goes on"),
     ):
         run_tune(run, llama, output, *options)
     steps = []

@@ -106,7 +106,7 @@ DAMAGES = {  # what is done, the check that finds it, what it says
     "a flipped bit": (lambda r: flip_last_bit(r / CODES), "ledger", f"{CODES}: changed since it was finished"),
     "a missing shard": (lambda r: (r / WEIGHTS).unlink(), "index", f"{WEIGHTS}: missing"),
     "a truncated shard": (lambda r: (r / WEIGHTS).write_bytes((r / WEIGHTS).read_bytes()[:-9]), "index", "truncated"),
-    "no index": (lambda r: (r / INDEX).unlink(), "index", "holds neither"),
+    "no index": (lambda r: (r / INDEX).unlink(), "index", "has lost its model.safetensors.index.json"),
     "a tensor not in the index": (
         lambda r: edit_tensors(r / WEIGHTS, lambda t: t.update(stray=torch.zeros(1))),
         "index", f"stray is in {WEIGHTS}, the index says nothing",

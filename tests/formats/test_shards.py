@@ -127,10 +127,29 @@ def test_sample_is_the_middle_of_a_tensors_bytes(tmp_path, num_bytes: int, start
     assert shards.read_sample(info, num_bytes) == values.numpy().tobytes()[start:stop]
 
 
-def test_folder_without_safetensors_is_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
+FOREIGN_FOLDERS = {
+    "pytorch": (["config.json", "pytorch_model.bin"], "weights as pytorch_model.bin alone"),
+    "shards of pytorch": (["pytorch_model-00002-of-00002.bin", "pytorch_model-00001-of-00002.bin"], "model-00001-of"),
+    "adapter": (["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"], "is a LoRA adapter"),
+    "mistral": (["params.json", "consolidated.safetensors", "tekken.json"], "Mistral's own format (consolidated.safet"),
+    "llama": (["params.json", "consolidated.00.pth"], "own format (consolidated.00.pth)"),
+    "shard": (["config.json", "model-00001-of-00002.safetensors"], "model-00001-of-00002.safetensors, but no"),
+    "other name": (["config.json", "weights.safetensors"], "rename it to model.safetensors"),
+    "unfinished": (
+        ["manifest.json", "ledger.jsonl", "model-00001-of-00004.safetensors"],
+        "is a run of shardq that is not finished",
+    ),
+    "gguf": (["model-q4_0.gguf"], "llama.cpp (model-q4_0.gguf)"),
+    "empty": ([], "holds neither model.safetensors.index.json nor model.safetensors; pass the folder"),
+}
+
+
+@pytest.mark.parametrize("files, named", FOREIGN_FOLDERS.values(), ids=FOREIGN_FOLDERS)
+def test_folder_without_a_checkpoint_is_told_as_what_it_is(tmp_path, files, named):
+    for name in files:
+        (tmp_path / name).touch()
     message = message_of(CheckpointError, shards.open_index, tmp_path)
-    assert str(tmp_path) in message and "model.safetensors" in message
+    assert message.startswith(f"{tmp_path}: ") and named in message
 
 
 def test_missing_shard_is_named(tmp_path):

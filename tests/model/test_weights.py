@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.formats import shards
 from shardq.formats.shards import INDEX_FILE, TensorInfo, read_weight
 from shardq.model import weights
 from shardq.model.skeleton import Skeleton, open_skeleton
@@ -262,9 +263,9 @@ class TestBuffers:
     def test_buffer_may_be_infinite(
         self, limited: Skeleton, monkeypatch: pytest.MonkeyPatch, value: float, in_block: bool
     ):
-        read = weights.read_tensor
+        read = shards.read_tensor
         given = lambda info, *pinned: torch.full((64,), value) if info.file.name == "limit" else read(info, *pinned)  # noqa: E731
-        monkeypatch.setattr(weights, "read_tensor", given)
+        monkeypatch.setattr(shards, "read_tensor", given)
 
         def limit() -> Tensor:
             if in_block:

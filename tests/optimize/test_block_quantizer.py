@@ -259,6 +259,18 @@ def test_scale_that_is_not_finite_is_refused_by_name(value: float):
     assert "optimize.grid_lr" in message
 
 
+@pytest.mark.parametrize("bits, weight", [(4, 1e6), (4, -1e6), (8, 1e7)])
+def test_weight_beyond_the_scales_of_a_target_is_no_matter_of_learning_rates(bits: int, weight: float):
+    block = Block()
+    block.mlp.down.weight[3] = weight
+    with pytest.raises(QuantizationError) as caught:
+        started(block, QuantSpec(bits=bits, scale_dtype="float16"), "adascale").folded()
+    message = str(caught.value)
+    assert message.startswith("mlp.down: ") and "beyond what float16 holds" in message and "\n" not in message
+    assert "--quant.ignore" in message and "grid_lr" not in message
+    started(block, QuantSpec(bits=bits, scale_dtype="bfloat16"), "adascale").folded()
+
+
 @pytest.mark.parametrize("name", ["s2", "s3"])
 def test_divisor_that_is_not_a_number_is_refused_by_name(name: str):
     quantizer = trained(Block(), QuantSpec(bits=4), "adascale")

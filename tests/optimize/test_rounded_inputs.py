@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from shardq.optimize.rounded_inputs import RoundedInputs
-from shardq.quant.activation import ActivationGrid, ActivationOptions, rounded
+from shardq.quant.activation import ActivationGrid, rounded
+from shardq.quant.options import ActivationOptions
 
 GRIDS = {"0.input": ActivationGrid(4, False, 0.25, -3), "2.input": ActivationGrid(4, False, 0.05, 2)}
 

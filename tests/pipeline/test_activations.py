@@ -15,7 +15,8 @@ from shardq.model.skeleton import open_skeleton
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline.activations import activation_grids, observed, plan_activations, simulated
 from shardq.pipeline.plan import Plan
-from shardq.quant.activation import ActivationGrid, ActivationOptions
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.options import ActivationOptions
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 LINEARS = [["self_attn.q_proj", "mlp.down_proj"], ["mlp.up_proj"], []]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shardq.quant.activation import ActivationGrid, ActivationOptions
+from shardq.quant.activation import ActivationGrid
 from shardq.quant.observers import Statistics, no_statistics, observed_grid, statistics_of
+from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from peers_truncate import truncate  # noqa: E402
 from run import read_spans  # noqa: E402
 
-from shardq.cli import keep_between_runs, parse, return_freed_tensors  # noqa: E402  the checkout comes first
+from shardq.cli import parse, return_freed_tensors  # noqa: E402  the checkout comes first on the path
+from shardq.compiling import keep_between_runs  # noqa: E402
 from shardq.formats import tensor_file  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
 from shardq.pipeline.run import quantize  # noqa: E402
