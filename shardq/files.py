@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import xxhash
 
@@ -18,11 +20,11 @@ SAFETENSORS_ASIDE = ".tmp??????"  # that library writes to a name of its own bef
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Make `path` appear with all its bytes or not at all.
+    """Make `path` appear with all its bytes or not at all, for whom the umask lets read it.
 
     Args:
         path: the final name; its folder is made if missing.
-        write: fills the file whose name it is given.
+        write: fills the file whose name it is given, or puts another there.
 
     Raises:
         StorageError: the disk is full, read-only or not ours to write.
@@ -31,7 +33,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     with storage_errors(path):
         make_folder(path.parent)
         try:
+            aside.unlink(missing_ok=True)  # a dead process's, with a mode of its own
+            aside.touch()
+            mode = aside.stat().st_mode  # by umask and folder; safetensors gives what it writes to its owner alone
             write(aside)
+            if aside.stat().st_mode != mode:  # some network disks refuse any change
+                aside.chmod(stat.S_IMODE(mode))
             sync(aside)
             os.replace(aside, path)
         except BaseException:
@@ -102,13 +109,13 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest that says which file this is, 64 digits."""
-    with storage_errors(path), open(path, "rb") as file:
+    with storage_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def xxh128_of(path: Path) -> str:
     """Hex digest that shows damage, 32 digits: XXH3 of 128 bits, faster than a disk where SHA-256 is slower."""
-    with storage_errors(path), open(path, "rb") as file:
+    with storage_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
@@ -118,18 +125,20 @@ def nearest_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, doing: Literal["write", "read"] = "write") -> Iterator[None]:
     """Turn an operating-system error on `path` into one line that says what to do."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: {_advice(error, path)}") from error
+        raise StorageError(f"{path}: {_advice(error, path, doing)}") from error
 
 
-def _advice(error: OSError, path: Path) -> str:
+def _advice(error: OSError, path: Path, doing: Literal["write", "read"]) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left ({_free_mib(path)} MiB free); make room and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if doing == "read":
+            return "cannot be read by this user; change its permissions, or those of its folder"
         return "cannot be written; choose another --output or change its permissions"
     if error.errno == errno.ENOENT:
         return "no such file or folder; check the path"

@@ -5,16 +5,21 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
 
 from shardq import files
 from shardq.errors import StorageError
+from shardq.formats.shards import read_header
+from shardq.formats.tensor_file import read_tensors, write_tensors
 
 
 def message_of(call: Callable, *arguments: object) -> str:
@@ -87,6 +92,56 @@ def test_leftover_of_a_killed_process_does_not_matter(tmp_path):
     asides[0].write_text("a long leftover of a process that was killed")
     files.write_text(tmp_path / "a.txt", "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "new"}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request) -> Iterator[int]:
+    former = os.umask(request.param)
+    yield request.param
+    os.umask(former)
+
+
+def test_mode_is_what_the_umask_leaves_however_the_file_is_written(tmp_path, umask):
+    def put_another(aside: Path) -> None:
+        """As safetensors does: a file for its owner alone takes the name."""
+        other = aside.with_name("other")
+        os.close(os.open(other, os.O_CREAT | os.O_WRONLY, 0o600))
+        other.rename(aside)
+
+    (tmp_path / "b.partial").touch(0o600)
+    files.write_text(tmp_path / "a", "text")
+    files.write_text(tmp_path / "b", "text")
+    files.write_whole(tmp_path / "c", put_another)
+    write_tensors(tmp_path / "d", {"x": torch.zeros(3)})
+    assert {path.name: mode_of(path) for path in tmp_path.iterdir()} == dict.fromkeys("abcd", 0o666 & ~umask)
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Root may read anything: be nobody for the body."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+@pytest.mark.parametrize("read", [files.sha256_of, files.xxh128_of, read_header, read_tensors])
+def test_file_that_is_not_ours_to_read_is_told_as_that(tmp_path, read: Callable):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.zeros(3)})
+    path.chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, for its user alone
+        folder.chmod(0o755)
+    with as_another_user():
+        message = message_of(read, path)
+    assert message.startswith(f"{path}: cannot be read by this user; change its permissions")
 
 
 def test_lines_are_appended_in_order(tmp_path):

@@ -21,7 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as transformers_logging
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from shardq.formats.shards import Index, TensorInfo, open_index
+from shardq.files import storage_errors
+from shardq.formats.shards import Index, TensorInfo, inside, open_index
 from shardq.model.attention import use_pieces
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -168,11 +169,12 @@ def _aliases(folder: Path, index: Index, model: nn.Module) -> dict[str, str]:
 
 
 def _read_config(folder: Path):
-    path = folder / "config.json"
+    path = inside(folder, "config.json")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with storage_errors(path, "read"):
+            raw = json.loads(path.read_text(encoding="utf-8"))
         quantization = raw.get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error

@@ -17,7 +17,7 @@ from shardq.errors import ConfigError
 from shardq.files import write_text
 from shardq.formats import encodings
 from shardq.formats.block_file import read_grids, write_block
-from shardq.formats.checkpoint import copy_companions, write_config, write_index
+from shardq.formats.checkpoint import companions, copy_companions, write_config, write_index
 from shardq.formats.model_card import model_card
 from shardq.formats.shards import DTYPES, INDEX_FILE, read_tensor
 from shardq.formats.tensor_file import write_tensors
@@ -146,6 +146,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
         As `export`, but for `seconds`.
     """
     skeleton, folder = open_skeleton(Path(config.run)), config.folder
+    companions(skeleton.folder)  # one that must not be copied is refused now
     paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     match config.format:

@@ -14,6 +14,7 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.files import remove_asides
 from shardq.formats import encodings
+from shardq.formats.checkpoint import companions
 from shardq.logs import Display
 from shardq.model.ends import BlockArguments, prologue, record_arguments
 from shardq.model.hub import local_folder
@@ -84,6 +85,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
 
     def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
+        companions(folder)  # they are copied after the last block; one that must not be is refused now
         _check_length(skeleton, length)
         plan = make_plan(skeleton, config.quant)
         check_served(config, skeleton, plan)

@@ -21,6 +21,7 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import CheckpointError, ConfigError, ResumeError
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
+from shardq.formats.checkpoint import companions
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
 from shardq.model.hub import local_folder
@@ -98,6 +99,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         held: keeps other runs out of that folder until it is closed.
     """
     run, output = Path(config.run), config.folder
+    companions(skeleton.folder)  # one that must not be copied is refused now
     if not (run / ledger.MANIFEST).exists():
         raise ResumeError(f"{run}: holds no run of shardq (no {ledger.MANIFEST}); check the path")
     ledger.check_finished(run)
