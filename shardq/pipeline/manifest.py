@@ -11,8 +11,8 @@ from shardq.files import sha256_of
 from shardq.formats.shards import Index, read_sample
 
 # May differ when a run goes on.
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "device", "tensor_parallel", "cache", "checkpoint",
-                     "parallel")  # fmt: skip
+NOT_PART_OF_A_RUN = ("model", "revision", "output", "resume", "redo", "device", "tensor_parallel", "cache",
+                     "checkpoint", "parallel")  # fmt: skip
 # What blocks that are done again may differ in from those before them.
 REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.method")
 

@@ -81,7 +81,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     quant = replace(config.quant, full_range=config.quant.spec.full_range)
     config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks.world_size))
-    folder = on_every_host(ranks, lambda: local_folder(config.model))
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
 
     def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length

@@ -66,7 +66,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
     """
     start, display, output = time.perf_counter(), Display(ranks.rank), config.folder
     together(ranks, lambda: check_tune(config))
-    folder = on_every_host(ranks, lambda: local_folder(config.model))
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
     skeleton = together(ranks, lambda: open_skeleton(folder))
     with ExitStack() as held:
         found = on_rank_zero(ranks, lambda: _find(config, skeleton, ranks, display, held))
