@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jsonargparse
 
-from shardq.compiling import keep_between_runs
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.devices import memory_errors
 from shardq.errors import ConfigError, Interrupted, ShardQError
@@ -67,7 +66,6 @@ def run_command(verb: str, arguments: list[str]) -> None:
     for library in ("huggingface_hub", "datasets", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
     return_freed_tensors()
-    keep_between_runs()
     try:
         config = parse(verb, arguments)
         advice = IF_INTERRUPTED.get(verb, "the same command does it anew")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,31 @@ def xxh128_of(path: Path) -> str:
 def nearest_folder(folder: Path) -> Path:
     """A folder, or the first above it that is there."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def temporary_folder(name: str) -> Path | None:
+    """A folder of this user's below the system's temporary one, which may be gone tomorrow; None if there can be none.
+
+    Anyone may write beside it: one of that name that others may write to is not taken.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"shardq-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder / name if is_ours and can_be_written(folder / name) else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,6 +259,36 @@ def test_what_dead_processes_left_half_written_is_removed(tmp_path):
         (tmp_path / name).write_text("half")
     files.remove_asides(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["whole.txt"]
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Put at a folder's name what another user may have left there."""
+    if how == "a link":
+        (folder.parent / "theirs").mkdir()
+        folder.symlink_to(folder.parent / "theirs")
+    elif how == "a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if how == "open to all" else 0o700)
+        if how == "theirs":
+            os.chown(folder, 65534, 65534)
+
+
+@pytest.mark.parametrize("how", ["a link", "a file", "open to all", "theirs"])
+def test_temporary_folder_that_another_may_have_made_is_not_taken(tmp_path, monkeypatch, how: str):
+    if how == "theirs" and os.getuid():
+        pytest.skip("only root can give a folder away")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spoil(tmp_path / f"shardq-{os.getuid()}", how)
+    assert files.temporary_folder("a") is None
+
+
+def test_temporary_folder_is_this_users_alone_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = files.temporary_folder("a")
+    (folder / "x").touch()
+    assert mode_of(folder.parent) == 0o700 and files.temporary_folder("a") == folder and (folder / "x").exists()
 
 
 KILLED_IN_A_WRITE = """

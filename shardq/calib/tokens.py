@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from datasets import config as library
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from shardq.calib.options import TextOptions
 from shardq.calib.tokenizer import Tokenize, load_tokenizer
 from shardq.errors import CalibrationError, CheckpointError
+from shardq.files import can_be_written, temporary_folder
 from shardq.formats.tensor_file import read_tensors
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -123,12 +125,13 @@ def _rows(options: TextOptions) -> Iterator[dict]:
                 raise CalibrationError(f"{name}: file type {path.suffix!r} is not read; use {', '.join(BUILDERS)}")
             builder = BUILDERS[path.suffix]
             line_breaks = {"keep_linebreaks": True} if builder == "text" else {}
-            yield from load_dataset(builder, data_files=str(path), split="train", streaming=True, **line_breaks)
+            place = {"split": "train", "streaming": True, "cache_dir": _library_cache()}
+            yield from load_dataset(builder, data_files=str(path), **place, **line_breaks)
             return
         if path.suffix in BUILDERS or name.startswith((".", "/")):
             raise CalibrationError(f"{name}: no such file; pass a text, jsonl or parquet file, or a hub name")
         subset = options.subset or DEFAULT_SUBSETS.get(name)
-        yield from load_dataset(name, subset, split=options.split, streaming=True)
+        yield from load_dataset(name, subset, split=options.split, streaming=True, cache_dir=_library_cache())
     except CalibrationError:
         raise
     except (DatasetNotFoundError, OSError, ValueError, RuntimeError, StopIteration) as error:
@@ -137,6 +140,13 @@ def _rows(options: TextOptions) -> Iterator[dict]:
             f"{name}: the dataset cannot be read ({reason}); check its name and the network, "
             "or pass a local text, jsonl or parquet file"
         ) from error
+
+
+def _library_cache() -> str | None:
+    """A temporary folder where the library's own cannot be written, which it asks for although it only streams."""
+    if can_be_written(Path(library.HF_DATASETS_CACHE)):
+        return None
+    return str(temporary_folder("datasets") or "") or None
 
 
 def _read_ids(options: TextOptions) -> list[list[int]]:

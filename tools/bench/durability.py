@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from peers_truncate import truncate  # noqa: E402
 from run import read_spans  # noqa: E402
 
-from shardq.cli import keep_between_runs, parse, return_freed_tensors  # noqa: E402  the checkout comes first
+from shardq.cli import parse, return_freed_tensors  # noqa: E402  the checkout comes first
 from shardq.formats import tensor_file  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
 from shardq.pipeline.run import quantize  # noqa: E402
@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("quantize", nargs="*", help="options of quantize, after --")
     options = parser.parse_args()
     return_freed_tensors()
-    keep_between_runs()
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         truncate(options.model, model, options.blocks)
