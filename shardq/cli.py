@@ -14,7 +14,7 @@ from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConf
 from shardq.devices import memory_errors
 from shardq.errors import ConfigError, Interrupted, ShardQError
 from shardq.interrupts import interruptible, print_interruption
-from shardq.logs import print_error
+from shardq.logs import print_error, tell_launcher
 from shardq.parallel.ranks import Ranks, started, this_rank
 from shardq.pipeline.evaluate import evaluate
 from shardq.pipeline.export import export
@@ -76,6 +76,7 @@ def run_command(verb: str, arguments: list[str]) -> None:
         is_first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"  # every host has a console of its own
         if is_first_on_host or not error.agreed:
             print_error(str(error), error.where if error.agreed else this_rank())
+        tell_launcher(str(error), error.exit_code)
         _leave(error.exit_code)
     except Interrupted as error:
         print_interruption(error)

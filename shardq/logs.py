@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +28,17 @@ def print_error(text: str, speaker: str = "") -> None:
     cursor = SHOW_CURSOR if sys.stderr.isatty() else ""  # a progress bar that cannot end in order has hidden it
     sys.stderr.write(f"{cursor}shardq: {f'[{speaker}] ' if speaker else ''}{text}\n")
     sys.stderr.flush()
+
+
+def tell_launcher(words: str, exit_code: int) -> None:
+    """Have the report that torchrun prints at its end say why this rank ends; nothing where none has started it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    more = {"timestamp": str(int(time.time())), "py_callstack": f"shardq: {words}"}
+    report = {"message": {"message": words, "errorCode": exit_code, "extraInfo": more}}
+    with suppress(OSError):  # it has been printed already
+        Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def peak_rss_bytes() -> int:

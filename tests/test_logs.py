@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from shardq.errors import StorageError
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, print_error
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, print_error, tell_launcher
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -230,3 +231,21 @@ def test_peak_memory_is_not_that_of_the_program_that_started_this_one():
     command = "from shardq.logs import peak_rss_bytes; print(peak_rss_bytes())"
     child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert int(child.stdout) < len(ballast)
+
+
+def test_torchruns_report_says_why_a_rank_ended(tmp_path, monkeypatch):
+    """As torch reads what a rank has left for it."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    tell_launcher("disk is full; make room", 5)
+    failure = ProcessFailure(local_rank=1, pid=7, exitcode=5, error_file=str(path))
+    report = ChildFailedError("quantize", {1: failure}).format_msg()
+    assert report.splitlines()[-2] == "  traceback : shardq: disk is full; make room"
+
+
+@pytest.mark.parametrize("place", [None, "/proc/nowhere/error.json"])
+def test_nothing_is_told_where_there_is_no_torchrun(monkeypatch, place):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if place:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", place)
+    tell_launcher("disk is full", 5)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from shardq.errors import Interrupted, RankError, ShardQError
-from shardq.logs import print_error
+from shardq.logs import print_error, tell_launcher
 from shardq.parallel.meeting import Peer, connect, gather, launcher
 from shardq.parallel.stall import Pace, Stall
 
@@ -133,6 +133,7 @@ class Watch:
         """End this process for a reason of its own, which the others hear."""
         self.leave(words)
         print_error(words, self._name)
+        tell_launcher(words, RankError.exit_code)
         os._exit(RankError.exit_code)
 
     def _end(self, verdict: str, hung: tuple[str, int] | None, interrupted: bool) -> None:
@@ -150,6 +151,7 @@ class Watch:
                 os.kill(hung[1], signal.SIGKILL)
         if not interrupted or os.environ.get("LOCAL_RANK") == "0":
             print_error(verdict, self._name)
+        tell_launcher(verdict, RankError.exit_code)
         os._exit(RankError.exit_code)
 
     def _send_all(self, *message: object) -> None:
