@@ -148,6 +148,13 @@ class Display:
         self._name = name
         self.start_training(0)
 
+    def start_part(self, what: str, number: int, total: int) -> None:
+        """Part `number`, from 0, of a long work begins: the inner bar goes there, or a line says so where none is."""
+        if self._bar:
+            self._bar.reset(self._iterations, completed=number, total=total, description=what)
+        else:
+            self.line(f"{what} {number + 1}/{total}")
+
     def start_training(self, done: int, num_iterations: int | None = None) -> None:
         """The block's iterations go on from here, to so many in all; not given: as many as the block before."""
         self._steps = done

@@ -216,6 +216,26 @@ def test_bar_shows_the_loss_but_reads_it_only_now_and_then(capsys, monkeypatch):
     assert "layers.1 loss 9.900e+01" in capsys.readouterr().out
 
 
+def test_parts_of_a_long_work_are_lines_where_there_is_no_bar(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    display = Display(rank=0)
+    with display.bars(num=2, first=0):
+        for number in range(2):
+            display.start_part("block", number, 2)
+    assert capsys.readouterr().out == "block 1/2\nblock 2/2\n"
+
+
+def test_parts_of_a_long_work_move_the_bar_where_there_is_one(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    display = Display(rank=0)
+    with display.bars(num=9, first=0):
+        for number in range(3):
+            display.start_part("tracing", number, 3)
+    drawn = capsys.readouterr().out
+    assert "tracing" in drawn and "2/3" in drawn and "tracing 1/3" not in drawn
+
+
 def test_peak_memory_is_in_bytes():
     """Not below what the kernel gives for this process, nor above the machine's memory."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]

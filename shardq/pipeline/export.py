@@ -147,6 +147,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     """
     skeleton, folder = open_skeleton(Path(config.run)), config.folder
     companions(skeleton.folder)  # one that must not be copied is refused now
+    display.line(f"{folder}: writing {config.format}, {len(skeleton.names)} blocks")
     paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     match config.format:
@@ -154,7 +155,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
             scale_change = 0.0
             write_encodings(skeleton.folder, len(skeleton.names), folder, config.aimet.version)
         case "onnx":
-            scale_change = _write_onnx(skeleton, grids, folder)
+            scale_change = _write_onnx(skeleton, grids, folder, display)
         case "gguf":
             check_installed("gguf")
             from shardq.pipeline.gguf_export import write_gguf
@@ -189,12 +190,12 @@ def check_installed(kind: Format) -> None:
         raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
 
 
-def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
+def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path, display: Display) -> float:
     """Write a run as ONNX; scales stay as they are."""
     check_installed("onnx")
     from shardq.pipeline.onnx_export import write_onnx  # its packages are an extra
 
-    write_onnx(skeleton, folder, grids)
+    write_onnx(skeleton, folder, grids, display)
     copy_companions(skeleton.folder, folder)
     write_config(skeleton.folder, folder, torch.float32)
     return 0.0

@@ -96,6 +96,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     def find() -> tuple[Tensor, dict, tuple[list[dict], dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))

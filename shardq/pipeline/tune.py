@@ -107,6 +107,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     if source["model"] != model_of(skeleton.index, skeleton.folder):
         raise ConfigError(f"model: {config.model} is not the model that {run} has quantized; give that one")
     vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+    display.line(f"calibration: reading {source['options']['calib']['dataset']} again")
     tokens_NT = load_tokens(TextOptions(**source["options"]["calib"]), skeleton.folder, vocabulary_size)
     if digest(tokens_NT) != source["calibration_tokens"]:
         raise ConfigError(f"{run}: its calibration text gives other tokens than it did; restore that text")
@@ -138,6 +139,7 @@ def _finish(
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
     steps_left, arguments = done < found.options.steps, []
     if steps_left:
+        display.line(f"the float model's predictions come first, through {plan.num_blocks} blocks")
         with events.span("prepare activations"):
             arguments = embed_and_target(skeleton, found.tokens_NT, activations, found.options.dtype)
     tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, arguments, activations,
