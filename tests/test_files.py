@@ -19,7 +19,8 @@ import xxhash
 
 from shardq import files
 from shardq.errors import StorageError
-from shardq.formats.shards import read_header
+from shardq.formats.checkpoint import companions
+from shardq.formats.shards import open_index, read_header
 from shardq.formats.tensor_file import read_tensors, write_tensors
 
 
@@ -133,9 +134,16 @@ def as_another_user() -> Iterator[None]:
         os.seteuid(own)
 
 
-@pytest.mark.parametrize("read", [files.sha256_of, files.xxh128_of, read_header, read_tensors])
-def test_file_that_is_not_ours_to_read_is_told_as_that(tmp_path, read: Callable):
-    path = tmp_path / "a.safetensors"
+READERS = {
+    "a.safetensors": [files.sha256_of, files.xxh128_of, read_header, read_tensors],
+    "model.safetensors.index.json": [lambda path: open_index(path.parent)],
+    "LICENSE": [lambda path: companions(path.parent)],
+}
+
+
+@pytest.mark.parametrize("name, read", [(name, read) for name, readers in READERS.items() for read in readers])
+def test_file_that_is_not_ours_to_read_is_told_as_that(tmp_path, name: str, read: Callable):
+    path = tmp_path / name
     write_tensors(path, {"x": torch.zeros(3)})
     path.chmod(0)
     for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, for its user alone

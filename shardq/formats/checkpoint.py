@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardq.errors import CheckpointError
-from shardq.files import ASIDE, write_json, write_whole
+from shardq.files import ASIDE, storage_errors, write_json, write_whole
 from shardq.formats.shards import INDEX_FILE, TensorInfo, inside, read_header
 from shardq.quant.quantized import QuantizedLinear
 
@@ -76,12 +76,15 @@ def companions(folder: Path) -> list[Path]:
 
     Raises:
         CheckpointError: one of them is a link out of the folder, or to nothing.
+        StorageError: one cannot be read.
     """
     found = {path.relative_to(folder) for pattern in COMPANIONS for path in folder.glob(pattern) if not path.is_dir()}
     names = sorted(name for name in found if name.suffix not in NO_COMPANIONS)
     for name in names:
         if not inside(folder, str(name)).exists():
             raise CheckpointError(f"{folder / name}: a link to nothing; restore the file or download it again")
+        with storage_errors(folder / name, "read"), open(folder / name, "rb"):
+            pass
     return names
 
 

@@ -76,7 +76,9 @@ def open_index(folder: Path) -> Index:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        with storage_errors(path, "read"):
+            text = path.read_text(encoding="utf-8")
+        weight_map = json.loads(text)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard's name is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
