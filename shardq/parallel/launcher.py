@@ -9,16 +9,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from shardq.errors import RankError
 
-QUIET = ("torch.distributed.run", "torch.distributed.elastic")
-
 
 def main() -> None:
     """Entry point: torchrun's options, a program and its options; exits with the code of the rank that failed first.
 
     torchrun itself exits with 1 whatever a rank's code is, and prints a stack of its own after a rank's last line.
     """
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # this process is torchrun's alone, and what it has to say are ranks' ends
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except ChildFailedError as error:

@@ -1,7 +1,9 @@
 """Ranks started by `launch/ranks.py`: what the screen shows at the end, and the exit code."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,22 @@ sys.exit(8 if sys.argv[2] != "0" else 0)
 """
 
 
-@pytest.mark.parametrize("how, code", [("0", 0), ("5", 5), ("kill", 137)])
+@pytest.mark.parametrize("how, code", [pytest.param("0", 0, marks=pytest.mark.slow), ("5", 5), ("kill", 137)])
 def test_screen_ends_with_the_ranks_own_line_and_the_code_is_that_of_the_cause(tmp_path, how, code):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", "2", script, tmp_path / "told", how]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (finished.returncode, finished.stderr) == (code, "the last line\n")
+
+
+def test_signal_ends_the_ranks_and_is_the_code(tmp_path):
+    script, deadline = tmp_path / "rank.py", time.monotonic() + 60
+    script.write_text("import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)\n")
+    command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", "2", script, tmp_path / "is_there"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
+        while not (tmp_path / "is_there").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        said = launcher.communicate(timeout=60)[1]
+    assert (launcher.returncode, said) == (128 + signal.SIGTERM, "")
