@@ -23,7 +23,9 @@ RECOMPILE_LIMIT = 64
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here; None if it can."""
     if _kernel_folder() is None:
-        return f"no folder for compiled code: neither {_wanted_folder()} nor a temporary one can be written"
+        return (
+            f"no folder for compiled code: neither {_wanted_folder()} nor a temporary one can hold it"
+        )
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -50,9 +52,16 @@ def _wanted_folder() -> Path:
 
 
 def _kernel_folder() -> Path | None:
-    """The wanted folder, a temporary one where it cannot be written, or none."""
+    """The wanted folder, a temporary one where that cannot be written or code cannot be run from it, or none."""
     wanted = _wanted_folder()  # not absolute where the system knows of no home
-    return wanted if wanted.is_absolute() and can_be_written(wanted) else temporary_folder("compiled")
+    if wanted.is_absolute() and can_be_written(wanted) and _code_can_run(wanted):
+        return wanted
+    folder = temporary_folder("compiled")
+    return folder if folder and _code_can_run(folder) else None
+
+
+def _code_can_run(folder: Path) -> bool:
+    return not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
 
 
 def eager(function: Function, varying: bool) -> Function:
@@ -80,7 +89,7 @@ def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
         say(why_not(device))
         return eager
     if folder != _wanted_folder():
-        say(f"{_wanted_folder()} cannot be written; compiled code goes to {folder}")
+        say(f"{_wanted_folder()} cannot hold compiled code, which goes to {folder}")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor import config

@@ -156,7 +156,19 @@ class TestWhereCompiledCodeStays:
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
         assert folder == str(tmp_path / "temporary" / f"shardq-{os.getuid()}" / "compiled")
         [line] = said
-        assert line.startswith(UNWRITABLE) and line.endswith(f" cannot be written; compiled code goes to {folder}")
+        assert line.startswith(UNWRITABLE) and line.endswith(f" cannot hold compiled code, which goes to {folder}")
+
+    def test_it_goes_to_a_temporary_folder_where_the_disk_lets_no_code_run(self, monkeypatch, tmp_path):
+        (tmp_path / "given").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "noexec", "none", tmp_path / "given"]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("a file system cannot be mounted")
+        try:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
+            compiler(CPU, [].append)
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "temporary"))
+        finally:
+            subprocess.run(["umount", tmp_path / "given"], check=True)
 
     def test_nothing_is_compiled_where_there_is_no_folder_at_all(self, monkeypatch):
         said = []
