@@ -23,9 +23,7 @@ RECOMPILE_LIMIT = 64
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here; None if it can."""
     if _kernel_folder() is None:
-        return (
-            f"no folder for compiled code: neither {_wanted_folder()} nor a temporary one can hold it"
-        )
+        return f"no folder for compiled code: neither {_wanted_folder()} nor a temporary one can hold it"
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
