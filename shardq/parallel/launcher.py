@@ -1,6 +1,7 @@
 """Ranks as torchrun starts them, ended as a command of shardq ends: with its line last, and with its exit code."""
 
 import logging
+import signal
 import sys
 
 from torch.distributed import run as torchrun
@@ -8,6 +9,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from shardq.errors import RankError
+
+CONSEQUENCES = (RankError.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM)  # of another rank's failure
 
 
 def main() -> None:
@@ -19,9 +22,18 @@ def main() -> None:
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        # A rank that ends because of another may be looked at first.
-        causes = error.failures.values()
-        first = min(causes, key=lambda failure: (failure.exitcode == RankError.exit_code, failure.timestamp))
-        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+        code = _cause([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
+        sys.exit(code if code > 0 else 128 - code)
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def _cause(ends: list[tuple[int, int]]) -> int:
+    """The exit code of the rank that failed by itself, of those of all that failed.
+
+    Args:
+        ends: of each the second and the code; torchrun looks several times a second, and ends the others in turn.
+    """
+    first = min(second for second, _ in ends)
+    codes = [code for second, code in sorted(ends, key=lambda end: end[0]) if second <= first + 1]
+    return next((code for code in codes if code not in CONSEQUENCES), codes[0])

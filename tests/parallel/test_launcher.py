@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from shardq.parallel.launcher import _cause
+
 LAUNCHER = Path(__file__).parents[2] / "launch" / "ranks.py"
 
 # Rank 1 ends with the cause, then rank 0 as one that ends because of it.
@@ -31,6 +33,21 @@ def test_screen_ends_with_the_ranks_own_line_and_the_code_is_that_of_the_cause(t
     command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", "2", script, tmp_path / "told", how]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (finished.returncode, finished.stderr) == (code, "the last line\n")
+
+
+@pytest.mark.parametrize(
+    "ends, code",
+    [
+        ([(10, 5), (10, 5)], 5),  # agreed
+        ([(10, 8), (10, 5), (10, 8)], 5),
+        ([(11, 8), (10, -9)], -9),  # killed for want of memory, and one that heard of it
+        ([(10, 8), (40, -9)], 8),  # never met; the one that was stopped is killed by torchrun
+        ([(10, 1), (10, -15)], 1),
+        ([(10, 8), (10, 143)], 8),  # because of another host's rank
+    ],
+)
+def test_cause_is_told_from_what_came_of_it(ends, code):
+    assert _cause(ends) == code
 
 
 def test_signal_ends_the_ranks_and_is_the_code(tmp_path):
