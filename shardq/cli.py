@@ -16,7 +16,7 @@ from shardq.arguments import as_recipe, make_config, nearest, take_apart
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.errors import ConfigError, Interrupted, ShardQError
 from shardq.help import help_text
-from shardq.logs import print_error
+from shardq.logs import print_error, tell_launcher
 
 if TYPE_CHECKING:
     from shardq.parallel.ranks import Ranks
@@ -107,19 +107,18 @@ def run_command(verb: str, arguments: list[str]) -> None:
         is_first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"  # every host has a console of its own
         if is_first_on_host or not error.agreed:
             print_error(str(error), error.where)
+        tell_launcher(str(error), error.exit_code)
         _leave(error.exit_code)
     _leave(0)
 
 
 def _run(verb: str, config: Config) -> None:
-    from shardq.compiling import keep_between_runs
     from shardq.devices import memory_errors
     from shardq.interrupts import interruptible, print_interruption
     from shardq.parallel.ranks import started, this_rank
 
     for library in ("huggingface_hub", "datasets", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # retries and hints; a failure becomes our own line
-    keep_between_runs()
     advice = IF_INTERRUPTED.get(verb, "the same command does it anew")
     try:
         with interruptible(advice), started(config.device) as ranks, memory_errors(IF_MEMORY_IS_SHORT[verb]):

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from shardq.files import can_be_written, temporary_folder
+
 Function = TypeVar("Function", bound=Callable)
 Compile = Callable[[Function, bool], Function]
 """Takes a function and whether its sizes vary; gives the function that is to be called in its place."""
@@ -20,6 +22,8 @@ RECOMPILE_LIMIT = 64
 
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here; None if it can."""
+    if _kernel_folder() is None:
+        return f"no folder for compiled code: neither {_wanted_folder()} nor a temporary one can hold it"
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -34,13 +38,28 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def keep_between_runs() -> None:
-    """Have compiled kernels stay on the disk for later processes, unless the environment says where already."""
+def _wanted_folder() -> Path:
+    """Where compiled kernels stay for later processes: where the environment says, or in the user's cache."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     # Torch writes its own choice into the environment, a temporary folder, where its compiler is imported first.
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.home() / ".cache" / "shardq" / "compiled")
+    if given is not None and given != default_cache_dir():
+        return Path(given).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "shardq", "compiled")
+
+
+def _kernel_folder() -> Path | None:
+    """The wanted folder, a temporary one where that cannot be written or code cannot be run from it, or none."""
+    wanted = _wanted_folder()  # not absolute where the system knows of no home
+    if wanted.is_absolute() and can_be_written(wanted) and _code_can_run(wanted):
+        return wanted
+    folder = temporary_folder("compiled")
+    return folder if folder and _code_can_run(folder) else None
+
+
+def _code_can_run(folder: Path) -> bool:
+    return not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
 
 
 def eager(function: Function, varying: bool) -> Function:
@@ -61,8 +80,15 @@ def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
 
     Where sizes vary, a CPU has one kernel for all of them, which is as fast and compiled once; a GPU one for each,
     which is up to 17 times as fast (measured: the gradient of groups of 128). A function that cannot be compiled whole
-    runs as it is, and `say` is told once.
+    runs as it is, and `say` is told once; it also hears where compiled code goes if not where it is wanted.
     """
+    folder = _kernel_folder()
+    if folder is None:
+        say(why_not(device))
+        return eager
+    if folder != _wanted_folder():
+        say(f"{_wanted_folder()} cannot hold compiled code, which goes to {folder}")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor import config
     from torch._inductor.exc import CppCompileError

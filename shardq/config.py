@@ -88,6 +88,8 @@ class QuantizeConfig:
 
     model: str
     """Hugging Face folder, or hub name (owner/model)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name (default: the hub's main one)."""
     output: str | None = None
     """Folder for everything the run writes (default: runs/MODEL-wBITS[-gGROUP])."""
     seed: int = 0
@@ -125,6 +127,8 @@ class EvaluateConfig:
 
     model: str
     """Hugging Face folder, hub name (owner/model), or the output folder of a finished run."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name (default: the hub's main one)."""
     self_check: bool = True
     """Compare every block's output with transformers' own forward, on two samples, and stop where they differ."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -144,6 +148,8 @@ class TuneConfig:
     """Output folder of a finished run. It stays as it is."""
     model: str = field(kw_only=True)
     """The float model that the run has quantized: Hugging Face folder, or hub name (owner/model)."""
+    revision: str | None = field(default=None, kw_only=True)
+    """Branch, tag or commit of a hub name (default: the hub's main one)."""
     output: str | None = field(default=None, kw_only=True)
     """Folder for the tuned run, which can do what a run can (default: RUN-tuned)."""
     self_check: bool = field(default=True, kw_only=True)

@@ -5,9 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import xxhash
 
@@ -18,11 +21,11 @@ SAFETENSORS_ASIDE = ".tmp??????"  # that library writes to a name of its own bef
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Make `path` appear with all its bytes or not at all.
+    """Make `path` appear with all its bytes or not at all, for whom the umask lets read it.
 
     Args:
         path: the final name; its folder is made if missing.
-        write: fills the file whose name it is given.
+        write: fills the file whose name it is given, or puts another there.
 
     Raises:
         StorageError: the disk is full, read-only or not ours to write.
@@ -31,7 +34,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     with storage_errors(path):
         make_folder(path.parent)
         try:
+            aside.unlink(missing_ok=True)  # a dead process's, with a mode of its own
+            aside.touch()
+            mode = aside.stat().st_mode  # by umask and folder; safetensors gives what it writes to its owner alone
             write(aside)
+            if aside.stat().st_mode != mode:  # some network disks refuse any change
+                aside.chmod(stat.S_IMODE(mode))
             sync(aside)
             os.replace(aside, path)
         except BaseException:
@@ -102,13 +110,13 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest that says which file this is, 64 digits."""
-    with storage_errors(path), open(path, "rb") as file:
+    with storage_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def xxh128_of(path: Path) -> str:
     """Hex digest that shows damage, 32 digits: XXH3 of 128 bits, faster than a disk where SHA-256 is slower."""
-    with storage_errors(path), open(path, "rb") as file:
+    with storage_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
@@ -117,19 +125,46 @@ def nearest_folder(folder: Path) -> Path:
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def temporary_folder(name: str) -> Path | None:
+    """A folder of this user's below the system's temporary one, which may be gone tomorrow; None if there can be none.
+
+    Anyone may write beside it: one of that name that others may write to is not taken.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"shardq-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder / name if is_ours and can_be_written(folder / name) else None
+
+
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, doing: Literal["write", "read"] = "write") -> Iterator[None]:
     """Turn an operating-system error on `path` into one line that says what to do."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: {_advice(error, path)}") from error
+        raise StorageError(f"{path}: {_advice(error, path, doing)}") from error
 
 
-def _advice(error: OSError, path: Path) -> str:
+def _advice(error: OSError, path: Path, doing: Literal["write", "read"]) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left ({_free_mib(path)} MiB free); make room and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if doing == "read":
+            return "cannot be read by this user; change its permissions, or those of its folder"
         return "cannot be written; choose another folder or change its permissions"
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "a file stands where a folder is to be; choose another folder or move that file away"

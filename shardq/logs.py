@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,17 @@ def print_error(text: str, speaker: str = "") -> None:
     cursor = SHOW_CURSOR if sys.stderr.isatty() else ""  # a progress bar that cannot end in order has hidden it
     sys.stderr.write(f"{cursor}shardq: {f'[{speaker}] ' if speaker else ''}{text}\n")
     sys.stderr.flush()
+
+
+def tell_launcher(words: str, exit_code: int) -> None:
+    """Have the report that torchrun prints at its end say why this rank ends; nothing where none has started it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    more = {"timestamp": str(int(time.time())), "py_callstack": f"shardq: {words}"}
+    report = {"message": {"message": words, "errorCode": exit_code, "extraInfo": more}}
+    with suppress(OSError):  # it has been printed already
+        Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def peak_rss_bytes() -> int:
@@ -141,6 +152,13 @@ class Display:
         """Begin a block."""
         self._name = name
         self.start_training(0)
+
+    def start_part(self, what: str, number: int, total: int) -> None:
+        """Part `number`, from 0, of a long work begins: the inner bar goes there, or a line says so where none is."""
+        if self._bar:
+            self._bar.reset(self._iterations, completed=number, total=total, description=what)
+        else:
+            self.line(f"{what} {number + 1}/{total}")
 
     def start_training(self, done: int, num_iterations: int | None = None) -> None:
         """The block's iterations go on from here, to so many in all; not given: as many as the block before."""

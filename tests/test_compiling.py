@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from shardq.compiling import compiler, eager, keep_between_runs, why_not
+from shardq.compiling import compiler, eager, why_not
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(why_not(CPU) is not None, reason=f"there is {why_not(CPU)}")
@@ -117,27 +118,73 @@ class TestWhyNot:
         assert reason is None if works else "triton" in reason
 
 
-class TestKeepBetweenRuns:
-    def test_folder_is_in_the_users_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        keep_between_runs()
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "shardq" / "compiled")
+UNWRITABLE = "/proc/no-home"  # also by root
+
+
+class TestWhereCompiledCodeStays:
+    @pytest.fixture(autouse=True)
+    def _nothing_said(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """No folder is given, and a temporary one is this test's."""
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+
+    @pytest.mark.parametrize(
+        "environment, folder",
+        [
+            ({"HOME": "{}"}, "{}/.cache/shardq/compiled"),
+            ({"HOME": UNWRITABLE, "XDG_CACHE_HOME": "{}/xdg"}, "{}/xdg/shardq/compiled"),
+            ({"HOME": "{}", "TORCHINDUCTOR_CACHE_DIR": "{}/given"}, "{}/given"),
+        ],
+        ids=["home", "cache of the user", "given"],
+    )
+    def test_it_stays_where_it_is_wanted(self, monkeypatch, tmp_path, environment, folder):
+        said = []
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.format(tmp_path))
+        compiler(CPU, said.append)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder.format(tmp_path) and said == []
+
+    @pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"])
+    def test_it_goes_to_a_temporary_folder_where_that_cannot_be_written_which_is_said(
+        self, monkeypatch, tmp_path, variable
+    ):
+        said = []
+        monkeypatch.setenv(variable, UNWRITABLE)
+        compiler(CPU, said.append)
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert folder == str(tmp_path / "temporary" / f"shardq-{os.getuid()}" / "compiled")
+        [line] = said
+        assert line.startswith(UNWRITABLE) and line.endswith(f" cannot hold compiled code, which goes to {folder}")
+
+    def test_it_goes_to_a_temporary_folder_where_the_disk_lets_no_code_run(self, monkeypatch, tmp_path):
+        (tmp_path / "given").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "noexec", "none", tmp_path / "given"]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("a file system cannot be mounted")
+        try:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
+            compiler(CPU, [].append)
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "temporary"))
+        finally:
+            subprocess.run(["umount", tmp_path / "given"], check=True)
+
+    def test_nothing_is_compiled_where_there_is_no_folder_at_all(self, monkeypatch):
+        said = []
+        monkeypatch.setenv("HOME", UNWRITABLE)
+        monkeypatch.setattr(tempfile, "tempdir", UNWRITABLE)
+        assert compiler(CPU, said.append)(scaled, True) is scaled
+        assert said == [why_not(CPU)] and said[0].startswith("no folder for compiled code")
 
     @needs_compiler
     def test_compiled_code_of_a_command_lies_there(self, tmp_path: Path):
         """In a process of its own: what a command imports has torch choose a folder by itself."""
         program = (
-            "import torch, shardq.cli; from shardq.compiling import compiler, keep_between_runs; keep_between_runs(); "
+            "import torch, shardq.cli; from shardq.compiling import compiler; "
             "compiler(torch.device('cpu'), print)(lambda x: x + 1, False)(torch.ones(3))"
         )
         environment = os.environ | {"HOME": str(tmp_path)}
-        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
         child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert child.returncode == 0, child.stderr
         assert list((tmp_path / ".cache" / "shardq" / "compiled").rglob("*.so"))
-
-    def test_folder_that_the_environment_gives_is_kept(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-        keep_between_runs()
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"

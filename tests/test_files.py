@@ -5,16 +5,23 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
 
 from shardq import files
 from shardq.errors import StorageError
+from shardq.formats.checkpoint import companions
+from shardq.formats.shards import open_index, read_header
+from shardq.formats.tensor_file import read_tensors, write_tensors
 
 
 def message_of(call: Callable, *arguments: object) -> str:
@@ -87,6 +94,63 @@ def test_leftover_of_a_killed_process_does_not_matter(tmp_path):
     asides[0].write_text("a long leftover of a process that was killed")
     files.write_text(tmp_path / "a.txt", "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "new"}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request) -> Iterator[int]:
+    former = os.umask(request.param)
+    yield request.param
+    os.umask(former)
+
+
+def test_mode_is_what_the_umask_leaves_however_the_file_is_written(tmp_path, umask):
+    def put_another(aside: Path) -> None:
+        """As safetensors does: a file for its owner alone takes the name."""
+        other = aside.with_name("other")
+        os.close(os.open(other, os.O_CREAT | os.O_WRONLY, 0o600))
+        other.rename(aside)
+
+    (tmp_path / "b.partial").touch(0o600)
+    files.write_text(tmp_path / "a", "text")
+    files.write_text(tmp_path / "b", "text")
+    files.write_whole(tmp_path / "c", put_another)
+    write_tensors(tmp_path / "d", {"x": torch.zeros(3)})
+    assert {path.name: mode_of(path) for path in tmp_path.iterdir()} == dict.fromkeys("abcd", 0o666 & ~umask)
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Root may read anything: be nobody for the body."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+READERS = {
+    "a.safetensors": [files.sha256_of, files.xxh128_of, read_header, read_tensors],
+    "model.safetensors.index.json": [lambda path: open_index(path.parent)],
+    "LICENSE": [lambda path: companions(path.parent)],
+}
+
+
+@pytest.mark.parametrize("name, read", [(name, read) for name, readers in READERS.items() for read in readers])
+def test_file_that_is_not_ours_to_read_is_told_as_that(tmp_path, name: str, read: Callable):
+    path = tmp_path / name
+    write_tensors(path, {"x": torch.zeros(3)})
+    path.chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, for its user alone
+        folder.chmod(0o755)
+    with as_another_user():
+        message = message_of(read, path)
+    assert message.startswith(f"{path}: cannot be read by this user; change its permissions")
 
 
 def test_lines_are_appended_in_order(tmp_path):
@@ -205,6 +269,36 @@ def test_what_dead_processes_left_half_written_is_removed(tmp_path):
         (tmp_path / name).write_text("half")
     files.remove_asides(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["whole.txt"]
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Put at a folder's name what another user may have left there."""
+    if how == "a link":
+        (folder.parent / "theirs").mkdir()
+        folder.symlink_to(folder.parent / "theirs")
+    elif how == "a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if how == "open to all" else 0o700)
+        if how == "theirs":
+            os.chown(folder, 65534, 65534)
+
+
+@pytest.mark.parametrize("how", ["a link", "a file", "open to all", "theirs"])
+def test_temporary_folder_that_another_may_have_made_is_not_taken(tmp_path, monkeypatch, how: str):
+    if how == "theirs" and os.getuid():
+        pytest.skip("only root can give a folder away")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spoil(tmp_path / f"shardq-{os.getuid()}", how)
+    assert files.temporary_folder("a") is None
+
+
+def test_temporary_folder_is_this_users_alone_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = files.temporary_folder("a")
+    (folder / "x").touch()
+    assert mode_of(folder.parent) == 0o700 and files.temporary_folder("a") == folder and (folder / "x").exists()
 
 
 KILLED_IN_A_WRITE = """

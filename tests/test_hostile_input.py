@@ -110,8 +110,15 @@ def hub_cache(tmp_path) -> Path:
     return snapshot
 
 
-@pytest.mark.parametrize("how", ["itself", "through a link to the folder", "through a link to the cache"])
+@pytest.mark.parametrize(
+    "how",
+    ["itself", "through a link to the folder", "through a link to the cache", "blobs on another disk"],
+)
 def test_links_of_the_hub_cache_are_followed(hub_cache, tmp_path, how):
+    if how == "blobs on another disk":
+        blobs = hub_cache.parents[1] / "blobs"
+        blobs.rename(tmp_path / "elsewhere")
+        blobs.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "folder").symlink_to(hub_cache)
     (tmp_path / "cache").symlink_to(tmp_path / "models--owner--model")
     folder = {"itself": hub_cache, "through a link to the folder": tmp_path / "folder"}.get(

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from shardq.errors import StorageError
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, print_error
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, print_error, tell_launcher
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -215,6 +216,26 @@ def test_bar_shows_the_loss_but_reads_it_only_now_and_then(capsys, monkeypatch):
     assert "layers.1 loss 9.900e+01" in capsys.readouterr().out
 
 
+def test_parts_of_a_long_work_are_lines_where_there_is_no_bar(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    display = Display(rank=0)
+    with display.bars(num=2, first=0):
+        for number in range(2):
+            display.start_part("block", number, 2)
+    assert capsys.readouterr().out == "block 1/2\nblock 2/2\n"
+
+
+def test_parts_of_a_long_work_move_the_bar_where_there_is_one(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    display = Display(rank=0)
+    with display.bars(num=9, first=0):
+        for number in range(3):
+            display.start_part("tracing", number, 3)
+    drawn = capsys.readouterr().out
+    assert "tracing" in drawn and "2/3" in drawn and "tracing 1/3" not in drawn
+
+
 def test_peak_memory_is_in_bytes():
     """Not below what the kernel gives for this process, nor above the machine's memory."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -230,3 +251,21 @@ def test_peak_memory_is_not_that_of_the_program_that_started_this_one():
     command = "from shardq.logs import peak_rss_bytes; print(peak_rss_bytes())"
     child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert int(child.stdout) < len(ballast)
+
+
+def test_torchruns_report_says_why_a_rank_ended(tmp_path, monkeypatch):
+    """As torch reads what a rank has left for it."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    tell_launcher("disk is full; make room", 5)
+    failure = ProcessFailure(local_rank=1, pid=7, exitcode=5, error_file=str(path))
+    report = ChildFailedError("quantize", {1: failure}).format_msg()
+    assert report.splitlines()[-2] == "  traceback : shardq: disk is full; make room"
+
+
+@pytest.mark.parametrize("place", [None, "/proc/nowhere/error.json"])
+def test_nothing_is_told_where_there_is_no_torchrun(monkeypatch, place):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if place:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", place)
+    tell_launcher("disk is full", 5)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from datasets import config as library
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from shardq.calib.options import TextOptions
 from shardq.calib.tokenizer import Tokenize, load_tokenizer
 from shardq.errors import CalibrationError, CheckpointError
+from shardq.files import can_be_written, temporary_folder
 from shardq.formats.tensor_file import read_tensors
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -132,11 +134,9 @@ def _rows(options: TextOptions) -> Iterator[dict]:
     if not is_local and (path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~"))):
         raise CalibrationError(f"{name}: no such file; check the path, or pass a hub name (owner/name)")
     try:
-        yield from (
-            _rows_of_file(path)
-            if is_local
-            else load_dataset(name, options.subset or DEFAULT_SUBSETS.get(name), split=options.split, streaming=True)
-        )
+        subset = options.subset or DEFAULT_SUBSETS.get(name)
+        streamed = {"split": options.split, "streaming": True, "cache_dir": _library_cache()}
+        yield from _rows_of_file(path) if is_local else load_dataset(name, subset, **streamed)
     except CalibrationError:
         raise
     except (DatasetNotFoundError, OSError, ValueError, RuntimeError, StopIteration) as error:
@@ -155,7 +155,15 @@ def _rows_of_file(path: Path) -> Iterable[dict]:
     if not path.stat().st_size:
         raise CalibrationError(f"{path}: is empty; pass a file with text")
     line_breaks = {"keep_linebreaks": True} if builder == "text" else {}
-    return load_dataset(builder, data_files=str(path), split="train", streaming=True, **line_breaks)
+    place = {"split": "train", "streaming": True, "cache_dir": _library_cache()}
+    return load_dataset(builder, data_files=str(path), **place, **line_breaks)
+
+
+def _library_cache() -> str | None:
+    """A temporary folder where the library's own cannot be written, which it asks for although it only streams."""
+    if can_be_written(Path(library.HF_DATASETS_CACHE)):
+        return None
+    return str(temporary_folder("datasets") or "") or None
 
 
 def _read_ids(options: TextOptions) -> list[list[int]]:

@@ -9,12 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardq.files import write_json, write_whole
+from shardq.errors import CheckpointError
+from shardq.files import ASIDE, storage_errors, write_json, write_whole
 from shardq.formats.shards import INDEX_FILE, TensorInfo, inside, read_header
 from shardq.quant.quantized import QuantizedLinear
 
-COPIED_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-                   "generation_config.json", "LICENSE*")  # fmt: skip
+# What loads, prompts or licenses a model, beside config.json and weights; case counts, as in the hub's own patterns.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "tekken.json", "vocab*", "merges.txt", "bpe.codes",
+    "dict.txt", "*.model", "*.spm", "*.tiktoken",
+    "*.jinja", "chat_template*", "additional_chat_templates/*.jinja",
+    "generation_config.json", "*processor_config.json", "image_processor*",
+    "*.py",  # a model's own code: config.json names one file, which may import any other
+    "*LICEN[CS]E*", "*[Ll]icen[cs]e*", "COPYING*", "*NOTICE*", "*Notice*", "*USE_POLICY*",
+)  # fmt: skip
+NO_COMPANIONS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack", ASIDE)
 
 
 def shard_name(number: int, total: int) -> str:
@@ -62,8 +71,24 @@ def write_config(source: Path, folder: Path, dtype: torch.dtype, **more: object)
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")} | more)
 
 
+def companions(folder: Path) -> list[Path]:
+    """The small files that a checkpoint needs to load and generate, and its licence; relative to its folder.
+
+    Raises:
+        CheckpointError: one of them is a link out of the folder, or to nothing.
+        StorageError: one cannot be read.
+    """
+    found = {path.relative_to(folder) for pattern in COMPANIONS for path in folder.glob(pattern) if not path.is_dir()}
+    names = sorted(name for name in found if name.suffix not in NO_COMPANIONS)
+    for name in names:
+        if not inside(folder, str(name)).exists():
+            raise CheckpointError(f"{folder / name}: a link to nothing; restore the file or download it again")
+        with storage_errors(folder / name, "read"), open(folder / name, "rb"):
+            pass
+    return names
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and the other small files that a checkpoint needs to load and generate."""
-    for pattern in COPIED_PATTERNS:
-        for file in sorted(path for path in source.glob(pattern) if path.is_file()):
-            write_whole(folder / file.name, partial(shutil.copyfile, inside(source, file.name)))
+    """Copy a checkpoint's companions; raises as `companions`."""
+    for name in companions(source):
+        write_whole(folder / name, partial(shutil.copyfile, source / name))

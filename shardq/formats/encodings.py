@@ -217,7 +217,7 @@ def read_activations(path: Path, version: Version) -> list[dict] | dict[str, dic
         CheckpointError: the file is damaged, or another program wrote it.
     """
     try:
-        with storage_errors(path), open(path, encoding="utf-8") as file:
+        with storage_errors(path, "read"), open(path, encoding="utf-8") as file:
             return json.loads(file.readline() + LAYOUTS[version][1][1] + "}")["activation_encodings"]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
@@ -242,7 +242,7 @@ def _write_lines(path: Path, version: Version, lines: Iterable[str], grids: Grid
 def _read_lines(path: Path, version: Version) -> Iterator[str]:
     closing = LAYOUTS[version][1][1]
     try:
-        with storage_errors(path), open(path, encoding="utf-8") as file:
+        with storage_errors(path, "read"), open(path, encoding="utf-8") as file:
             if json.loads(file.readline() + closing + "}")["version"] != version:
                 raise ValueError(f"not version {version}")
             for line in file:

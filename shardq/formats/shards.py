@@ -80,30 +80,38 @@ def open_index(folder: Path) -> Index:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        with storage_errors(path, "read"):
+            text = path.read_text(encoding="utf-8")
+        weight_map = json.loads(text)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard's name is not text")
-        return weight_map
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid index ({error}); download the checkpoint again") from error
+    for shard in weight_map.values():
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{path}: shard name {shard!r} points outside the folder; refused")
+    return weight_map
 
 
 def inside(folder: Path, name: str) -> Path:
     """A file of a checkpoint folder, which links lead to no other place than the Hugging Face cache's own.
 
-    That cache keeps files as `blobs/DIGEST`, beside `snapshots/REVISION` with links to them.
+    That cache keeps files as `blobs/DIGEST`, beside `snapshots/REVISION` with links to them; `blobs`, or any folder
+    above it, may itself be a link to another disk.
+
+    Args:
+        name: relative to the folder.
 
     Raises:
         CheckpointError: the name, or a link of that name, leads elsewhere.
     """
-    if Path(name).name != name:
-        raise CheckpointError(f"{folder / INDEX_FILE}: shard name {name!r} points outside the folder; refused")
     try:
         real, target = folder.resolve(), (folder / name).resolve()
+        snapshots = [place.parent for place in (folder.absolute(), real) if place.parent.name == "snapshots"]
+        blobs = [(place.parent / "blobs").resolve() for place in snapshots]
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name that no file can have
         raise CheckpointError(f"{folder}: {name!r} is no file's name ({error}); download it again") from error
-    blobs = real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
-    if not target.is_relative_to(real) and target.parent != blobs:
+    if not target.is_relative_to(real) and target.parent not in blobs:
         raise CheckpointError(
             f"{folder / name}: a link out of the folder, to {target}; refused, put the file itself there"
         )
@@ -116,10 +124,12 @@ def read_header(path: Path) -> Index:
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
-    with storage_errors(path):  # a name may be too long
+    with storage_errors(path, "read"):  # a name may be too long
         is_there = path.is_file()
     if not is_there:
         raise CheckpointError(f"{path}: missing; restore it or download it again")
+    with storage_errors(path, "read"), open(path, "rb"):
+        pass  # the library would call a file that is not ours to read damaged
     try:
         with safe_open(path, framework="pt"):
             pass  # opening lets the library check the whole header against the file's length
@@ -155,7 +165,7 @@ def read_tensor(info: TensorInfo, pinned: bool = False) -> Tensor:
     """
     _check_dtype(info)
     raw = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
-    with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
+    with storage_errors(info.file, "read"), open(info.file, "rb", buffering=0) as file:
         _read_into(raw, file, info, 0)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
@@ -241,7 +251,7 @@ def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
     """
     row_bytes = info.num_bytes // info.shape[0]
     raw = torch.empty(len(rows) * row_bytes, dtype=torch.uint8)
-    with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
+    with storage_errors(info.file, "read"), open(info.file, "rb", buffering=0) as file:
         # Neighbouring rows have equal differences between row and place: each run of them is one read.
         for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):
             places = list(run)
@@ -278,7 +288,7 @@ def sample_digest(info: TensorInfo) -> str:
 def read_sample(info: TensorInfo, num_bytes: int = SAMPLE_BYTES) -> bytes:
     """Bytes from the middle of a tensor, cheap evidence of its content before it is read."""
     place = _sampled(info, num_bytes)
-    with storage_errors(info.file), open(info.file, "rb") as file:
+    with storage_errors(info.file, "read"), open(info.file, "rb") as file:
         file.seek(info.offset + place.start)
         return file.read(place.stop - place.start)
 

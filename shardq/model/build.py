@@ -19,6 +19,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.files import storage_errors
+from shardq.formats.shards import inside
 from shardq.model.attention import use_pieces
 from shardq.model.own_code import own_code
 
@@ -46,11 +48,12 @@ def build_on_meta(folder: Path) -> PreTrainedModel:
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    path = folder / "config.json"
+    path = inside(folder, "config.json")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with storage_errors(path, "read"):
+            raw = json.loads(path.read_text(encoding="utf-8"))
         quantization = raw.get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error

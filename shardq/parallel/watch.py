@@ -6,47 +6,23 @@ thread of its own listens, so that a rank hears also while it is blocked in a co
 
 import json
 import os
-import secrets
 import selectors
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from shardq.errors import Interrupted, RankError, ShardQError
-from shardq.logs import print_error
+from shardq.logs import print_error, tell_launcher
+from shardq.parallel.meeting import Peer, connect, gather, launcher
 from shardq.parallel.stall import Pace, Stall
 
 BEAT_SECONDS = 1.0
 # Counted in this process's own beats: while it was stopped itself, or the whole machine was, nobody else was silent.
 MAX_MISSED_BEATS = 20
-MEETING_SECONDS = 300.0  # importing from a cold network disk takes minutes
-SEND_SECONDS = 5.0
-MEETING_PLACE = "watch"
-
-
-@dataclass
-class Peer:
-    """The rank at the other end of a connection, and what was heard from it.
-
-    `launcher` is the process that started it, on which host; `last_words` are empty where it leaves in order;
-    `interrupted`: a signal has asked it to end.
-    """
-
-    name: str
-    pid: int
-    launcher: str
-    connection: socket.socket
-    received: bytes = b""
-    missed_beats: int = 0
-    last_words: str | None = None
-    interrupted: bool = False
 
 
 @contextmanager
@@ -64,7 +40,7 @@ def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> 
         RankError: a rank has not come in time, or rank 0 cannot be reached.
     """
     pace = Pace()
-    watch = Watch(name, _gather(name, world_size, store) if rank == 0 else [_connect(name, rank, store)], pace)
+    watch = Watch(name, gather(name, world_size, store) if rank == 0 else [connect(name, rank, store)], pace)
     try:
         yield pace
     except BaseException as error:
@@ -82,7 +58,7 @@ class Watch:
         self._name, self._peers, self._leaving = name, peers, False
         self._stall = Stall(pace)
         self._sending = threading.Lock()
-        self._launcher, self._parent = _launcher(), os.getppid()
+        self._launcher, self._parent = launcher(), os.getppid()
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
         self._thread.start()
 
@@ -157,6 +133,7 @@ class Watch:
         """End this process for a reason of its own, which the others hear."""
         self.leave(words)
         print_error(words, self._name)
+        tell_launcher(words, RankError.exit_code)
         os._exit(RankError.exit_code)
 
     def _end(self, verdict: str, hung: tuple[str, int] | None, interrupted: bool) -> None:
@@ -174,6 +151,7 @@ class Watch:
                 os.kill(hung[1], signal.SIGKILL)
         if not interrupted or os.environ.get("LOCAL_RANK") == "0":
             print_error(verdict, self._name)
+        tell_launcher(verdict, RankError.exit_code)
         os._exit(RankError.exit_code)
 
     def _send_all(self, *message: object) -> None:
@@ -182,78 +160,6 @@ class Watch:
             for peer in self._peers:
                 with suppress(OSError):  # receiving from this peer will say what has become of it
                     peer.connection.sendall(line)
-
-
-def _gather(name: str, world_size: int, store: dist.Store) -> list[Peer]:
-    """Rank 0's connections, once every other rank has come."""
-    token, peers = secrets.token_hex(16), {}
-    deadline = time.monotonic() + MEETING_SECONDS
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=world_size) as server:
-        store.set(MEETING_PLACE, json.dumps([server.getsockname()[1], token, name, os.getpid(), _launcher()]))
-        while len(peers) < world_size - 1:
-            server.settimeout(max(0.1, deadline - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = ", ".join(str(rank) for rank in range(1, world_size) if rank not in peers)
-                raise RankError(
-                    f"not all ranks have come within {MEETING_SECONDS:.0f} s, missing: {missing}; see their messages"
-                ) from None
-            with suppress(OSError, ValueError):  # some other program knocked at this port
-                connection.settimeout(SEND_SECONDS)
-                given, rank, *who = json.loads(_read_line(connection))
-                if given == token:
-                    peers[rank] = Peer(*who, connection)
-    return list(peers.values())
-
-
-def _connect(name: str, rank: int, store: dist.Store) -> Peer:
-    """Another rank's connection to rank 0."""
-    address = os.environ["MASTER_ADDR"]
-    try:
-        port, token, *who = json.loads(store.get(MEETING_PLACE))
-        connection = socket.create_connection((address, port), timeout=MEETING_SECONDS)
-        connection.sendall(json.dumps([token, rank, name, os.getpid(), _launcher()]).encode() + b"\n")
-        connection.settimeout(MEETING_SECONDS + SEND_SECONDS)  # rank 0 gives up first: it can say who is missing
-        if not _read_line(connection):  # the first beat: all have come
-            raise ConnectionError("it has ended")
-        connection.settimeout(SEND_SECONDS)
-    except (OSError, RuntimeError) as error:  # torch reports trouble with its store as RuntimeError
-        reason = str(error).strip().splitlines()[0]
-        raise RankError(
-            f"rank 0 cannot be reached at {address} ({reason}); see its message, check the network between the hosts"
-        ) from error
-    return Peer(*who, connection)
-
-
-def meeting_store(rank: int, world_size: int) -> dist.Store:
-    """The store that the launcher has named to all ranks.
-
-    Raises:
-        RankError: it cannot be reached.
-    """
-    try:
-        timeout = timedelta(seconds=MEETING_SECONDS)
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RankError(
-            f"cannot meet the other ranks ({reason}); see their messages, check the network between the hosts"
-        ) from error
-    return store
-
-
-def _read_line(connection: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and (byte := connection.recv(1)):
-        line += byte
-    return line
-
-
-def _launcher() -> str:
-    return f"{socket.gethostname()} {os.getppid()}"
 
 
 def _last_words(error: BaseException) -> str:

@@ -98,6 +98,8 @@ def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], argum
     key = (loaded.module, tuple(linear_names))
     if key not in job.benches:
         start = time.perf_counter()
+        if job.optimize.compile == "on" and not job.benches:
+            job.display.line("compiling the training step: a minute or two the first time, seconds where it is kept")
         with job.events.span("compile", block=loaded.index):
             job.benches[key] = _make_bench(job, loaded, linear_names, arguments)
         if job.optimize.compile == "on":

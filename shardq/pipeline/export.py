@@ -17,7 +17,7 @@ from shardq.errors import ConfigError
 from shardq.files import write_text
 from shardq.formats import encodings
 from shardq.formats.block_file import read_grids, write_block
-from shardq.formats.checkpoint import copy_companions, write_config, write_index
+from shardq.formats.checkpoint import companions, copy_companions, write_config, write_index
 from shardq.formats.model_card import model_card
 from shardq.formats.shards import DTYPES, INDEX_FILE, TensorInfo, check_same, read_tensor
 from shardq.formats.tensor_file import write_tensors
@@ -152,8 +152,10 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
         As `export`, but for `seconds`.
     """
     skeleton, folder = open_skeleton(Path(config.run)), config.folder
+    companions(skeleton.folder)  # one that must not be copied is refused now
     if not is_begun:
         check_outside(skeleton)  # runs of earlier versions may hold what is not finite
+    display.line(f"{folder}: writing {config.format}, {len(skeleton.names)} blocks")
     paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     match config.format:
@@ -161,7 +163,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
             scale_change = 0.0
             write_encodings(skeleton.folder, len(skeleton.names), folder, config.aimet.version)
         case "onnx":
-            scale_change = _write_onnx(skeleton, grids, folder)
+            scale_change = _write_onnx(skeleton, grids, folder, display)
         case "gguf":
             check_installed("gguf")
             from shardq.pipeline.gguf_export import write_gguf
@@ -196,12 +198,12 @@ def check_installed(kind: Format) -> None:
         raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
 
 
-def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path) -> float:
+def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path, display: Display) -> float:
     """Write a run as ONNX; scales stay as they are."""
     check_installed("onnx")
     from shardq.pipeline.onnx_export import write_onnx  # its packages are an extra
 
-    write_onnx(skeleton, folder, grids)
+    write_onnx(skeleton, folder, grids, display)
     copy_companions(skeleton.folder, folder)
     write_config(skeleton.folder, folder, torch.float32)
     return 0.0

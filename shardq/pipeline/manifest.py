@@ -14,8 +14,8 @@ from shardq.formats.shards import Index, read_sample
 # Of a config.json: who wrote it, and what decides no number here. Weights are computed with in dtypes of our own.
 BESIDE_THE_POINT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 # May differ when a run goes on.
-NOT_PART_OF_A_RUN = ("model", "output", "resume", "redo", "self_check", "device", "tensor_parallel", "cache",
-                     "checkpoint", "parallel")  # fmt: skip
+NOT_PART_OF_A_RUN = ("model", "revision", "output", "resume", "redo", "self_check", "device", "tensor_parallel",
+                     "cache", "checkpoint", "parallel")  # fmt: skip
 # What blocks that are done again may differ in from those before them.
 REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.method")
 

@@ -8,13 +8,14 @@ import onnx_ir as ir
 from shardq.formats import onnx_graph
 from shardq.formats.block_file import read_block
 from shardq.formats.shards import read_tensor
+from shardq.logs import Display
 from shardq.model.graph import traced_parts
 from shardq.model.skeleton import Skeleton
 from shardq.pipeline.plan import block_file
 from shardq.quant.spec import QuantSpec
 
 
-def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec]) -> None:
+def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec], display: Display) -> None:
     """Write `model.onnx`, the same in parts, and a file of weights for each block and one for what is outside them.
 
     The parts are `embedding.onnx`, `block-NNNNN.onnx` and `head.onnx`. One block's weights are in memory at a time.
@@ -30,6 +31,8 @@ def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec]) ->
 
     def parts() -> Iterator[tuple[str, ir.Model]]:
         for name, block_index, model in traced_parts(skeleton, opset):
+            if block_index is not None:
+                display.start_part("onnx: block", block_index, len(skeleton.names))
             placed = ends
             if block_index is not None:
                 placed = onnx_graph.write_data(folder / f"{name}.data", _block_weights(skeleton, block_index))
@@ -37,7 +40,8 @@ def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec]) ->
             onnx_graph.write_model(folder / f"{name}.onnx", model)
             yield name, model
 
-    onnx_graph.write_model(folder / "model.onnx", onnx_graph.joined(parts()))
+    with display.bars(1, 0, "model", "blocks"):
+        onnx_graph.write_model(folder / "model.onnx", onnx_graph.joined(parts()))
 
 
 def _write_ends(skeleton: Skeleton, folder: Path) -> dict[str, ir.ExternalTensor]:

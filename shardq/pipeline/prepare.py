@@ -14,6 +14,7 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.files import remove_asides
 from shardq.formats import encodings
+from shardq.formats.checkpoint import companions
 from shardq.logs import Display
 from shardq.model.arguments import BlockArguments
 from shardq.model.ends import prologue
@@ -84,10 +85,11 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     quant = replace(config.quant, full_range=config.quant.spec.full_range)
     config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks.world_size))
-    folder = on_every_host(ranks, lambda: local_folder(config.model))
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
 
     def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
+        companions(folder)  # they are copied after the last block; one that must not be is refused now
         _check_length(skeleton, length)
         plan = make_plan(skeleton, config.quant)
         check_served(config, skeleton, plan)
@@ -98,6 +100,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     def find() -> tuple[Tensor, dict, tuple[list[dict], dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))

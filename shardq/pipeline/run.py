@@ -195,6 +195,7 @@ def _prepare_activations(run: Run, cache: Path, job: BlockJob, entries: ledger.E
         )
 
     def forwards(loaded: LoadedBlock) -> tuple[Forward, Forward]:
+        run.display.start_part("activations again, block", loaded.index, first)
         own = block_forward(loaded.module, run.arguments[loaded.index], run.config.optimize.dtype)
         return own, served_forward(job, loaded, *_asked(run, loaded.index))
 

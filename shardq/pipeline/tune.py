@@ -21,6 +21,7 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import CalibrationError, CheckpointError, ConfigError, ResumeError
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
+from shardq.formats.checkpoint import companions
 from shardq.formats.shards import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
@@ -70,7 +71,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
     start, display, output = time.perf_counter(), Display(ranks.rank), config.folder
     together(ranks, lambda: check_tune(config))
     say_if_unchecked(config.self_check, display)
-    folder = on_every_host(ranks, lambda: local_folder(config.model))
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
     skeleton = together(ranks, lambda: open_skeleton(folder))
     with ExitStack() as held:
         found = on_rank_zero(ranks, lambda: _find(config, skeleton, ranks, display, held))
@@ -104,6 +105,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         held: keeps other runs out of that folder until it is closed.
     """
     run, output = Path(config.run), config.folder
+    companions(skeleton.folder)  # one that must not be copied is refused now
     ledger.check_finished(run)
     source = ledger.read_manifest(run)
     others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
@@ -112,6 +114,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
             f"model: {config.model} is not the model that {run} has quantized; "
             f"different: {'; '.join(others.values())}; give that one"
         )
+    display.line("calibration: reading the run's text again")
     tokens_NT = _tokens(config, source, skeleton)
     if len(tokens_NT) < ranks.world_size:
         raise ConfigError(f"{run}: its {len(tokens_NT)} samples are fewer than {ranks.world_size} ranks; take fewer")
@@ -157,6 +160,7 @@ def _finish(
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
     steps_left = done < found.options.steps
     if steps_left:
+        display.line(f"the float model's predictions come first, through {plan.num_blocks} blocks")
         with events.span("prepare activations"):
             target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
                              config.self_check)  # fmt: skip

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -410,3 +411,11 @@ def test_damaged_local_file_is_not_blamed_on_the_network(tmp_path, model):
 def test_id_file_without_tensors_is_refused(tmp_path, model):
     save_file({}, tmp_path / "a.safetensors")
     assert "'tokens'" in message_of(tmp_path / "a.safetensors", model)
+
+
+def test_file_is_read_where_the_librarys_cache_cannot_be_written(model, tmp_path, monkeypatch):
+    texts = random_texts(40)
+    path = write_rows(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/no-home/datasets")  # also by root
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert loaded(path, model) == cut(ids_of(" ".join(texts)), 5)

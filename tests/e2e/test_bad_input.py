@@ -254,3 +254,17 @@ def test_damaged_weights_end_both_ranks(model, token_file, tmp_path):
     edit_tensor(model, "model.layers.0.mlp.up_proj.weight", lambda tensor: with_value(tensor, torch.nan))
     lines = failing_launch(quantize_arguments(model, token_file, tmp_path / "out"))
     assert len(lines) == 1 and "model.layers.0.mlp.up_proj.weight holds nan" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "generation_config.json", "config.json", "additional_chat_templates"])
+def test_link_out_of_the_folder_is_refused_before_work_starts(llama, token_file, tmp_path, name):
+    model = shutil.copytree(llama, tmp_path / "model")
+    secret = tmp_path / "secret"
+    secret.mkdir() if name == "additional_chat_templates" else shutil.copyfile(llama / "config.json", secret)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(secret)
+    if secret.is_dir():
+        (secret / "a.jinja").write_text("words")
+    with pytest.raises(errors.CheckpointError, match=f"{name}.*: a link out of the folder"):
+        run_quantize(model, token_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

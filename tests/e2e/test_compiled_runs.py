@@ -88,9 +88,11 @@ def test_each_kind_of_attention_is_compiled_once(tmp_path, token_file, monkeypat
     assert summary["loss_after"] < summary["loss_before"]
 
 
-def test_compiled_training_ends_where_uncompiled_training_does(llama, token_file, tmp_path):
+def test_compiled_training_ends_where_uncompiled_training_does(llama, token_file, tmp_path, capsys):
     """The last block, which trains to predictions, too."""
     compiled = quantize_compiled(llama, token_file, tmp_path / "on")
+    said = capsys.readouterr().out
+    assert 0 < said.find("compiling the training step") < said.find("compiled the training step")
     plain = run_quantize(llama, token_file, tmp_path / "off", "--optimize.compile", "off", "--optimize.iterations", 8)
     assert compiled["divergence_after"] < 0.97 * compiled["divergence_before"]
     for key in ("loss_before", "loss_after", "divergence_before", "divergence_after"):

@@ -93,11 +93,13 @@ def test_weights_stay_packed(exported: Path):
 
 
 @pytest.mark.slow
-def test_two_level_scales_are_the_runs(token_file: Path, tmp_path: Path):
+def test_two_level_scales_are_the_runs(token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     model, run = tiny.save_llama(tmp_path / "model", num_blocks=1), tmp_path / "run"
     grid = ("--quant.group_size", 32, "--quant.decompressed_bits", 8)
     run_quantize(model, token_file, run, *RTN, *grid, "--export.formats", "onnx")
     assert_same(run_onnx(run / "onnx" / "model.onnx", **given())[MASK.bool()], logits(run)[MASK.bool()])
+    said = capsys.readouterr().out
+    assert f"{run}/onnx: writing onnx, " in said and "onnx: block 1/" in said
 
 
 @pytest.mark.slow

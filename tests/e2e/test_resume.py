@@ -60,10 +60,13 @@ def test_run_on_two_level_scales_goes_on(llama, token_file, tmp_path):
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 2, 3])
-def test_lost_activations_are_computed_again(uninterrupted, llama, token_file, tmp_path, num_blocks):
+def test_lost_activations_are_computed_again(uninterrupted, llama, token_file, tmp_path, capsys, num_blocks):
     shutil.copytree(uninterrupted, tmp_path / "out")
     cut_ledger(tmp_path / "out", num_blocks)
     run_quantize(llama, token_file, tmp_path / "out")
+    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("activations again")]
+    replayed = num_blocks if num_blocks < 3 else 0  # nothing is left but what completes the run
+    assert again == [f"activations again, block {number + 1}/{num_blocks}" for number in range(replayed)]
     assert result_files(tmp_path / "out") == result_files(uninterrupted)
 
 

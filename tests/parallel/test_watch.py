@@ -4,6 +4,7 @@ Most are started without torchrun, which would end the others by itself.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -151,10 +152,17 @@ def test_rank_that_was_stopped_on_another_host_learns_that_the_others_are_gone(t
     assert "shardq: [rank 2] rank 2 has not been heard of for 4 s" in (tmp_path / "err-2").read_text()
 
 
-def test_rank_that_never_comes_is_named(tmp_path):
-    finished = tiny.torchrun(NUM_RANKS, [worker.__file__, "absent", "2", tmp_path])
-    lines = [line for line in finished.stderr.splitlines() if line.startswith("shardq:")]
-    assert lines[0].startswith("shardq: [rank 0] not all ranks have come within 20 s, missing: 2;")
+@pytest.mark.parametrize(
+    "who, line",
+    [(0, "[rank 1] rank 0 cannot be reached at {} (it has not come within 15 s)"),
+     (1, "[rank 0] not all ranks have come within 15 s, missing: 1;")],
+)  # fmt: skip
+def test_rank_that_never_comes_is_named(tmp_path, who, line):
+    finished = tiny.torchrun(2, [worker.__file__, "absent", str(who), tmp_path], SHARDQ_MEETING_SECONDS=15)
+    [found] = [line for line in finished.stderr.splitlines() if line.startswith("shardq:")]
+    assert re.match(re.escape(f"shardq: {line}").replace(r"\{\}", r"\S+"), found)
+    assert found.endswith("or raise SHARDQ_MEETING_SECONDS")
+    assert "frame #" not in finished.stderr  # torch's own stack
     assert finished.returncode != 0 and not met(tmp_path)
 
 

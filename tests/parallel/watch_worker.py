@@ -16,7 +16,7 @@ from pathlib import Path
 from rank_process import run_and_leave
 from shardq.errors import ShardQError, StorageError
 from shardq.logs import print_error
-from shardq.parallel import stall, watch
+from shardq.parallel import meeting, stall, watch
 from shardq.parallel.collectives import barrier, together
 from shardq.parallel.ranks import Ranks, started, this_rank
 
@@ -25,13 +25,12 @@ SLOW_SECONDS = 0.5
 IN_STEPS = ("endless", "still", "slow")
 
 watch.BEAT_SECONDS = 0.2  # so that silence is found after 4 s
-watch.MEETING_SECONDS = 20.0
 stall.STALL_SECONDS, stall.STEP_SECONDS = 5.0, 4.0
 
 
 def knock() -> None:
     """What a stranger may do at rank 0's port: say nothing, say nonsense, or the right thing with a wrong token."""
-    port = json.loads(watch.meeting_store(1, 3).get(watch.MEETING_PLACE))[0]
+    port = json.loads(meeting.meeting_store(1, 3).get(meeting.MEETING_PLACE))[0]
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b'["wrong", 2, "rank 2", 1, "nobody"]\n'):
         with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(words)
@@ -77,7 +76,7 @@ def main() -> None:
     how, who, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     rank = int(os.environ["RANK"])
     if how == "absent" and rank == who:
-        sys.exit(0)
+        signal.pause()
     if how == "stranger" and rank == who:
         knock()
     with started("cpu") as ranks:

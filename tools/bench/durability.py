@@ -24,7 +24,6 @@ from peers_truncate import truncate  # noqa: E402
 from run import read_spans  # noqa: E402
 
 from shardq.cli import parse, return_freed_tensors  # noqa: E402  the checkout comes first on the path
-from shardq.compiling import keep_between_runs  # noqa: E402
 from shardq.formats import tensor_file  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
 from shardq.pipeline.run import quantize  # noqa: E402
@@ -70,7 +69,6 @@ def main() -> None:
     parser.add_argument("quantize", nargs="*", help="options of quantize, after --")
     options = parser.parse_args()
     return_freed_tensors()
-    keep_between_runs()
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         truncate(options.model, model, options.blocks)

@@ -31,7 +31,7 @@ from step import make_block, parse_shape
 from torch import Tensor
 
 from shardq.cli import return_freed_tensors
-from shardq.compiling import compiler, eager, keep_between_runs, why_not
+from shardq.compiling import compiler, eager, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_rss_bytes
 from shardq.model.arguments import BlockArguments
@@ -198,7 +198,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
         engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=arguments.deepspeed
     )
     return_freed_tensors()
-    keep_between_runs()
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     with started("cpu") as ranks:
         row = measure(arguments, parallel, ranks)

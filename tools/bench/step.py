@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from shardq.compiling import compiler, eager, keep_between_runs, why_not
+from shardq.compiling import compiler, eager, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_device_bytes
 from shardq.model.attention import NAME
@@ -244,7 +244,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also show where a step's time goes")
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    keep_between_runs()
     arguments = parser.parse_args()
     print(json.dumps(measure(arguments, torch.device(arguments.device))))
 
