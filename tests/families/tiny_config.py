@@ -1,6 +1,6 @@
 """The default config of any family, made small by what its fields are called.
 
-A config that only fits whole is mended by `FIELDS_OF`, a table of what single families need.
+Where that does not fit together, `FIELDS_OF` holds what a family needs; `VARIANTS` holds forms beside the default.
 """
 
 import re
@@ -105,6 +105,7 @@ _LONGER = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 # Forms of a family that its default config does not show, by a name after the family's.
 VARIANTS: dict[str, dict[str, object]] = {
+    "gemma4, no inputs per layer": {"hidden_size_per_layer_input": 0, "pad_token_id": 0},
     "gemma4_text, no inputs per layer": {"hidden_size_per_layer_input": 0},
     "gemma4_text, shared keys": _SHARED_KEYS,
     "gemma4_unified_text, shared keys": _SHARED_KEYS,
@@ -160,7 +161,8 @@ def _put(config: dict, fields: dict[str, object]) -> None:
 def _shrunk(config: dict, special_tokens: dict[int, int]) -> dict:
     """The same config with small numbers, lists of layers cut to those that are kept, and so all configs within it."""
     depths = [value for name, value in config.items() if _is_size(value) and re.fullmatch(NUM_LAYERS, name)]
-    kept = _kept_layers(config, max(depths, default=0))
+    depth = max(depths, default=0)
+    kept = _kept_layers(config, depth)
     small = {}
     for name, value in config.items():
         if name == "per_layer_config":
@@ -172,7 +174,7 @@ def _shrunk(config: dict, special_tokens: dict[int, int]) -> dict:
         elif re.fullmatch(SPECIAL_TOKENS, name):
             small[name] = _special(value, special_tokens)
         elif isinstance(value, list | tuple):
-            small[name] = _cut(name, list(value), max(depths, default=0), kept)
+            small[name] = _cut(name, list(value), depth, kept)
         elif _is_size(value) and value > 0:
             small[name] = _small(name, value, config, len(kept))
         else:
@@ -185,7 +187,7 @@ def _is_size(value: object) -> bool:
 
 
 def _kept_layers(config: dict, depth: int) -> list[int]:
-    """Places of the layers that stay: the first of each kind, and those before it, up to `MAX_LAYERS`."""
+    """Places of the layers that stay: the first of each kind, then others from the front; `MAX_LAYERS` at most."""
     kinds = [
         tuple(str(value[layer]) if len(value) == depth and not re.fullmatch(PLACES, name) else layer in value
               for name, value in config.items()
