@@ -62,8 +62,11 @@ def write_config(source: Path, folder: Path, dtype: torch.dtype, **more: object)
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")} | more)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and the other small files that a checkpoint needs to load and generate."""
+def copy_companions(source: Path, folder: Path) -> list[Path]:
+    """Copy the tokenizer and the other small files that a checkpoint needs to load and generate; give the copies."""
+    copies = []
     for pattern in COPIED_PATTERNS:
         for file in sorted(path for path in source.glob(pattern) if path.is_file()):
             write_whole(folder / file.name, partial(shutil.copyfile, inside(source, file.name)))
+            copies.append(folder / file.name)
+    return copies

@@ -37,6 +37,7 @@ from shardq.pipeline.manifest import model_of
 from shardq.pipeline.passes import Activations
 from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.pipeline.prepare import take_folder
+from shardq.pipeline.redo import mend
 from shardq.pipeline.scale_tuning import Tuning, embed_and_target, tune_step
 from shardq.pipeline.stop import stop_if_asked, stoppable
 
@@ -116,6 +117,8 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(run / ledger.LEDGER), "options": asdict(options)}}
     lines, _ = take_folder(output, manifest, "auto", None, held, display)
+    plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
+    mend(output, skeleton, plan, manifest, lines, display)
     return Found(manifest, options, tokens_NT, lines)
 
 
@@ -211,5 +214,5 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
             files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,
                                       tuning.ranks.device)  # fmt: skip
             ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size)
-    ledger.commit(output, None, write_run_files(output, skeleton, plan, dtype))
+    ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
     remove(output / STATE)

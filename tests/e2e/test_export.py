@@ -220,8 +220,13 @@ def test_linears_left_as_they_are_are_ignored_and_kept(llama: Path, token_file: 
 
 
 def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_file: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="not an empty folder"):
-        run_export(served)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("words")
+    with pytest.raises(ConfigError, match="not an empty folder, nor one that holds an export"):
+        run_export(served, "--output", tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "words"
+    with pytest.raises(ConfigError, match=r"holds an export to compressed-tensors \(activation_bits 16\)"):
+        run_export(served, "--activation_bits", 8)
     with pytest.raises(ResumeError, match="not finished"):
         run_export(llama)
     with pytest.raises(ConfigError, match="pickle"):
@@ -235,6 +240,7 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
     run_quantize(llama, token_file, tmp_path / "w3", *RTN, "--quant.bits", 3)
     with pytest.raises(ConfigError, match="3 bits"):
         run_export(tmp_path / "w3")
+    assert not (tmp_path / "w3" / "compressed-tensors").exists(), "what was refused has left something"
 
 
 @pytest.mark.parametrize("symmetric", ["true", "false"])

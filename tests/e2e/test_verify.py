@@ -17,6 +17,8 @@ from shardq.cli import parse
 from shardq.errors import CheckpointError, ResumeError
 from shardq.files import xxh128_of
 from shardq.formats.block_file import read_block, write_block
+from shardq.formats.sealed import sealed
+from shardq.pipeline import ledger
 from shardq.pipeline.verify import CHECKS, find_faults, verify
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -177,10 +179,12 @@ def flip_last_bit(path: Path) -> None:
 
 def renew_digests(run: Path) -> None:
     """Make the ledger say what is there, so that damage has to be found by looking at the content."""
-    entries = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    entries = ledger.read_lines(run)
     for entry in entries:
-        entry["files"] = {name: xxh128_of(run / name) if (run / name).exists() else "-" for name in entry["files"]}
-    (run / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        files = {name: run / name for name in entry["files"]}
+        entry["files"] = {name: xxh128_of(path) if path.exists() else "-" for name, path in files.items()}
+        entry["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
+    (run / "ledger.jsonl").write_text("".join(json.dumps(sealed(entry)) + "\n" for entry in entries))
 
 
 @pytest.mark.parametrize("damage, check, report", DAMAGES.values(), ids=DAMAGES)

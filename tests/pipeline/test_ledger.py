@@ -200,7 +200,7 @@ class TestLedger:
 
     def test_missing_file_is_named(self, output: Path):
         (output / "blocks" / "0.bin").unlink()
-        assert_refused(output, str(output / "blocks" / "0.bin"), "missing although the ledger has it as finished")
+        assert_refused(output, str(output / "blocks" / "0.bin"), "missing although it was finished")
 
     def test_files_of_blocks_that_were_not_committed_do_not_matter(self, output: Path):
         write(output / "blocks" / "2.bin", "half a blo")
