@@ -20,17 +20,18 @@ from shardq.formats import encodings
 from shardq.formats.block_file import read_grids, write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.model_card import model_card
-from shardq.formats.shards import DTYPES, INDEX_FILE, read_tensor
-from shardq.formats.tensor_file import write_tensors
+from shardq.formats.shards import DTYPES, INDEX_FILE, read_tensor, read_weight
+from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import export_record, ledger
 from shardq.pipeline.aimet_export import merge_encodings, write_encodings
-from shardq.pipeline.checkpoint_export import write_checkpoint
+from shardq.pipeline.checkpoint_export import weight_dtype, write_checkpoint
 from shardq.pipeline.lock import only_run
 from shardq.pipeline.plan import Plan, block_file, encodings_file
+from shardq.pipeline.room import Need, bytes_there, check_room, export_bytes
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -54,6 +55,16 @@ def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
 def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Function that rounds a float32 weight to what a dtype can hold, and keeps it in float32."""
     return lambda weight: weight.to(dtype).to(weight.dtype)
+
+
+def check_ends(skeleton: Skeleton) -> None:
+    """Check the parameters outside the blocks, which are copied as they are, before work starts.
+
+    Raises:
+        CheckpointError: one of them holds a value that is not finite.
+    """
+    for info in {skeleton.stored(name): None for name, _ in skeleton.model.named_parameters()}:
+        read_weight(info)
 
 
 def write_block_files(
@@ -85,6 +96,8 @@ def write_block_files(
             linear = linears.get(name.removesuffix(".weight"))
             is_codes = linear is not None and name.endswith(".weight")
             weights[info.name] = linear.dequantized(dtype) if is_codes else read_tensor(info)
+            if is_codes:
+                check_finite(path, {info.name: weights[info.name]})
         write_tensors(path, weights, {"format": "pt"})
 
     writers = {block_file(output, block_index): lambda path: write_block(path, full, grids)}
@@ -182,12 +195,18 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     """
     skeleton, folder = open_skeleton(Path(config.run)), config.folder
     blocks = ledger.blocks_digest(ledger.finished(ledger.read_lines(skeleton.folder)))
+    paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
+    grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
+    if not is_begun:  # else room was counted before the run began
+        num_bytes = export_bytes(config, skeleton, grids, weight_dtype(config, skeleton, grids).itemsize)
+        room = Need(config.format, folder, max(0, num_bytes - bytes_there(folder)))
+        check_room([room], "choose another --output")
     former = export_record.read(folder)
     export_record.begin(config, blocks)
     try:
         if not is_begun:
             export_record.remove_former(folder, former)
-        scale_change = _write_files(config, skeleton, display, is_begun)
+        scale_change = _write_files(config, skeleton, grids, display, is_begun)
         return _summary(folder, export_record.finish(config, blocks, scale_change))
     except ShardQError:
         export_record.abandon(folder)
@@ -216,11 +235,11 @@ def _summary(folder: Path, record: dict) -> dict:
     return {"output": str(folder), "format": record["format"], "bytes": num_bytes, "scale_change": scale_change}
 
 
-def _write_files(config: ExportConfig, skeleton: Skeleton, display: Display, is_begun: bool) -> float:
+def _write_files(
+    config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], display: Display, is_begun: bool
+) -> float:
     """Write an export's files, the model card last; give the largest relative change of a scale by its rounding."""
     folder = config.folder
-    paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
-    grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     match config.format:
         case "aimet":
             scale_change = 0.0

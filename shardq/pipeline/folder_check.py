@@ -19,7 +19,7 @@ def is_of_before(entries: ledger.Entries) -> bool:
 
 
 def folder_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
-    """Files that belong to no finished run, and lines of logs that are no JSON."""
+    """Files that belong to no finished run, and lines of ledger and logs that are no JSON."""
     known = {name for entry in entries.values() for name in entry["files"]}
     known |= {ledger.MANIFEST, ledger.LEDGER, LOCK}
     exports = set(exports_in(output))
@@ -30,7 +30,7 @@ def folder_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
         may_be_copied = is_of_before(entries) and path.suffix != ".safetensors"
         if str(path.relative_to(output)) not in known and not may_be_copied:
             yield f"{path}: no file of this run; move it elsewhere"
-    for path in sorted(output.glob(LOGS)):
+    for path in (output / ledger.LEDGER, *sorted(output.glob(LOGS))):
         yield from _log_faults(path)
 
 

@@ -26,8 +26,9 @@ Entries = dict[int | None, dict]
 
 
 def stored_options(output: Path, section: str) -> dict:
-    """Options of the run in a folder, empty where there is no run."""
-    if not (output / MANIFEST).exists():
+    """Options of the run in a folder, empty where there is no run, or its manifest is not what it was at the end."""
+    lines = read_lines(output)
+    if not (output / MANIFEST).exists() or not (redo_lines(lines) or _is_manifest_whole(output, lines)):
         return {}
     try:
         return read_manifest(output)["options"].get(section, {})
@@ -118,13 +119,20 @@ def mend_manifest(output: Path, manifest: dict, say: Callable[[str], None]) -> N
     Args:
         say: is given a line where that was done.
     """
-    path, recorded = output / MANIFEST, finished(read_lines(output)).get(None, {}).get("files", {}).get(MANIFEST)
-    if recorded is None or (path.is_file() and digest_of(path, recorded) == recorded):
-        return
-    text = json_text(manifest)
-    if xxhash.xxh3_128_hexdigest(text.encode()) == recorded:
-        write_text(path, text)
-        say(f"{path}: missing or changed since the run was finished; written again")
+    lines, text = read_lines(output), json_text(manifest)
+    if not _is_manifest_whole(output, lines) and xxhash.xxh3_128_hexdigest(text.encode()) == _manifest_digest(lines):
+        write_text(output / MANIFEST, text)
+        say(f"{output / MANIFEST}: missing or changed since the run was finished; written again")
+
+
+def _is_manifest_whole(output: Path, lines: list[dict]) -> bool:
+    """Whether the manifest of a finished run is what it was; of another run that is not known, and assumed."""
+    recorded = _manifest_digest(lines)
+    return recorded is None or ((output / MANIFEST).is_file() and digest_of(output / MANIFEST, recorded) == recorded)
+
+
+def _manifest_digest(lines: list[dict]) -> str | None:
+    return finished(lines).get(None, {}).get("files", {}).get(MANIFEST)
 
 
 def _redo_line(lines: list[dict], redo: list[int], manifest: dict, damaged: dict[int | None, str]) -> dict | None:

@@ -27,6 +27,7 @@ from shardq.pipeline.bench import BlockJob, served_forward
 from shardq.pipeline.block_pass import quantize_block
 from shardq.pipeline.checkpoint_export import write_block_shard
 from shardq.pipeline.export import (
+    check_ends,
     rounding_to,
     stored_dtype,
     write_block_files,
@@ -64,6 +65,8 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)
         check_space(run)
+        if None not in ledger.finished(run.lines):
+            on_rank_zero(ranks, lambda: check_ends(run.skeleton))
         begin(run)
         events = Events(events_file(run.output, ranks), ranks.rank)
         lines = run.lines

@@ -39,6 +39,7 @@ from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.pipeline.prepare import take_folder
 from shardq.pipeline.redo import mend
 from shardq.pipeline.scale_tuning import Tuning, embed_and_target, tune_step
+from shardq.pipeline.space import check_space_for_tuning
 from shardq.pipeline.stop import stop_if_asked, stoppable
 
 STATE = "tuning.safetensors"
@@ -77,6 +78,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
             on_rank_zero(ranks, lambda: remove(output / STATE))  # a kill right after the last ledger line leaves it
             display.line(f"{output}: this tuning is finished, nothing is left to do")
         else:
+            check_space_for_tuning(config, skeleton, plan, found.manifest, found.lines, ranks, found.tokens_NT.shape)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
     summary = {

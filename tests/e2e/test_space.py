@@ -20,6 +20,7 @@ from shardq.optimize.stepper import OPTIMIZERS
 from shardq.pipeline import space
 from shardq.pipeline.ledger import commit
 from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.room import bytes_there
 from shardq.pipeline.run import quantize
 
 
@@ -81,7 +82,7 @@ def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_pa
     output, seen = tmp_path / "out", []
 
     def note(run: Run) -> None:
-        seen.append((sum(need.num_bytes for need in space.needed(run)), space._there(output)))
+        seen.append((sum(need.num_bytes for need in space.needed(run)), bytes_there(output)))
 
     def commit_and_end(folder: Path, block: int | None, *args: object, **facts: object) -> dict:
         line = commit(folder, block, *args, **facts)
@@ -114,7 +115,7 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
     output, cached = tmp_path / "out", [0]
 
     def look(folder: Path, *args: object, **facts: object) -> dict:
-        cached.append(space._there(folder / "cache"))
+        cached.append(bytes_there(folder / "cache"))
         return commit(folder, *args, **facts)
 
     monkeypatch.setattr("shardq.pipeline.run.ledger.commit", look)
@@ -133,7 +134,7 @@ def test_room_for_checkpoints_is_what_they_take(llama, token_file, tmp_path, mon
 
     def look(path: Path, *args: object, **facts: object) -> None:
         write_checked(path, *args, **facts)
-        there.append(space._there(output / "checkpoint"))
+        there.append(bytes_there(output / "checkpoint"))
 
     monkeypatch.setattr("shardq.pipeline.training_checkpoint.write_checked", look)
     more = ["--checkpoint.every_iterations", 2, "--optimize.optimizer", optimizer]
