@@ -36,7 +36,11 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "tune": (TuneConfig, tune, "Tune a finished run's scales end to end; the last line of output is JSON."),
     "evaluate": (EvaluateConfig, evaluate, "Measure a model's perplexity; the last line of output is JSON."),
     "export": (ExportConfig, export, "Convert a finished run for other programs; the last line of output is JSON."),
-    "verify": (VerifyConfig, verify, "Check every file of a finished run; the last line of output is JSON."),
+    "verify": (
+        VerifyConfig,
+        verify,
+        "Check every file of a finished run or an export; the last line of output is JSON.",
+    ),
 }
 IF_MEMORY_IS_SHORT = {
     "quantize": "free some and run the same command again, or begin in another --output with a smaller "

@@ -47,8 +47,10 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
         QuantizationError: one is not finite; names it.
     """
     for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
         # An infinity is the least value or the greatest, and a NaN comes through.
-        if tensor.is_floating_point() and not all(torch.isfinite(end) for end in tensor.aminmax()):
+        if not all(torch.isfinite(end) for end in tensor.aminmax()):
             raise QuantizationError(
                 f"{path}: {name} has a value that is not finite in {str(tensor.dtype).removeprefix('torch.')}; "
                 "keep it in float32, or leave the linear as it is with --quant.ignore"

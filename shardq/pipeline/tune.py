@@ -76,7 +76,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
         losses = []
         if None in ledger.finished(found.lines):
             on_rank_zero(ranks, lambda: remove(output / STATE))  # a kill right after the last ledger line leaves it
-            display.line(f"{output}: this tuning is finished, nothing is left to do")
+            display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
             check_space_for_tuning(config, skeleton, plan, found.manifest, found.lines, ranks, found.tokens_NT.shape)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))

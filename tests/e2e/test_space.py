@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,8 @@ from shardq.errors import StorageError
 from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
 from shardq.optimize.stepper import OPTIMIZERS
-from shardq.pipeline import space
+from shardq.pipeline import room, space, tune
+from shardq.pipeline.export import export
 from shardq.pipeline.ledger import commit
 from shardq.pipeline.prepare import Run, prepare
 from shardq.pipeline.room import bytes_there
@@ -126,6 +128,52 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
     written = sum(len(content) for name, content in result_files(output).items() if name not in small)
     assert written <= counted["weights and encodings"] * 1.02 and counted["weights and encodings"] < 1.15 * written
     assert max(cached) <= counted.get("activations", 0) <= 1.05 * max(cached)
+
+
+@pytest.fixture(scope="module")
+def finished(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Read only."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    run_quantize(llama, token_file, output, "--quant.method", "rtn")
+    return output
+
+
+def test_export_that_will_not_fit_is_refused_before_it_begins(finished, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr("shardq.pipeline.export.check_room", lambda needs, _: counted.extend(needs))
+    export(parse("export", [str(finished), "--format", "hf", "--output", str(tmp_path / "hf")]), ONE_RANK)
+    assert 0.85 * bytes_there(tmp_path / "hf") < counted[0].num_bytes < 1.05 * bytes_there(tmp_path / "hf")
+    monkeypatch.undo()
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=counted[0].num_bytes - 1))
+    for folder, more in ((tmp_path / "other", ["--output", str(tmp_path / "other")]), (finished / "hf", [])):
+        with pytest.raises(StorageError, match=f"{folder}: .* are still to be written there .hf .*another --output"):
+            export(parse("export", [str(finished), "--format", "hf", *more]), ONE_RANK)
+        assert not folder.exists()
+
+
+def test_tuning_that_will_not_fit_is_refused_before_it_begins(finished, llama, tmp_path, monkeypatch):
+    arguments = [str(finished), "--model", str(llama), "--output", str(tmp_path / "out"), "--tune.steps", "1"]
+    largest, saved = [0], tune._save
+
+    def look(*args: object) -> None:
+        saved(*args)
+        largest.append(bytes_there(tmp_path / "out" / tune.STATE))
+
+    def note(needs: list[room.Need], advice: str) -> None:
+        counted.update({need.what: need.num_bytes for need in needs})
+
+    counted = {}
+    monkeypatch.setattr(space, "check_room", note)
+    monkeypatch.setattr(tune, "_save", look)
+    tune.tune(parse("tune", arguments), ONE_RANK)
+    written = bytes_there(tmp_path / "out") + max(largest)
+    assert 0.95 * written < counted["weights, encodings and state"] < 1.2 * written
+    monkeypatch.undo()
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=sum(counted.values()) - 1))
+    arguments[4] = str(tmp_path / "other")
+    with pytest.raises(StorageError, match="weights, encodings and state .*, activations .*another --output or --cach"):
+        tune.tune(parse("tune", arguments), ONE_RANK)
+    assert not (tmp_path / "other" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
