@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "verify": (
         VerifyConfig,
         verify,
-        "Check every file of a finished run or an export; the last line of output is JSON.",
+        "Check every file of a run or an export; the last line of output is JSON.",
     ),
 }
 IF_MEMORY_IS_SHORT = {
