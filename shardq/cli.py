@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "tune": (TuneConfig, _tune, "Tune a finished run's scales end to end; the last line of output is JSON."),
     "evaluate": (EvaluateConfig, _evaluate, "Measure a model's perplexity; the last line of output is JSON."),
     "export": (ExportConfig, _export, "Convert a finished run for other programs; the last line of output is JSON."),
-    "verify": (VerifyConfig, _verify, "Check every file of a finished run; the last line of output is JSON."),
+    "verify": (VerifyConfig, _verify, "Check every file of a run or an export; the last line of output is JSON."),
 }
 IF_MEMORY_IS_SHORT = {
     "quantize": "free some and run the same command again, or begin in another --output with a smaller "

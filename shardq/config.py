@@ -194,10 +194,10 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """A check of what a run has written."""
+    """A check of what a run, or an export, has written."""
 
     run: str
-    """Output folder of a finished run."""
+    """Output folder of a finished run, or of an export."""
     device: ClassVar[str] = "cpu"
 
 

@@ -55,7 +55,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file whole, with sorted keys so that equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """The text of a JSON file of ours."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def append_line(path: Path, line: str) -> None:

@@ -88,7 +88,9 @@ def companions(folder: Path) -> list[Path]:
     return names
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy a checkpoint's companions; raises as `companions`."""
-    for name in companions(source):
+def copy_companions(source: Path, folder: Path) -> list[Path]:
+    """Copy a checkpoint's companions; give the copies; raises as `companions`."""
+    names = companions(source)
+    for name in names:
         write_whole(folder / name, partial(shutil.copyfile, source / name))
+    return [folder / name for name in names]

@@ -70,6 +70,8 @@ def pack(name: str, linear: QuantizedLinear) -> Tensor:
     if kind == BlockType.Q4_1:
         zero_OB = linear.zero_point_OG.repeat_interleave(num_blocks // linear.scale_OG.shape[1], 1)
         numbers.append(((spec.qmin - zero_OB) * scale_OB).half())
+        if not numbers[1].isfinite().all():
+            raise QuantizationError(f"gguf: an offset of {name} is too large for float16; export hf instead")
     codes_OBb = linear.codes_OI.view(num_outputs, num_blocks, BLOCK)
     if kind != BlockType.Q8_0:
         unsigned = codes_OBb - (-8 if kind == BlockType.Q4_0 else spec.qmin)

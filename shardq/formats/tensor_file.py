@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shardq.devices import mark_ready, to_host
-from shardq.errors import CheckpointError, StorageError
+from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.files import write_whole
 from shardq.formats.shards import read_header, read_metadata, read_tensor
 
@@ -38,6 +38,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             ) from error
 
     write_whole(path, write)
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that no value of some tensors, which a file is to hold, is beyond its dtype.
+
+    Raises:
+        QuantizationError: one is not finite; names it.
+    """
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
+        # An infinity is the least value or the greatest, and a NaN comes through.
+        if not all(torch.isfinite(end) for end in tensor.aminmax()):
+            raise QuantizationError(
+                f"{path}: {name} has a value that is not finite in {str(tensor.dtype).removeprefix('torch.')}; "
+                "keep it in float32, or leave the linear as it is with --quant.ignore"
+            )
 
 
 def read_tensors(path: Path, pinned: bool = False) -> dict[str, Tensor]:

@@ -124,6 +124,16 @@ class BlockArguments:
         """Names under which what earlier blocks have left for this one is kept."""
         return tuple(f"{key}{place}" for key, place in self.shared.entering) if self.shared else ()
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of a sample's own arguments."""
+        return sum(values.nbytes for values in self.example.own) if self.example else 0
+
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of what earlier blocks have left for this one, of a sample."""
+        return sum(values.nbytes for values in self.example.carried) if self.example else 0
+
     def own_of(self, call: Call) -> tuple[Tensor, ...]:
         """The arguments that follow the sample, from the model's call with N sequences, [N, K, ...] each."""
         leaves, num = tree_flatten((call.args, call.kwargs))[0], len(call.hidden)

@@ -16,7 +16,7 @@ from shardq.formats import compressed_tensors, gptq
 from shardq.formats.block_file import read_activations, read_block, read_grids
 from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
-from shardq.formats.tensor_file import write_tensors
+from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.model.skeleton import Skeleton
 from shardq.pipeline.plan import block_file
 from shardq.quant.activation import ActivationGrid
@@ -33,6 +33,7 @@ def write_block_shard(config: ExportConfig, skeleton: Skeleton, block_index: int
 
     Raises:
         ConfigError: the run has other grids for what enters the linears than the option asks for.
+        QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
     """
     path = block_file(Path(config.run), block_index)
     linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in read_block(path).items()}
@@ -41,7 +42,9 @@ def write_block_shard(config: ExportConfig, skeleton: Skeleton, block_index: int
     tensors: dict[str, Tensor] = {}
     for name, info in read_header(Path(config.run) / shard).items():
         if name in linears:
-            tensors |= _linear_tensors(config, name.removesuffix(".weight"), linears[name], dtype, inputs)
+            of_linear = _linear_tensors(config, name.removesuffix(".weight"), linears[name], dtype, inputs)
+            check_finite(config.folder / shard, of_linear)
+            tensors |= of_linear
         else:
             tensors[name] = read_tensor(info)
     write_tensors(config.folder / shard, tensors, {"format": "pt"})
@@ -71,9 +74,15 @@ def write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str, 
     write_index(folder, shards)
     copy_companions(skeleton.folder, folder)
     scale_dtype = _model_dtype(spec, _embedding_dtype(skeleton))
-    dtype = torch.float32 if config.format == "hf" and config.dtype == "float32" else scale_dtype
-    write_config(skeleton.folder, folder, dtype, **scheme)
+    write_config(skeleton.folder, folder, weight_dtype(config, skeleton, grids), **scheme)
     return 0.0 if config.format == "hf" else _scale_change(skeleton, scale_dtype)
+
+
+def weight_dtype(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec]) -> torch.dtype:
+    """Dtype in which a checkpoint's plain weights are to be loaded."""
+    if config.format == "hf" and config.dtype == "float32":
+        return torch.float32
+    return _model_dtype(next(iter(grids.values())), _embedding_dtype(skeleton))
 
 
 def _linear_tensors(

@@ -2,29 +2,33 @@
 
 A block counts as finished once its ledger line, with the digests of its files, is on the disk; that line is written
 after the files themselves. A line of another kind begins a redo: its blocks count no longer, and from there on the
-manifest is the one that it holds. Both files depend on the run's inputs alone: no times, no paths of the output.
+manifest is the one that it holds. The line that completes a run has all files beside the blocks, the manifest as well.
+Both files depend on the run's inputs alone: no times, no paths of the output.
 """
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import xxhash
+
 from shardq.errors import ResumeError
-from shardq.files import ASIDE, append_line, sha256_of, storage_errors, write_json, xxh128_of
+from shardq.files import ASIDE, append_line, json_text, write_json, write_text
+from shardq.formats.sealed import SEAL, sealed, unsealed
 from shardq.parallel.collectives import TOKEN
+from shardq.pipeline.digests import changed_files, cut_torn_line, digest_of, entry_of
 from shardq.pipeline.lock import LOCK
 from shardq.pipeline.manifest import REDO_MAY_CHANGE, differences
 
 MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
-SHA256_DIGITS = 64  # runs begun before digests were XXH3 have these
 Entries = dict[int | None, dict]
 """Ledger lines by the block that each is about; None: about the files that complete the run."""
 
 
 def stored_options(output: Path, section: str) -> dict:
-    """Options of the run in a folder, empty where there is no run."""
-    if not (output / MANIFEST).exists():
+    """Options of the run in a folder, empty where there is no run, or its manifest is not what it was at the end."""
+    lines = read_lines(output)
+    if not (output / MANIFEST).exists() or not (redo_lines(lines) or _is_manifest_whole(output, lines)):
         return {}
     try:
         return read_manifest(output)["options"].get(section, {})
@@ -44,7 +48,7 @@ def check_folder(output: Path, resume: str) -> None:
     Raises:
         ResumeError: it holds something else, or nothing to go on with.
     """
-    if (output / MANIFEST).exists():
+    if (output / MANIFEST).exists() or (output / LEDGER).exists():
         return
     if resume == "require":
         raise ResumeError(f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require")
@@ -61,24 +65,28 @@ def open_run(
 ) -> tuple[list[dict], dict | None]:
     """Find what the run in a folder has done, or that one may begin there.
 
+    A finished run's files are checked by name and size, the small ones by digest; those of other runs by digest.
+
     Args:
         redo: blocks to do again.
 
     Returns:
-        The ledger's lines, none for a new run; and the line, if there is to be one, that begins a redo. `begin_run`
-        and appending that line are left to the caller.
+        The ledger's lines, none for a new run; and the line, if there is to be one, that begins a redo. `begin_run`,
+        appending that line and mending what completes a finished run are left to the caller.
 
     Raises:
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
     """
     check_folder(output, resume)
-    if not (output / MANIFEST).exists():
+    if not (output / MANIFEST).exists() and not (output / LEDGER).exists():
         if redo is not None:
             raise ResumeError(f"{output}: no run to redo blocks of (no {MANIFEST}); check --output or drop --redo")
         return [], None
+    if not (output / MANIFEST).exists():
+        raise ResumeError(f"{output / MANIFEST}: missing; restore it, or give the options that the run was made with")
     if resume == "never":
         raise ResumeError(f"{output}: already holds a run and --resume is never; choose another --output or delete it")
-    _cut_torn_line(output)
+    cut_torn_line(output / LEDGER)
     lines, differing = read_lines(output), differences(read_manifest(output), manifest)
     lasting = [text for name, text in differing.items() if redo is None or not name.startswith(REDO_MAY_CHANGE)]
     if lasting:
@@ -87,9 +95,12 @@ def open_run(
             "options"
         )
     entries = finished(lines)
-    damaged = dict(damaged_files(output, entries))
+    is_quick = None in entries and redo is None  # nothing is made from these files
+    damaged = {block: fault for block, _, fault in damaged_files(output, entries, is_quick)}
     line = None if redo is None else _redo_line(lines, redo, manifest, damaged)
     left = [block for block in damaged if block in finished([*lines, *([line] if line else [])])]
+    if redo is None and left == [None]:
+        return lines, line  # what completes a run is written again from the source
     if left:
         numbers = ",".join("end" if block is None else str(block) for block in damaged)
         raise ResumeError(f"{damaged[left[0]]}; restore it, or do it again with --redo {numbers}")
@@ -100,6 +111,28 @@ def begin_run(output: Path, manifest: dict) -> None:
     """Make a folder a run's, if it is none yet."""
     if not (output / MANIFEST).exists():
         write_json(output / MANIFEST, manifest)
+
+
+def mend_manifest(output: Path, manifest: dict, say: Callable[[str], None]) -> None:
+    """Write a finished run's manifest again where it is not what it was, and the one at hand is.
+
+    Args:
+        say: is given a line where that was done.
+    """
+    lines, text = read_lines(output), json_text(manifest)
+    if not _is_manifest_whole(output, lines) and xxhash.xxh3_128_hexdigest(text.encode()) == _manifest_digest(lines):
+        write_text(output / MANIFEST, text)
+        say(f"{output / MANIFEST}: missing or changed since the run was finished; written again")
+
+
+def _is_manifest_whole(output: Path, lines: list[dict]) -> bool:
+    """Whether the manifest of a finished run is what it was; of another run that is not known, and assumed."""
+    recorded = _manifest_digest(lines)
+    return recorded is None or ((output / MANIFEST).is_file() and digest_of(output / MANIFEST, recorded) == recorded)
+
+
+def _manifest_digest(lines: list[dict]) -> str | None:
+    return finished(lines).get(None, {}).get("files", {}).get(MANIFEST)
 
 
 def _redo_line(lines: list[dict], redo: list[int], manifest: dict, damaged: dict[int | None, str]) -> dict | None:
@@ -118,8 +151,10 @@ def check_finished(output: Path) -> None:
         ResumeError: it does not.
     """
     entries = finished(read_lines(output))
-    for fault in (*why_unfinished(output, entries), *dict(damaged_files(output, entries)).values()):
+    for fault in why_unfinished(output, entries):
         raise ResumeError(fault)
+    for _, _, fault in damaged_files(output, entries):
+        raise ResumeError(f"{fault}; restore it, or run its command again, which says how to mend it")
 
 
 def why_unfinished(output: Path, entries: Entries) -> list[str]:
@@ -153,10 +188,15 @@ def read_lines(output: Path) -> list[dict]:
     Raises:
         ResumeError: a line is damaged or out of order.
     """
-    path, lines = output / LEDGER, []
+    path, lines, sealing = output / LEDGER, [], False
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else []):
         try:
             line = json.loads(text)
+            # Lines of runs begun before they were sealed have no sizes of files either.
+            sealing = isinstance(line, dict) and (sealing or not line.keys().isdisjoint((SEAL, "bytes")))
+            if sealing and SEAL not in line:
+                raise ValueError("no seal")
+            line = unsealed(line) if sealing else line
         except (ValueError, RecursionError):
             line = None
         fault = _fault(line, finished(lines))
@@ -175,7 +215,7 @@ def _fault(line: object, before: Entries) -> str:
         redo, manifest = line["redo"], line.get("manifest")
         numbers = isinstance(redo, list) and all(type(block) is int for block in redo)
         return "" if numbers and isinstance(manifest, dict) else damaged
-    if "block" not in line or not isinstance(line.get("files"), dict):
+    if "block" not in line or not (isinstance(line.get("files"), dict) and isinstance(line.get("bytes", {}), dict)):
         return damaged
     if not isinstance(line.get("source", {}), dict):
         return damaged
@@ -219,41 +259,36 @@ def blocks_to_do(entries: Entries, num_blocks: int) -> range:
     return range(first, next((block for block in range(first, num_blocks) if block in entries), num_blocks))
 
 
-def damaged_files(output: Path, entries: Entries) -> Iterator[tuple[int | None, str]]:
-    """The block, and a line about it, of each file of the ledger's that is not what it was when it was finished."""
+def damaged_files(output: Path, entries: Entries, is_quick: bool = False) -> Iterator[tuple[int | None, Path, str]]:
+    """The block, the path, and a line about it, of each file of the ledger's that is not what it was when it was done.
+
+    Args:
+        is_quick: whether larger files are compared by their size alone.
+    """
     for block, entry in entries.items():
-        for name, digest in entry["files"].items():
-            path = output / name
-            with storage_errors(path):
-                is_there = path.is_file()
-            if not is_there:
-                yield block, f"{path}: missing although the ledger has it as finished"
-            elif _digest(path, digest) != digest:
-                yield block, f"{path}: changed since it was finished (its digest differs)"
+        for path, fault in changed_files(output, entry, is_quick):
+            yield block, path, fault
 
 
-def _cut_torn_line(output: Path) -> None:
-    """Cut off what a kill inside an append has left, so that the next line begins a line."""
-    path = output / LEDGER
-    content = path.read_bytes() if path.exists() else b""
-    if not content.endswith(b"\n") and content:
-        os.truncate(path, content.rfind(b"\n") + 1)
+def blocks_digest(entries: Entries) -> str:
+    """What tells the blocks of a finished run from others: a digest of their files' digests."""
+    digests = [entries[block]["files"] for block in sorted(entries.keys() - {None})]
+    return xxhash.xxh3_128_hexdigest(json.dumps(digests, sort_keys=True).encode())
 
 
 def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> dict:
     """Append the ledger line that makes a block's files count, and give it; `block` None: the whole run is complete."""
     like = next((digest for line in read_lines(output) for digest in line.get("files", {}).values()), None)
-    digests = {str(path.relative_to(output)): _digest(path, like) for path in files}
-    return append(output, {"block": block, "files": digests, **facts})
+    return append(output, {"block": block, **entry_of(output, files, like), **facts})
 
 
-def _digest(path: Path, like: object) -> str:
-    """Digest of a file, of the kind of `like`: a run that began with SHA-256 has no other to its end."""
-    return sha256_of(path) if isinstance(like, str) and len(like) == SHA256_DIGITS else xxh128_of(path)
+def complete(output: Path, files: list[Path]) -> dict:
+    """Append the line that completes a run, once its manifest is the one that counts; give it."""
+    write_json(output / MANIFEST, read_manifest(output))
+    return commit(output, None, [*files, output / MANIFEST])
 
 
 def append(output: Path, line: dict) -> dict:
     """Append a line to the ledger; give it as it will be read."""
-    text = json.dumps(line, sort_keys=True)
-    append_line(output / LEDGER, text)
-    return json.loads(text)
+    append_line(output / LEDGER, json.dumps(sealed(line), sort_keys=True))
+    return json.loads(json.dumps(line))

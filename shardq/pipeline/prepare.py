@@ -26,6 +26,7 @@ from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_z
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
 from shardq.pipeline.activations import plan_activations
+from shardq.pipeline.digests import cut_torn_line
 from shardq.pipeline.folders import cache_folder, output_folder
 from shardq.pipeline.lock import only_run
 from shardq.pipeline.manifest import make_manifest
@@ -39,7 +40,7 @@ from shardq.pipeline.memory import (
 )
 from shardq.pipeline.objective import PREDICTION_STEPS
 from shardq.pipeline.plan import ENCODINGS, Plan, make_plan
-from shardq.pipeline.redo import begin_redo, blocks_asked
+from shardq.pipeline.redo import begin_redo, blocks_asked, mend
 from shardq.pipeline.self_check import say_if_unchecked
 from shardq.pipeline.source import begin_with, known
 from shardq.pipeline.target import check_served
@@ -104,7 +105,11 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
-        return tokens_NT, manifest, take_folder(output, manifest, config.resume, redo, held, display), chosen
+        lines, line = take_folder(output, manifest, config.resume, redo, held, display)
+        if line is None:
+            skeleton.digests.update(known(lines))
+            mend(output, skeleton, plan, manifest, lines, display)
+        return tokens_NT, manifest, (lines, line), chosen
 
     skeleton, plan, arguments, activations = together(ranks, open_and_plan)
     length = config.calib.sequence_length
@@ -136,6 +141,9 @@ def take_folder(
     ledger.check_folder(output, resume)
     held.enter_context(only_run(output, display.line))
     remove_asides(output)
+    for log in output.glob("events*.jsonl"):
+        cut_torn_line(log)
+    ledger.mend_manifest(output, manifest, display.line)
     return ledger.open_run(output, manifest, resume, redo)
 
 
@@ -221,7 +229,7 @@ def _say_what_will_be_done(run: Run) -> None:
     if not run.reads_ahead:
         line("no block is read while the one before is trained: memory has no room for both")
     if None in ledger.finished(run.lines):
-        line(f"{run.output}: this run is finished, nothing is left to do")
+        line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")
 
 
 def _check_length(skeleton: Skeleton, sequence_length: int) -> None:

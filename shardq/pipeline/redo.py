@@ -1,17 +1,20 @@
-"""Blocks that are done again because they are asked for: damaged ones, or chosen ones with other settings."""
+"""Blocks that are done again because they are asked for, with other settings or damaged; and what completes a run."""
 
 import re
 import shutil
 from collections.abc import Container
 from pathlib import Path
 
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, ResumeError
 from shardq.files import remove, remove_folder
 from shardq.logs import Display
+from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.pipeline import ledger
-from shardq.pipeline.export import COMPLETING, FORMATS, MODEL_CARD
+from shardq.pipeline.export import COMPLETING, FORMATS, MODEL_CARD, stored_dtype, write_run_files
+from shardq.pipeline.export_record import RECORD
+from shardq.pipeline.plan import Plan
 
 END = "end"
 
@@ -72,6 +75,30 @@ def remove_what_completes(output: Path, asked: Container[str], display: Display)
 
 def _remove_export(output: Path, name: str, asked: Container[str], display: Display) -> None:
     folder = output / name
-    remove(folder / MODEL_CARD)  # first: with it the rest of the folder would look whole to a run that is finished
+    # First: with these the rest of the folder would look whole to a run that is finished.
+    remove(folder / RECORD)
+    remove(folder / MODEL_CARD)
     if remove_folder(folder) and name not in asked:
         display.line(f"{folder}: removed; shardq export {output} --format {name} makes it anew")
+
+
+def mend(output: Path, skeleton: Skeleton, plan: Plan, manifest: dict, lines: list[dict], display: Display) -> None:
+    """Write what completes a finished run again, where a quick check finds it missing or changed.
+
+    Args:
+        lines: of the run's ledger.
+
+    Raises:
+        ResumeError: it does not come out as it was.
+    """
+    completion = {block: entry for block, entry in ledger.finished(lines).items() if block is None}
+    damaged = {path: fault for _, path, fault in ledger.damaged_files(output, completion, is_quick=True)}
+    if not damaged:
+        return
+    for fault in damaged.values():
+        display.line(f"{fault}; written again")
+    names = {output / name for name in completion[None]["files"]}
+    dtype = stored_dtype(skeleton, plan, manifest["options"]["export"]["dtype"])
+    write_run_files(output, skeleton, plan, dtype, kept=names - damaged.keys())
+    for _, path, _ in ledger.damaged_files(output, completion, is_quick=True):
+        raise ResumeError(f"{path}: does not come out as it was; restore it, or do it again with --redo end")

@@ -29,11 +29,11 @@ from shardq.pipeline.bench import BlockJob, served_forward
 from shardq.pipeline.block_pass import quantize_block
 from shardq.pipeline.checkpoint_export import write_block_shard
 from shardq.pipeline.export import (
-    MODEL_CARD,
     rounding_to,
     stored_dtype,
     write_block_files,
     write_format,
+    write_missing_formats,
     write_run_files,
 )
 from shardq.pipeline.folders import cache_folder, events_file
@@ -78,7 +78,9 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
             with stoppable(run.output, ranks):
                 lines = _finish(run, events)
             events.record("run", started + time.perf_counter() - start)
-        on_rank_zero(ranks, lambda: _write_formats(run))
+        on_rank_zero(
+            ranks, lambda: write_missing_formats((_export_of(run, chosen) for chosen in config.export.asked), display)
+        )
         entries = ledger.finished(lines)
         blocks = [entries[block_index] for block_index in range(run.plan.num_blocks)]
         summary = {
@@ -276,15 +278,7 @@ def _complete(run: Run, dtype: torch.dtype) -> dict:
     for chosen in run.config.export.checkpoints:
         # Until the next line is there the folder holds shards of this run's blocks alone, each from before its commit.
         write_format(_export_of(run, chosen), run.display, is_begun=True)
-    return ledger.commit(run.output, None, files)
-
-
-def _write_formats(run: Run) -> None:
-    """Write the further formats of a finished run that are not there yet."""
-    for chosen in run.config.export.asked:
-        config = _export_of(run, chosen)
-        if not (config.folder / MODEL_CARD).exists():
-            write_format(config, run.display)
+    return ledger.complete(run.output, files)
 
 
 def _export_of(run: Run, chosen: Format) -> ExportConfig:

@@ -39,9 +39,11 @@ from shardq.pipeline.manifest import differences, model_of
 from shardq.pipeline.passes import Activations
 from shardq.pipeline.plan import Plan, block_file, make_plan
 from shardq.pipeline.prepare import take_folder
+from shardq.pipeline.redo import mend
 from shardq.pipeline.scale_tuning import Tuning, embed_and_target, tune_step
 from shardq.pipeline.self_check import say_if_unchecked
 from shardq.pipeline.source import agree, begin_with, known, noted
+from shardq.pipeline.space import check_space_for_tuning
 from shardq.pipeline.stop import stop_if_asked, stoppable
 
 STATE = "tuning.safetensors"
@@ -80,8 +82,9 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
         losses = []
         if None in ledger.finished(found.lines):
             on_rank_zero(ranks, lambda: remove(output / STATE))  # a kill right after the last ledger line leaves it
-            display.line(f"{output}: this tuning is finished, nothing is left to do")
+            display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
+            check_space_for_tuning(config, skeleton, plan, found.manifest, found.lines, ranks, found.tokens_NT.shape)
             begin_with(skeleton, found.source, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
@@ -124,7 +127,10 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(run / ledger.LEDGER), "options": asdict(options)}}
     lines, _ = take_folder(output, manifest, "auto", None, held, display)
-    return Found(manifest, options, tokens_NT, lines, known(ledger.read_lines(run)))
+    skeleton.digests.update(source_digests := known(ledger.read_lines(run)))
+    plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
+    mend(output, skeleton, plan, manifest, lines, display)
+    return Found(manifest, options, tokens_NT, lines, source_digests)
 
 
 def _tokens(config: TuneConfig, source: dict, skeleton: Skeleton) -> Tensor:
@@ -240,5 +246,5 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
                                       tuning.ranks.device)  # fmt: skip
             source = noted(found.source, skeleton, block_index)
             ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size, source=source)
-    ledger.commit(output, None, write_run_files(output, skeleton, plan, dtype))
+    ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
     remove(output / STATE)

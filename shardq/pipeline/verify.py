@@ -1,4 +1,4 @@
-"""Whether a finished run is whole: every file against the ledger, and the files against one another."""
+"""Whether a finished run, or an export, is whole: every file against what was recorded, and against one another."""
 
 from collections.abc import Iterator
 from itertools import islice, zip_longest
@@ -11,23 +11,28 @@ from shardq.errors import ResumeError, ShardQError
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.checkpoint import index_of
-from shardq.formats.shards import INDEX_FILE, read_tensor
+from shardq.formats.shards import INDEX_FILE, read_tensor, read_weight
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline import ledger
+from shardq.pipeline import export_record, ledger
+from shardq.pipeline.folder_check import export_faults, folder_faults, unproved
 from shardq.pipeline.plan import Plan, block_file, encodings_file, make_plan
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 
 CHECKS = {
     "ledger": "the run is finished; every file has the digest that it was finished with",
+    "folder": "nothing was added; every line of the events is JSON",
+    "exports": "every file of each export has the digest that it was finished with, nothing was added, and it is of "
+    "this run's blocks",
     "index": "the checkpoint opens; its index names every tensor in every shard, and nothing else",
     "linears": "every linear to quantize is in its block's file, once, and nothing else",
     "codes": "codes are all there and fit the weight; zero points are codes of the grid",
     "scales": "scales are finite and positive (full-range: not zero; two-level: whole multiples of their channel's)",
     "weights": "every quantized weight of the checkpoint is (code - zero point) * scale, in the dtype it is stored in",
+    "finite": "every parameter of the checkpoint is finite",
     "encodings": "encodings, of each block and of the model, are those of the codes, scales and activations' grids",
 }
 SHOWN = 5  # faults of a check that the table names
@@ -36,33 +41,49 @@ Faults = dict[str, list[str]]
 
 
 def verify(config: VerifyConfig, ranks: Ranks) -> dict:
-    """Check all files of a finished run, in the memory of one block; print a table with a row for each check.
+    """Check all files of a finished run, in the memory of one block, or of an export; print a table of the checks.
 
     Returns:
-        `output`, `blocks`, `linears`: how many of them are whole.
+        `output`; of a run `blocks`, `linears`, of an export `format`, `files`: how many of them are whole.
 
     Raises:
-        ResumeError: the folder holds no run, or something in it is damaged; names what.
+        ResumeError: the folder holds neither, or something in it is damaged; names what.
     """
     output, display = Path(config.run), Display(ranks.rank)
-    faults, num_blocks, num_linears = on_rank_zero(ranks, lambda: find_faults(output))
-    display.table(("check", "what", "result"), (_row(check, faults) for check in CHECKS))
+    is_export = (output / export_record.RECORD).exists()
+    faults, notes, found = on_rank_zero(ranks, lambda: (_of_export if is_export else _of_run)(output))
+    checks = ["exports"] if is_export else CHECKS
+    display.table(("check", "what", "result"), (_row(check, faults, notes) for check in checks))
     damaged = [fault for found in faults.values() for fault in found]
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         checks = ", ".join(check for check, found in faults.items() if found)
-        error = ResumeError(f"{output}: damaged ({checks}): {damaged[0]}{more}; restore the files or run it anew")
+        mend = "export again" if is_export else "restore the files, or run its command again, which says how to mend it"
+        error = ResumeError(f"{output}: damaged ({checks}): {damaged[0]}{more}; {mend}")
         error.agreed = True  # every rank has the same faults
         raise error
-    return {"output": str(output), "blocks": num_blocks, "linears": num_linears}
+    return {"output": str(output), **found}
 
 
-def _row(check: str, faults: Faults) -> tuple[str, str, str]:
+def _row(check: str, faults: Faults, notes: dict[str, str]) -> tuple[str, str, str]:
     if check not in faults:
         return check, CHECKS[check], "not reached"
     found = faults[check]
     more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return check, CHECKS[check], "\n".join([*found[:SHOWN], *more]) or "ok"
+    return check, CHECKS[check], "\n".join([*found[:SHOWN], *more]) or notes.get(check, "ok")
+
+
+def _of_run(output: Path) -> tuple[Faults, dict[str, str], dict]:
+    faults, num_blocks, num_linears = find_faults(output)
+    is_finished = "folder" in faults
+    notes = unproved(output, ledger.finished(ledger.read_lines(output))) if is_finished else {}
+    return faults, notes, {"blocks": num_blocks, "linears": num_linears}
+
+
+def _of_export(folder: Path) -> tuple[Faults, dict[str, str], dict]:
+    record = export_record.read(folder)
+    facts = {"format": record["format"], "files": len(record.get("files", ()))}
+    return {"exports": list(export_record.faults(folder, record))}, {}, facts
 
 
 def find_faults(output: Path) -> tuple[Faults, int, int]:
@@ -73,20 +94,29 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     Raises:
         ResumeError: the folder holds no run.
     """
-    quant = ledger.stored_options(output, "quant")
-    if not quant:
+    if not output.exists():
         raise ResumeError(ledger.why_unfinished(output, {})[0])
-    faults: Faults = {"ledger": [], "index": []}
+    if not (output / ledger.MANIFEST).exists() and not (output / ledger.LEDGER).exists():
+        raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}), nor an export; check the path")
+    faults: Faults = {"ledger": []}
     try:
+        quant = ledger.stored_options(output, "quant")
         entries = ledger.finished(ledger.read_lines(output))
     except ResumeError as error:
         return faults | {"ledger": [str(error)]}, 0, 0
     unfinished = ledger.why_unfinished(output, entries)
-    faults["ledger"] = [fault for _, fault in ledger.damaged_files(output, entries)]
-    if unfinished and not faults["ledger"]:
+    damaged = {path: fault for _, path, fault in ledger.damaged_files(output, entries)}
+    if unfinished and not damaged:
         raise ResumeError(unfinished[0])
-    if unfinished:
+    faults["ledger"] = [*damaged.values(), *unfinished]
+    if not (quant or damaged):
+        faults["ledger"].append(f"{output / ledger.MANIFEST}: missing, or without the run's options")
+    if unfinished or not quant:
         return faults, 0, 0
+    faults["folder"] = list(folder_faults(output, entries))
+    faults["exports"] = list(export_faults(output, entries))
+    if not damaged.keys().isdisjoint((output / ledger.MANIFEST, output / "config.json")):
+        return faults, 0, 0  # by which the other files are understood
     try:
         skeleton = open_skeleton(output)
         plan = make_plan(skeleton, QuantOptions(**quant))
@@ -104,6 +134,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
     faults["encodings"] += all_encodings.left_over()
     faults["encodings"] += _activation_faults(output, plan)
+    faults["finite"] += _infinite(skeleton, plan)
     return faults, plan.num_blocks, sum(map(len, plan.linears))
 
 
@@ -144,10 +175,28 @@ def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLi
     if not linear.has_valid_scales:
         faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")
     weight_OI = read_tensor(info)
+    if not weight_OI.isfinite().all():
+        faults["finite"].append(f"{info.file}: {info.name} has a value that is not finite")
     is_off_OI = weight_OI != linear.dequantized(weight_OI.dtype)
     if is_off_OI.any():
         where = torch.nonzero(is_off_OI)[0].tolist()
         faults["weights"].append(f"{info.file}: {info.name} is off its grid at {where}")
+
+
+def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
+    """Parameters beside the quantized weights that have a value which is not finite."""
+    outside = [skeleton.stored(name) for name, _ in skeleton.model.named_parameters()]
+    in_blocks = [
+        skeleton.stored(f"{plan.names[number]}.{name}")
+        for number, block in enumerate(skeleton.blocks)
+        for name, _ in block.named_parameters()
+        if name.removesuffix(".weight") not in plan.linears[number]
+    ]
+    for info in dict.fromkeys((*outside, *in_blocks)):
+        try:
+            read_weight(info)
+        except ShardQError as error:
+            yield str(error).partition(";")[0]
 
 
 class _Encodings:

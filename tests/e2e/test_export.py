@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from runs import ONE_RANK, run_quantize
+from runs import ONE_RANK, result_files, run_quantize
 from shardq.cli import parse
 from shardq.errors import ConfigError, ResumeError
 from shardq.formats import encodings
@@ -249,8 +249,13 @@ def test_matrices_that_transformers_builds_nothing_of_are_named_as_float(llama: 
 
 
 def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_file: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="not an empty folder"):
-        run_export(served)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("words")
+    with pytest.raises(ConfigError, match="not an empty folder, nor one that holds an export"):
+        run_export(served, "--output", tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "words"
+    with pytest.raises(ConfigError, match=r"holds an export to compressed-tensors \(activation_bits 16\)"):
+        run_export(served, "--activation_bits", 8)
     with pytest.raises(ResumeError, match="holds no run of shardq"):
         run_export(llama)
     with pytest.raises(ConfigError, match="pickle"):
@@ -264,6 +269,60 @@ def test_what_cannot_be_exported_is_refused(served: Path, llama: Path, token_fil
     run_quantize(llama, token_file, tmp_path / "w3", *RTN, "--quant.bits", 3)
     with pytest.raises(ConfigError, match="3 bits"):
         run_export(tmp_path / "w3")
+    assert not (tmp_path / "w3" / "compressed-tensors").exists(), "what was refused has left something"
+
+
+class TestAgain:
+    """The same command a second time."""
+
+    @pytest.fixture
+    def run(self, served: Path, tmp_path: Path) -> Path:
+        return shutil.copytree(served, tmp_path / "run")
+
+    def test_a_finished_export_is_left_as_it_is(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+        first = run_export(run, "--format", "hf", "--output", tmp_path / "hf")
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
+        again = run_export(run, "--format", "hf", "--output", tmp_path / "hf")
+        assert again | {"seconds": 0} == first | {"seconds": 0}
+        assert f"{tmp_path}/hf: this export is finished, nothing is left to do" in capsys.readouterr().out
+        assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
+
+    @pytest.mark.parametrize("damage", ["missing", "short"])
+    def test_what_is_missing_or_short_is_written_again(self, run: Path, capsys: pytest.CaptureFixture, damage: str):
+        folder = run / "compressed-tensors"
+        before = result_files(folder)
+        shard = folder / "model-00002-of-00004.safetensors"
+        shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
+        run_export(run)
+        assert re.search(rf"{shard}: (missing|changed).*; exported anew", capsys.readouterr().out)
+        assert result_files(folder) == before
+
+    def test_a_run_writes_a_short_export_again(
+        self, run: Path, llama: Path, token_file: Path, capsys: pytest.CaptureFixture
+    ):
+        before = result_files(run)
+        (run / "compressed-tensors" / "config.json").unlink()
+        (run / "gptq").mkdir()
+        run_quantize(llama, token_file, run, "--target", "vllm", "--export.formats", "compressed-tensors",
+                     "--optimize.iterations", 4)  # fmt: skip
+        assert result_files(run) == before
+        assert "config.json: missing although it was finished; written anew" in capsys.readouterr().out
+
+    def test_an_export_of_a_run_that_has_changed_is_made_anew(
+        self, run: Path, llama: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ):
+        run_export(run, "--output", tmp_path / "out")
+        run_quantize(llama, token_file, run, "--target", "vllm", "--redo", "0-2", "--optimize.iterations", 2)
+        run_export(run, "--output", tmp_path / "out")
+        assert f"{tmp_path}/out: the run has changed since it was exported; exported anew" in capsys.readouterr().out
+        run_export(run, "--output", tmp_path / "other")
+        assert result_files(tmp_path / "out") == result_files(tmp_path / "other")
+
+    def test_a_damaged_record_is_named(self, run: Path):
+        record = run / "compressed-tensors" / "shardq-export.json"
+        record.write_text(record.read_text().replace('"activation_bits": 16', '"activation_bits": 17'))
+        with pytest.raises(ResumeError, match="shardq-export.json: damaged .*export again"):
+            run_export(run)
 
 
 @pytest.mark.parametrize("symmetric", ["true", "false"])

@@ -1,13 +1,15 @@
 """Finished runs as GGUF, loaded by transformers, which unpacks them, beside the runs themselves."""
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
@@ -16,6 +18,7 @@ from runs import ONE_RANK, run_quantize
 from shardq.cli import parse
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.formats.block_file import read_block
+from shardq.formats.gguf_tokenizer import add_tokenizer
 from shardq.pipeline.export import export
 
 RTN = ("--quant.method", "rtn")
@@ -145,6 +148,41 @@ def test_a_sentencepiece_tokenizer_is_written(token_file: Path, tmp_path: Path):
     found = fields(tmp_path / "run" / "gguf" / "model.gguf")
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.scores"][299] == -10000
     assert len(found["tokenizer.ggml.tokens"]) == len(found["tokenizer.ggml.token_type"]) == 300
+
+
+def tokenizer_fields(folder: Path, vocabulary_size: int) -> dict[str, list]:
+    """What is said of a checkpoint's tokenizer: tokens, their types, and scores if there are any."""
+    writer = gguf.GGUFWriter(None, "llama")
+    add_tokenizer(writer, folder, vocabulary_size)
+    [values] = writer.kv_data
+    return {name.rpartition(".")[2]: value.value for name, value in values.items()}
+
+
+def test_special_tokens_of_a_sentencepiece_model_are_control_tokens(tmp_path: Path):
+    add_sentencepiece(tmp_path)
+    base = len(SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": base, "<|tool|>": base + 1}))
+    about = {"content": "\u2581big\u2581word", "special": False}
+    decoder = {"0": {"content": "<unk>", "special": True}, str(base + 3): about}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|im_start|>"]}))
+    found, role = tokenizer_fields(tmp_path, base + 6), gguf.TokenType
+    texts = ["<|im_start|>", "<|tool|>", f"[PAD{base + 2}]", " big word"]
+    assert found["tokens"][base : base + 4] == [text.encode() for text in texts] and len(found["tokens"]) == base + 6
+    assert found["token_type"][:4] == [role.UNKNOWN, role.CONTROL, role.CONTROL, role.NORMAL]
+    assert found["token_type"][base:] == [role.CONTROL, role.USER_DEFINED, role.UNUSED, role.USER_DEFINED,
+                                          role.UNUSED, role.UNUSED]  # fmt: skip
+    assert found["scores"][base : base + 2] == [-1000.0, -1000.0] and found["scores"][3] != -1000.0
+
+
+@pytest.mark.parametrize("add", [add_bpe, add_sentencepiece])
+def test_tokens_without_a_row_are_refused(add: Callable[[Path], None], tmp_path: Path):
+    add(tmp_path)
+    roles = tokenizer_fields(tmp_path, 400)["token_type"]
+    num_tokens = 400 - roles.count(gguf.TokenType.UNUSED)
+    assert len(tokenizer_fields(tmp_path, num_tokens)["tokens"]) == num_tokens
+    with pytest.raises(UnsupportedModelError, match=f"has {num_tokens} tokens, the embedding {num_tokens - 1} rows"):
+        tokenizer_fields(tmp_path, num_tokens - 1)
 
 
 def test_what_does_not_fit_is_refused_before_work_starts(model: Path, token_file: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import OPTConfig
@@ -18,9 +19,11 @@ from shardq.errors import StorageError
 from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
 from shardq.optimize.stepper import OPTIMIZERS
-from shardq.pipeline import space
+from shardq.pipeline import room, space, tune
+from shardq.pipeline.export import export
 from shardq.pipeline.ledger import commit
 from shardq.pipeline.prepare import Run, prepare
+from shardq.pipeline.room import bytes_there
 from shardq.pipeline.run import quantize
 
 
@@ -91,7 +94,7 @@ def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_pa
     output, seen = tmp_path / "out", []
 
     def note(run: Run) -> None:
-        seen.append((sum(need.num_bytes for need in space.needed(run)), space._there(output)))
+        seen.append((sum(need.num_bytes for need in space.needed(run)), bytes_there(output)))
 
     def commit_and_end(folder: Path, block: int | None, *args: object, **facts: object) -> dict:
         line = commit(folder, block, *args, **facts)
@@ -124,7 +127,7 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
     output, cached = tmp_path / "out", [0]
 
     def look(folder: Path, *args: object, **facts: object) -> dict:
-        cached.append(space._there(folder / "cache"))
+        cached.append(bytes_there(folder / "cache"))
         return commit(folder, *args, **facts)
 
     monkeypatch.setattr("shardq.pipeline.run.ledger.commit", look)
@@ -137,13 +140,59 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
     assert max(cached) <= counted.get("activations", 0) <= 1.05 * max(cached)
 
 
+@pytest.fixture(scope="module")
+def finished(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Read only."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    run_quantize(llama, token_file, output, "--quant.method", "rtn")
+    return output
+
+
+def test_export_that_will_not_fit_is_refused_before_it_begins(finished, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr("shardq.pipeline.export.check_room", lambda needs, _: counted.extend(needs))
+    export(parse("export", [str(finished), "--format", "hf", "--output", str(tmp_path / "hf")]), ONE_RANK)
+    assert 0.85 * bytes_there(tmp_path / "hf") < counted[0].num_bytes < 1.05 * bytes_there(tmp_path / "hf")
+    monkeypatch.undo()
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=counted[0].num_bytes - 1))
+    for folder, more in ((tmp_path / "other", ["--output", str(tmp_path / "other")]), (finished / "hf", [])):
+        with pytest.raises(StorageError, match=f"{folder}: .* are still to be written there .hf .*another --output"):
+            export(parse("export", [str(finished), "--format", "hf", *more]), ONE_RANK)
+        assert not folder.exists()
+
+
+def test_tuning_that_will_not_fit_is_refused_before_it_begins(finished, llama, tmp_path, monkeypatch):
+    arguments = [str(finished), "--model", str(llama), "--output", str(tmp_path / "out"), "--tune.steps", "1"]
+    largest, saved = [0], tune._save
+
+    def look(*args: object) -> None:
+        saved(*args)
+        largest.append(bytes_there(tmp_path / "out" / tune.STATE))
+
+    def note(needs: list[room.Need], advice: str) -> None:
+        counted.update({need.what: need.num_bytes for need in needs})
+
+    counted = {}
+    monkeypatch.setattr(space, "check_room", note)
+    monkeypatch.setattr(tune, "_save", look)
+    tune.tune(parse("tune", arguments), ONE_RANK)
+    written = bytes_there(tmp_path / "out") + max(largest)
+    assert 0.95 * written < counted["weights, encodings and state"] < 1.2 * written
+    monkeypatch.undo()
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=sum(counted.values()) - 1))
+    arguments[4] = str(tmp_path / "other")
+    with pytest.raises(StorageError, match="weights, encodings and state .*, activations .*another --output or --cach"):
+        tune.tune(parse("tune", arguments), ONE_RANK)
+    assert not (tmp_path / "other" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_room_for_checkpoints_is_what_they_take(llama, token_file, tmp_path, monkeypatch, optimizer):
     output, there = tmp_path / "out", []
 
     def look(path: Path, *args: object, **facts: object) -> None:
         write_checked(path, *args, **facts)
-        there.append(space._there(output / "checkpoint"))
+        there.append(bytes_there(output / "checkpoint"))
 
     monkeypatch.setattr("shardq.pipeline.training_checkpoint.write_checked", look)
     more = ["--checkpoint.every_iterations", 2, "--optimize.optimizer", optimizer]

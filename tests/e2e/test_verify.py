@@ -17,6 +17,9 @@ from shardq.cli import parse
 from shardq.errors import CheckpointError, ResumeError
 from shardq.files import xxh128_of
 from shardq.formats.block_file import read_block, write_block
+from shardq.formats.sealed import sealed
+from shardq.formats.shards import open_index
+from shardq.pipeline import ledger
 from shardq.pipeline.verify import CHECKS, find_faults, verify
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
@@ -177,10 +180,12 @@ def flip_last_bit(path: Path) -> None:
 
 def renew_digests(run: Path) -> None:
     """Make the ledger say what is there, so that damage has to be found by looking at the content."""
-    entries = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    entries = ledger.read_lines(run)
     for entry in entries:
-        entry["files"] = {name: xxh128_of(run / name) if (run / name).exists() else "-" for name in entry["files"]}
-    (run / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        files = {name: run / name for name in entry["files"]}
+        entry["files"] = {name: xxh128_of(path) if path.exists() else "-" for name, path in files.items()}
+        entry["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
+    (run / "ledger.jsonl").write_text("".join(json.dumps(sealed(entry)) + "\n" for entry in entries))
 
 
 @pytest.mark.parametrize("damage, check, report", DAMAGES.values(), ids=DAMAGES)
@@ -191,6 +196,45 @@ def test_damage_is_found_by_its_check(run, damage, check, report):
     faults, _, _ = find_faults(run)
     assert any(report in fault for fault in faults[check]), faults
     assert all("\n" not in fault for found in faults.values() for fault in found)
+
+
+def test_parameters_that_are_not_finite_are_found(run):
+    """Whatever the ledger says: such a run may be of before its ends were looked at."""
+    for shard, name in ((REST, "model.norm.weight"), (WEIGHTS, "model.layers.1.input_layernorm.weight")):
+        edit_tensors(run / shard, set_value(name, torch.inf))
+    renew_digests(run)
+    faults, _, _ = find_faults(run)
+    assert [fault.partition(": ")[2] for fault in faults["finite"]] == [
+        "tensor model.norm.weight holds inf at [63]", "tensor model.layers.1.input_layernorm.weight holds inf at [63]"
+    ]  # fmt: skip
+    assert not any(found for check, found in faults.items() if check != "finite")
+
+
+def test_run_of_before_is_checked_as_far_as_it_goes(run, capsys):
+    """Its ledger has neither sizes nor seals nor what was copied, its export no record."""
+    entries = ledger.read_lines(run)
+    named = [name for name in entries[-1]["files"] if name not in ("manifest.json", "generation_config.json")]
+    entries[-1]["files"] = {name: entries[-1]["files"][name] for name in named}
+    lines = [json.dumps({name: value for name, value in entry.items() if name != "bytes"}) for entry in entries]
+    (run / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (run / "hf").mkdir()
+    (run / "hf" / "README.md").write_text("of before")
+    assert verify(parse("verify", [str(run)]), ONE_RANK)["blocks"] == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count(" ok ") == len(CHECKS) - 2 and "not known of hf" in shown
+    shutil.copy(run / REST, run / "model-00005-of-00004.safetensors")
+    with pytest.raises(ResumeError, match="model-00005-of-00004.safetensors: no file of this run"):
+        verify(parse("verify", [str(run)]), ONE_RANK)
+
+
+def test_head_that_is_not_finite_is_refused_before_work_starts(llama, token_file, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    name = "model.embed_tokens.weight"
+    file = open_index(model)[name].file
+    edit_tensors(file, set_value(name, torch.nan))
+    with pytest.raises(CheckpointError, match=f"{name} holds nan"):
+        run_quantize(model, token_file, tmp_path / "out", "--quant.method", "rtn")
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_zero_point_beyond_the_codes_is_found(run):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shardq.errors import CheckpointError, StorageError
+from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.formats.shards import read_metadata
-from shardq.formats.tensor_file import read_checked, read_tensors, write_checked, write_tensors
+from shardq.formats.tensor_file import check_finite, read_checked, read_tensors, write_checked, write_tensors
 
 TENSORS = {
     "codes": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
@@ -164,3 +164,11 @@ def test_no_flipped_bit_of_a_checked_file_goes_unnoticed(tmp_path):
             continue
         assert number // 8 > padding and about == ABOUT
         assert torch.equal(found["codes"], TENSORS["codes"]) and torch.equal(found["scale"], TENSORS["scale"])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float):
+    tensors = {"codes": torch.ones(2, dtype=torch.uint8), "scale": torch.tensor([1.0, value]).half()}
+    with pytest.raises(QuantizationError, match="scale has a value that is not finite in float16"):
+        check_finite(tmp_path / "a", tensors)
+    check_finite(tmp_path / "a", tensors | {"scale": torch.ones(2).half(), "empty": torch.ones(0)})

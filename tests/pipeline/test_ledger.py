@@ -16,9 +16,10 @@ from shardq.cache.options import CacheOptions
 from shardq.calib.options import TextOptions
 from shardq.config import QuantizeConfig, QuantOptions
 from shardq.errors import ResumeError
+from shardq.files import xxh128_of
 from shardq.formats.shards import open_index
 from shardq.optimize.options import OptimizeOptions
-from shardq.pipeline.ledger import begin_run, blocks_to_do, commit, finished, open_run, read_lines
+from shardq.pipeline.ledger import append, begin_run, blocks_to_do, commit, complete, finished, open_run, read_lines
 from shardq.pipeline.manifest import differences, make_manifest
 
 MANIFEST = {
@@ -142,6 +143,32 @@ class TestLedger:
         digests = [xxhash.xxh3_128_hexdigest(f"block {block}".encode()) for block in range(2)]
         assert [line["files"] for line in lines] == [{"blocks/0.bin": digests[0]}, {"blocks/1.bin": digests[1]}]
 
+    @pytest.mark.parametrize("old, new", [("0.5", "0.7"), ('"seal"', '"seam"'), ('"bytes"', '"bytea"')])
+    def test_line_with_a_changed_letter_is_refused(self, output: Path, old: str, new: str):
+        path = output / "ledger.jsonl"
+        path.write_text(path.read_text().replace(old, new, 1))
+        assert_refused(output, "line 1 is damaged")
+
+    def test_line_that_has_lost_its_seal_after_others_is_refused(self, output: Path):
+        path = output / "ledger.jsonl"
+        first, second = path.read_text().splitlines()
+        line = {name: value for name, value in json.loads(second).items() if name not in ("seal", "bytes")}
+        path.write_text(f"{first}\n{json.dumps(line)}\n")
+        assert_refused(output, "line 2 is damaged")
+
+    def test_completion_has_the_manifest_that_counts(self, output: Path):
+        redone = MANIFEST | {"calibration_tokens": "e"}
+        append(output, {"redo": [1], "manifest": redone})
+        commit(output, 1, [output / "blocks" / "1.bin"])
+        line = complete(output, [])
+        assert json.loads((output / "manifest.json").read_text()) == redone
+        assert line["files"] == {"manifest.json": xxh128_of(output / "manifest.json")}
+        assert line["bytes"] == {"manifest.json": (output / "manifest.json").stat().st_size}
+
+    def test_missing_manifest_of_a_begun_run_is_named(self, output: Path):
+        (output / "manifest.json").unlink()
+        assert_refused(output, str(output / "manifest.json"), "missing; restore it")
+
     def test_run_that_began_with_sha256_is_checked_and_goes_on_with_it(self, output: Path):
         first = {"block": 0, "files": {"blocks/0.bin": hashlib.sha256(b"block 0").hexdigest()}}
         (output / "ledger.jsonl").write_text(json.dumps(first) + "\n")
@@ -201,7 +228,7 @@ class TestLedger:
 
     def test_missing_file_is_named(self, output: Path):
         (output / "blocks" / "0.bin").unlink()
-        assert_refused(output, str(output / "blocks" / "0.bin"), "missing although the ledger has it as finished")
+        assert_refused(output, str(output / "blocks" / "0.bin"), "missing although it was finished")
 
     def test_files_of_blocks_that_were_not_committed_do_not_matter(self, output: Path):
         write(output / "blocks" / "2.bin", "half a blo")

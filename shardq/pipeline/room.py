@@ -1,0 +1,136 @@
+"""How many bytes files will have, and whether there is room for them on each disk."""
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from shardq.config import ExportConfig
+from shardq.errors import StorageError
+from shardq.files import nearest_folder
+from shardq.formats import encodings
+from shardq.formats.options import Format
+from shardq.formats.shards import TensorInfo
+from shardq.model.skeleton import Skeleton
+from shardq.quant.packing import packed_width
+from shardq.quant.spec import QuantSpec
+
+HEADER_BYTES = 256  # of a safetensors file, a tensor
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one kind that are still to be written in a folder, which may not be there yet.
+
+    `option` is what chooses another.
+    """
+
+    what: str
+    folder: Path
+    num_bytes: int
+    option: str = "--output"
+
+
+class BlockBytes(NamedTuple):
+    """Of a block: bytes of what is not quantized, of packed codes with their scales; numbers of weights and scales."""
+
+    others: int
+    codes: int
+    num_weights: int
+    num_scales: int
+
+
+def check_room(needs: list[Need]) -> None:
+    """Check that there is room; disks are told apart by the file system's number.
+
+    Raises:
+        StorageError: naming the folders, the bytes that are needed and those that are there.
+    """
+    for shared, num_free in _by_disk(needs):
+        total = sum(need.num_bytes for need in shared)
+        if total > num_free:
+            parts = ", ".join(f"{need.what} {_size(need.num_bytes)}" for need in shared)
+            folders = " and ".join(dict.fromkeys(str(need.folder) for need in shared))
+            options = " or ".join(dict.fromkeys(need.option for need in shared))
+            raise StorageError(
+                f"{folders}: {_size(total)} are still to be written there ({parts}), {_size(num_free)} are free; "
+                f"make room, or choose another {options}"
+            )
+
+
+def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], spec: QuantSpec) -> BlockBytes:
+    """What a block takes whose linears, by name within it, have codes on a grid."""
+    quantized = [tensors[f"{name}.weight"] for name in linears]
+    scales = sum(info.shape[0] * (info.shape[1] // (spec.group_size or info.shape[1])) for info in quantized)
+    codes = sum(info.shape[0] * packed_width(info.shape[1], spec.bits) for info in quantized)
+    codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES * len(quantized)
+    others = sum(info.num_bytes + HEADER_BYTES for info in tensors.values())
+    others -= sum(info.num_bytes for info in quantized)
+    return BlockBytes(others, codes, sum(info.shape[0] * info.shape[1] for info in quantized), scales)
+
+
+def bytes_in_format(kind: Format, block: BlockBytes, spec: QuantSpec, itemsize: int, activation_bits: int) -> int:
+    """What a block takes in a format that holds its weights.
+
+    Args:
+        itemsize: of a plain weight.
+    """
+    match kind:
+        case "hf":
+            return block.others + block.num_weights * itemsize
+        case "gguf":  # blocks of 32 weights
+            return block.others + block.num_weights * (34 if spec.bits > 4 else 20) // 32
+        case "onnx":
+            codes = block.num_weights if spec.bits > 4 else block.num_weights // 2
+            return block.others + codes + 5 * block.num_scales
+        case "compressed-tensors" if activation_bits == 8:
+            return block.others + block.num_weights  # a byte each at any width
+        case _:
+            return block.others + block.codes
+
+
+def export_bytes(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], itemsize: int) -> int:
+    """About what an export of a run takes.
+
+    Args:
+        skeleton: of the run's result.
+        grids: by full name of the linear.
+        itemsize: of a plain weight, as the format keeps it.
+    """
+    spec, total, num_scales = next(iter(grids.values())), 0, 0
+    left = dict(skeleton.index)
+    for number, block_name in enumerate(skeleton.names):
+        tensors = skeleton.block_tensors(number)
+        linears = [name.removesuffix(".weight") for name in tensors]
+        block = block_bytes(tensors, [name for name in linears if f"{block_name}.{name}" in grids], spec)
+        total += bytes_in_format(config.format, block, spec, itemsize, config.activation_bits)
+        num_scales += block.num_scales
+        for info in tensors.values():
+            left.pop(info.name, None)
+    if config.format == "aimet":
+        return 2 * encodings.BYTES_A_SCALE[config.aimet.version] * num_scales
+    return total + sum(info.num_bytes + HEADER_BYTES for info in left.values())
+
+
+def bytes_there(path: Path) -> int:
+    """Bytes of a file, or of all in a folder; 0 if it is not there."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _by_disk(needs: list[Need]) -> Iterator[tuple[list[Need], int]]:
+    """Needs that share a disk, and the bytes that are free there."""
+    by_device: dict[int, list[Need]] = defaultdict(list)
+    for need in needs:
+        by_device[os.stat(nearest_folder(need.folder)).st_dev].append(need)
+    for shared in by_device.values():
+        yield shared, shutil.disk_usage(nearest_folder(shared[0].folder)).free
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1e6:
+        return f"{num_bytes / 1e3:.1f} kB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
