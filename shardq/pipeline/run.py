@@ -39,9 +39,9 @@ from shardq.pipeline.export import (
 from shardq.pipeline.folders import cache_folder, events_file
 from shardq.pipeline.objective import LOSSES
 from shardq.pipeline.passes import Activations, Forward, replay
-from shardq.pipeline.plan import encodings_file
 from shardq.pipeline.prepare import Run, begin, prepare
 from shardq.pipeline.redo import remove_what_completes
+from shardq.pipeline.said import not_finite, say_what_is_where
 from shardq.pipeline.self_check import Check, self_check
 from shardq.pipeline.source import agree, noted
 from shardq.pipeline.space import check_space
@@ -92,7 +92,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
         summary |= {
             f"{kind}_{when}": _mean(blocks, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")
         }
-        _say_what_is_where(run, summary, blocks)
+        say_what_is_where(run, summary, blocks)
         return summary
 
 
@@ -244,19 +244,13 @@ def _quantize_and_commit(
         f"block {block_index} {name}, {len(ledger.finished(lines))} of {run.plan.num_blocks} done: "
         f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
-        + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
+        + (f"; {not_finite(result.facts)}" if result.failed_tries else "")
     )
 
 
 def _asked(run: Run, block_index: int) -> tuple[list[str], dict[str, int], BlockArguments]:
     """A block's linears to quantize, its activations that get a grid, and what the model passes it."""
     return run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index]
-
-
-def _not_finite(entry: dict) -> str:
-    """What became of a block that met numbers which are not finite."""
-    then = "left at its best finite iterate" if entry["gave_up"] else "then trained at lower rates"
-    return f"numbers were not finite in {entry['failed_tries']} training(s), {then}"
 
 
 def _commit(
@@ -286,24 +280,3 @@ def _export_of(run: Run, chosen: Format) -> ExportConfig:
     return ExportConfig(
         str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits, aimet=options.aimet
     )
-
-
-def _say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:
-    display, output = run.display, run.output
-    losses = [
-        said.format(summary[f"{kind}_before"], summary[f"{kind}_after"])
-        for kind, said in LOSSES.items()
-        if summary[f"{kind}_before"] is not None
-    ]
-    cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
-    display.line(f"done: mean {', '.join(losses)}, {cost}")
-    for name, entry in zip(run.plan.names, blocks, strict=True):
-        if entry.get("failed_tries"):
-            display.line(f"  {name}: {_not_finite(entry)}")
-    display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
-    display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
-    for version in run.plan.encoding_versions:
-        display.line(f"  {encodings_file(output, version)}  AIMET encodings {version} (per block in encodings/)")
-    for chosen in run.config.export.asked:
-        display.line(f"  {output}/{chosen}/  the same model as {chosen}")
-    display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")
