@@ -29,7 +29,7 @@ def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, d
     """
     with multiplying_in(dtype, hidden_NTD.device):
         output = block(hidden_NTD, *args, **kwargs)
-    return (output[0] if isinstance(output, tuple) else output).float()
+    return (output[0] if isinstance(output, tuple | list) else output).float()
 
 
 def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
@@ -60,7 +60,9 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
     """
     base = skeleton.model.get_submodule(skeleton.base_name)
     tables = _token_tables(skeleton)
+    blank = {table: _frozen(torch.tensor(torch.nan).expand(stored.shape), device) for table, stored in tables.items()}
     hooks = [table.register_forward_pre_hook(_reading_rows(stored, device)) for table, stored in tables.items()]
+    hooks += [table.register_forward_hook(partial(_blank, blank[table])) for table in tables]
     unread = frozenset(stored.name for stored in tables.values())
     if base is skeleton.model:
         unread |= {skeleton.stored(name).name for name in _head_parameters(skeleton)}
@@ -73,6 +75,8 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
 
     try:
         with materialised(skeleton, base, skeleton.base_name, device, unread=unread):
+            for table in tables:
+                table.weight = blank[table]
             yield embed
     finally:
         for hook in hooks:
@@ -100,6 +104,11 @@ def _reading_rows(stored: TensorInfo, device: torch.device) -> Callable[[nn.Embe
         return (renumbered_NT,)
 
     return read_rows
+
+
+def _blank(weight: nn.Parameter, table: nn.Embedding, inputs: tuple, output: Tensor) -> None:
+    """A hook that leaves a table without rows: whoever reads it beside the lookup finds NaN, not other tokens' rows."""
+    table.weight = weight
 
 
 def _name_of(skeleton: Skeleton, wanted: nn.Module) -> str:

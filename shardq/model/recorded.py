@@ -37,6 +37,7 @@ def record_arguments(
     """
     first_1T, second_1T = _two_sequences(skeleton, sequence_length)
     _check_chain(skeleton, embed, first_1T[:, :CHAIN_TOKENS])
+    _check_end(skeleton, embed, (first_1T[:, :CHAIN_TOKENS], second_1T[:, :CHAIN_TOKENS]))
     apart = [_calls(skeleton, embed, tokens_NT) for tokens_NT in (first_1T, second_1T)]
     together = _calls(skeleton, embed, torch.cat([first_1T, second_1T]))
     recorded = [_compared(skeleton, number, *calls) for number, calls in enumerate(zip(*apart, together, strict=True))]
@@ -112,6 +113,31 @@ def _chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Ten
     if len(calls) < len(skeleton.blocks):
         raise _not_called(skeleton, len(calls))
     return calls
+
+
+def _check_end(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], sequences: tuple[Tensor, Tensor]) -> None:
+    """Check that what follows the blocks computes from the last one's hidden states alone, not from the tokens.
+
+    Raises:
+        UnsupportedModelError: it does not; logits of a stream would be those of other tokens.
+    """
+    base, last, outputs = skeleton.model.get_submodule(skeleton.base_name), len(skeleton.blocks) - 1, []
+
+    def answer(number: int, call: Call) -> Tensor:
+        # Channels alike would be all zero behind a norm.
+        return torch.ones_like(call.hidden).cumsum(-1) if number == last else call.hidden
+
+    hook = base.register_forward_hook(lambda module, inputs, output: outputs.append(tree_flatten(output)[0][0]))
+    try:
+        with _answering(skeleton, answer):
+            for tokens_1T in sequences:
+                embed(tokens_1T)
+    finally:
+        hook.remove()
+    if not is_equal(*outputs):
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__}: what follows its blocks computes from the tokens too; {_UNSUPPORTED}"
+        )
 
 
 def _not_called(skeleton: Skeleton, number: int) -> UnsupportedModelError:

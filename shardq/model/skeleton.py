@@ -57,7 +57,7 @@ class StandIn(nn.Module):
         """Hidden states in the form in which the block returns them; it must have been called."""
         if self._returns is None:
             self._returns = self.on_meta(to_meta(self.seen))
-        return (hidden, *self._returns[1:]) if isinstance(self._returns, tuple) else hidden
+        return (hidden, *self._returns[1:]) if isinstance(self._returns, tuple | list) else hidden
 
     @torch.no_grad()
     def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:

@@ -125,13 +125,13 @@ class _Checked:
             if fault:
                 raise _explained(f"{name}: {fault}")
             returned = computed(skeleton.blocks[index], loaded.module, call, self._dtype)
-            own_NTD = returned[0] if isinstance(returned, tuple) else returned
+            own_NTD = returned[0] if isinstance(returned, tuple | list) else returned
             fault = self._fault("its output", own_NTD.float(), left_NTD, entering_NTD, self._dtype)
             if fault:
                 names = differing(skeleton, index, call, self._activations.arguments[index].bound(entering))
                 arguments = f" (arguments that differ: {', '.join(names)})" if names else ""
                 raise _Different(f"{name}: {fault}{arguments}")
-            return (left_NTD, *returned[1:]) if isinstance(returned, tuple) else left_NTD
+            return (left_NTD, *returned[1:]) if isinstance(returned, tuple | list) else left_NTD
 
         self._forward.at_next_block(respond)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import tiny
@@ -91,7 +92,7 @@ def passing(monkeypatch: pytest.MonkeyPatch, run: Callable) -> None:
         hidden_NTD = self.embed_tokens(input_ids)
         position_ids = torch.arange(input_ids.shape[1])[None]
         needed = {"position_embeddings": self.rotary_emb(hidden_NTD, position_ids), "attention_mask": None}
-        return run(self, input_ids, hidden_NTD, needed)
+        return run(self, input_ids, hidden_NTD, needed) or BaseModelOutputWithPast(last_hidden_state=hidden_NTD[:, :0])
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
 
@@ -146,6 +147,12 @@ def two_mappings(model, input_ids, hidden, needed):
         hidden = layer(hidden, **needed, position_ids=UserDict(), cache_position=UserDict())
 
 
+def depending_on_tokens_at_the_end(model, input_ids, hidden, needed):
+    for layer in model.layers:
+        hidden = layer(hidden, **needed)
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden) + model.embed_tokens(input_ids))
+
+
 @pytest.mark.parametrize(
     "run, words",
     [
@@ -159,6 +166,7 @@ def two_mappings(model, input_ids, hidden, needed):
         (another_number, "model.layers.0 is passed position_ids, a int that may differ"),
         (streams, "model.layers.0 takes hidden states of 4 dimensions"),
         (two_mappings, "model.layers.0 is passed two mappings"),
+        (depending_on_tokens_at_the_end, "what follows its blocks computes from the tokens too"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
