@@ -117,7 +117,7 @@ def _through_blocks(
             forward = block_forward(loaded.module, activations.arguments[loaded.index], torch.float32)
             with simulated(loaded.module, grids[loaded.index]):
                 advance(activations, "fp", loaded.index, forward)
-            check(loaded)
+            check(loaded, forward if grids[loaded.index] else None)
             activations.drop(loaded.index)
             display.advance_block()
             del loaded, forward  # its source must not stay in memory while the block after the next is read

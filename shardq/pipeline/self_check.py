@@ -18,7 +18,7 @@ from shardq.model.own_forward import OwnForward, computed, own_forward
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import LoadedBlock
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.passes import Activations
+from shardq.pipeline.passes import Activations, Forward
 
 SHARE = 0.01  # of the tokens that a run takes through a block
 LEAST_TOKENS = 16
@@ -27,7 +27,8 @@ TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 RESIDUAL_TOLERANCE = 4e-6  # as a share of the token itself: what it is added to is rounded too
 OFF_TOKENS = 1 / 64  # a router may send a token elsewhere for a difference in the last bit
 
-Check = Callable[[LoadedBlock], None]
+Check = Callable[..., None]
+"""Takes the block and, where the stream's activations were rounded in it, what computes it without that."""
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def self_check(
         first: the first block that is checked.
     """
     if num_tokens == 0 or ranks.rank != 0:
-        yield lambda loaded: None
+        yield lambda loaded, unrounded=None: None
         return
     samples = list(dict.fromkeys((activations.samples[0], activations.samples[-1])))
     whole = tokens_NT.shape[1]
@@ -57,17 +58,17 @@ def self_check(
             forward = stack.enter_context(own_forward(skeleton, tokens, activations.device, first))
             under_way[:] = [_Checked(forward, activations, samples, length, dtype, first)]
 
-        def check(loaded: LoadedBlock) -> None:
+        def check(loaded: LoadedBlock, unrounded: Forward | None = None) -> None:
             if not under_way:  # here, where an error is the caller's to share with other ranks
                 begin(_checked_length(whole, num_tokens, activations.arguments[first], first), first)
             try:
-                under_way[0].check(loaded)
+                under_way[0].check(loaded, unrounded)
             except _Different as different:
                 if under_way[0].length == whole:
                     raise _explained(str(different)) from None
                 # A few tokens may be computed in another way than as part of a whole sample: that decides.
                 begin(whole, loaded.index)
-                check(loaded)
+                check(loaded, unrounded)
 
         yield check
 
@@ -103,8 +104,12 @@ class _Checked:
         self._forward, self._activations, self._samples = forward, activations, samples
         self._dtype, self._first = dtype, first
 
-    def check(self, loaded: LoadedBlock) -> None:
+    @torch.no_grad()
+    def check(self, loaded: LoadedBlock, unrounded: Forward | None) -> None:
         """Compare a block's output, and what enters it, with the model's own.
+
+        Args:
+            unrounded: computes the block where the stream's output is of rounded activations.
 
         Raises:
             _Different: the output, by more than rounding; says where, by how much and in which arguments.
@@ -126,7 +131,8 @@ class _Checked:
                 raise _explained(f"{name}: {fault}")
             returned = computed(skeleton.blocks[index], loaded.module, call, self._dtype)
             own_NTD = returned[0] if isinstance(returned, tuple | list) else returned
-            fault = self._fault("its output", own_NTD.float(), left_NTD, entering_NTD, self._dtype)
+            streamed_NTD = hidden_of(unrounded(entering))[:, : self.length] if unrounded else left_NTD
+            fault = self._fault("its output", own_NTD.float(), streamed_NTD, entering_NTD, self._dtype)
             if fault:
                 names = differing(skeleton, index, call, self._activations.arguments[index].bound(entering))
                 arguments = f" (arguments that differ: {', '.join(names)})" if names else ""

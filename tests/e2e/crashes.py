@@ -103,8 +103,8 @@ def counted(counts: Path) -> None:
 
     for point, (owner, name) in POINTS.items():
         setattr(owner, name, count(point, getattr(owner, name)))
-    done = run._say_what_is_where
-    run._say_what_is_where = lambda *args: (counts.write_text(json.dumps(numbers)), done(*args))
+    done = run.say_what_is_where
+    run.say_what_is_where = lambda *args: (counts.write_text(json.dumps(numbers)), done(*args))
 
 
 def refused_at(point: str, number: int, call: int) -> None:

@@ -130,7 +130,12 @@ RUNS = {
     "export nowhere": (None, "export TMP/no", 6, "no: no such folder; check the path"),
     "verify nowhere": (None, "verify TMP/no", 6, "no: no such folder; check the path"),
     "tune nowhere": (None, "tune TMP/no --model MODEL", 6, "no: no such folder; check the path"),
-    "verify a model": (None, "verify MODEL", 6, "holds no run of shardq .no manifest.json.; check the path"),
+    "verify a model": (
+        None,
+        "verify MODEL",
+        6,
+        "holds no run of shardq .no manifest.json., nor an export; check the path",
+    ),
     "export a model": (None, "export MODEL", 6, "holds no run of shardq .no manifest.json.; check the path"),
     "verify unfinished": (None, "verify STOPPED", 6, r"not finished, 2 block\(s\) are; run its command again"),
     "export unfinished": (None, "export STOPPED", 6, r"not finished, 2 block\(s\) are; run its command again"),

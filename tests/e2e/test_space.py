@@ -150,7 +150,7 @@ def finished(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_export_that_will_not_fit_is_refused_before_it_begins(finished, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr("shardq.pipeline.export.check_room", lambda needs, _: counted.extend(needs))
+    monkeypatch.setattr("shardq.pipeline.export.check_room", lambda needs: counted.extend(needs))
     export(parse("export", [str(finished), "--format", "hf", "--output", str(tmp_path / "hf")]), ONE_RANK)
     assert 0.85 * bytes_there(tmp_path / "hf") < counted[0].num_bytes < 1.05 * bytes_there(tmp_path / "hf")
     monkeypatch.undo()
@@ -169,7 +169,7 @@ def test_tuning_that_will_not_fit_is_refused_before_it_begins(finished, llama, t
         saved(*args)
         largest.append(bytes_there(tmp_path / "out" / tune.STATE))
 
-    def note(needs: list[room.Need], advice: str) -> None:
+    def note(needs: list[room.Need]) -> None:
         counted.update({need.what: need.num_bytes for need in needs})
 
     counted = {}

@@ -6,7 +6,7 @@ import pytest
 
 from runs import run_quantize
 
-BLOCK_SPANS = ["load", "fp pass", "start", "loss", "train", "fold", "loss", "quant pass", "commit"]
+BLOCK_SPANS = ["load", "fp pass", "self-check", "start", "loss", "train", "fold", "loss", "quant pass", "commit"]
 WAITING = {
     "prepare activations": {"output"},
     "load": {"input"},
@@ -39,9 +39,9 @@ def test_spans_follow_one_another_and_cover_every_block(run):
     for events in run.values():
         names = [(event["span"], event.get("block")) for event in events]
         first, *others = ([(name, block) for name in BLOCK_SPANS] for block in range(3))
-        first.insert(2, ("compile", 0))  # the bench is built for the first block of a kind
+        first.insert(3, ("compile", 0))  # the bench is built for the first block of a kind
         before = [("start-up", None), ("prepare", None), ("prepare activations", None)]
-        others[1].insert(2, ("likely tokens", 2))  # to whose predictions the last block is trained
+        others[1].insert(3, ("likely tokens", 2))  # to whose predictions the last block is trained
         others[1].remove(("quant pass", 2))  # nobody reads the last block's output
         assert names == [*before, *first, *others[0], *others[1], ("export", None), ("run", None)]
 

@@ -52,10 +52,10 @@ def test_cause_is_told_from_what_came_of_it(ends, code):
 
 def test_signal_ends_the_ranks_and_is_the_code(tmp_path):
     script, deadline = tmp_path / "rank.py", time.monotonic() + 60
-    script.write_text("import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)\n")
-    command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", "2", script, tmp_path / "is_there"]
+    script.write_text("import os, sys, time\nopen(sys.argv[1] + os.environ['RANK'], 'w')\ntime.sleep(60)\n")
+    command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", "2", script, tmp_path / "rank"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
-        while not (tmp_path / "is_there").exists() and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("rank[01]"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         launcher.send_signal(signal.SIGTERM)
         said = launcher.communicate(timeout=60)[1]
