@@ -27,31 +27,31 @@ Config = QuantizeConfig | TuneConfig | EvaluateConfig | ExportConfig | VerifyCon
 
 
 def _quantize(config: QuantizeConfig, ranks: "Ranks") -> dict:
-    from shardq.pipeline.run import quantize
+    from shardq.commands.quantize import quantize
 
     return quantize(config, ranks)
 
 
 def _tune(config: TuneConfig, ranks: "Ranks") -> dict:
-    from shardq.pipeline.tune import tune
+    from shardq.commands.tune import tune
 
     return tune(config, ranks)
 
 
 def _evaluate(config: EvaluateConfig, ranks: "Ranks") -> dict:
-    from shardq.pipeline.evaluate import evaluate
+    from shardq.commands.evaluate import evaluate
 
     return evaluate(config, ranks)
 
 
 def _export(config: ExportConfig, ranks: "Ranks") -> dict:
-    from shardq.pipeline.export import export
+    from shardq.commands.export import export
 
     return export(config, ranks)
 
 
 def _verify(config: VerifyConfig, ranks: "Ranks") -> dict:
-    from shardq.pipeline.verify import verify
+    from shardq.commands.verify import verify
 
     return verify(config, ranks)
 
@@ -114,7 +114,7 @@ def run_command(verb: str, arguments: list[str]) -> None:
 
 def _run(verb: str, config: Config) -> None:
     from shardq.devices import memory_errors
-    from shardq.interrupts import interruptible, print_interruption
+    from shardq.liveness.interrupts import interruptible, print_interruption
     from shardq.parallel.ranks import started, this_rank
 
     for library in ("huggingface_hub", "datasets", "transformers"):

@@ -1,5 +1,6 @@
 """What every test has: one thread, a fixed seed, and small models made once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import tiny
 
 torch.set_num_threads(1)
+# Processes that tests start find what tests share.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture(autouse=True)

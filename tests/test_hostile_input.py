@@ -19,9 +19,9 @@ from shardq.formats.block_file import read_activations, read_block, write_block
 from shardq.formats.checkpoint import copy_companions
 from shardq.formats.shards import INDEX_FILE, open_index, read_header, read_tensor
 from shardq.formats.tensor_file import read_checked
-from shardq.pipeline import ledger
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
+from shardq.rundir import ledger
 
 hostile = settings(
     max_examples=400, deadline=None, derandomize=True, database=None, phases=[Phase.generate],

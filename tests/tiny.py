@@ -111,10 +111,9 @@ def torchrun(
 
 def told_by(script: str | Path, *arguments: object) -> list[dict]:
     """Run one of the tests' own programs, which tells a JSON object a line, to its end in a process of its own."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

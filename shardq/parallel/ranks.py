@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from shardq.errors import ConfigError, RankError
-from shardq.parallel.meeting import meeting_store
-from shardq.parallel.stall import Pace
-from shardq.parallel.watch import ended_together
+from shardq.liveness.meeting import meeting_store
+from shardq.liveness.stall import Pace
+from shardq.liveness.watch import ended_together
 
 # Rank 0 may download a model or tokenize a large dataset while the others wait. A rank that is gone or stopped is found
 # by the watch long before.

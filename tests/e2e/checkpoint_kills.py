@@ -21,7 +21,7 @@ from runs import result_files
 from shardq.optimize.stepper import LocalStepper
 from shardq.parallel.allreduce_stepper import AllReduceStepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
-from shardq.pipeline import training_checkpoint
+from shardq.training import checkpoint
 
 ITERATIONS, EVERY, KILLED_AT = 8, 3, 5  # killed in the second block, at an iteration of it
 STEPS = 2 * ITERATIONS  # of that block, which is the last
@@ -43,7 +43,7 @@ def killed_after_step(stepper: type) -> None:
 
 def killed_in_second_save(how: str) -> None:
     """Have this process killed as it writes the second block's second checkpoint, or before the first is removed."""
-    owner, name = (training_checkpoint, "write_checked") if how == "writing" else (shutil, "rmtree")
+    owner, name = (checkpoint, "write_checked") if how == "writing" else (shutil, "rmtree")
     original, calls = getattr(owner, name), []
 
     def wrapped(path: Path, *args: object, **kwargs: object) -> None:
@@ -57,7 +57,7 @@ def killed_in_second_save(how: str) -> None:
 
 
 def state_files(output: Path) -> list[Path]:
-    return sorted((output / training_checkpoint.FOLDER).rglob("state-*.safetensors"))
+    return sorted((output / checkpoint.FOLDER).rglob("state-*.safetensors"))
 
 
 def flip_a_bit(path: Path) -> None:
@@ -90,7 +90,7 @@ def try_case(case: str, arguments: list[str], num_ranks: int, stepper: type, ref
     who = 0 if case == "removing" or stepper is not DeepSpeedStepper else num_ranks - 1
     statuses = launch(arguments, num_ranks, who, before)
     assert os.WIFSIGNALED(statuses[who]) and os.WTERMSIG(statuses[who]) == signal.SIGKILL, (statuses, who)
-    folders = sorted(path.name for path in (output / training_checkpoint.FOLDER).iterdir())
+    folders = sorted(path.name for path in (output / checkpoint.FOLDER).iterdir())
     if case in DAMAGES:
         DAMAGES[case](state_files(output)[-1])
     events = output / "events.jsonl"

@@ -28,10 +28,12 @@ from disk_model import Disk
 from forked_runs import Setting, launch, output_of, what_is_wrong
 from runs import result_files
 from shardq.cache.store import DiskStore
+from shardq.commands import quantize as run
 from shardq.formats import tensor_file
 from shardq.model import weights
 from shardq.optimize.stepper import LocalStepper
-from shardq.pipeline import ledger, run, training_checkpoint
+from shardq.rundir import ledger
+from shardq.training import checkpoint
 
 POINTS = {  # name: where the function is looked up when it is called
     "sync": (os, "fsync"),
@@ -46,9 +48,9 @@ POINTS = {  # name: where the function is looked up when it is called
     "export": (run, "write_format"),
     "barrier": (run, "barrier"),
     "step": (LocalStepper, "step"),
-    "save checkpoint": (training_checkpoint, "save"),
-    "load checkpoint": (training_checkpoint, "load"),
-    "remove checkpoint": (training_checkpoint, "remove"),
+    "save checkpoint": (checkpoint, "save"),
+    "load checkpoint": (checkpoint, "load"),
+    "remove checkpoint": (checkpoint, "remove"),
     "read activations": (DiskStore, "read"),
     "write activations": (DiskStore, "write"),
     "drop activations": (DiskStore, "drop"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import xxhash
 
 from shardq.files import xxh128_of
-from shardq.pipeline import ledger
+from shardq.rundir import ledger
 
 
 class Disk:

@@ -11,9 +11,9 @@ from pathlib import Path
 import tiny
 from runs import quantize_arguments, result_files
 from shardq.cli import parse
+from shardq.commands.quantize import quantize
 from shardq.errors import ShardQError
 from shardq.parallel.ranks import started
-from shardq.pipeline.run import quantize
 
 
 def fork_run(arguments: list[str], rank: int, num_ranks: int, port: int, before: Callable[[], None]) -> int:

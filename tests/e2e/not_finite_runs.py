@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from crashes import Setting, launch, output_of
-from shardq.pipeline import bench, objective
-from shardq.pipeline.verify import find_faults
+from shardq.commands.verify import find_faults
+from shardq.training import objective
+from shardq.training import workshop as bench
 
 ITERATIONS = 8
 BAD_CALL = 1 + ITERATIONS + 4  # compiling's, the first block's, and the fourth iteration of the second's

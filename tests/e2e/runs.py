@@ -13,12 +13,12 @@ import torch
 
 import tiny
 from shardq.cli import parse
+from shardq.commands.evaluate import evaluate
+from shardq.commands.quantize import quantize
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.evaluate import evaluate
-from shardq.pipeline.ledger import commit
-from shardq.pipeline.run import quantize
-from shardq.pipeline.stop import STOP
+from shardq.rundir.ledger import commit
+from shardq.rundir.stop import STOP
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
@@ -52,7 +52,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:
             (output / STOP).touch()
         return commit(output, block, *args, **facts)
 
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", commit_and_stop)
+    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", commit_and_stop)
 
 
 def last_json(stdout: str) -> dict:

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from runs import LAUNCH, quantize_arguments, result_files, run_evaluate, run_quantize
+from shardq.commands.verify import find_faults
 from shardq.errors import ConfigError
 from shardq.formats.block_file import read_activations
-from shardq.pipeline import ledger
-from shardq.pipeline.verify import find_faults
 from shardq.quant.activation import ActivationGrid, rounded
+from shardq.rundir import ledger
 
 RTN = ("--quant.method", "rtn", "--optimize.start", "minmax")
 ALL = ("--activations.bits", 12, "--activations.tensors", "all", "--activations.kv_bits", 6,

@@ -179,7 +179,7 @@ def test_adam8_needs_its_package(llama, token_file, tmp_path, monkeypatch):
 
 
 def test_compiling_that_is_asked_for_needs_a_compiler(llama, token_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("shardq.pipeline.prepare.why_not", lambda device: "no C++ compiler")
+    monkeypatch.setattr("shardq.commands.prepare.why_not", lambda device: "no C++ compiler")
     with pytest.raises(errors.ConfigError) as error:
         run_quantize(llama, token_file, tmp_path / "out", "--optimize.compile", "on")
     check_one_line(error, "optimize.compile: on is asked for, but there is no C++ compiler")
@@ -187,7 +187,7 @@ def test_compiling_that_is_asked_for_needs_a_compiler(llama, token_file, tmp_pat
 
 
 def test_run_goes_on_uncompiled_where_compiling_is_optional(llama, token_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("shardq.pipeline.prepare.why_not", lambda device: "no C++ compiler")
+    monkeypatch.setattr("shardq.commands.prepare.why_not", lambda device: "no C++ compiler")
     run_quantize(llama, token_file, tmp_path / "out", "--optimize.compile", "auto", "--optimize.iterations", 1)
     assert "not compiled: no C++ compiler" in capsys.readouterr().out
 

@@ -12,7 +12,8 @@ import tiny
 from runs import LAUNCH, last_json, quantize_arguments, run_quantize
 from shardq.compiling import why_not
 from shardq.logs import Display
-from shardq.pipeline import bench, block_pass
+from shardq.training import block as block_pass
+from shardq.training import workshop as bench
 
 pytestmark = pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 

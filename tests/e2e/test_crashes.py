@@ -11,7 +11,7 @@ import tiny
 from disk_model import Disk
 from shardq import files
 from shardq.files import append_line, write_text
-from shardq.pipeline import ledger
+from shardq.rundir import ledger
 
 
 def crash(*arguments: object) -> list[dict]:

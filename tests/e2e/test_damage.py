@@ -11,9 +11,9 @@ import pytest
 import tiny
 from runs import ONE_RANK, run_quantize
 from shardq.cli import parse
+from shardq.commands.export import export
+from shardq.commands.verify import find_faults, verify
 from shardq.errors import ResumeError
-from shardq.pipeline.export import export
-from shardq.pipeline.verify import find_faults, verify
 from test_gguf import add_bpe
 
 LOG = "events.jsonl"  # of which a number may be another: no promise is made of times

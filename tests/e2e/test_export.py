@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from runs import ONE_RANK, result_files, run_quantize
 from shardq.cli import parse
+from shardq.commands.export import export
+from shardq.commands.verify import verify
 from shardq.errors import ConfigError, ResumeError
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.shards import open_index, read_tensor
-from shardq.pipeline.export import export
-from shardq.pipeline.plan import encodings_file
-from shardq.pipeline.verify import verify
 from shardq.quant.activation import rounded
+from shardq.rundir.plan import encodings_file
 
 RTN = ("--quant.method", "rtn")
 TOKENS = torch.arange(3, 51).view(2, 24)

@@ -8,9 +8,9 @@ import pytest
 
 from runs import ONE_RANK, result_files, run_quantize, stop_after
 from shardq.cli import parse
+from shardq.commands.export import export
 from shardq.errors import Stopped
-from shardq.pipeline.export import export
-from shardq.pipeline.ledger import commit
+from shardq.rundir.ledger import commit
 
 RTN = ("--quant.method", "rtn")
 FORMATS = ("compressed-tensors", "gptq", "hf")
@@ -44,7 +44,7 @@ def test_shards_are_there_before_their_block_counts(finished, llama, token_file,
         seen[block] = {chosen: sorted(path.name for path in (output / chosen).iterdir()) for chosen in FORMATS}
         return commit(output, block, *args, **facts)
 
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", look)
+    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", look)
     run_quantize(llama, token_file, tmp_path / "out", *RTN, *ASKED)
     for block in range(3):
         assert seen[block] == dict.fromkeys(FORMATS, SHARDS[: block + 1])

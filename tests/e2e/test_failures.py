@@ -1,9 +1,7 @@
 """A rank that fails in the middle of a step ends the whole run soon, by name, and the same command goes on."""
 
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,11 +9,12 @@ import failing_quantize
 import tiny
 from runs import LAUNCH, ONE_RANK, committed, quantize_arguments, result_files
 from shardq.cli import parse
+from shardq.commands.quantize import quantize
+from shardq.liveness.stall import Pace
 from shardq.logs import Display
 from shardq.optimize.stepper import LocalStepper
-from shardq.parallel.stall import Pace
-from shardq.pipeline import training, training_checkpoint
-from shardq.pipeline.run import quantize
+from shardq.training import checkpoint
+from shardq.training import tries as training
 
 LIMIT_SECONDS = 30
 CORE_LIMIT_SECONDS = 90  # of a rank that is known by the time of a core that it takes, which other programs may want
@@ -36,8 +35,7 @@ def fail(how, who, arguments, folder, limit_seconds=LIMIT_SECONDS):
     """Let a run fail, in time and by name; give the lines that the ranks wrote."""
     failed_at = folder / "failed-at"
     script = [failing_quantize.__file__, how, str(who), failed_at, *arguments]
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    finished = tiny.torchrun(2, script, PYTHONPATH=path)
+    finished = tiny.torchrun(2, script)
     assert failed_at.exists(), finished.stderr
     assert time.time() - float(failed_at.read_text()) < limit_seconds
     assert finished.returncode != 0
@@ -90,7 +88,7 @@ def test_steps_are_timed_without_what_comes_between_them(llama, token_file, tmp_
     note(LocalStepper, "step")
     note(Display, "advance_iteration")
     note(training, "agreed_loss")
-    note(training_checkpoint, "save")
+    note(checkpoint, "save")
     more = ["--optimize.held_out", 2, "--checkpoint.every_iterations", 7]
     config = parse("quantize", quantize_arguments(llama, token_file, tmp_path / "out", *more))
     quantize(config, replace(ONE_RANK, pace=pace))

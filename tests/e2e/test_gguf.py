@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 import tiny
 from runs import ONE_RANK, run_quantize
 from shardq.cli import parse
+from shardq.commands.export import export
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.formats.block_file import read_block
 from shardq.formats.gguf_tokenizer import add_tokenizer
-from shardq.pipeline.export import export
 
 RTN = ("--quant.method", "rtn")
 TEXTS = ["the quick brown fox", "a lazy dog sleeps 12 times", "the dog and the fox run", "quick quick quick"] * 10

@@ -22,11 +22,11 @@ from runs import (
     stop_after,
 )
 from shardq.cli import parse
+from shardq.commands.tune import tune
 from shardq.compiling import compiler, why_not
 from shardq.errors import Stopped
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.tune import tune
 from shardq.quant import adascale, affine
 from shardq.quant.spec import QuantSpec
 

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from runs import LAUNCH, committed, last_json, quantize_arguments, ranks_of, result_files, run_quantize
 from shardq.errors import Stopped
-from shardq.pipeline.ledger import commit
-from shardq.pipeline.stop import STOP
+from shardq.rundir.ledger import commit
+from shardq.rundir.stop import STOP
 
 LIMIT_SECONDS = 10.0
 
@@ -73,7 +73,7 @@ def test_interrupted_run_ends_soon_with_one_line_and_goes_on(llama, token_file, 
 
 HANGING = """
 import ctypes, signal, sys, threading, time
-from shardq import interrupts
+from shardq.liveness import interrupts
 
 def deadlock():
     mutex = ctypes.create_string_buffer(64)
@@ -170,7 +170,9 @@ def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, t
     def ask(*_: object) -> None:
         (output / STOP).touch() if how == "file" else os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask())[0])
+    monkeypatch.setattr(
+        "shardq.commands.quantize.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask())[0]
+    )
     for done in (1, 2):
         with pytest.raises(Stopped, match=f"stopped as asked, {done} of 3 blocks are done"):
             run_quantize(llama, token_file, output, "--quant.method", "rtn")

@@ -8,8 +8,8 @@ import pytest
 import not_finite_runs
 import tiny
 from runs import result_files, run_quantize
+from shardq.commands.verify import find_faults
 from shardq.optimize.stepper import LocalStepper
-from shardq.pipeline.verify import find_faults
 
 WILD = ["--optimize.grid_lr", 60, "--optimize.iterations", 10]  # two tries break; the third one does not
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, 
 import tiny
 from runs import ONE_RANK, run_quantize
 from shardq.cli import parse
+from shardq.commands.export import export
 from shardq.errors import ConfigError
 from shardq.formats.block_file import read_block
-from shardq.pipeline.export import export
 
 RTN = ("--quant.method", "rtn")
 VOCABULARY = 300

@@ -24,7 +24,7 @@ from runs import (
 from shardq.cache import store
 from shardq.formats.block_file import read_block
 from shardq.model import ends, weights
-from shardq.pipeline import objective
+from shardq.training import objective
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +400,7 @@ def test_stored_weights_of_no_more_than_two_blocks_are_in_memory(tmp_path, token
 
 
 def test_what_was_chosen_for_the_machine_is_part_of_the_run(llama, token_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("shardq.pipeline.prepare.multiplies_bf16", lambda device: True)
+    monkeypatch.setattr("shardq.commands.prepare.multiplies_bf16", lambda device: True)
     more = ["--optimize.memory_gib", 1, "--optimize.batch_size", 4, "--optimize.iterations", 1,
             "--optimize.precision", "auto"]  # fmt: skip
     run_quantize(llama, token_file, tmp_path / "out", *more)

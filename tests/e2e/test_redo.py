@@ -8,10 +8,10 @@ import pytest
 
 from runs import ONE_RANK, committed, result_files, run_quantize, stop_after
 from shardq.cli import parse
+from shardq.commands.verify import verify
 from shardq.errors import ConfigError, ResumeError, Stopped
 from shardq.formats.block_file import read_block
-from shardq.pipeline.ledger import finished, read_lines, read_manifest
-from shardq.pipeline.verify import verify
+from shardq.rundir.ledger import finished, read_lines, read_manifest
 
 BLOCK = "blocks/block-00001.safetensors"
 SHARD, LAST_SHARD = "model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"
@@ -114,7 +114,7 @@ def test_same_command_mends_what_completes_a_run(original, output, llama, token_
 
 
 def test_large_files_of_a_finished_run_are_compared_by_size(original, output, llama, token_file, monkeypatch):
-    monkeypatch.setattr("shardq.pipeline.digests.SMALL_BYTES", 0)
+    monkeypatch.setattr("shardq.rundir.digests.SMALL_BYTES", 0)
     flip_last_bit(output / SHARD)
     run_quantize(llama, token_file, output)
     with pytest.raises(ResumeError, match=f"damaged .*{SHARD}: changed since it was finished"):
@@ -126,7 +126,7 @@ def test_large_files_of_a_finished_run_are_compared_by_size(original, output, ll
 
 def test_what_does_not_come_out_as_it_was_is_said(output, llama, token_file, monkeypatch):
     (output / "model.encodings").unlink()
-    monkeypatch.setattr("shardq.pipeline.export.merge_encodings", lambda *_: (output / "model.encodings").touch())
+    monkeypatch.setattr("shardq.rundir.block_output.merge_encodings", lambda *_: (output / "model.encodings").touch())
     with pytest.raises(ResumeError, match="model.encodings: does not come out as it was; restore it, or .*--redo end"):
         run_quantize(llama, token_file, output)
 

@@ -8,9 +8,9 @@ import pytest
 import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
 from shardq.errors import ResumeError, Stopped, StorageError
-from shardq.pipeline.ledger import commit
-from shardq.pipeline.lock import only_run
-from shardq.pipeline.stop import STOP
+from shardq.rundir.ledger import commit
+from shardq.rundir.lock import only_run
+from shardq.rundir.stop import STOP
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_resume_refuses_a_damaged_block(uninterrupted, llama, token_file, tmp_pa
 
 def test_run_keeps_its_micro_batch_whatever_memory_is_free(llama, token_file, tmp_path, monkeypatch):
     with monkeypatch.context() as crowded:
-        crowded.setattr("shardq.pipeline.memory.spare_bytes", lambda device, ranks: 0)
+        crowded.setattr("shardq.training.memory.spare_bytes", lambda device, ranks: 0)
         run_quantize(llama, token_file, tmp_path / "out")
     files = result_files(tmp_path / "out")
     assert b'"micro_batch": 1' in files["manifest.json"]
@@ -152,7 +152,7 @@ def test_flipped_bit_in_the_cache_never_reaches_the_result(
             file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
         return line
 
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", flip_and_stop)
+    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", flip_and_stop)
     with pytest.raises(Stopped):
         run_quantize(llama, token_file, tmp_path / "out")
     if generation == 2:

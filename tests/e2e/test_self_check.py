@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
 import tiny
 from runs import ONE_RANK, run_evaluate, run_quantize, stop_after
 from shardq.cache.store import MemoryStore
+from shardq.commands import evaluate
 from shardq.errors import Stopped, UnsupportedModelError
 from shardq.model import weights
 from shardq.model.arguments import BlockArguments
@@ -21,9 +22,8 @@ from shardq.model.ends import block_forward, prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.model.weights import stream_blocks
-from shardq.pipeline import evaluate
-from shardq.pipeline.passes import Activations, Forward, advance, embed_samples
-from shardq.pipeline.self_check import self_check
+from shardq.training.passes import Activations, Forward, advance, embed_samples
+from shardq.training.self_check import self_check
 
 CPU = torch.device("cpu")
 ROTATING_SOME = SmolLM3Config(

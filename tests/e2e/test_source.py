@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 import tiny
 from runs import ONE_RANK, committed, result_files, run_quantize, stop_after
 from shardq.cli import parse
+from shardq.commands import quantize as run
+from shardq.commands.export import export
+from shardq.commands.tune import tune
 from shardq.errors import CheckpointError, ConfigError, ResumeError, ShardQError, Stopped
 from shardq.formats import shards
 from shardq.formats.shards import open_index
 from shardq.model.skeleton import open_skeleton
-from shardq.pipeline import run, source
-from shardq.pipeline.export import export
-from shardq.pipeline.tune import tune
+from shardq.rundir import source
 
 RTN = ("--quant.method", "rtn")
 IN_A_BLOCK, EMBEDDING = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"

@@ -15,16 +15,17 @@ from transformers import OPTConfig
 import tiny
 from runs import LAUNCH, ONE_RANK, committed, failing_launch, quantize_arguments, result_files, run_quantize
 from shardq.cli import parse
+from shardq.commands import space, tune
+from shardq.commands.export import export
+from shardq.commands.prepare import Run, prepare
+from shardq.commands.quantize import quantize
 from shardq.errors import StorageError
 from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
 from shardq.optimize.stepper import OPTIMIZERS
-from shardq.pipeline import room, space, tune
-from shardq.pipeline.export import export
-from shardq.pipeline.ledger import commit
-from shardq.pipeline.prepare import Run, prepare
-from shardq.pipeline.room import bytes_there
-from shardq.pipeline.run import quantize
+from shardq.rundir import room
+from shardq.rundir.ledger import commit
+from shardq.rundir.room import bytes_there
 
 
 @pytest.fixture
@@ -102,8 +103,8 @@ def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_pa
             raise KeyboardInterrupt
         return line
 
-    monkeypatch.setattr("shardq.pipeline.run.check_space", note)
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", commit_and_end)
+    monkeypatch.setattr("shardq.commands.quantize.check_space", note)
+    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", commit_and_end)
     for _ in range(3):
         with suppress(KeyboardInterrupt):
             run_quantize(llama, token_file, output, "--quant.method", "rtn")
@@ -130,7 +131,7 @@ def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeyp
         cached.append(bytes_there(folder / "cache"))
         return commit(folder, *args, **facts)
 
-    monkeypatch.setattr("shardq.pipeline.run.ledger.commit", look)
+    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", look)
     arguments = quantize_arguments(llama, token_file, output, "--quant.method", "rtn", *more)
     counted = predicted(arguments)
     quantize(parse("quantize", arguments), ONE_RANK)
@@ -150,7 +151,7 @@ def finished(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_export_that_will_not_fit_is_refused_before_it_begins(finished, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr("shardq.pipeline.export.check_room", lambda needs: counted.extend(needs))
+    monkeypatch.setattr("shardq.export.write.check_room", lambda needs: counted.extend(needs))
     export(parse("export", [str(finished), "--format", "hf", "--output", str(tmp_path / "hf")]), ONE_RANK)
     assert 0.85 * bytes_there(tmp_path / "hf") < counted[0].num_bytes < 1.05 * bytes_there(tmp_path / "hf")
     monkeypatch.undo()
@@ -194,7 +195,7 @@ def test_room_for_checkpoints_is_what_they_take(llama, token_file, tmp_path, mon
         write_checked(path, *args, **facts)
         there.append(bytes_there(output / "checkpoint"))
 
-    monkeypatch.setattr("shardq.pipeline.training_checkpoint.write_checked", look)
+    monkeypatch.setattr("shardq.training.checkpoint.write_checked", look)
     more = ["--checkpoint.every_iterations", 2, "--optimize.optimizer", optimizer]
     arguments = quantize_arguments(llama, token_file, output, *more)
     counted = predicted(arguments)["checkpoints"]

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM
 import tiny
 from runs import LAUNCH, ONE_RANK, last_json, result_files, run_evaluate, run_quantize
 from shardq.cli import parse
+from shardq.commands import tune as tuning
+from shardq.commands.export import export
+from shardq.commands.verify import verify
 from shardq.errors import CheckpointError, ConfigError, ResumeError, Stopped, StorageError
 from shardq.formats.block_file import read_block
 from shardq.formats.shards import open_index, read_tensor
 from shardq.logs import Display
 from shardq.model.skeleton import open_skeleton
-from shardq.pipeline import tune as tuning
-from shardq.pipeline.export import export
-from shardq.pipeline.ledger import commit
-from shardq.pipeline.stop import STOP
-from shardq.pipeline.verify import verify
+from shardq.rundir.ledger import commit
+from shardq.rundir.stop import STOP
 
 STEPS, BATCH, RATE, LABELS = 6, 4, 0.02, 0.25
 RTN = ("--quant.method", "rtn", "--quant.group_size", 16)

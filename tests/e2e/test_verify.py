@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from runs import ONE_RANK, last_json, run_quantize
 from shardq.cli import parse
+from shardq.commands.verify import CHECKS, find_faults, verify
 from shardq.errors import CheckpointError, ResumeError
 from shardq.files import xxh128_of
 from shardq.formats.block_file import read_block, write_block
 from shardq.formats.sealed import sealed
 from shardq.formats.shards import open_index
-from shardq.pipeline import ledger
-from shardq.pipeline.verify import CHECKS, find_faults, verify
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
+from shardq.rundir import ledger
 
 CODES = "blocks/block-00001.safetensors"
 WEIGHTS = "model-00002-of-00004.safetensors"

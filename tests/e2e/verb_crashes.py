@@ -23,10 +23,11 @@ import tiny
 from crashes import die, tell
 from runs import ONE_RANK, result_files, run_quantize
 from shardq.cli import COMMANDS, parse
+from shardq.commands import export
 from shardq.errors import Interrupted, ShardQError
 from shardq.formats import tensor_file
-from shardq.interrupts import interruptible
-from shardq.pipeline import export, ledger
+from shardq.liveness.interrupts import interruptible
+from shardq.rundir import ledger
 from test_gguf import add_bpe
 
 POINTS = {  # name: where the function is looked up when it is called

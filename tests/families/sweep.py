@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 import tiny
 from shardq.cli import parse
+from shardq.commands.evaluate import evaluate
+from shardq.commands.quantize import quantize
 from shardq.errors import ShardQError
 from shardq.parallel.ranks import Ranks
-from shardq.pipeline.evaluate import evaluate
-from shardq.pipeline.run import quantize
 from tiny_config import FIRST_SPECIAL_TOKEN, VARIANTS, tiny_config
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))

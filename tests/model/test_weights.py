@@ -22,7 +22,7 @@ from shardq.formats.shards import INDEX_FILE, TensorInfo, read_weight
 from shardq.model import weights
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import LoadedBlock, fill, materialised, stream_blocks
-from shardq.pipeline.source import check_outside
+from shardq.rundir.source import check_outside
 
 CPU = torch.device("cpu")
 # Sliding attention with heads of 8 channels, full attention with heads of 16.

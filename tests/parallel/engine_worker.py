@@ -31,10 +31,10 @@ from shardq.optimize.stepper import OPTIMIZERS, Stepper
 from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.pipeline.bench import make_stepper, share_for
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
+from shardq.training.workshop import make_stepper, share_for
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 NUM_BLOCKS, BATCH = 8, 4

@@ -42,10 +42,10 @@ from shardq.optimize.stepper import OPTIMIZERS
 from shardq.parallel.collectives import barrier, max_over_ranks
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
-from shardq.pipeline.bench import block_loss, make_stepper, share_for
-from shardq.pipeline.memory import BlockSize, LargestBlock, saved_bytes, training_bytes
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
+from shardq.training.memory import BlockSize, LargestBlock, saved_bytes, training_bytes
+from shardq.training.workshop import block_loss, make_stepper, share_for
 
 WARM_UP_STEPS = 2  # the first makes the moments
 COLLECTIVES = [

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from shardq.cli import parse  # noqa: E402  the checkout comes first on the path
+from shardq.commands.export import export  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
-from shardq.pipeline.export import export  # noqa: E402
 
 MIN_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20

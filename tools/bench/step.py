@@ -26,10 +26,10 @@ from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.optimize.stepper import LocalStepper
-from shardq.pipeline.bench import block_loss
-from shardq.pipeline.memory import saved_tensors
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
+from shardq.training.memory import saved_tensors
+from shardq.training.workshop import block_loss
 
 SHAPES = {"smollm2": "576x1536x9x3", "llama3-8b": "4096x14336x32x8", "llama3-70b": "8192x28672x64x8"}
 PROFILED_STEPS = 10

@@ -1,0 +1,1 @@
+"""What each verb does: a page each, and what they share."""

@@ -1,0 +1,158 @@
+"""Perplexity of a model, block by block, in the memory of one block."""
+
+import math
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from shardq.cache.store import open_store
+from shardq.calib.partition import owned_samples
+from shardq.calib.tokens import load_tokens
+from shardq.checks import check_evaluate
+from shardq.config import EvaluateConfig
+from shardq.errors import ConfigError
+from shardq.logs import Display, peak_rss_bytes
+from shardq.model.ends import block_forward, epilogue, prologue
+from shardq.model.hub import local_folder
+from shardq.model.recorded import record_arguments
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.optimize.block_quantizer import BlockQuantizer
+from shardq.optimize.loss import LOGITS_TOKENS
+from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, sum_over_ranks, together
+from shardq.parallel.ranks import Ranks
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.adascale import Kernels
+from shardq.rundir.plan import Plan, block_file, make_plan
+from shardq.training.activation_grids import simulated, written_grids
+from shardq.training.passes import Activations, advance, embed_samples
+from shardq.training.self_check import Check, say_if_unchecked, self_check
+
+
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
+    """Perplexity over non-overlapping sequences, each token predicted from those before it in its sequence.
+
+    Returns:
+        `perplexity`, `tokens` (predicted), `seconds`, `peak_rss_bytes` (of the largest rank).
+    """
+    start = time.perf_counter()
+    display = Display(ranks.rank)
+    together(ranks, lambda: check_evaluate(config))
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
+    skeleton, plan = together(ranks, lambda: _open(folder, config))
+    vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+    display.line(f"evaluation: reading {config.eval.dataset}")
+    tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
+    display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")
+    say_if_unchecked(config.self_check, display)
+
+    samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
+    scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
+    store = open_store(config.cache, scratch, ranks.device)
+    activations = Activations(store, samples, tokens_NT.shape[1], ranks.device, pace=ranks.pace)
+    activations = together(ranks, lambda: _embedded(skeleton, tokens_NT, activations))
+    grids = together(ranks, lambda: _activation_grids(skeleton, config))
+    num_checked_of = config.self_check * len(samples) * tokens_NT.shape[1]
+    with self_check(skeleton, tokens_NT, activations, ranks, torch.float32, num_checked_of) as check:
+        together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, activations, check, display))
+    loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))
+    shutil.rmtree(scratch, ignore_errors=True)
+    num_tokens = len(tokens_NT) * (tokens_NT.shape[1] - 1)
+    return {
+        "perplexity": math.exp(sum_over_ranks(ranks, [loss])[0] / num_tokens),
+        "tokens": num_tokens,
+        "seconds": round(time.perf_counter() - start, 3),
+        "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
+    }
+
+
+def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
+    skeleton = open_skeleton(folder)
+    if config.quant.method == "none":
+        return skeleton, Plan(skeleton.names, [[] for _ in skeleton.names], [], 0)
+    return skeleton, make_plan(skeleton, config.quant)
+
+
+def _embedded(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations) -> Activations:
+    """Write generation 0; give the activations with what blocks are passed."""
+    with prologue(skeleton, activations.device) as embed:
+        arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
+        activations = replace(activations, arguments=arguments)
+        embed_samples(activations, tokens_NT, skeleton, embed)
+    return activations
+
+
+def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[str, ActivationGrid]]:
+    """For each block the grids that its activations are rounded to, by name within the block."""
+    if config.activations == "float":
+        return [{} for _ in skeleton.names]
+    numbered = list(enumerate(skeleton.names))
+    is_run = all(block_file(skeleton.folder, number).is_file() for number, _ in numbered)
+    grids = [written_grids(skeleton.folder, name, number) for number, name in numbered] if is_run else []
+    if not any(grids):
+        raise ConfigError(
+            f"activations: {skeleton.folder} holds no grids of activations to simulate; quantize with "
+            "--activations.bits, or leave them float"
+        )
+    return grids
+
+
+def _through_blocks(
+    config: EvaluateConfig,
+    skeleton: Skeleton,
+    plan: Plan,
+    grids: list[dict[str, ActivationGrid]],
+    activations: Activations,
+    check: Check,
+    display: Display,
+) -> None:
+    with display.bars(plan.num_blocks, 0):
+        for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
+            _round_to_nearest(loaded, plan.linears[loaded.index], config)
+            forward = block_forward(loaded.module, activations.arguments[loaded.index], torch.float32)
+            with simulated(loaded.module, grids[loaded.index]):
+                advance(activations, "fp", loaded.index, forward)
+            check(loaded, forward if grids[loaded.index] else None)
+            activations.drop(loaded.index)
+            display.advance_block()
+            del loaded, forward  # its source must not stay in memory while the block after the next is read
+
+
+def _round_to_nearest(loaded: LoadedBlock, linear_names: list[str], config: EvaluateConfig) -> None:
+    quantizer = BlockQuantizer(loaded.module, linear_names, config.quant.spec, "rtn", Kernels(), torch.float32)
+    quantizer.start(loaded.source)
+    quantizer.serve(quantizer.folded(), stored=lambda weight: weight)
+
+
+def _summed_loss(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, num_blocks: int) -> float:
+    """Negative log-likelihood summed over this rank's predicted tokens, in nats.
+
+    The vocabulary comes in slices, each for all samples: the logarithm of the exponentials' sum and the target's
+    logit are put together from them.
+    """
+    targets_NT = tokens_NT[:, 1:].to(activations.device)
+    log_sums_NT = torch.full(targets_NT.shape, -torch.inf, device=activations.device)
+    logits_NT = torch.zeros_like(log_sums_NT)
+    with epilogue(skeleton, activations.device) as vocabulary_slices:
+        for first_token, to_logits in vocabulary_slices:
+            for sample in activations.samples:
+                hidden_NTD = activations.load("fp", num_blocks, [sample])
+                for start in range(0, targets_NT.shape[1], LOGITS_TOKENS):
+                    where = (sample, slice(start, min(start + LOGITS_TOKENS, targets_NT.shape[1])))
+                    logits_TV = to_logits(hidden_NTD[:, where[1]])[0].float()
+                    log_sums_NT[where] = torch.logaddexp(log_sums_NT[where], logits_TV.logsumexp(1))
+                    logits_NT[where] += _target_logits(logits_TV, targets_NT[where] - first_token)
+    samples = list(activations.samples)
+    return (log_sums_NT - logits_NT)[samples].sum(dtype=torch.float64).item()
+
+
+def _target_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Each target's logit, 0 for a target outside the slice."""
+    inside_T = (targets_T >= 0) & (targets_T < logits_TV.shape[1])
+    chosen_T = logits_TV.gather(1, torch.where(inside_T, targets_T, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(inside_T, chosen_T, 0.0)

@@ -1,0 +1,66 @@
+"""Converting a finished run for other programs."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shardq.checks import check_export
+from shardq.config import ExportConfig
+from shardq.errors import ConfigError, ResumeError, ShardQError
+from shardq.export import contents
+from shardq.export.write import summary_of, write_format
+from shardq.files import remove_asides
+from shardq.logs import Display
+from shardq.parallel.collectives import on_rank_zero
+from shardq.parallel.ranks import Ranks
+from shardq.rundir import ledger
+from shardq.rundir.lock import only_run
+
+
+def export(config: ExportConfig, ranks: Ranks) -> dict:
+    """Convert a finished run for other programs, in the memory of one block; rank 0 does it.
+
+    Returns:
+        `output`, `format`, `bytes` (of the files), `seconds`, `scale_change` (the largest relative change of a scale by
+        rounding it to the dtype that the format keeps it in).
+
+    One that is finished is left as it is; one that was cut short, or is of a run that has changed since, is written
+    anew.
+
+    Raises:
+        ConfigError: the format cannot express the run's grid, or what an option asks for; the output folder holds
+            something else.
+        ResumeError: the folder holds no finished run, or its files have changed.
+    """
+    check_export(config)
+    start, display = time.perf_counter(), Display(ranks.rank)
+    summary = on_rank_zero(ranks, lambda: _export(config, display))
+    return summary | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _export(config: ExportConfig, display: Display) -> dict:
+    """Write an export, or what is left of one, if it is not finished yet."""
+    run, folder = Path(config.run), config.folder
+    contents.check_place(folder)
+    entries = ledger.finished(ledger.read_lines(run))
+    for fault in ledger.why_unfinished(run, entries):
+        raise ResumeError(fault)
+    try:
+        with only_run(folder, display.line):
+            remove_asides(folder)
+            record = contents.read(folder)
+            if record and contents.is_of_other_options(config, record):
+                held = contents.options_of(record)
+                raise ConfigError(f"output: {folder} holds an export to {held}; choose another or delete it")
+            why = contents.why_unfinished(config, record, ledger.blocks_digest(entries))
+            if record and not why:
+                display.line(f"{folder}: this export is finished, nothing is left to do")
+                return summary_of(folder, record)
+            if record:
+                display.line(f"{why}; exported anew")
+            ledger.check_finished(run)
+            return write_format(config, display)
+    except ShardQError:
+        with suppress(OSError):
+            folder.rmdir()  # of an export that was refused; not one that holds something
+        raise

@@ -1,0 +1,78 @@
+"""Whether a run's folder holds what it has to, and nothing else: strays, logs, exports."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardq.errors import ResumeError
+from shardq.export import contents
+from shardq.export.write import FORMATS
+from shardq.files import storage_errors
+from shardq.rundir import ledger
+from shardq.rundir.lock import LOCK
+
+LOGS = "events*.jsonl"
+
+
+def is_of_before(entries: ledger.Entries) -> bool:
+    """Whether a run was finished before its ledger had all files, with their sizes."""
+    return "bytes" not in entries[None]
+
+
+def folder_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
+    """Files that belong to no finished run, and lines of ledger and logs that are no JSON."""
+    known = {name for entry in entries.values() for name in entry["files"]}
+    known |= {ledger.MANIFEST, ledger.LEDGER, LOCK}
+    exports = set(exports_in(output))
+    for path in sorted(output.rglob("*")):
+        is_log = path.parent == output and path.match(LOGS)
+        if path.is_dir() or is_log or not exports.isdisjoint(path.parents):
+            continue
+        may_be_copied = is_of_before(entries) and path.suffix != ".safetensors"
+        if str(path.relative_to(output)) not in known and not may_be_copied:
+            yield f"{path}: no file of this run; move it elsewhere"
+    for path in (output / ledger.LEDGER, *sorted(output.glob(LOGS))):
+        yield from _log_faults(path)
+
+
+def export_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
+    """What of the exports in a run's folder is not as it was finished, or not of this run's blocks."""
+    blocks = ledger.blocks_digest(entries)
+    for folder in exports_in(output):
+        try:
+            record = contents.read(folder)
+        except ResumeError as error:
+            yield str(error)
+            continue
+        if record is not None:
+            yield from contents.faults(folder, record, blocks)
+        elif not is_of_before(entries):
+            yield f"{folder}: no {contents.RECORD}, which says what was written there; delete it and export again"
+
+
+def unproved(output: Path, entries: ledger.Entries) -> dict[str, str]:
+    """What has no digest, by check, in a run of before there were."""
+    if not is_of_before(entries):
+        return {}
+    bare = [folder.name for folder in exports_in(output) if not (folder / contents.RECORD).exists()]
+    notes = {"folder": "ok, but manifest, tokenizer and files beside them have no digest: the run is of before"}
+    return notes | ({"exports": f"not known of {', '.join(bare)}: written before exports had digests"} if bare else {})
+
+
+def exports_in(output: Path) -> list[Path]:
+    """Folders of exports: those with a record, and those that are named after a format."""
+    recorded = {path.parent for path in output.rglob(contents.RECORD)}
+    named = {output / name for name in FORMATS if (output / name).is_dir() and any((output / name).iterdir())}
+    return sorted(recorded - {output} | named)
+
+
+def _log_faults(path: Path) -> Iterator[str]:
+    with storage_errors(path):
+        lines = path.read_bytes().split(b"\n")
+    if lines.pop():
+        yield f"{path}: its last line is cut off; the run's own command cuts it away"
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            yield f"{path}: line {number} is no JSON; delete the line"

@@ -1,0 +1,238 @@
+"""Everything that is decided and checked before work starts: options, model, plan, calibration data, output folder."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from shardq.calib.tokens import digest, load_tokens
+from shardq.checks import check_quantize
+from shardq.commands.redo import begin_redo, blocks_asked, mend
+from shardq.compiling import why_not
+from shardq.config import QuantizeConfig
+from shardq.devices import multiplies_bf16
+from shardq.errors import ConfigError
+from shardq.export.target import check_served
+from shardq.files import remove_asides
+from shardq.formats import encodings
+from shardq.formats.checkpoint import companions
+from shardq.logs import Display
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import prologue
+from shardq.model.hub import local_folder
+from shardq.model.recorded import record_arguments
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.optimize.options import OptimizeOptions, resolved
+from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
+from shardq.parallel.ranks import Ranks
+from shardq.rundir import ledger
+from shardq.rundir.digests import cut_torn_line
+from shardq.rundir.folders import cache_folder, output_folder
+from shardq.rundir.lock import only_run
+from shardq.rundir.manifest import make_manifest
+from shardq.rundir.plan import ENCODINGS, Plan, make_plan
+from shardq.rundir.source import begin_with, known
+from shardq.training.activation_grids import plan_activations
+from shardq.training.memory import (
+    LargestBlock,
+    choose_engine,
+    choose_micro_batch,
+    largest_block,
+    memory_limit,
+    reads_ahead,
+)
+from shardq.training.objective import PREDICTION_STEPS
+from shardq.training.self_check import say_if_unchecked
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has passed all checks, on one rank; `begin` has it take its folder.
+
+    Attributes:
+        activations: the bits of those that get a grid, by name within each block.
+        manifest: what it is.
+        lines: of its ledger, the one that begins a redo included.
+        begins_redo: whether the last of them has still to be written.
+        reads_ahead: whether a block's weights are read while the one before is trained.
+    """
+
+    config: QuantizeConfig
+    output: Path
+    skeleton: Skeleton
+    plan: Plan
+    arguments: list[BlockArguments]
+    activations: list[dict[str, int]]
+    largest: LargestBlock
+    tokens_NT: Tensor
+    manifest: dict
+    lines: list[dict]
+    begins_redo: bool
+    reads_ahead: bool
+    ranks: Ranks
+    display: Display
+
+
+def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitStack) -> Run:
+    """Check everything that can be checked before work starts, and find what the output folder holds of the run.
+
+    Args:
+        held: keeps other runs out of that folder until it is closed.
+    """
+    output = output_folder(config)
+    stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
+    # The grid as it is: a run that was begun with another default is another run.
+    quant = replace(config.quant, full_range=config.quant.spec.full_range)
+    config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
+    together(ranks, lambda: check_quantize(config, ranks.world_size))
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
+
+    def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
+        skeleton, length = open_skeleton(folder), config.calib.sequence_length
+        companions(folder)  # they are copied after the last block; one that must not be is refused now
+        _check_length(skeleton, length)
+        plan = make_plan(skeleton, config.quant)
+        check_served(config, skeleton, plan)
+        with prologue(skeleton, ranks.device) as embed:
+            arguments = record_arguments(skeleton, embed, length)
+        return skeleton, plan, arguments, plan_activations(skeleton, plan, arguments, length, config.activations)
+
+    def find() -> tuple[Tensor, dict, tuple[list[dict], dict | None], QuantizeConfig]:
+        redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
+        vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        display.line(f"calibration: reading {config.calib.dataset}")
+        tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
+        chosen = _fitted(config, stored, largest, limit, ranks, display)
+        manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        lines, line = take_folder(output, manifest, config.resume, redo, held, display)
+        if line is None:
+            skeleton.digests.update(known(lines))
+            mend(output, skeleton, plan, manifest, lines, display)
+        return tokens_NT, manifest, (lines, line), chosen
+
+    skeleton, plan, arguments, activations = together(ranks, open_and_plan)
+    length = config.calib.sequence_length
+    largest = together(ranks, lambda: largest_block(skeleton, plan, arguments, length, config.optimize))
+    limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
+    tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
+    config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
+    shared_by_all(ranks, output)
+    if redo or None not in ledger.finished(lines):
+        begin_with(skeleton, known(lines), ranks, display.line)
+    ahead = reads_ahead(largest, config.optimize, config.parallel, limit, ranks.world_size)
+    lines += [redo] if redo else []
+    run = Run(
+        config, output, skeleton, plan, arguments, activations, largest, tokens_NT, manifest, lines,
+        redo is not None, ahead, ranks, display,
+    )  # fmt: skip
+    _say_what_will_be_done(run)
+    return run
+
+
+def take_folder(
+    output: Path, manifest: dict, resume: str, redo: list[int] | None, held: ExitStack, display: Display
+) -> tuple[list[dict], dict | None]:
+    """Keep other runs out of a folder and find what it holds of the run, as `ledger.open_run` gives and raises it.
+
+    Args:
+        held: keeps them out until it is closed.
+    """
+    ledger.check_folder(output, resume)
+    held.enter_context(only_run(output, display.line))
+    remove_asides(output)
+    for log in output.glob("events*.jsonl"):
+        cut_torn_line(log)
+    ledger.mend_manifest(output, manifest, display.line)
+    return ledger.open_run(output, manifest, resume, redo)
+
+
+def begin(run: Run) -> None:
+    """Make the output folder this run's, and have the blocks of a redo count no longer."""
+    on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
+    if run.begins_redo:
+        former = cache_folder(run.config, run.output, len(ledger.redo_lines(run.lines)) - 1)
+        asked = run.config.export.asked
+        begin_redo(run.output, former, run.lines[-1], asked, run.ranks, run.display)
+
+
+def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:
+    """Options with every value filled in that does not depend on the model."""
+    optimize = config.optimize
+    if optimize.batch_size is None:
+        # A run that goes on keeps its batches, on however many ranks: an iteration means the same in all its blocks.
+        optimize = replace(optimize, batch_size=stored.get("batch_size"))
+    return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
+
+
+def _fitted(
+    config: QuantizeConfig,
+    stored: dict,
+    largest: LargestBlock,
+    limit: int,
+    ranks: Ranks,
+    display: Display,
+) -> QuantizeConfig:
+    """Options with engine, micro-batch and whether to compile decided for this model and machine."""
+    optimize, parallel = config.optimize, config.parallel
+    if parallel.engine == "auto":
+        parallel, reason = choose_engine(largest, optimize, parallel, limit, ranks.world_size)
+        display.line(f"parallel.engine: {parallel.engine} ({reason})")
+    if optimize.micro_batch is None:
+        # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
+        micro_batch = stored.get("micro_batch")
+        if micro_batch is None or stored.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
+            micro_batch = choose_micro_batch(largest, optimize, parallel, limit, ranks.world_size)
+        optimize = replace(optimize, micro_batch=micro_batch)
+    if optimize.compile == "off" or config.quant.method == "rtn":
+        return replace(config, parallel=parallel, optimize=replace(optimize, compile="off"))
+    missing = why_not(ranks.device)
+    if missing and optimize.compile == "on":
+        raise ConfigError(f"optimize.compile: on is asked for, but there is {missing}; use auto or off")
+    optimize = replace(optimize, compile="off" if missing else "on")
+    return replace(config, parallel=parallel, optimize=optimize)
+
+
+def _say_what_will_be_done(run: Run) -> None:
+    config, optimize, line = run.config, run.config.optimize, run.display.line
+    line(
+        f"{config.model}: {run.plan.num_blocks} blocks, {sum(map(len, run.plan.linears))} linears to quantize "
+        f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
+    )
+    more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""
+    line(
+        f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
+        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
+        f"block{more}"
+    )
+    if config.quant.full_range:
+        line(
+            "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
+            "--quant.full_range false for runtimes that ask for symmetric weights"
+        )
+    for version in ENCODINGS:
+        if version not in run.plan.encoding_versions:
+            line(f"no AIMET encodings of version {version}: {encodings.size_of(version, run.plan.num_scales)}")
+    if config.quant.method != "rtn":
+        # Asked only where it is not compiled: the answer takes an import of seconds.
+        missing = why_not(run.ranks.device) if optimize.compile == "off" else None
+        how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
+        line(
+            f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
+        )
+    if optimize.batch_size % run.ranks.world_size:
+        line(
+            f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
+            "in every step some ranks wait for the others"
+        )
+    say_if_unchecked(config.self_check, run.display)
+    if not run.reads_ahead:
+        line("no block is read while the one before is trained: memory has no room for both")
+    if None in ledger.finished(run.lines):
+        line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")
+
+
+def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
+    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and sequence_length > limit:
+        raise ConfigError(f"calib.sequence_length: {sequence_length} is beyond the model's {limit} positions; lower it")

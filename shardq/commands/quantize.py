@@ -1,0 +1,277 @@
+"""A whole quantization run: plan, blocks in order, commits, export."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardq.cache.store import open_store
+from shardq.calib.partition import owned_samples
+from shardq.commands.prepare import Run, begin, prepare
+from shardq.commands.redo import remove_what_completes
+from shardq.commands.said import not_finite, say_what_is_where
+from shardq.commands.space import check_space
+from shardq.compiling import compiler, eager
+from shardq.config import ExportConfig, Format, QuantizeConfig
+from shardq.errors import located
+from shardq.export.checkpoint import write_block_shard
+from shardq.export.target import scale_dtype
+from shardq.export.write import write_format, write_missing_formats
+from shardq.formats.shards import read_header, read_tensor
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import block_forward
+from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
+from shardq.parallel.ranks import Ranks
+from shardq.quant.activation import ActivationGrid
+from shardq.rundir import ledger
+from shardq.rundir.block_output import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.rundir.folders import cache_folder, events_file
+from shardq.rundir.source import agree, noted
+from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.training import checkpoint
+from shardq.training.activation_grids import simulated, written_grids
+from shardq.training.block import quantize_block
+from shardq.training.checkpoint import Checkpoints
+from shardq.training.objective import LOSSES
+from shardq.training.passes import Activations, Forward, replay
+from shardq.training.self_check import Check, self_check
+from shardq.training.tries import BlockResult
+from shardq.training.workshop import BlockJob, served_forward
+
+
+def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
+    """Quantize a model, or go on where an interrupted run stopped.
+
+    Returns:
+        `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
+        `loss_after` (relative loss, mean over the blocks trained to their output), `divergence_before` and
+        `divergence_after` (KL divergence from the fp model in nats a token, where the last block was trained to that).
+
+    Raises:
+        ShardQError: any of its kinds; the same on every rank where the cause is common.
+    """
+    start, started = time.perf_counter(), seconds_since_process_start()
+    display = Display(ranks.rank)
+    with ExitStack() as held:
+        run = prepare(config, ranks, display, held)
+        check_space(run)
+        begin(run)
+        events = Events(events_file(run.output, ranks), ranks.rank)
+        lines = run.lines
+        if None not in ledger.finished(lines):
+            # No file to write to before the checks have passed.
+            events.record("start-up", started)
+            events.record("prepare", time.perf_counter() - start)
+            with stoppable(run.output, ranks):
+                lines = _finish(run, events)
+            events.record("run", started + time.perf_counter() - start)
+        on_rank_zero(
+            ranks, lambda: write_missing_formats((_export_of(run, chosen) for chosen in config.export.asked), display)
+        )
+        entries = ledger.finished(lines)
+        blocks = [entries[block_index] for block_index in range(run.plan.num_blocks)]
+        summary = {
+            "output": str(run.output),
+            "blocks": len(blocks),
+            "seconds": round(time.perf_counter() - start, 3),
+            "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
+        }
+        summary |= {
+            f"{kind}_{when}": _mean(blocks, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")
+        }
+        say_what_is_where(run, summary, blocks)
+        return summary
+
+
+def _mean(entries: list[dict], key: str) -> float | None:
+    """Mean of a fact over the blocks that have it; None if none has."""
+    values = [entry[key] for entry in entries if key in entry]
+    return sum(values) / len(values) if values else None
+
+
+def _finish(run: Run, events: Events) -> list[dict]:
+    """Quantize the blocks that are left and complete the output; give the ledger's lines."""
+    config, ranks, plan = run.config, run.ranks, run.plan
+    cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
+    store = open_store(config.cache, cache, ranks.device)
+    samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
+    length = run.tokens_NT.shape[1]
+    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, run.arguments)
+    dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
+    spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
+    job = BlockJob(
+        run.skeleton, config.seed, config.quant.method, spec, config.optimize, config.parallel, run.tokens_NT,
+        rounding_to(dtype), config.activations, activations, ranks, events, run.display,
+        compiler(ranks.device, run.display.line) if config.optimize.compile == "on" else eager,
+        Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
+    )  # fmt: skip
+    on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
+    lines = list(run.lines)
+    with run.display.bars(plan.num_blocks, len(ledger.finished(lines))):
+        for loaded, check in _blocks_to_do(run, lines, cache, job):
+            block_index, num_before = loaded.index, len(ledger.finished(lines))
+            _quantize_and_commit(run, job, loaded, dtype, lines, check)
+            del loaded  # its source must not stay in memory while the block after the next is read
+            num_done = len(ledger.finished(lines))
+            run.display.advance_block(num_done - num_before)
+            if num_done <= num_before:
+                run.display.line(f"block {block_index} has come out otherwise; all after it are done again")
+            if num_done < plan.num_blocks:
+                stop_if_asked(run.output, ranks, num_done, plan.num_blocks)
+    with events.span("export"):
+        shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
+        lines.append(on_rank_zero(ranks, lambda: _complete(run, dtype)))
+    return lines
+
+
+def _blocks_to_do(run: Run, lines: list[dict], cache: Path, job: BlockJob) -> Iterator[tuple[LoadedBlock, Check]]:
+    """Blocks that are not finished, and what checks them; stretch by stretch where finished ones lie between them.
+
+    Args:
+        lines: of the ledger, to which the block at hand has been added before the next is asked for.
+    """
+    while True:
+        entries = ledger.finished(lines)
+        todo = ledger.blocks_to_do(entries, run.plan.num_blocks)
+        with job.events.span("prepare activations"):
+            _prepare_activations(run, cache, job, entries, todo.start)
+        with self_check(run.skeleton, run.tokens_NT, job.activations, run.ranks, run.config.optimize.dtype,
+                        _tokens_through_block(run), todo.start) as check:  # fmt: skip
+            for loaded in _agreed_blocks(run, todo, job.events):
+                yield loaded, check
+                del loaded
+        if not ledger.blocks_to_do(ledger.finished(lines), run.plan.num_blocks):
+            return
+
+
+def _tokens_through_block(run: Run) -> int:
+    """About how many tokens a rank takes through each block, both ways in training; 0 where blocks are not checked."""
+    optimize, (num_samples, length) = run.config.optimize, run.tokens_NT.shape
+    trained = 0 if run.config.quant.method == "rtn" else 3 * optimize.iterations * optimize.batch_size
+    return run.config.self_check * length * (2 * num_samples + trained) // run.ranks.world_size
+
+
+def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
+    """Blocks as they are streamed; a rank that cannot read one, or reads another, stops all with its message."""
+    blocks = stream_blocks(
+        run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"), ahead=run.reads_ahead
+    )
+    for block_index in indices:
+        with events.span("load", block=block_index):
+            loaded = together(run.ranks, lambda: next(blocks))
+            agree(run.skeleton, run.skeleton.block_tensors(block_index).values(), run.ranks)
+        yield loaded
+        del loaded
+
+
+def _prepare_activations(run: Run, cache: Path, job: BlockJob, entries: ledger.Entries, first: int) -> None:
+    """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
+
+    On the disk, samples are found by whichever rank owns them now.
+    """
+    activations = job.activations
+    if run.config.cache.placement == "cpu":
+        # An earlier attempt's files: they would not belong to the blocks that are committed from now on.
+        on_rank_zero(run.ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
+    are_there = first == run.plan.num_blocks or (first > 0 and activations.holds(first))
+    num_without = int(sum_over_ranks(run.ranks, [float(not are_there)])[0])
+    if first:
+        cost = f"activations are computed again through {first} block(s) for {num_without} rank(s)"
+        run.display.line(
+            f"resuming in {run.output}: {len(entries)} of {run.plan.num_blocks} blocks are done; "
+            f"{run.ranks.world_size} rank(s), begun with {entries[0]['world_size']}; "
+            f"{cost if num_without else 'nothing is done again'}"
+        )
+
+    def forwards(loaded: LoadedBlock) -> tuple[Forward, Forward]:
+        run.display.start_part("activations again, block", loaded.index, first)
+        own = block_forward(loaded.module, run.arguments[loaded.index], run.config.optimize.dtype)
+        return own, served_forward(job, loaded, *_asked(run, loaded.index))
+
+    def compute() -> None:
+        if first and are_there:
+            activations.drop(first - 1)  # a kill right after a commit leaves it
+        if not are_there:
+            replay(activations, run.tokens_NT, run.skeleton, first, forwards, partial(_written_weights, run),
+                   partial(_rounding, run))  # fmt: skip
+
+    together(run.ranks, compute)
+
+
+def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]:
+    """A finished block's quantized weights as they are served and computed with, by their linear's name."""
+    device, dtype = run.ranks.device, run.config.optimize.dtype
+    written = read_header(run.output / run.plan.block_shard(block_index))
+    for name in run.plan.linears[block_index]:
+        info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
+        yield name, read_tensor(info).to(device, dtype)
+
+
+def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
+    """Round a finished block's activations as it did when the quantized stream moved on through it."""
+    if not run.config.activations.in_training:
+        return nullcontext()
+    return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
+
+
+def _quantize_and_commit(
+    run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, lines: list[dict], check: Check
+) -> None:
+    """Quantize one block, write its files, make them count, drop what only this block needed; add its ledger line."""
+    start, block_index = time.perf_counter(), loaded.index
+    name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
+    job.display.start_block(name)
+    with located(f"block {block_index} {name}"):
+        result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last, check)
+    with job.events.span("commit", block=block_index):
+        barrier(run.ranks)  # every rank's next generation is on disk
+        lines.append(on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype)))
+        job.activations.drop(block_index)
+    job.display.line(
+        f"block {block_index} {name}, {len(ledger.finished(lines))} of {run.plan.num_blocks} done: "
+        f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
+        f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
+        + (f"; {not_finite(result.facts)}" if result.failed_tries else "")
+    )
+
+
+def _asked(run: Run, block_index: int) -> tuple[list[str], dict[str, int], BlockArguments]:
+    """A block's linears to quantize, its activations that get a grid, and what the model passes it."""
+    return run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index]
+
+
+def _commit(
+    run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
+) -> dict:
+    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype,
+                              run.ranks.device)  # fmt: skip
+    for chosen in run.config.export.checkpoints:
+        write_block_shard(_export_of(run, chosen), run.skeleton, block_index, run.plan.block_shard(block_index))
+    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block_index)}
+    line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **facts)
+    checkpoint.remove(run.output)
+    return line
+
+
+def _complete(run: Run, dtype: torch.dtype) -> dict:
+    checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
+    files = write_run_files(run.output, run.skeleton, run.plan, dtype)
+    for chosen in run.config.export.checkpoints:
+        # Until the next line is there the folder holds shards of this run's blocks alone, each from before its commit.
+        write_format(_export_of(run, chosen), run.display, is_begun=True)
+    return ledger.complete(run.output, files)
+
+
+def _export_of(run: Run, chosen: Format) -> ExportConfig:
+    options = run.config.export
+    return ExportConfig(
+        str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits, aimet=options.aimet
+    )

@@ -1,0 +1,105 @@
+"""Blocks that are done again because they are asked for, with other settings or damaged; and what completes a run."""
+
+import re
+import shutil
+from collections.abc import Container
+from pathlib import Path
+
+from shardq.errors import ConfigError, ResumeError
+from shardq.export.contents import RECORD
+from shardq.export.write import FORMATS, MODEL_CARD
+from shardq.files import remove, remove_folder
+from shardq.logs import Display
+from shardq.model.skeleton import Skeleton
+from shardq.parallel.collectives import on_rank_zero, together
+from shardq.parallel.ranks import Ranks
+from shardq.rundir import ledger
+from shardq.rundir.block_output import COMPLETING, stored_dtype, write_run_files
+from shardq.rundir.plan import Plan
+
+END = "end"
+
+
+def blocks_asked(text: str, num_blocks: int) -> list[int]:
+    """Numbers in rising order from a list such as `3,12-14`; `end` stands for the files that complete a run.
+
+    Raises:
+        ConfigError: it is no such list, or names a block that the model does not have.
+    """
+    blocks: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        if part == END:
+            continue
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < num_blocks:
+            raise ConfigError(
+                f"redo: {part!r} is not allowed, it must be blocks from 0 to {num_blocks - 1} such as 3,12-14, or {END}"
+            )
+        blocks.update(range(first, last + 1))
+    return sorted(blocks)
+
+
+def begin_redo(output: Path, cache: Path, line: dict, asked: Container[str], ranks: Ranks, display: Display) -> None:
+    """Have the blocks that a line names count no longer, once the activations and exports that came from them are gone.
+
+    Outside the output folder, where other hosts may keep activations, their folder's next name is another.
+
+    Args:
+        asked: formats that this run will write.
+    """
+
+    def begin() -> None:
+        remove_folder(cache)
+        for name in FORMATS:
+            _remove_export(output, name, asked, display)
+        ledger.append(output, line)
+
+    together(ranks, lambda: shutil.rmtree(cache, ignore_errors=True))
+    on_rank_zero(ranks, begin)
+    blocks = f"block(s) {', '.join(map(str, line['redo']))}" if line["redo"] else "the files that complete the run"
+    display.line(f"redo: {blocks}, and every block after one that comes out with other bytes")
+
+
+def remove_what_completes(output: Path, asked: Container[str], display: Display) -> None:
+    """Remove what only a finished run has, so that nothing loads a mixture of blocks, and shards of other formats.
+
+    Args:
+        asked: formats that this run will write; their shards are those of its blocks, and stay.
+    """
+    for name in COMPLETING:
+        remove(output / name)
+    for name in FORMATS:
+        if name not in asked:
+            _remove_export(output, name, asked, display)
+
+
+def _remove_export(output: Path, name: str, asked: Container[str], display: Display) -> None:
+    folder = output / name
+    # First: with these the rest of the folder would look whole to a run that is finished.
+    remove(folder / RECORD)
+    remove(folder / MODEL_CARD)
+    if remove_folder(folder) and name not in asked:
+        display.line(f"{folder}: removed; shardq export {output} --format {name} makes it anew")
+
+
+def mend(output: Path, skeleton: Skeleton, plan: Plan, manifest: dict, lines: list[dict], display: Display) -> None:
+    """Write what completes a finished run again, where a quick check finds it missing or changed.
+
+    Args:
+        lines: of the run's ledger.
+
+    Raises:
+        ResumeError: it does not come out as it was.
+    """
+    completion = {block: entry for block, entry in ledger.finished(lines).items() if block is None}
+    damaged = {path: fault for _, path, fault in ledger.damaged_files(output, completion, is_quick=True)}
+    if not damaged:
+        return
+    for fault in damaged.values():
+        display.line(f"{fault}; written again")
+    names = {output / name for name in completion[None]["files"]}
+    dtype = stored_dtype(skeleton, plan, manifest["options"]["export"]["dtype"])
+    write_run_files(output, skeleton, plan, dtype, kept=names - damaged.keys())
+    for _, path, _ in ledger.damaged_files(output, completion, is_quick=True):
+        raise ResumeError(f"{path}: does not come out as it was; restore it, or do it again with --redo end")

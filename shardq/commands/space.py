@@ -1,0 +1,156 @@
+"""What a run has still to write, against the room on each disk, before work starts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardq.calib.partition import owned_samples
+from shardq.commands.prepare import Run
+from shardq.config import QuantOptions, TuneConfig
+from shardq.formats import encodings
+from shardq.formats.options import ExportOptions
+from shardq.model.skeleton import Skeleton
+from shardq.model.weights import COMPUTE_DTYPE
+from shardq.parallel.collectives import together
+from shardq.parallel.ranks import Ranks
+from shardq.rundir import ledger
+from shardq.rundir.block_output import stored_dtype
+from shardq.rundir.folders import cache_folder
+from shardq.rundir.plan import Plan, block_file, encodings_file
+from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_in_format, bytes_there, check_room
+from shardq.training.memory import MOMENTS
+
+
+def check_space(run: Run) -> None:
+    """Check on every host that there is room for what it writes.
+
+    Raises:
+        StorageError: naming the folder, the bytes that are needed and those that are there.
+    """
+    if None not in ledger.finished(run.lines):
+        together(run.ranks, lambda: check_room(needed(run)) if run.ranks.local_rank == 0 else None)
+
+
+def needed(run: Run) -> list[Need]:
+    """What this host's ranks have still to write; rank 0 writes all but the activations."""
+    needs = []
+    if run.ranks.rank == 0:
+        quant, finished = run.config.quant, ledger.finished(run.lines)
+        files = dict(_files(run.output, run.skeleton, run.plan, quant, run.config.export, finished))
+        needs.append(Need("weights and encodings", run.output, _growth(files)))
+        if run.config.checkpoint.every_iterations:
+            # The newest of s2 and its moments stands beside its predecessor.
+            num_tensors = 1 + MOMENTS[run.config.optimize.optimizer]
+            needs.append(Need("checkpoints", run.output, int(2 * num_tensors * 4 * run.largest.size.num_weights)))
+    if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
+        there, num_redos = 0, len(ledger.redo_lines(run.lines)) - run.begins_redo
+        if (run.output / ledger.MANIFEST).exists():
+            there = bytes_there(cache_folder(run.config, run.output, num_redos))  # kept, or removed as a redo begins
+        folder = Path(run.config.cache.folder or run.output)
+        needs.append(Need("activations", folder, max(0, cache_bytes(run) - there), "--cache.folder"))
+    return needs
+
+
+def check_space_for_tuning(
+    config: TuneConfig, skeleton: Skeleton, plan: Plan, manifest: dict, lines: list[dict], ranks: Ranks, shape: tuple
+) -> None:
+    """Check on every host that there is room for what a tuning writes.
+
+    Args:
+        skeleton: of the float model.
+        manifest, lines: of the tuned run.
+        shape: samples, and tokens of each.
+
+    Raises:
+        StorageError: as `check_space`.
+    """
+    output, needs = config.folder, []
+    if ranks.rank == 0:
+        options = manifest["options"]
+        quant, export = QuantOptions(**options["quant"]), ExportOptions(dtype=options["export"]["dtype"])
+        files = dict(_files(output, skeleton, plan, quant, export, ledger.finished(lines)))
+        state = 2 * 8 * plan.num_scales  # the newest stands beside its predecessor
+        needs.append(Need("weights, encodings and state", output, _growth(files) + state))
+    if config.cache.placement == "disk" and (config.cache.folder or ranks.rank == 0):
+        # What enters the first block and the last block's output, of all samples, and on the way there two generations;
+        # then what enters each block, of a batch.
+        held = _held(shape[0], ranks, config.cache.folder is None)
+        batch = min(held, manifest["tuned"]["options"]["batch_size"])
+        num_samples = max(3 * held, 2 * held + batch * (plan.num_blocks - 1))
+        folder = Path(config.cache.folder or output)
+        # Where a table is narrower than the hidden states, the config says how wide these are.
+        width = getattr(skeleton.model.config.get_text_config(), "hidden_size", 0)
+        width = max(width, skeleton.model.get_input_embeddings().embedding_dim)
+        needs.append(Need("activations", folder, num_samples * _sample_bytes(shape[1], width), "--cache.folder"))
+    together(ranks, lambda: check_room(needs) if ranks.local_rank == 0 else None)
+
+
+def cache_bytes(run: Run) -> int:
+    """The most that this host's activations take at a time, or those of all hosts where they share the folder.
+
+    Two generations of both streams, of which generation 0 is one, and the last block's output is the fp stream's alone.
+    """
+    num_samples, length = run.tokens_NT.shape
+    held = _held(num_samples, run.ranks, run.config.cache.folder is None)
+    hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, run.arguments[0].width)
+    own = sum(passed.own_bytes for passed in run.arguments)  # all written at the start
+    carried = 4 * max(passed.carried_bytes for passed in run.arguments)
+    return held * (hidden + own + carried)
+
+
+def _held(num_samples: int, ranks: Ranks, is_shared: bool) -> int:
+    """Samples of this host's ranks, or of all where they share the folder."""
+    sharing = range(ranks.first_on_host, ranks.first_on_host + ranks.local_world_size)
+    if is_shared:
+        sharing = range(ranks.world_size)
+    return sum(len(owned_samples(num_samples, rank, ranks.world_size)) for rank in sharing)
+
+
+def _sample_bytes(length: int, width: int) -> int:
+    """What a sample's hidden states take on the disk, between two blocks."""
+    return length * width * COMPUTE_DTYPE.itemsize + HEADER_BYTES
+
+
+def _growth(files: dict[Path, int]) -> int:
+    """Bytes by which files grow to their sizes; one that takes another's place stands beside it until it is whole."""
+    growth = sum(max(0, size - bytes_there(path)) for path, size in files.items())
+    return growth + max(map(bytes_there, files), default=0)
+
+
+def _files(
+    output: Path,
+    skeleton: Skeleton,
+    plan: Plan,
+    quant: QuantOptions,
+    export: ExportOptions,
+    finished: ledger.Entries,
+) -> Iterator[tuple[Path, int]]:
+    """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
+    spec, itemsize = quant.spec, stored_dtype(skeleton, plan, export.dtype).itemsize
+    all_scales, in_others = 0, dict.fromkeys(export.asked, 0)
+    for block_index in range(plan.num_blocks):
+        block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], spec)
+        if block_index not in finished:
+            yield output / plan.block_shard(block_index), block.others + block.num_weights * itemsize
+            yield block_file(output, block_index), block.codes
+            for version in plan.encoding_versions:
+                path = encodings_file(output, version, block_index)
+                yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
+        for chosen in export.asked:
+            num_bytes = bytes_in_format(chosen, block, spec, itemsize, export.activation_bits)
+            in_others[chosen] += num_bytes
+            path = output / chosen / plan.block_shard(block_index)
+            if chosen in export.checkpoints and (block_index not in finished or not path.exists()):
+                yield path, num_bytes
+        all_scales += block.num_scales
+    for number, infos in enumerate(plan.rest):
+        rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
+        in_others = {chosen: num_bytes + rest for chosen, num_bytes in in_others.items()}
+        for folder in ("", *export.checkpoints):
+            yield output / folder / plan.rest_shard(number), rest
+    for version in plan.encoding_versions:
+        yield encodings_file(output, version), encodings.BYTES_A_SCALE[version] * all_scales
+    for chosen in export.asked:
+        if chosen == "aimet":
+            yield output / chosen, 2 * encodings.BYTES_A_SCALE[export.aimet.version] * all_scales
+        elif chosen not in export.checkpoints:
+            yield output / chosen, in_others[chosen]

@@ -1,0 +1,250 @@
+"""Tuning the scales of a finished run end to end, into a run of its own: its codes, other scales."""
+
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from shardq.cache.store import open_store
+from shardq.calib.options import TextOptions
+from shardq.calib.partition import owned_samples, step_samples
+from shardq.calib.tokens import digest, load_tokens
+from shardq.checks import check_tune
+from shardq.commands.prepare import take_folder
+from shardq.commands.redo import mend
+from shardq.commands.space import check_space_for_tuning
+from shardq.config import QuantOptions, TuneConfig
+from shardq.devices import multiplies_bf16
+from shardq.errors import CalibrationError, CheckpointError, ConfigError, ResumeError
+from shardq.files import remove, sha256_of
+from shardq.formats.block_file import read_scale_shapes
+from shardq.formats.checkpoint import companions
+from shardq.formats.shards import Digests
+from shardq.formats.tensor_file import read_checked, write_checked
+from shardq.logs import Display, Events, peak_rss_bytes
+from shardq.model.hub import local_folder
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.optimize.options import TuneOptions, resolved_tuning
+from shardq.optimize.scale_tuner import ScaleTuner
+from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
+from shardq.parallel.ranks import Ranks
+from shardq.rundir import ledger
+from shardq.rundir.block_output import stored_dtype, write_block_files, write_run_files
+from shardq.rundir.folders import cache_folder, events_file
+from shardq.rundir.manifest import differences, model_of
+from shardq.rundir.plan import Plan, block_file, make_plan
+from shardq.rundir.source import agree, begin_with, known, noted
+from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.training.activation_grids import written_grids
+from shardq.training.passes import Activations
+from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
+from shardq.training.self_check import say_if_unchecked
+
+STATE = "tuning.safetensors"
+STEPS_A_STATE = 4  # from one to the next: it is as large as the scales, and a step takes every block's time
+
+
+class Found(NamedTuple):
+    """What is tuned, and how far the output folder is: `lines` are its ledger's, `source` is of the run's."""
+
+    manifest: dict
+    options: TuneOptions
+    tokens_NT: Tensor
+    lines: list[dict]
+    source: Digests
+
+
+def tune(config: TuneConfig, ranks: Ranks) -> dict:
+    """Tune a finished run's scales, or go on where an interrupted tuning stopped.
+
+    Returns:
+        `output`, `steps`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_first` and
+        `loss_last` (of the first and the last step of this process that was taken, before it; nats a token).
+
+    Raises:
+        ShardQError: any of its kinds; the same on every rank where the cause is common.
+    """
+    start, display, output = time.perf_counter(), Display(ranks.rank), config.folder
+    together(ranks, lambda: check_tune(config))
+    say_if_unchecked(config.self_check, display)
+    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
+    skeleton = together(ranks, lambda: open_skeleton(folder))
+    with ExitStack() as held:
+        found = on_rank_zero(ranks, lambda: _find(config, skeleton, ranks, display, held))
+        shared_by_all(ranks, output)
+        plan = make_plan(skeleton, QuantOptions(**found.manifest["options"]["quant"]))
+        losses = []
+        if None in ledger.finished(found.lines):
+            on_rank_zero(ranks, lambda: remove(output / STATE))  # a kill right after the last ledger line leaves it
+            display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
+        else:
+            check_space_for_tuning(config, skeleton, plan, found.manifest, found.lines, ranks, found.tokens_NT.shape)
+            begin_with(skeleton, found.source, ranks, display.line)
+            on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
+            losses = _finish(config, skeleton, plan, found, ranks, display)
+    summary = {
+        "output": str(output),
+        "steps": found.options.steps,
+        "seconds": round(time.perf_counter() - start, 3),
+        "peak_rss_bytes": int(max_over_ranks(ranks, peak_rss_bytes())),
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+    }
+    display.line(f"done: {summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank")
+    display.line(f"  {output}/  a run like the one that it came from: evaluate, export and verify take it")
+    return summary
+
+
+def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display, held: ExitStack) -> Found:
+    """Check the run, the model and the output folder.
+
+    Args:
+        held: keeps other runs out of that folder until it is closed.
+    """
+    run, output = Path(config.run), config.folder
+    companions(skeleton.folder)  # one that must not be copied is refused now
+    ledger.check_finished(run)
+    source = ledger.read_manifest(run)
+    others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
+    if others:
+        raise ConfigError(
+            f"model: {config.model} is not the model that {run} has quantized; "
+            f"different: {'; '.join(others.values())}; give that one"
+        )
+    display.line("calibration: reading the run's text again")
+    tokens_NT = _tokens(config, source, skeleton)
+    if len(tokens_NT) < ranks.world_size:
+        raise ConfigError(f"{run}: its {len(tokens_NT)} samples are fewer than {ranks.world_size} ranks; take fewer")
+    options = resolved_tuning(config.tune, len(tokens_NT), multiplies_bf16(ranks.device))
+    if options.batch_size > len(tokens_NT):
+        most = f"at most the run's {len(tokens_NT)} samples"
+        raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
+    manifest = source | {"tuned": {"run": sha256_of(run / ledger.LEDGER), "options": asdict(options)}}
+    lines, _ = take_folder(output, manifest, "auto", None, held, display)
+    skeleton.digests.update(source_digests := known(ledger.read_lines(run)))
+    plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
+    mend(output, skeleton, plan, manifest, lines, display)
+    return Found(manifest, options, tokens_NT, lines, source_digests)
+
+
+def _tokens(config: TuneConfig, source: dict, skeleton: Skeleton) -> Tensor:
+    """The token ids [N, T] that the run was calibrated on, from where its text is now."""
+    text = config.calib.instead_of(TextOptions(**source["options"]["calib"]))
+    advice = "or say with --calib.dataset where that text is now"
+    try:
+        tokens_NT = load_tokens(text, skeleton.folder, skeleton.model.get_input_embeddings().num_embeddings)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}; {config.run} was calibrated on it: restore it, {advice}") from error
+    if digest(tokens_NT) != source["calibration_tokens"]:
+        raise ConfigError(
+            f"{text.dataset}: gives other tokens than those that {config.run} was calibrated on; "
+            f"restore that text, {advice}"
+        )
+    return tokens_NT
+
+
+def _finish(
+    config: TuneConfig, skeleton: Skeleton, plan: Plan, found: Found, ranks: Ranks, display: Display
+) -> list[float]:
+    """Take the steps that are left and write the run; give the steps' losses."""
+    events = Events(events_file(config.folder, ranks), ranks.rank)
+    tuners = together(ranks, lambda: _tuners(Path(config.run), plan, found.options))
+    done = together(ranks, lambda: _restore(config.folder / STATE, tuners))
+    if ledger.finished(found.lines) and done < found.options.steps:
+        raise ResumeError(f"{config.folder}: {STATE}, from which its blocks were made, is gone; delete the folder")
+    samples = owned_samples(len(found.tokens_NT), ranks.rank, ranks.world_size)
+    cache = cache_folder(config, config.folder)
+    shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
+    barrier(ranks)
+    store, length = open_store(config.cache, cache, ranks.device), found.tokens_NT.shape[1]
+    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
+    steps_left = done < found.options.steps
+    if steps_left:
+        display.line(f"the float model's predictions come first, through {plan.num_blocks} blocks")
+        with events.span("prepare activations"):
+            target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
+                             config.self_check)  # fmt: skip
+            activations = together(ranks, target)
+            agree(skeleton, skeleton.index.values(), ranks)
+    tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
+                    events, display)  # fmt: skip
+    losses = _take_steps(tuning, config.folder, done) if steps_left else []
+    shutil.rmtree(cache, ignore_errors=True)
+    with events.span("write"):
+        on_rank_zero(ranks, lambda: _write(config.folder, tuning, found))
+    return losses
+
+
+def _tuners(run: Path, plan: Plan, options: TuneOptions) -> list[ScaleTuner]:
+    """One for each block, at its start."""
+    tuners = []
+    for block_index, names in enumerate(plan.linears):
+        of_linears = read_scale_shapes(block_file(run, block_index))
+        shapes = {name: of_linears[f"{plan.names[block_index]}.{name}"] for name in names}
+        tuners.append(ScaleTuner(shapes, options.learning_rate))
+    return tuners
+
+
+def _take_steps(tuning: Tuning, output: Path, done: int) -> list[float]:
+    """Take the steps after `done` others, saving the state now and then and at the end; give their losses."""
+    options, ranks, display, losses = tuning.options, tuning.ranks, tuning.display, []
+    steps = step_samples(len(tuning.tokens_NT), options.batch_size, options.steps, ranks.rank, ranks.world_size)
+    with display.bars(options.steps, done, "steps", "blocks"), stoppable(output, ranks):
+        for step, samples in islice(steps, done, None):
+            start = time.perf_counter()
+            display.start_block(f"step {step + 1}")
+            display.start_training(0, 2 * tuning.plan.num_blocks - 1)
+            losses.append(tune_step(tuning, step, samples))
+            display.advance_block()
+            seconds = time.perf_counter() - start
+            display.line(f"step {step + 1}/{options.steps}: loss {losses[-1]:.4f} nats a token, {seconds:.1f} s")
+            if (step + 1) % STEPS_A_STATE == 0 or step + 1 == options.steps:
+                on_rank_zero(ranks, partial(_save, output / STATE, tuning.tuners, step + 1))
+                stop_if_asked(output, ranks, step + 1, options.steps, "step")
+    return losses
+
+
+def _save(path: Path, tuners: list[ScaleTuner], done: int) -> None:
+    """Write what all ranks hold alike, to a file that appears whole."""
+    state = {f"{number}.{name}": value for number, tuner in enumerate(tuners) for name, value in tuner.state().items()}
+    write_checked(path, state, {"done": done})
+
+
+def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
+    """Take over what `_save` wrote, if it did; give the number of steps done.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.exists():
+        return 0
+    try:
+        state, about = read_checked(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it to begin at the first step") from error
+    for number, tuner in enumerate(tuners):
+        prefix = f"{number}."
+        tuner.restore({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+    return about["done"]
+
+
+def _write(output: Path, tuning: Tuning, found: Found) -> None:
+    """Write the blocks that are not there yet, and what completes the run."""
+    skeleton, plan = tuning.skeleton, tuning.plan
+    dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
+    for block_index in range(plan.num_blocks):
+        if block_index not in ledger.finished(found.lines):
+            grids = written_grids(tuning.run, plan.names[block_index], block_index)
+            linears = tuning.linears(block_index)
+            files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,
+                                      tuning.ranks.device)  # fmt: skip
+            source = noted(found.source, skeleton, block_index)
+            ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size, source=source)
+    ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
+    remove(output / STATE)

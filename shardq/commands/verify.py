@@ -1,0 +1,256 @@
+"""Whether a finished run, or an export, is whole: every file against what was recorded, and against one another."""
+
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import torch
+
+from shardq.commands.folder_check import export_faults, folder_faults, unproved
+from shardq.config import QuantOptions, VerifyConfig
+from shardq.errors import ResumeError, ShardQError
+from shardq.export import contents
+from shardq.formats import encodings
+from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.checkpoint import index_of
+from shardq.formats.shards import INDEX_FILE, read_tensor, read_weight
+from shardq.logs import Display
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.parallel.collectives import on_rank_zero
+from shardq.parallel.ranks import Ranks
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.quantized import QuantizedLinear
+from shardq.rundir import ledger
+from shardq.rundir.plan import Plan, block_file, encodings_file, make_plan
+
+CHECKS = {
+    "ledger": "the run is finished; every file has the digest that it was finished with",
+    "folder": "nothing was added; every line of the events is JSON",
+    "exports": "every file of each export has the digest that it was finished with, nothing was added, and it is of "
+    "this run's blocks",
+    "index": "the checkpoint opens; its index names every tensor in every shard, and nothing else",
+    "linears": "every linear to quantize is in its block's file, once, and nothing else",
+    "codes": "codes are all there and fit the weight; zero points are codes of the grid",
+    "scales": "scales are finite and positive (full-range: not zero; two-level: whole multiples of their channel's)",
+    "weights": "every quantized weight of the checkpoint is (code - zero point) * scale, in the dtype it is stored in",
+    "finite": "every parameter of the checkpoint is finite",
+    "encodings": "encodings, of each block and of the model, are those of the codes, scales and activations' grids",
+}
+SHOWN = 5  # faults of a check that the table names
+
+Faults = dict[str, list[str]]
+
+
+def verify(config: VerifyConfig, ranks: Ranks) -> dict:
+    """Check all files of a finished run, in the memory of one block, or of an export; print a table of the checks.
+
+    Returns:
+        `output`; of a run `blocks`, `linears`, of an export `format`, `files`: how many of them are whole.
+
+    Raises:
+        ResumeError: the folder holds neither, or something in it is damaged; names what.
+    """
+    output, display = Path(config.run), Display(ranks.rank)
+    is_export = (output / contents.RECORD).exists()
+    faults, notes, found = on_rank_zero(ranks, lambda: (_of_export if is_export else _of_run)(output))
+    checks = ["exports"] if is_export else CHECKS
+    display.table(("check", "what", "result"), (_row(check, faults, notes) for check in checks))
+    damaged = [fault for found in faults.values() for fault in found]
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        checks = ", ".join(check for check, found in faults.items() if found)
+        mend = "export again" if is_export else "restore the files, or run its command again, which says how to mend it"
+        error = ResumeError(f"{output}: damaged ({checks}): {damaged[0]}{more}; {mend}")
+        error.agreed = True  # every rank has the same faults
+        raise error
+    return {"output": str(output), **found}
+
+
+def _row(check: str, faults: Faults, notes: dict[str, str]) -> tuple[str, str, str]:
+    if check not in faults:
+        return check, CHECKS[check], "not reached"
+    found = faults[check]
+    more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return check, CHECKS[check], "\n".join([*found[:SHOWN], *more]) or notes.get(check, "ok")
+
+
+def _of_run(output: Path) -> tuple[Faults, dict[str, str], dict]:
+    faults, num_blocks, num_linears = find_faults(output)
+    is_finished = "folder" in faults
+    notes = unproved(output, ledger.finished(ledger.read_lines(output))) if is_finished else {}
+    return faults, notes, {"blocks": num_blocks, "linears": num_linears}
+
+
+def _of_export(folder: Path) -> tuple[Faults, dict[str, str], dict]:
+    record = contents.read(folder)
+    facts = {"format": record["format"], "files": len(record.get("files", ()))}
+    return {"exports": list(contents.faults(folder, record))}, {}, facts
+
+
+def find_faults(output: Path) -> tuple[Faults, int, int]:
+    """What is wrong, one line a fault, by check; number of blocks and of quantized linears.
+
+    Without a finished run whose checkpoint opens, the checks that need it are not among the result's keys.
+
+    Raises:
+        ResumeError: the folder holds no run.
+    """
+    if not output.exists():
+        raise ResumeError(ledger.why_unfinished(output, {})[0])
+    if not (output / ledger.MANIFEST).exists() and not (output / ledger.LEDGER).exists():
+        raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}), nor an export; check the path")
+    faults: Faults = {"ledger": []}
+    try:
+        quant = ledger.stored_options(output, "quant")
+        entries = ledger.finished(ledger.read_lines(output))
+    except ResumeError as error:
+        return faults | {"ledger": [str(error)]}, 0, 0
+    unfinished = ledger.why_unfinished(output, entries)
+    damaged = {path: fault for _, path, fault in ledger.damaged_files(output, entries)}
+    if unfinished and not damaged:
+        raise ResumeError(unfinished[0])
+    faults["ledger"] = [*damaged.values(), *unfinished]
+    if not (quant or damaged):
+        faults["ledger"].append(f"{output / ledger.MANIFEST}: missing, or without the run's options")
+    if unfinished or not quant:
+        return faults, 0, 0
+    faults["folder"] = list(folder_faults(output, entries))
+    faults["exports"] = list(export_faults(output, entries))
+    if not damaged.keys().isdisjoint((output / ledger.MANIFEST, output / "config.json")):
+        return faults, 0, 0  # by which the other files are understood
+    try:
+        skeleton = open_skeleton(output)
+        plan = make_plan(skeleton, QuantOptions(**quant))
+        faults["index"] = list(_index_faults(skeleton, entries))
+    except ShardQError as error:
+        faults["index"] = [str(error)]
+        return faults, 0, 0
+    if len(entries) - 1 != plan.num_blocks:
+        faults["ledger"].append(f"{output}: the ledger has {len(entries) - 1} blocks, the model {plan.num_blocks}")
+    faults |= {check: [] for check in CHECKS if check not in faults}
+    all_encodings = _Encodings(output, plan.encoding_versions)
+    for block_index in range(plan.num_blocks):
+        names = [f"{plan.names[block_index]}.{name}" for name in plan.linears[block_index]]
+        linears = _check_block(skeleton, block_file(output, block_index), names, faults)
+        faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
+    faults["encodings"] += all_encodings.left_over()
+    faults["encodings"] += _activation_faults(output, plan)
+    faults["finite"] += _infinite(skeleton, plan)
+    return faults, plan.num_blocks, sum(map(len, plan.linears))
+
+
+def _index_faults(skeleton: Skeleton, entries: ledger.Entries) -> Iterator[str]:
+    folder = skeleton.folder
+    files = (name for entry in entries.values() for name in entry["files"])
+    shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
+    expected, stored = index_of(folder, shards), ledger.read_json(folder / INDEX_FILE)
+    for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
+        is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))
+        if is_in != is_said:
+            yield f"{folder / INDEX_FILE}: {name} is in {is_in or 'no shard'}, the index says {is_said or 'nothing'}"
+    if stored.get("metadata") != expected["metadata"]:
+        yield f"{folder / INDEX_FILE}: metadata is {stored.get('metadata')}, not {expected['metadata']}"
+
+
+def _check_block(skeleton: Skeleton, path: Path, names: list[str], faults: Faults) -> dict[str, QuantizedLinear]:
+    try:
+        linears = read_block(path)
+    except ShardQError as error:
+        faults["codes"].append(str(error))
+        return {}
+    faults["linears"] += [f"{path}: {name} is missing" for name in names if name not in linears]
+    faults["linears"] += [f"{path}: {name} does not belong there" for name in linears if name not in names]
+    for name in names:
+        if name in linears:
+            _check_linear(skeleton, path, name, linears[name], faults)
+    return linears
+
+
+def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLinear, faults: Faults) -> None:
+    spec, zero_point_OG, info = linear.spec, linear.zero_point_OG, skeleton.stored(f"{name}.weight")
+    if linear.codes_OI.shape != info.shape:
+        faults["codes"].append(f"{path}: {name} has codes {list(linear.codes_OI.shape)}, its weight {list(info.shape)}")
+        return
+    if ((zero_point_OG < spec.qmin) | (zero_point_OG > spec.qmax)).any():
+        faults["codes"].append(f"{path}: {name} has a zero point beyond the codes {spec.qmin} to {spec.qmax}")
+    if not linear.has_valid_scales:
+        faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")
+    weight_OI = read_tensor(info)
+    if not weight_OI.isfinite().all():
+        faults["finite"].append(f"{info.file}: {info.name} has a value that is not finite")
+    is_off_OI = weight_OI != linear.dequantized(weight_OI.dtype)
+    if is_off_OI.any():
+        where = torch.nonzero(is_off_OI)[0].tolist()
+        faults["weights"].append(f"{info.file}: {info.name} is off its grid at {where}")
+
+
+def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
+    """Parameters beside the quantized weights that have a value which is not finite."""
+    outside = [skeleton.stored(name) for name, _ in skeleton.model.named_parameters()]
+    in_blocks = [
+        skeleton.stored(f"{plan.names[number]}.{name}")
+        for number, block in enumerate(skeleton.blocks)
+        for name, _ in block.named_parameters()
+        if name.removesuffix(".weight") not in plan.linears[number]
+    ]
+    for info in dict.fromkeys((*outside, *in_blocks)):
+        try:
+            read_weight(info)
+        except ShardQError as error:
+            yield str(error).partition(";")[0]
+
+
+class _Encodings:
+    """The encodings of each block, and beside them the model's, which are read on from block to block."""
+
+    def __init__(self, output: Path, versions: list[encodings.Version]):
+        self._output = output
+        self._wholes = {version: encodings_file(output, version) for version in versions}
+        self._streams = {version: encodings.read(path, version) for version, path in self._wholes.items()}
+
+    def faults_of(self, block_index: int, names: list[str], linears: dict[str, QuantizedLinear]) -> Iterator[str]:
+        """Entries, of this block and of the model, that are not what codes and scales make; in the order of `names`."""
+        for version, stream in self._streams.items():
+            path = encodings_file(self._output, version, block_index)
+            yield from _differences(path, encodings.read(path, version), version, names, linears)
+            yield from _differences(self._wholes[version], islice(stream, len(names)), version, names, linears)
+
+    def left_over(self) -> Iterator[str]:
+        """Files of the model that go on after the last block, or end in disorder."""
+        for version, stream in self._streams.items():
+            yield from _differences(self._wholes[version], stream, version, [], {})
+
+
+def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
+    """Encodings of activations, of each block and of the model, that are not what their grids make."""
+    merged: dict[str, ActivationGrid] = {}
+    try:
+        for block_index in range(plan.num_blocks):
+            grids = read_activations(block_file(output, block_index))
+            merged |= grids
+            yield from _activation_differences(output, plan, block_index, grids)
+        yield from _activation_differences(output, plan, None, merged)
+    except ShardQError as error:
+        yield str(error)
+
+
+def _activation_differences(
+    output: Path, plan: Plan, block_index: int | None, grids: dict[str, ActivationGrid]
+) -> Iterator[str]:
+    for version in plan.encoding_versions:
+        path = encodings_file(output, version, block_index)
+        if encodings.read_activations(path, version) != encodings.activations_of(version, grids):
+            yield f"{path}: its activations are not what their grids make"
+
+
+def _differences(
+    path: Path, found: Iterator, version: encodings.Version, names: list[str], linears: dict[str, QuantizedLinear]
+) -> Iterator[str]:
+    try:
+        for name, item in zip_longest(names, found):
+            if name is None:
+                yield f"{path}: holds more than the quantized linears"
+            elif name in linears and item != encodings.item_of(version, f"{name}.weight", linears[name]):
+                yield f"{path}: {name} is not what its codes and scales make"
+    except ShardQError as error:
+        yield str(error)

@@ -1,0 +1,1 @@
+"""Formats that programs read, made of a run."""

@@ -1,0 +1,171 @@
+"""What the program that is to serve a run's result asks of it, checked before work starts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import nn
+
+from shardq.config import QuantizeConfig
+from shardq.errors import ConfigError
+from shardq.export.write import check_installed
+from shardq.formats import compressed_tensors, encodings, gptq
+from shardq.model.skeleton import Skeleton
+from shardq.quant.spec import QuantSpec
+from shardq.rundir.block_output import stored_dtype
+from shardq.rundir.plan import Plan
+
+# vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
+# activations) ask of a linear's sizes.
+VLLM_GROUP_SIZES = (None, 32, 64, 128)
+VLLM_MULTIPLE = {16: 32, 8: 16}
+VLLM_KV = ("k_proj", "v_proj")
+
+
+def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
+    """Name of the dtype that the target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
+    if config.target is None:
+        return None
+    return (
+        "float16" if config.target == "gguf" or stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
+    )
+
+
+def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
+    """Check that the formats asked for can be written, and that the target will take them.
+
+    Raises:
+        ConfigError: naming the rule, and the linear that breaks it.
+    """
+    spec, export = config.quant.spec, config.export
+    for kind in export.asked:
+        check_installed(kind)
+    if config.target and spec.decompressed_bits:
+        raise ConfigError(
+            f"quant.decompressed_bits: {config.target} keeps scales in {scale_dtype(config, skeleton, plan)}, in which "
+            "they are no whole multiples; leave out quant.decompressed_bits or target"
+        )
+    if config.target == "vllm" and spec.bits not in compressed_tensors.BITS:
+        raise ConfigError(
+            f"quant.bits: vLLM has no kernel for {spec.bits} bits, only for 4 and 8; choose one of them, or leave out "
+            "target"
+        )
+    if config.target == "vllm" or "compressed-tensors" in export.asked:
+        compressed_tensors.check_grid(spec, export.activation_bits)
+    if "gptq" in export.asked:
+        gptq.check_grid(spec)
+        for name, linear in _linears(skeleton, plan):
+            gptq.check_shape(name, linear.out_features, linear.in_features)
+    if config.target == "gguf" or "gguf" in export.asked:
+        check_installed("gguf")
+        from shardq.export.gguf import check_gguf  # its package is an extra
+
+        check_gguf(skeleton, {name: spec for name, _ in _linears(skeleton, plan)})
+    if "aimet" in export.asked:
+        encodings.check_size(export.aimet.version, plan.num_scales)
+    if config.target == "vllm":
+        _check_vllm(config, skeleton, plan)
+
+
+def _linears(skeleton: Skeleton, plan: Plan) -> Iterator[tuple[str, nn.Linear]]:
+    """The linears to quantize, by full name."""
+    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
+        yield from ((f"{block_name}.{name}", block.get_submodule(name)) for name in names)
+
+
+def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
+    spec, activation_bits = config.quant.spec, config.export.activation_bits
+    if spec.group_size not in VLLM_GROUP_SIZES:
+        raise ConfigError(
+            f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"
+        )
+    if not spec.symmetric and spec.bits != 4:
+        raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {spec.bits} bits, only of 4")
+    if config.activations.kv_bits:
+        raise ConfigError(
+            "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
+            "leave it out"
+        )
+    if "gptq" in config.export.asked and not gptq.is_served_by_vllm(spec):
+        raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
+    fault_on = partial(_shape_fault, skeleton, plan, spec, VLLM_MULTIPLE[activation_bits])
+    if fault := fault_on(config.tensor_parallel):
+        served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
+        fault = fault if served else fault_on(1)
+        advice = f"on {' or '.join(served)} it is served" if served else _how_to_ignore(skeleton, fault.name)
+        raise ConfigError(f"target: {fault.reason}; {advice}")
+    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
+        _check_fused(block_name, block, names)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What keeps vLLM from serving a model, and the linear that it lies in, "" where it lies in none."""
+
+    reason: str
+    name: str = ""
+
+
+def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int, degree: int) -> _Fault | None:
+    """What keeps vLLM from splitting the quantized linears over `degree` GPUs, if anything does.
+
+    Which side of a linear is split is the architecture's own declaration. Heads of keys and values that are fewer than
+    GPUs are repeated, not split.
+    """
+    ways = getattr(skeleton.model, "tp_plan", None) or {}
+    config = skeleton.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", degree)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if degree > 1 and not ways:
+        return _Fault(f"on {degree} GPUs: {type(skeleton.model).__name__} declares no way to split it")
+    if heads % degree:
+        return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
+    if max(kv_heads, degree) % min(kv_heads, degree):
+        return _Fault(f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated")
+    for name, linear in _linears(skeleton, plan):
+        way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
+        over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
+        parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
+        for kind, size in (("input", linear.in_features), ("output", linear.out_features)):
+            split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
+            part = f"{name} has {size} {kind} channels{split}"
+            if size % (parts[kind] * multiple):
+                return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
+            if kind == "input" and spec.group_size and size % (parts[kind] * spec.group_size):
+                return _Fault(f"{part}; these must be whole groups of {spec.group_size}", name)
+    return None
+
+
+def _how_to_ignore(skeleton: Skeleton, name: str) -> str:
+    """How to leave a linear as it is, in every block, and with it those that vLLM makes one of with it."""
+    block_name = next(prefix for prefix in skeleton.names if name.startswith(f"{prefix}."))
+    inner = name.removeprefix(f"{block_name}.")
+    groups = _fused_groups(skeleton.blocks[skeleton.names.index(block_name)], inner.rpartition(".")[0])
+    together = next((group for group in groups if inner in group), [inner])
+    patterns = _last_parts(together, "*.", ",")
+    why = ", which vLLM makes one linear of" if len(together) > 1 else ""
+    return f"leave {'them' if why else 'it'} as {'they are' if why else 'it is'} with --quant.ignore '{patterns}'{why}"
+
+
+def _fused_groups(block: nn.Module, parent: str) -> list[list[str]]:
+    """The linears below a module of a block, by name within it, that vLLM makes one linear of, in groups."""
+    present = dict(block.get_submodule(parent).named_children())
+    groups = [[part for part in parts if part in present] for parts in gptq.VLLM_FUSED.values()]
+    return [[f"{parent}.{part}".removeprefix(".") for part in group] for group in groups if len(group) > 1]
+
+
+def _last_parts(names: list[str], before: str = "", between: str = ", ") -> str:
+    return between.join(before + name.rpartition(".")[2] for name in names)
+
+
+def _check_fused(block_name: str, block: nn.Module, names: list[str]) -> None:
+    for parent in sorted({name.rpartition(".")[0] for name in names}):
+        for together in _fused_groups(block, parent):
+            left = [name for name in together if name not in names]
+            if left and len(left) < len(together):
+                raise ConfigError(
+                    f"quant.ignore: vLLM fuses {_last_parts(together)} of {block_name}.{parent}, so all or none must "
+                    f"be quantized; {left[0]} is not"
+                )

@@ -1,0 +1,1 @@
+"""Who is alive: signals, ranks that are gone, work that stands still."""

@@ -1,1 +1,0 @@
-"""The algorithm in the order it happens: plan, block pass, commit, export, evaluate."""

@@ -1,0 +1,109 @@
+"""A finished block's files, and those that complete a run."""
+
+from collections.abc import Callable, Container
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardq.background import lookahead, one_by_one
+from shardq.formats import encodings
+from shardq.formats.block_file import write_block
+from shardq.formats.checkpoint import copy_companions, write_config, write_index
+from shardq.formats.shards import DTYPES, INDEX_FILE, TensorInfo, check_same, read_tensor
+from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.model.skeleton import Skeleton
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.quantized import QuantizedLinear
+from shardq.rundir.encodings import merge_encodings
+from shardq.rundir.plan import Plan, block_file, encodings_file
+
+COMPLETING = ("config.json", INDEX_FILE, "model.encodings", "model_torch.encodings")
+
+
+def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
+    """Dtype of the quantized linears' weights in the output checkpoint."""
+    if option == "float32":
+        return torch.float32
+    block_index = next(number for number, names in enumerate(plan.linears) if names)
+    name = f"{plan.names[block_index]}.{plan.linears[block_index][0]}.weight"
+    return DTYPES[skeleton.stored(name).dtype]
+
+
+def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Function that rounds a float32 weight to what a dtype can hold, and keeps it in float32."""
+    return lambda weight: weight.to(dtype).to(weight.dtype)
+
+
+def write_block_files(
+    output: Path,
+    skeleton: Skeleton,
+    plan: Plan,
+    block_index: int,
+    linears: dict[str, QuantizedLinear],
+    activations: dict[str, ActivationGrid],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Path]:
+    """Write a block's codes, encodings and weights; each file appears whole.
+
+    Args:
+        linears, activations: by name within the block.
+        device: that computed them: where it is a GPU, the files are written at the same time.
+
+    Returns:
+        The files.
+    """
+    prefix = plan.names[block_index]
+    full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
+    grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
+
+    def write_weights(path: Path) -> None:
+        weights = {}
+        for name, info in skeleton.block_tensors(block_index).items():
+            linear = linears.get(name.removesuffix(".weight"))
+            is_codes = linear is not None and name.endswith(".weight")
+            weights[info.name] = linear.dequantized(dtype) if is_codes else _copied(skeleton, info)
+            if is_codes:
+                check_finite(path, {info.name: weights[info.name]})
+        write_tensors(path, weights, {"format": "pt"})
+
+    writers = {block_file(output, block_index): lambda path: write_block(path, full, grids)}
+    for version in plan.encoding_versions:
+        path = encodings_file(output, version, block_index)
+        writers[path] = lambda path, version=version: encodings.write(path, version, full, grids)
+    writers[output / plan.block_shard(block_index)] = write_weights
+    # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
+    at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
+    return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
+
+
+def _copied(skeleton: Skeleton, info: TensorInfo) -> Tensor:
+    """A tensor of the source, which has been read and checked before, as it is."""
+    return check_same(info, read_tensor(info), skeleton.digests, skeleton.samples)
+
+
+def write_run_files(
+    output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype, kept: Container[Path] = ()
+) -> list[Path]:
+    """Write what completes the checkpoint: tensors outside the blocks, index, config, tokenizer, merged encodings.
+
+    Args:
+        kept: of the large files, those that are there and stay.
+
+    Returns:
+        The files whose digests complete the ledger.
+    """
+    rest = {output / plan.rest_shard(number): infos for number, infos in enumerate(plan.rest)}
+    for path, infos in rest.items():
+        if path not in kept:
+            write_tensors(path, {info.name: _copied(skeleton, info) for info in infos}, {"format": "pt"})
+    merged = {encodings_file(output, version): version for version in plan.encoding_versions}
+    for path, version in merged.items():
+        if path not in kept:
+            merge_encodings(output, version, output, plan.num_blocks)
+    copies = copy_companions(skeleton.folder, output)
+    write_config(skeleton.folder, output, dtype)
+    write_index(output, plan.shards())
+    return [*rest, *merged, *copies, output / "config.json", output / INDEX_FILE]

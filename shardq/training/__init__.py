@@ -1,0 +1,1 @@
+"""One decoder block, from its weights and activations to codes."""

@@ -1,0 +1,172 @@
+"""The training of the block at hand, saved now and then, so that a killed run goes on within the block.
+
+`OUT/checkpoint/block-00003-try-0-iteration-000150/` holds what each rank keeps of parameters and moments, in one file
+where all keep the same, and the best iterate where there is one. It counts where every rank finds its files whole and
+made for what it is doing now. Its predecessor is removed once all ranks have written theirs.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardq.errors import CheckpointError
+from shardq.formats.tensor_file import read_checked, write_checked
+from shardq.optimize.best_iterate import BestIterate
+from shardq.parallel.collectives import on_rank_zero, together
+from shardq.parallel.deepspeed_stepper import deepspeed_settings
+from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+from shardq.rundir.ledger import LEDGER, MANIFEST
+
+FOLDER = "checkpoint"
+BEST = "best.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far the training of a block is.
+
+    Attributes:
+        failed: tries that have ended at a number that is not finite.
+        done: optimizer steps of the present try.
+        best: the best iterate, where one is kept.
+    """
+
+    failed: int = 0
+    done: int = 0
+    best: BestIterate | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a run's checkpoints are and how often there is one.
+
+    Attributes:
+        output: the run's folder, which all ranks share.
+        every: iterations from one to the next; 0: none is written.
+        parallel: how the ranks share parameters and moments.
+    """
+
+    output: Path
+    every: int
+    parallel: ParallelOptions
+    ranks: Ranks
+
+    @property
+    def state_file(self) -> str:
+        """The file with what this rank holds."""
+        return f"state-{self.ranks.rank if self.parallel.shards else 0:05d}.safetensors"
+
+
+def purpose_of(checkpoints: Checkpoints) -> dict:
+    """What a checkpoint has to be made for, by what it is called where it differs; the same on all ranks."""
+    parallel, ranks = checkpoints.parallel, checkpoints.ranks
+
+    def beginning() -> str:
+        files = [path for name in (MANIFEST, LEDGER) if (path := checkpoints.output / name).exists()]
+        return hashlib.sha256(b"\n".join(path.read_bytes() for path in files)).hexdigest()
+
+    engine = asdict(parallel) | (deepspeed_settings(parallel) if parallel.zero_stage else {})
+    del engine["deepspeed"]  # the name of a file whose settings are there by now
+    return {
+        "block, run or finished blocks": on_rank_zero(ranks, beginning),
+        "number of ranks": ranks.world_size,
+        "engine": engine,
+        "kind of device": ranks.device.type,
+    }
+
+
+def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress, state: dict[str, Tensor]) -> None:
+    """Make the present state the run's checkpoint; all ranks take part.
+
+    Args:
+        state: the stepper's.
+
+    Raises:
+        StorageError: the disk is full or cannot be written.
+    """
+    ranks, best = checkpoints.ranks, progress.best
+    folder = _folder(checkpoints) / f"block-{block:05d}-try-{progress.failed}-iteration-{progress.done:06d}"
+    about = {"purpose": purpose, "failed": progress.failed, "done": progress.done, "has_best": best is not None}
+
+    def write() -> None:
+        if checkpoints.parallel.shards or ranks.rank == 0:
+            write_checked(folder / checkpoints.state_file, state, about)
+        if best and ranks.rank == 0:
+            facts = {"linears": list(best.linears), "loss": best.loss, "num_stale": best.num_stale}
+            write_checked(folder / BEST, _tensors_of(best), facts)
+
+    def remove_others() -> None:
+        for other in folder.parent.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    together(ranks, write)
+    on_rank_zero(ranks, remove_others)
+
+
+def load(
+    checkpoints: Checkpoints, purpose: dict, spec: QuantSpec, say: Callable[[str], None]
+) -> tuple[Progress, dict[str, Tensor]] | None:
+    """The newest checkpoint that serves the purpose, and the stepper's state in it; None if there is none.
+
+    Args:
+        spec: the grid of the best iterate's linears.
+        say: is given a line about each one that does not.
+    """
+    ranks = checkpoints.ranks
+
+    def found() -> list[str]:
+        folder = _folder(checkpoints)
+        return sorted((path.name for path in folder.iterdir()), reverse=True) if folder.is_dir() else []
+
+    for name in on_rank_zero(ranks, found):
+        folder = _folder(checkpoints) / name
+        try:
+            return together(ranks, lambda folder=folder: _read(folder, checkpoints, purpose, spec))
+        except CheckpointError as error:
+            where = f" ({error.where})" if error.where else ""
+            say(f"{folder}: not used: {str(error).partition(';')[0]}{where}")
+    return None
+
+
+def remove(output: Path) -> None:
+    """Remove every checkpoint: the block is committed."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def _folder(checkpoints: Checkpoints) -> Path:
+    return checkpoints.output / FOLDER
+
+
+def _read(folder: Path, checkpoints: Checkpoints, purpose: dict, spec: QuantSpec) -> tuple[Progress, dict[str, Tensor]]:
+    state, about = read_checked(folder / checkpoints.state_file)
+    made_for = (about or {}).get("purpose", {})
+    differing = [name for name, value in purpose.items() if made_for.get(name) != value]
+    if differing:
+        raise CheckpointError(f"made for another {', another '.join(differing)}")
+    best = _best_of(*read_checked(folder / BEST), spec, checkpoints.ranks.device) if about["has_best"] else None
+    return Progress(about["failed"], about["done"], best), state
+
+
+def _tensors_of(best: BestIterate) -> dict[str, Tensor]:
+    tensors = {}
+    for name, linear in best.linears.items():
+        tensors |= {f"{name}.codes": linear.codes_OI, f"{name}.scale": linear.scale_OG}
+        tensors[f"{name}.zero_point"] = linear.zero_point_OG
+    return tensors
+
+
+def _best_of(tensors: dict[str, Tensor], about: dict, spec: QuantSpec, device: torch.device) -> BestIterate:
+    linears = {}
+    for name in about["linears"]:  # in their order, which the tensors of a file do not keep
+        parts = (tensors[f"{name}.{kind}"].to(device) for kind in ("codes", "scale", "zero_point"))
+        linears[name] = QuantizedLinear(*parts, spec)
+    return BestIterate(linears, about["loss"], about["num_stale"])

@@ -1,0 +1,248 @@
+"""What training a block takes, and the micro-batch that fits."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from shardq.calib.partition import largest_part
+from shardq.devices import spare_bytes
+from shardq.errors import ConfigError
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import run_block
+from shardq.model.own_code import own_code
+from shardq.model.skeleton import Skeleton
+from shardq.optimize.loss import LOGITS_TOKENS
+from shardq.optimize.options import OptimizeOptions
+from shardq.parallel.deepspeed_stepper import deepspeed_settings
+from shardq.parallel.options import Engine, ParallelOptions
+from shardq.parallel.ranks import Ranks
+from shardq.rundir.plan import Plan
+from shardq.training.objective import LIKELY_TOKENS
+
+# A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
+# quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
+# gradient, in float32.
+MOMENTS = {"adam": 2, "adam8": 0.51, "rms": 1, "sign": 0}  # in float32 numbers a weight
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """A block's bytes in the checkpoint, and its weights to train: of all its linears, and of the largest."""
+
+    source: int
+    num_weights: int
+    largest_linear: int
+
+
+@dataclass(frozen=True)
+class LargestBlock:
+    """The block with the most weights to train, which decides what a run takes.
+
+    Attributes:
+        sample_bytes: what one sample keeps there.
+        head_bytes: what training to the model's predictions takes beside a block.
+    """
+
+    name: str
+    size: BlockSize
+    sample_bytes: int
+    head_bytes: int = 0
+
+
+def largest_block(
+    skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int, options: OptimizeOptions
+) -> LargestBlock:
+    """The first block with the most weights to train; it is taken for the last, which may have the head beside it.
+
+    Args:
+        options: resolved but for the micro-batch.
+    """
+    sizes = [block_size(skeleton, plan, number) for number in range(plan.num_blocks)]
+    largest = max(range(plan.num_blocks), key=lambda number: sizes[number].num_weights)
+    hidden_shape = (1, sequence_length, arguments[largest].width)
+    sample = saved_bytes(skeleton.blocks[largest], arguments[largest], hidden_shape)
+    head = head_bytes(skeleton, options.dtype) if options.last_block == "predictions" else 0
+    return LargestBlock(plan.names[largest], sizes[largest], sample, head)
+
+
+def choose_micro_batch(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
+) -> int:
+    """The largest divisor of a rank's part of a batch whose training fits the memory; at least 1.
+
+    Args:
+        options: resolved but for the micro-batch.
+        parallel: with the engine resolved.
+        limit: bytes that a rank may use.
+
+    Raises:
+        ConfigError: the options set a limit that one sample exceeds.
+    """
+    needed = _needed_bytes(block, options, parallel, world_size)
+    fitting = [micro_batch for micro_batch, count in needed.items() if count <= limit]
+    if not fitting and options.memory_gib:
+        raise ConfigError(
+            f"optimize.memory_gib: {options.memory_gib} is too little for one sample: {block.name} needs "
+            f"{min(needed.values()) / 2**30:.2f} GiB, {block.sample_bytes / 2**30:.2f} GiB of it for the sample; "
+            "raise it or lower calib.sequence_length"
+        )
+    return max(fitting, default=1)
+
+
+def choose_engine(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
+) -> tuple[ParallelOptions, str]:
+    """`allreduce` if it fits the memory with some micro-batch, else `rows`, which takes least; and why, in words.
+
+    Args:
+        parallel: with the engine `auto`.
+        limit: bytes that a rank may use.
+    """
+    if world_size == 1:
+        return replace(parallel, engine="local"), "one rank"
+    needed: dict[Engine, int] = {}
+    for engine in ("allreduce", "rows"):
+        chosen = replace(parallel, engine=engine)
+        needed[engine] = min(_needed_bytes(block, options, chosen, world_size).values())
+        if needed[engine] <= limit:
+            break
+    reason = ", ".join(f"{engine} takes {count / 2**30:.2f} GiB a rank" for engine, count in needed.items())
+    return replace(parallel, engine=engine), f"{reason}, of {limit / 2**30:.2f} GiB"
+
+
+def _needed_bytes(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
+) -> dict[int, int]:
+    """What training takes with each micro-batch in question: the one that is asked for, or all in equal pieces."""
+    part = largest_part(options.batch_size, world_size)
+    sizes = [options.micro_batch] if options.micro_batch else [n for n in range(1, part + 1) if part % n == 0]
+    return {size: training_bytes(block, options, parallel, world_size, size) for size in sizes}
+
+
+def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
+    """Bytes that a rank may use on its device: what the options say, or what it has to spare."""
+    if options.memory_gib:
+        return int(options.memory_gib * 2**30)
+    return spare_bytes(ranks.device, ranks.local_world_size)
+
+
+def reads_ahead(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
+) -> bool:
+    """Whether there is room for the next block's weights beside a block's training.
+
+    Args:
+        options: resolved.
+        parallel: with the engine resolved.
+        limit: bytes that a rank may use.
+    """
+    needed = training_bytes(block, options, parallel, world_size, options.micro_batch)
+    return needed + block.size.source <= limit
+
+
+def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
+    """Size of one of the model's blocks."""
+    source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
+    block = skeleton.blocks[block_index]
+    linears = [block.get_submodule(name).weight.numel() for name in plan.linears[block_index]]
+    return BlockSize(source, sum(linears), max(linears, default=0))
+
+
+def training_bytes(
+    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, world_size: int, micro_batch: int
+) -> int:
+    """A rank's memory for training a block with some samples at once, without the next block."""
+    adding_up = micro_batch < largest_part(options.batch_size, world_size)
+    state = state_bytes(block.size, options, parallel, world_size, adding_up)
+    return state + micro_batch * block.sample_bytes + block.head_bytes
+
+
+def state_bytes(
+    size: BlockSize, options: OptimizeOptions, parallel: ParallelOptions, world_size: int, adding_up: bool = False
+) -> int:
+    """A rank's memory for a block that is being trained, without activations and without the next block.
+
+    Args:
+        adding_up: the gradients of several micro-batches add up.
+    """
+    num_weights, stage, rows = size.num_weights, parallel.zero_stage, parallel.engine == "rows"
+
+    def held(num_bytes: int, sharded_from: int) -> int:
+        """What a rank has of something that `rows` and ZeRO from some stage on shard."""
+        return num_bytes // world_size if rows or stage >= sharded_from else num_bytes
+
+    moments = 0 if parallel.offload else held(int(4 * MOMENTS[options.optimizer] * num_weights), 1)
+    state = moments + held(4 * num_weights, 3) + held(size.source, 3)
+    if stage == 3:
+        state += held(4 * num_weights, 3)  # DeepSpeed keeps a place for the gradient of its shard of s2
+    if options.held_out:
+        state += num_weights  # the best iterate's codes
+    quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2) if stage < 3 else 0
+    if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
+        quantized += (4 + options.dtype.itemsize) * num_weights
+    # Whether the place for gradients is there when the first of them is made, and the weights still are.
+    beside = parallel.collects_in_place or stage and world_size == 1
+    at_once = quantized + gradient if beside else max(quantized, gradient)
+    moved = _moved_bytes(size, parallel, world_size) if stage else 0
+    # One linear's gradient beside that of its s2.
+    return state + at_once + moved + 4 * size.largest_linear
+
+
+def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) -> int:
+    """What ZeRO reduces and gathers at once."""
+    if world_size == 1:  # it copies gradients instead, one after the other, to a place that it has for all of them
+        return 0 if parallel.collects_in_place else 4 * size.largest_linear
+    zero = deepspeed_settings(parallel)["zero_optimization"]
+    bucket = min(zero["reduce_bucket_size"], size.num_weights)
+    if parallel.zero_stage < 3:
+        return 4 * bucket
+    # A gradient is reduced when the next linear's is there too, from a copy, into a shard; meanwhile s2 and source of
+    # what is computed are gathered.
+    reduced = max(bucket, size.largest_linear)
+    gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
+    moved = 4 * (2 * reduced + size.largest_linear) + 4 * reduced // world_size
+    return moved + (4 + size.source // size.num_weights) * gathered
+
+
+def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
+    """The head in the matrix multiplies' dtype, its rows for likely tokens, and a piece of both streams' logits."""
+    head = skeleton.model.get_output_embeddings()
+    held = head.out_features + min(LIKELY_TOKENS, head.out_features)
+    # Logits and their gradient in that dtype; both in float32, their logarithms, p and q.
+    logits = LOGITS_TOKENS * head.out_features * (3 * dtype.itemsize + 6 * 4)
+    return dtype.itemsize * held * sum(parameter[0].numel() for parameter in head.parameters()) + logits
+
+
+def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple[int, int, int]) -> int:
+    """Bytes that a block's forward keeps for its backward, counted without computing anything.
+
+    An upper bound: for float32, and for code that is not compiled.
+
+    Args:
+        block: on the meta device; left as it is.
+        hidden_shape: samples, tokens, channels.
+    """
+    block = copy.deepcopy(block).requires_grad_(True)
+    call = arguments.on_meta(hidden_shape)
+    with own_code(type(block).__name__, "its memory for training cannot be counted"):
+        kept = saved_tensors(lambda: run_block(block, *call, torch.float32))
+    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    storages = [tensor.untyped_storage() for tensor in kept]
+    return sum(storage.nbytes() for storage in storages if storage._cdata not in parameters)
+
+
+def saved_tensors(work: Callable[[], object]) -> list[Tensor]:
+    """What `work` keeps for backward on any device, one tensor for each storage: views of one count once."""
+    kept: dict[int, Tensor] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        work()
+    return list(kept.values())

@@ -1,0 +1,102 @@
+"""What a block is trained to, and judged by: the fp block's output or, of the last block, what the model predicts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shardq.model.arguments import BlockArguments
+from shardq.model.ends import whole_epilogue
+from shardq.model.weights import LoadedBlock
+from shardq.optimize.loss import (
+    ErrorSums,
+    ToLogits,
+    error_sums,
+    prediction_error,
+    prediction_loss,
+    prediction_sums,
+    summed_probabilities,
+)
+from shardq.parallel.collectives import reduce_over_ranks
+from shardq.training.workshop import Bench, BlockJob, loss_of
+
+LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence {:.4f} -> {:.4f} nats a token"}
+"""Kinds of objective, and what users read of one: the loss before and after training."""
+
+OUTPUT_WEIGHT = 30.0  # of the output's relative error; divergence alone does worse on held-out text (measured)
+LIKELY_TOKENS = 8192  # of the vocabulary, to whose predictions the last block is trained; as good as all (measured)
+LOOKED_AT = 4  # every so many positions tell which tokens these are
+PREDICTION_STEPS = 2  # times as many as the other blocks'; with that weight more steps still gain (measured)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How far a block is from the fp block.
+
+    Attributes:
+        kind: `loss`, of its output, relative to the target; `divergence`, of the model's predictions, in nats a token.
+        iterations: optimizer steps to train to it.
+        loss: the training loss, from inputs and targets [N, T, D] and labels [N, T], at each position the token that
+            comes next, or -1 where none is known.
+        errors: what is reported and what iterates are chosen by, from outputs and targets [N, T, D].
+    """
+
+    kind: Literal["loss", "divergence"]
+    iterations: int
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    errors: Callable[[Tensor, Tensor], ErrorSums]
+
+
+@contextmanager
+def objective_of(
+    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, is_last: bool
+) -> Iterator[Objective]:
+    """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
+    iterations = job.optimize.iterations
+    if not (is_last and bench.stepper is not None and job.optimize.last_block == "predictions"):
+        of_output = loss_of(job, bench, loaded, arguments, job.optimize.loss)
+        errors = partial(error_sums, kind=job.optimize.loss)
+        yield Objective("loss", iterations, lambda inputs, targets, labels: of_output(inputs, targets)[0], errors)
+        return
+    of_output = loss_of(job, bench, loaded, arguments, "token")
+    kernel, label_weight = job.compiled(prediction_error, False), job.optimize.label_weight
+    with whole_epilogue(job.skeleton, job.activations.device, job.optimize.dtype) as of_tokens:
+        to_logits = of_tokens(None)
+        with job.events.span("likely tokens", block=loaded.index):
+            tokens_V, places_X = _likely_tokens(job, loaded.index, to_logits)
+        to_likely = of_tokens(tokens_V)
+
+        def loss(inputs_NTD: Tensor, targets_NTD: Tensor, labels_NT: Tensor) -> Tensor:
+            error, output_NTD = of_output(inputs_NTD, targets_NTD)
+            labels_NT = places_X[labels_NT]
+            predictions = prediction_loss(output_NTD, targets_NTD, labels_NT, label_weight, to_likely, kernel)
+            return predictions + OUTPUT_WEIGHT * error
+
+        errors = partial(prediction_sums, to_logits=to_logits, kernel=kernel)
+        yield Objective("divergence", PREDICTION_STEPS * iterations, loss, errors)
+
+
+@torch.no_grad()
+def _likely_tokens(job: BlockJob, block_index: int, to_logits: ToLogits) -> tuple[Tensor, Tensor]:
+    """The tokens [V] that the fp model expects most over all ranks' samples, in the vocabulary's order.
+
+    Returns:
+        beside them, for every token of the vocabulary and for -1, its place among them, or -1 where it has none.
+    """
+    activations, head = job.activations, job.skeleton.model.get_output_embeddings()
+
+    def load(sample: int) -> Tensor:
+        return activations.load("fp", block_index + 1, [sample])[:, ::LOOKED_AT]
+
+    expected_X = torch.zeros(head.out_features, device=activations.device)
+    for _, hidden_NTD in activations.ahead(load, activations.samples):
+        expected_X += summed_probabilities(hidden_NTD, to_logits)
+    reduce_over_ranks(job.ranks, [expected_X])
+    tokens_V = expected_X.topk(min(LIKELY_TOKENS, len(expected_X))).indices.sort().values
+    places_X = torch.full((len(expected_X) + 1,), -1, device=activations.device)
+    places_X[tokens_V] = torch.arange(len(tokens_V), device=activations.device)
+    return tokens_V, places_X

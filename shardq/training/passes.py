@@ -1,0 +1,193 @@
+"""Passes without training: a stream's activations through one block, many samples at a time."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from shardq.background import behind, lookahead
+from shardq.cache.store import STREAMS, ActivationStore, Stream
+from shardq.calib.partition import chunks
+from shardq.devices import mark_ready, pass_tokens, storage_threads, to_device, to_host
+from shardq.liveness.stall import Pace
+from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
+from shardq.model.ends import prologue
+from shardq.model.skeleton import Skeleton
+from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.optimize.loss import ErrorSums
+
+Forward = Callable[[Tensor | Entering], Tensor | Entering]
+"""From what enters a block, for some samples, to what leaves it."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """This rank's samples, where their activations are kept, and the device that computes.
+
+    `waiting`, given `input` or `output`, is entered while the computation waits for the store; `pace` hears of steps.
+    `arguments` says for each block what else enters it; left out where nothing does.
+    """
+
+    store: ActivationStore
+    samples: Sequence[int]
+    sequence_length: int
+    device: torch.device
+    waiting: Callable[[str], AbstractContextManager] = nullcontext
+    pace: Pace = field(default_factory=Pace)
+    arguments: Sequence[BlockArguments] = ()
+
+    def load(self, stream: Stream, generation: int, samples: list[int]) -> Tensor:
+        """Hidden states [N, T, D] of some samples, on the device."""
+        return torch.stack([to_device(self.store.read(stream, generation, sample), self.device) for sample in samples])
+
+    def entering(self, stream: Stream, block_index: int, samples: list[int]) -> Tensor | Entering:
+        """What enters a block of a stream for some samples, on the device."""
+        hidden_NTD = self.load(stream, block_index, samples)
+        own = tuple(self.load(name, block_index, samples) for name in self._own(block_index))
+        carried = tuple(self.load(name, block_index, samples) for name in self._carried(stream, block_index))
+        return Entering(hidden_NTD, own, carried) if own or carried else hidden_NTD
+
+    def _own(self, generation: int) -> tuple[Stream, ...]:
+        """Names of the arguments of a block that are kept for each sample."""
+        return self.arguments[generation].own_names if generation < len(self.arguments) else ()
+
+    def _carried(self, stream: Stream, generation: int) -> tuple[Stream, ...]:
+        """Names of what earlier blocks have left in a stream for this one and later ones."""
+        names = self.arguments[generation].carried_names if generation < len(self.arguments) else ()
+        return tuple(f"{stream}-{name}" for name in names)
+
+    def _streams(self, generation: int) -> tuple[Stream, ...]:
+        carried = (name for stream in STREAMS for name in self._carried(stream, generation))
+        return (*STREAMS, *self._own(generation), *carried)
+
+    def ahead(self, load: Callable, keys: Iterable, num_samples: int = 1) -> Iterator:
+        """`(key, load(key))` in order, each loaded while those before are in use: what is done with one is a step.
+
+        Args:
+            num_samples: that are loaded for a key where much else is in the device's memory.
+        """
+        threads = storage_threads(self.device, num_samples)
+        return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input"), threads))
+
+    @contextmanager
+    def keeping(self, stream: Stream, generation: int) -> Iterator[Callable[[list[int], Tensor], None]]:
+        """Yield a function that writes to the store, in the background, what has left a block for some samples."""
+
+        def write(samples: list[int], values: dict[Stream, Tensor], ready: torch.cuda.Event | None) -> None:
+            for name, values_N in values.items():
+                for sample, value in zip(samples, to_host(values_N, ready), strict=True):
+                    self.store.write(name, generation, sample, value)
+
+        def keep(samples: list[int], left: Tensor | Entering) -> None:
+            values = {stream: hidden_of(left)}
+            if isinstance(left, Entering):  # behind the last block nothing needs what is carried
+                values |= zip(self._carried(stream, generation), left.carried, strict=False)
+            write_later(samples, values, mark_ready(hidden_of(left)))
+
+        with behind(write, partial(self.waiting, "output"), storage_threads(self.device)) as write_later:
+            yield keep
+
+    def keep_own(self, block_index: int, samples: list[int], call: Call) -> None:
+        """Write the arguments of a block that follow the sample, from the model's call with these samples."""
+        names = self._own(block_index)
+        own = self.arguments[block_index].own_of(call) if names else ()
+        for name, values_N in zip(names, own, strict=True):
+            for sample, value in zip(samples, values_N.cpu(), strict=True):
+                self.store.write(name, block_index, sample, value.contiguous())
+
+    def chunks(self) -> list[list[int]]:
+        """This rank's samples in the groups that a pass computes at once."""
+        return chunks(self.samples, max(1, pass_tokens(self.device) // self.sequence_length))
+
+    def holds(self, generation: int) -> bool:
+        """Whether both streams of all samples are there, and all that later blocks need of them."""
+        later = range(generation + 1, len(self.arguments))
+        return all(
+            self.store.holds(generation, sample, self._streams(generation))
+            and all(self.store.holds(block_index, sample, self._own(block_index)) for block_index in later)
+            for sample in self.samples
+        )
+
+    def drop(self, generation: int, streams: Sequence[Stream] | None = None) -> None:
+        """Forget a generation, or some of it."""
+        with behind(self.store.drop, threads=storage_threads(self.device)) as drop_later:
+            for sample in self.samples:
+                drop_later(generation, sample, streams or self._streams(generation))
+
+
+@torch.no_grad()
+def embed_samples(
+    activations: Activations, tokens_NT: Tensor, skeleton: Skeleton, embed: Callable[[Tensor], Tensor]
+) -> None:
+    """Write generation 0, the hidden states that enter block 0, and for each block the samples' own arguments."""
+    with activations.keeping("fp", 0) as keep:
+        for samples in activations.chunks():
+            keep(samples, embed(tokens_NT[samples]))
+            for block_index, stand_in in enumerate(skeleton.stand_ins):
+                activations.keep_own(block_index, samples, Call(*stand_in.seen))
+
+
+@torch.no_grad()
+def advance(activations: Activations, stream: Stream, generation: int, forward: Forward) -> None:
+    """Take a stream through a block: read its generation, write the next."""
+
+    def load(samples: list[int]) -> Tensor | Entering:
+        return activations.entering(stream, generation, samples)
+
+    with activations.keeping(stream, generation + 1) as keep:
+        for samples, entering in activations.ahead(load, activations.chunks()):
+            keep(samples, forward(entering))
+
+
+@torch.no_grad()
+def replay(
+    activations: Activations,
+    tokens_NT: Tensor,
+    skeleton: Skeleton,
+    num_blocks: int,
+    forwards: Callable[[LoadedBlock], tuple[Forward, Forward]],
+    written: Callable[[int], Iterable[tuple[str, Tensor]]],
+    rounding: Callable[[LoadedBlock], AbstractContextManager],
+) -> None:
+    """Compute what enters block `num_blocks`: the embeddings, then both streams through the blocks before it.
+
+    Args:
+        forwards: gives what computes a block with its own weights, and what does once the quantized ones are there.
+        written: gives these on the device, in the dtype that they are computed with, by their linear's name.
+        rounding: rounds a block's activations where the quantized stream moves on through rounded ones.
+    """
+    with prologue(skeleton, activations.device) as embed:
+        embed_samples(activations, tokens_NT, skeleton, embed)
+    for loaded in stream_blocks(skeleton, range(num_blocks), activations.device):
+        forward, served_forward = forwards(loaded)
+        advance(activations, "fp", loaded.index, forward)
+        for name, weight in written(loaded.index):
+            loaded.module.get_submodule(name).weight.data = weight
+        with rounding(loaded):
+            advance(activations, "quant", loaded.index, served_forward)
+        activations.drop(loaded.index)
+        del loaded, forward, served_forward  # its source must not stay in memory while the block after the next is read
+
+
+@torch.no_grad()
+def compare(
+    activations: Activations,
+    generation: int,
+    samples: list[int],
+    forward: Forward,
+    errors: Callable[[Tensor, Tensor], ErrorSums],
+) -> ErrorSums:
+    """Error of a block on some samples' quantized stream against the fp stream's next generation.
+
+    Args:
+        errors: of an output and its target [1, T, D].
+    """
+
+    def load(sample: int) -> tuple[Tensor | Entering, Tensor]:
+        return activations.entering("quant", generation, [sample]), activations.load("fp", generation + 1, [sample])
+
+    pairs = (pair for _, pair in activations.ahead(load, samples))
+    return sum((errors(hidden_of(forward(entering)), target_NTD) for entering, target_NTD in pairs), ErrorSums())

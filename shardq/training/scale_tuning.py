@@ -1,0 +1,200 @@
+"""One step of tuning a run's scales: samples through all blocks, forward and back, in the memory of one block."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardq.cache.store import STREAMS
+from shardq.calib.tokens import next_tokens
+from shardq.devices import to_device
+from shardq.errors import QuantizationError, UnsupportedModelError
+from shardq.formats.block_file import read_block
+from shardq.logs import Display, Events
+from shardq.model.arguments import Entering, hidden_of, with_hidden
+from shardq.model.ends import block_forward, prologue, whole_epilogue
+from shardq.model.recorded import record_arguments
+from shardq.model.skeleton import Skeleton
+from shardq.model.weights import LoadedBlock, read_source, stream_blocks
+from shardq.optimize.loss import ToLogits, prediction_loss
+from shardq.optimize.options import TuneOptions
+from shardq.optimize.scale_tuner import ScaleTuner
+from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
+from shardq.parallel.ranks import Ranks
+from shardq.quant.quantized import QuantizedLinear
+from shardq.rundir.plan import Plan, block_file
+from shardq.training.passes import Activations, advance, embed_samples
+from shardq.training.self_check import self_check
+from shardq.training.workshop import collecting, training_forward
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning needs, the same in every step.
+
+    Attributes:
+        run: the folder whose codes stay.
+        skeleton: of the float model.
+        tuners: one a block.
+        activations: generation 0 of this rank's samples, and the fp stream's last.
+    """
+
+    run: Path
+    skeleton: Skeleton
+    plan: Plan
+    options: TuneOptions
+    tokens_NT: Tensor
+    tuners: list[ScaleTuner]
+    activations: Activations
+    ranks: Ranks
+    events: Events
+    display: Display
+
+    def linears(self, block_index: int) -> dict[str, QuantizedLinear]:
+        """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
+        prefix, stored = self.plan.names[block_index], read_block(block_file(self.run, block_index))
+        linears = {name: stored[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
+        return self.tuners[block_index].rescaled(linears)
+
+    def blocks(self, indices: Iterable[int]) -> Iterator[LoadedBlock]:
+        """Blocks with dequantized weights, in the dtype of the matrix multiplies: codes alone go to the device."""
+        device, dtype = self.activations.device, self.options.dtype
+
+        def read(block_index: int) -> dict[str, Tensor]:
+            linears = self.linears(block_index)
+            infos = self.skeleton.block_tensors(block_index)
+            kept = {name: info for name, info in infos.items() if name.removesuffix(".weight") not in linears}
+            buffers = dict(self.skeleton.blocks[block_index].named_buffers())
+            source = {
+                name: to_device(read_source(self.skeleton, info, name in buffers), device)
+                for name, info in kept.items()
+            }
+            for name, linear in linears.items():
+                parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
+                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
+                source[f"{name}.weight"] = on_device.dequantized(dtype)
+            return source
+
+        return stream_blocks(self.skeleton, indices, device, partial(self.events.waiting, "input"), read=read)
+
+
+def embed_and_target(
+    skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype, checks: bool
+) -> Activations:
+    """Fill generation 0 and the fp stream's last, the target; give the activations with the blocks' arguments.
+
+    An error is the caller's to share with other ranks.
+
+    Args:
+        checks: whether each block is checked against transformers' own forward.
+
+    Raises:
+        UnsupportedModelError: blocks leave something for later ones, whose gradient would be missing.
+    """
+    with prologue(skeleton, activations.device) as embed:
+        arguments = record_arguments(skeleton, embed, activations.sequence_length)
+        if any(passed.carried_names for passed in arguments):
+            raise UnsupportedModelError(
+                f"{type(skeleton.model).__name__}: its blocks hand keys and values to later blocks, through which "
+                "scales cannot be tuned; the run itself can be evaluated, exported and served"
+            )
+        activations = replace(activations, arguments=arguments)
+        embed_samples(activations, tokens_NT, skeleton, embed)
+    num_tokens = checks * len(activations.samples) * activations.sequence_length
+    with self_check(skeleton, tokens_NT, activations, ranks, dtype, num_tokens) as check:
+        for loaded in stream_blocks(skeleton, range(len(arguments)), activations.device):
+            advance(activations, "fp", loaded.index, block_forward(loaded.module, arguments[loaded.index], dtype))
+            check(loaded)
+            _forget(activations, loaded.index)
+            del loaded  # its source must not stay in memory while the block after the next is read
+    return activations
+
+
+def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
+    """One optimizer step on this rank's part of a batch; give the batch's loss before it, in nats a token.
+
+    What enters each block is kept on the way forward. On the way back each block is computed once more for its
+    gradient, and its scales take their step at once: nothing of a block outlives its turn.
+
+    Raises:
+        QuantizationError: the loss is not finite; the same on every rank.
+    """
+    last = tuning.plan.num_blocks - 1
+    part = replace(tuning.activations, samples=samples)
+    with tuning.events.span("forward", step=step):
+        for loaded in tuning.blocks(range(last)):
+            advance(part, "quant", loaded.index, _forward(tuning, loaded))
+            tuning.display.advance_iteration()
+            del loaded
+    with tuning.events.span("backward", step=step):
+        gradients, loss = [], 0.0
+        for loaded in tuning.blocks(reversed(range(last + 1))):
+            if loaded.index == last:
+                loss, gradients = _at_the_end(tuning, loaded, samples)
+            _back_through(tuning, loaded, samples, gradients, step)
+            _forget(part, loaded.index)
+            tuning.display.advance_iteration()
+            del loaded
+    return loss
+
+
+def _forward(tuning: Tuning, loaded: LoadedBlock) -> Callable[[Tensor], Tensor]:
+    return training_forward(loaded.module, tuning.activations.arguments[loaded.index], tuning.options.dtype)
+
+
+def _forget(activations: Activations, generation: int) -> None:
+    """Drop what enters a block, but for what every step begins with: embeddings' output, samples' own arguments."""
+    if generation:
+        activations.drop(generation, STREAMS)
+
+
+def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tuple[float, list[Tensor]]:
+    """The batch's loss, and its gradient in each sample's [1, T, D] output of the last block."""
+    options, device = tuning.options, tuning.activations.device
+    gradients, total = [], 0.0
+    forward = _forward(tuning, loaded)
+    with whole_epilogue(tuning.skeleton, device, options.dtype) as of_tokens:
+        to_logits = of_tokens(None)
+        for sample in samples:
+            with torch.no_grad():
+                output_1TD = forward(tuning.activations.entering("quant", loaded.index, [sample]))
+            labels_1T = to_device(next_tokens(tuning.tokens_NT[[sample]]), device)
+            loss = _loss(tuning, output_1TD.requires_grad_(True), sample, labels_1T, to_logits)
+            gradients += torch.autograd.grad(loss, output_1TD)
+            total += loss.item()
+    loss = sum_over_ranks(tuning.ranks, [total])[0] / tuning.tokens_NT.shape[1]
+    if not math.isfinite(loss):
+        error = QuantizationError("the loss of the predictions is not finite; lower tune.learning_rate")
+        error.agreed = True  # every rank has added up the same numbers
+        raise error
+    return loss, gradients
+
+
+def _loss(tuning: Tuning, output_1TD: Tensor, sample: int, labels_1T: Tensor, to_logits: ToLogits) -> Tensor:
+    """A sample's share of its batch's loss, summed over the sequence."""
+    options = tuning.options
+    target_1TD = tuning.activations.load("fp", tuning.plan.num_blocks, [sample])
+    loss = prediction_loss(output_1TD, target_1TD, labels_1T, options.label_weight, to_logits)
+    return loss / options.batch_size
+
+
+def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradients: list[Tensor], step: int) -> None:
+    """Take the samples' gradients from a block's output to its input, in place, and step the block's scales."""
+    forward, tuner = _forward(tuning, loaded), tuning.tuners[loaded.index]
+    weights = {name: loaded.module.get_submodule(name).weight for name in tuning.plan.linears[loaded.index]}
+
+    def load(sample: int) -> Tensor | Entering:
+        return tuning.activations.entering("quant", loaded.index, [sample])
+
+    with collecting(weights.values()):
+        for place, (_, entering) in enumerate(tuning.activations.ahead(load, samples)):
+            hidden_1TD = hidden_of(entering).detach().requires_grad_(True)
+            forward(with_hidden(entering, hidden_1TD)).backward(gradients[place])
+            gradients[place] = hidden_1TD.grad
+        collected = tuner.gradients(weights)
+    reduce_over_ranks(tuning.ranks, list(collected.values()))
+    tuner.step(collected, step, tuning.options.steps)

@@ -1,0 +1,177 @@
+"""A check of every block of a stream against transformers' own forward, on two samples.
+
+Each block's output is compared with what the model's own code gives for what enters that block in the stream, and what
+enters it with what the model passes on. So a difference is seen at the block where it arises, whatever its cause.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from shardq.errors import UnsupportedModelError
+from shardq.logs import Display
+from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
+from shardq.model.compared import differing
+from shardq.model.own_forward import OwnForward, computed, own_forward
+from shardq.model.skeleton import Skeleton
+from shardq.model.weights import LoadedBlock
+from shardq.parallel.ranks import Ranks
+from shardq.training.passes import Activations, Forward
+
+SHARE = 0.01  # of the tokens that a run takes through a block
+LEAST_TOKENS = 16
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
+"""How far a token may be off, as a share of what the block adds to it, by the dtype of the stream's multiplies."""
+RESIDUAL_TOLERANCE = 4e-6  # as a share of the token itself: what it is added to is rounded too
+OFF_TOKENS = 1 / 64  # a router may send a token elsewhere for a difference in the last bit
+
+Check = Callable[..., None]
+"""Takes the block and, where the stream's activations were rounded in it, what computes it without that."""
+
+
+@contextmanager
+def self_check(
+    skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype,
+    num_tokens: int, first: int = 0,
+) -> Iterator[Check]:  # fmt: skip
+    """Yield what checks a block on which the fp stream has moved on; samples of rank 0 are checked, by that rank alone.
+
+    Args:
+        tokens_NT: of all samples.
+        dtype: of the matrix multiplies of the stream.
+        num_tokens: that a rank takes through each block, which decides how many are checked; 0: none are.
+        first: the first block that is checked.
+    """
+    if num_tokens == 0 or ranks.rank != 0:
+        yield lambda loaded, unrounded=None: None
+        return
+    samples = list(dict.fromkeys((activations.samples[0], activations.samples[-1])))
+    whole = tokens_NT.shape[1]
+    with ExitStack() as stack:
+        under_way: list[_Checked] = []
+
+        def begin(length: int, first: int) -> None:
+            stack.close()
+            tokens = tokens_NT[samples, :length]
+            forward = stack.enter_context(own_forward(skeleton, tokens, activations.device, first))
+            under_way[:] = [_Checked(forward, activations, samples, length, dtype, first)]
+
+        def check(loaded: LoadedBlock, unrounded: Forward | None = None) -> None:
+            if not under_way:  # here, where an error is the caller's to share with other ranks
+                begin(_checked_length(whole, num_tokens, activations.arguments[first], first), first)
+            try:
+                under_way[0].check(loaded, unrounded)
+            except _Different as different:
+                if under_way[0].length == whole:
+                    raise _explained(str(different)) from None
+                # A few tokens may be computed in another way than as part of a whole sample: that decides.
+                begin(whole, loaded.index)
+                check(loaded, unrounded)
+
+        yield check
+
+
+def say_if_unchecked(checks: bool, display: Display) -> None:
+    """Say where a command is to go on without the check."""
+    if not checks:
+        display.line("self_check: off; blocks are not compared with transformers' own forward")
+
+
+def _explained(different: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{different}; the stream does not compute what this model does, so nothing it gives can be trusted; please "
+        "report the model's config.json"
+    )
+
+
+def _checked_length(length: int, num_tokens: int, arguments: BlockArguments, first: int) -> int:
+    """Tokens of each sample that are checked: all where that is cheap, else the first."""
+    if first and arguments.carried_names:
+        return length  # what earlier blocks have left is there for whole samples
+    return min(length, max(LEAST_TOKENS, int(SHARE * num_tokens / 2)))
+
+
+class _Checked:
+    """The samples that are checked, and the model's own forward of them."""
+
+    def __init__(
+        self, forward: OwnForward, activations: Activations, samples: list[int], length: int, dtype: torch.dtype,
+        first: int,
+    ):  # fmt: skip
+        self.length = length
+        self._forward, self._activations, self._samples = forward, activations, samples
+        self._dtype, self._first = dtype, first
+
+    @torch.no_grad()
+    def check(self, loaded: LoadedBlock, unrounded: Forward | None) -> None:
+        """Compare a block's output, and what enters it, with the model's own.
+
+        Args:
+            unrounded: computes the block where the stream's output is of rounded activations.
+
+        Raises:
+            _Different: the output, by more than rounding; says where, by how much and in which arguments.
+            UnsupportedModelError: what enters it, or the block that is called.
+        """
+        index, skeleton = loaded.index, self._forward.skeleton
+        entering = self._activations.entering("fp", index, self._samples)
+        entering_NTD = hidden_of(entering)[:, : self.length]
+        left_NTD = self._activations.load("fp", index + 1, self._samples)[:, : self.length]
+        name = f"{type(skeleton.model).__name__}: {skeleton.names[index]}"
+
+        def respond(number: int, call: Call) -> object:
+            if number != index:
+                raise _explained(f"{name}: the model's own forward calls {skeleton.names[number]} in its place")
+            if index == self._first > 0:
+                call = self._taken_up(entering, call)
+            fault = self._fault("what enters it", call.hidden, entering_NTD, entering_NTD, torch.float32)
+            if fault:
+                raise _explained(f"{name}: {fault}")
+            returned = computed(skeleton.blocks[index], loaded.module, call, self._dtype)
+            own_NTD = returned[0] if isinstance(returned, tuple | list) else returned
+            streamed_NTD = hidden_of(unrounded(entering))[:, : self.length] if unrounded else left_NTD
+            fault = self._fault("its output", own_NTD.float(), streamed_NTD, entering_NTD, self._dtype)
+            if fault:
+                names = differing(skeleton, index, call, self._activations.arguments[index].bound(entering))
+                arguments = f" (arguments that differ: {', '.join(names)})" if names else ""
+                raise _Different(f"{name}: {fault}{arguments}")
+            return (left_NTD, *returned[1:]) if isinstance(returned, tuple | list) else left_NTD
+
+        self._forward.at_next_block(respond)
+
+    def _taken_up(self, entering: Tensor | Entering, call: Call) -> Call:
+        """The call of the first block that is checked, where blocks before it were left out."""
+        passed = self._activations.arguments[self._first]
+        if isinstance(entering, Entering) and entering.carried:
+            passed.shared_in(call).update(passed.shared.mapping(entering.carried))
+        return call._replace(hidden=hidden_of(entering)[:, : self.length])
+
+    def _fault(
+        self, what: str, own_NTD: Tensor, streamed_NTD: Tensor, entering_NTD: Tensor, dtype: torch.dtype
+    ) -> str | None:
+        """How hidden states of the stream differ from the model's own; None where they do not."""
+        if own_NTD.shape != streamed_NTD.shape:
+            return f"{what} has another shape than in transformers' own forward"
+        error_NT = _norms(own_NTD - streamed_NTD)
+        added_NT, size_NT = _norms(streamed_NTD - entering_NTD), _norms(streamed_NTD)
+        allowed_NT = TOLERANCES[dtype] * added_NT + RESIDUAL_TOLERANCE * size_NT
+        is_off_NT = (error_NT > allowed_NT) | (error_NT.isfinite() != size_NT.isfinite())
+        if is_off_NT.sum() <= OFF_TOKENS * is_off_NT.numel():
+            return None
+        sample, token = is_off_NT.nonzero()[0].tolist()
+        share = (error_NT / added_NT.where(added_NT > 0, size_NT))[sample, token].item()
+        return (
+            f"{what} is not that of transformers' own forward; {int(is_off_NT.sum())} of {is_off_NT.numel()} "
+            f"tokens differ, the first is token {token} of sample {self._samples[sample]}, by {share:.1%} of what the "
+            "block adds to it"
+        )
+
+
+class _Different(Exception):
+    """A block's output in the stream is not the model's own."""
+
+
+def _norms(values_NTD: Tensor) -> Tensor:
+    return values_NTD.double().norm(dim=-1)

@@ -1,0 +1,245 @@
+"""Training one block's quantizers to the end, whatever comes between: a kill, or numbers that are not finite."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from shardq.calib.partition import largest_part, step_samples, watched_samples
+from shardq.calib.tokens import next_tokens
+from shardq.devices import to_device
+from shardq.errors import QuantizationError
+from shardq.model.arguments import Entering, hidden_of, with_hidden
+from shardq.optimize.best_iterate import BestIterate
+from shardq.optimize.distill import distill
+from shardq.optimize.inputs import generator_for, mixed
+from shardq.optimize.loss import ErrorSums
+from shardq.parallel.collectives import sum_over_ranks
+from shardq.quant.quantized import QuantizedLinear
+from shardq.training import checkpoint
+from shardq.training.checkpoint import Progress
+from shardq.training.objective import Objective
+from shardq.training.passes import compare
+from shardq.training.workshop import Bench, BlockJob
+
+LOOKS = 10  # times that a try looks whether all numbers were finite, and at the held-out samples where there are some
+RETRY_RATE = 0.5  # learning rates of a try, as a share of those of the one before
+
+Linears = dict[str, QuantizedLinear]
+
+
+@dataclass(frozen=True)
+class BlockAtHand:
+    """A block on its bench.
+
+    Attributes:
+        forward: the block as it is served.
+    """
+
+    job: BlockJob
+    bench: Bench
+    index: int
+    forward: Callable[[Tensor], Tensor]
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A block's quantized linears by name within it, and what there is to say about them.
+
+    Attributes:
+        kind: the objective's.
+        loss_before, loss_after: over the watched samples.
+        failed_tries: trainings that ended at a number that is not finite.
+        gave_up: all did.
+    """
+
+    linears: Linears
+    kind: str
+    loss_before: float
+    loss_after: float
+    failed_tries: int = 0
+    gave_up: bool = False
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the ledger keeps beside the linears."""
+        losses = {f"{self.kind}_before": self.loss_before, f"{self.kind}_after": self.loss_after}
+        return losses | ({"failed_tries": self.failed_tries, "gave_up": self.gave_up} if self.failed_tries else {})
+
+
+def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) -> BlockResult:
+    """Train a block from its start, or from a checkpoint, and serve what comes out.
+
+    A try that meets a number that is not finite ends, on all ranks; the next one begins at the start with lower
+    learning rates. A block that had a failed try becomes its best finite iterate: the end of the try that did not fail,
+    the last finite iterate of one that did, or the start.
+
+    Args:
+        best: the start, where the best iterate on held-out samples is to be kept.
+    """
+    job, stepper = at_hand.job, at_hand.bench.stepper
+    purpose = checkpoint.purpose_of(job.checkpoints)
+    saved = checkpoint.load(job.checkpoints, purpose, job.spec, job.display.line)
+    progress, state = saved or (Progress(best=best), None)
+    if saved:
+        job.display.line(f"block {at_hand.index}: training goes on after {progress.done} iterations")
+    del saved, best
+    while progress.failed <= job.optimize.retries:
+        stepper.start(at_hand.objective.iterations, RETRY_RATE**progress.failed)
+        if state is not None:
+            stepper.restore(state, progress.done)
+            state = None
+        job.display.start_training(progress.done, at_hand.objective.iterations)
+        try:
+            linears, loss_after = _try(at_hand, progress, purpose)
+        except QuantizationError as error:
+            _go_back(at_hand, progress, loss_before)
+            job.display.line(f"block {at_hand.index}: {_reason(error)}; {_what_follows(job, progress)}")
+            continue
+        if not progress.failed:
+            return BlockResult(linears, at_hand.objective.kind, loss_before, loss_after)
+        progress.best.offer(linears, loss_after)
+        break
+    best, gave_up = progress.best, progress.failed > job.optimize.retries
+    at_hand.bench.quantizer.serve(best.linears, job.stored)
+    return BlockResult(best.linears, at_hand.objective.kind, loss_before, best.loss, progress.failed, gave_up)
+
+
+def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linears, float]:
+    """Train from where `progress` is to the end; serve the linears that come out, and give them and their loss.
+
+    Raises:
+        QuantizationError: a loss, a gradient, a parameter or a scale is not finite; the same on all ranks.
+    """
+    job, bench, optimize = at_hand.job, at_hand.bench, at_hand.job.optimize
+    span = partial(job.events.span, block=at_hand.index)
+    best = progress.best if optimize.held_out else None
+    with span("train") as facts:
+        goes_on, batches = _watcher(at_hand, progress, purpose), _batches(at_hand, progress.done)
+        facts["iterations"] = distill(at_hand.objective.loss, bench.quantizer, bench.stepper, batches,
+                                      optimize.micro_batch, partial(_end_step, job), goes_on,
+                                      optimize.batch_size / job.ranks.world_size)  # fmt: skip
+    if not bench.stepper.is_finite():
+        raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
+    bench.stepper.rest()
+    with span("fold"):
+        linears = best.linears if best else bench.quantizer.folded(bench.stepper.gathered)
+        bench.quantizer.serve(linears, job.stored)
+    with span("loss"):
+        return linears, best.loss if best else agreed_loss(at_hand)
+
+
+def _end_step(job: BlockJob, loss: Tensor) -> None:
+    job.activations.pace.rest()  # looks, checkpoints and a terminal that is stopped take any time
+    job.display.advance_iteration(loss)
+
+
+def _watcher(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> Callable[[int], bool]:
+    """What is done between two steps, given those done by this call of `distill`: looks, checkpoints; False: the end.
+
+    The device is waited for only there.
+    """
+    job, bench, optimize, iterations = at_hand.job, at_hand.bench, at_hand.job.optimize, at_hand.objective.iterations
+    interval, every = math.ceil(iterations / LOOKS), job.checkpoints.every
+    best = progress.best if optimize.held_out else None
+    first = progress.done
+
+    def goes_on(steps: int) -> bool:
+        progress.done = first + steps
+        is_last = progress.done == iterations
+        looks = is_last or progress.done % interval == 0
+        saves = every > 0 and progress.done % every == 0 and not is_last
+        if (looks or saves) and not bench.stepper.is_finite():
+            return False
+        if looks and best:
+            linears = bench.quantizer.folded(bench.stepper.gathered)
+            bench.quantizer.serve(linears, job.stored)
+            best.offer(linears, agreed_loss(at_hand))
+        if best and optimize.patience is not None and best.num_stale >= optimize.patience:
+            return False
+        if saves:
+            with job.events.waiting("checkpoint"):
+                state = bench.stepper.state()
+                checkpoint.save(job.checkpoints, purpose, at_hand.index, progress, state)
+        return True
+
+    return goes_on
+
+
+def _go_back(at_hand: BlockAtHand, progress: Progress, loss_before: float) -> None:
+    """After a failed try: keep its last iterate if it is the best so far, and bring the quantizers to the start."""
+    quantizer, gathered = at_hand.bench.quantizer, at_hand.bench.stepper.gathered
+    try:
+        last = quantizer.folded(gathered)
+        quantizer.serve(last, at_hand.job.stored)
+        loss = agreed_loss(at_hand)
+    except QuantizationError:
+        last, loss = {}, math.inf
+    quantizer.restart(gathered)
+    progress.best = progress.best or BestIterate(quantizer.folded(gathered), loss_before)
+    progress.best.offer(last, loss)
+    progress.best.num_stale = 0
+    progress.failed, progress.done = progress.failed + 1, 0
+
+
+def _reason(error: QuantizationError) -> str:
+    return str(error).partition(";")[0]
+
+
+def _what_follows(job: BlockJob, progress: Progress) -> str:
+    if progress.failed > job.optimize.retries:
+        return f"it is left at its best finite iterate, loss {progress.best.loss:.3e}"
+    return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
+
+
+def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor | Entering, Tensor, Tensor]]:
+    """What enters, targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
+
+    Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
+    """
+    job, block_index = at_hand.job, at_hand.index
+    activations, optimize = job.activations, job.optimize
+    labels_NT = next_tokens(job.tokens_NT)
+
+    def load(step: tuple[int, list[int]]) -> tuple[Tensor | Entering, Tensor, Tensor]:
+        iteration, samples = step
+        if not samples:  # fewer samples a step than ranks
+            return (torch.empty(0, device=activations.device),) * 3
+        entering = activations.entering("quant", block_index, samples)
+        if optimize.fp_mix > 0:
+            fp_NTD = activations.load("fp", block_index, samples)
+            generators = [generator_for(job.seed, block_index, iteration, sample) for sample in samples]
+            pairs = zip(hidden_of(entering), fp_NTD, generators, strict=True)
+            mixed_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
+            entering = with_hidden(entering, mixed_NTD)
+        target_NTD = activations.load("fp", block_index + 1, samples)
+        return entering, target_NTD, to_device(labels_NT[samples], activations.device)
+
+    num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
+    iterations = at_hand.objective.iterations
+    steps = step_samples(num_trained, optimize.batch_size, iterations, ranks.rank, ranks.world_size)
+    part = largest_part(optimize.batch_size, ranks.world_size)
+    return (batch for _, batch in activations.ahead(load, islice(steps, first, None), part))
+
+
+@torch.no_grad()
+def agreed_loss(at_hand: BlockAtHand) -> float:
+    """Loss of the block as it is now, over all ranks' watched samples.
+
+    Raises:
+        QuantizationError: it is not finite.
+    """
+    job, block_index = at_hand.job, at_hand.index
+    samples = watched_samples(job.num_samples, job.optimize.held_out, job.ranks.rank, job.ranks.world_size)
+    sums = compare(job.activations, block_index, samples, at_hand.forward, at_hand.objective.errors)
+    total = ErrorSums(*sum_over_ranks(job.ranks, [sums.error, sums.weight]))
+    if not math.isfinite(total.loss):
+        error = QuantizationError("its loss is not finite; check the model's activations for overflow")
+        error.agreed = True  # every rank has added up the same numbers
+        raise error
+    return total.loss
