@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shardq.model.arguments import Call
 from shardq.model.attention import torchs_own
 from shardq.model.ends import multiplying_in, prologue
+from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton, open_skeleton
 
 
@@ -94,5 +95,6 @@ def computed(block: nn.Module, like: nn.Module, call: Call, dtype: torch.dtype) 
         dtype: of the matrix multiplies.
     """
     tensors = {**dict(like.named_parameters()), **dict(like.named_buffers())}
-    with torchs_own(), multiplying_in(dtype, call.hidden.device):
+    what = "transformers' own code fails in it"
+    with torchs_own(), multiplying_in(dtype, call.hidden.device), own_code(type(block).__name__, what):
         return torch.func.functional_call(block, tensors, (call.hidden, *call.args), call.kwargs)

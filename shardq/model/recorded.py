@@ -45,10 +45,14 @@ def record_arguments(
 
 
 def _two_sequences(skeleton: Skeleton, length: int) -> tuple[Tensor, Tensor]:
-    """Two sequences [1, T] that differ at every place."""
+    """Two sequences [1, T] that differ at every place, of tokens from the vocabulary's middle.
+
+    Special tokens stand at its ends; those for images would ask for images.
+    """
     num_tokens = skeleton.model.get_input_embeddings().num_embeddings
-    first_T = torch.randint(num_tokens, (length,), generator=torch.Generator().manual_seed(0))
-    return first_T[None], ((first_T + max(1, num_tokens // 2)) % num_tokens)[None]
+    apart = max(1, num_tokens // 4)
+    first_T = apart + torch.randint(apart, (length,), generator=torch.Generator().manual_seed(0))
+    return first_T[None] % num_tokens, (first_T[None] + apart) % num_tokens
 
 
 def _calls(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_NT: Tensor) -> list[Call]:
@@ -184,7 +188,7 @@ def _compared(skeleton: Skeleton, number: int, first: Call, second: Call, both: 
             shared = Shared(place, type(one), (), (), {})
         elif not (is_equal(one, other) and is_equal(one, two)):
             raise UnsupportedModelError(
-                f"{where} is passed {names[place]}, a {type(one).__name__} that may differ from call to call; "
+                f"{where} is passed {names[place]} ({type(one).__name__}), which may differ from call to call; "
                 f"{_UNSUPPORTED}"
             )
     width = first.hidden.shape[-1]

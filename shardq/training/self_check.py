@@ -117,8 +117,8 @@ class _Checked:
         """
         index, skeleton = loaded.index, self._forward.skeleton
         entering = self._activations.entering("fp", index, self._samples)
-        entering_NTD = hidden_of(entering)[:, : self.length]
-        left_NTD = self._activations.load("fp", index + 1, self._samples)[:, : self.length]
+        entering_NTD = self._cut(hidden_of(entering))
+        left_NTD = self._cut(self._activations.load("fp", index + 1, self._samples))
         name = f"{type(skeleton.model).__name__}: {skeleton.names[index]}"
 
         def respond(number: int, call: Call) -> object:
@@ -131,7 +131,7 @@ class _Checked:
                 raise _explained(f"{name}: {fault}")
             returned = computed(skeleton.blocks[index], loaded.module, call, self._dtype)
             own_NTD = returned[0] if isinstance(returned, tuple | list) else returned
-            streamed_NTD = hidden_of(unrounded(entering))[:, : self.length] if unrounded else left_NTD
+            streamed_NTD = self._cut(hidden_of(unrounded(entering))) if unrounded else left_NTD
             fault = self._fault("its output", own_NTD.float(), streamed_NTD, entering_NTD, self._dtype)
             if fault:
                 names = differing(skeleton, index, call, self._activations.arguments[index].bound(entering))
@@ -141,12 +141,17 @@ class _Checked:
 
         self._forward.at_next_block(respond)
 
+    def _cut(self, hidden_NTD: Tensor) -> Tensor:
+        """Hidden states of the tokens that are checked, laid out as a model's own are."""
+        is_whole = self.length == self._activations.sequence_length
+        return hidden_NTD if is_whole else hidden_NTD[:, : self.length].contiguous()
+
     def _taken_up(self, entering: Tensor | Entering, call: Call) -> Call:
         """The call of the first block that is checked, where blocks before it were left out."""
         passed = self._activations.arguments[self._first]
         if isinstance(entering, Entering) and entering.carried:
             passed.shared_in(call).update(passed.shared.mapping(entering.carried))
-        return call._replace(hidden=hidden_of(entering)[:, : self.length])
+        return call._replace(hidden=self._cut(hidden_of(entering)))
 
     def _fault(
         self, what: str, own_NTD: Tensor, streamed_NTD: Tensor, entering_NTD: Tensor, dtype: torch.dtype

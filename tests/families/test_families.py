@@ -11,7 +11,8 @@ from tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
 
 # Kinds of decoder that differ in what streaming depends on: rotary and learned positions, biases by distance, windows
 # and capped logits, tied and own heads, keys of low rank.
-QUICK = ("llama, rope yarn", "opt", "falcon, alibi", "qwen2, window", "gemma2", "deepseek_v3, dense")
+QUICK = ("llama, rope yarn", "opt, narrow embedding", "falcon, alibi", "qwen2, window", "gemma4_text, shared keys",
+         "deepseek_v32, dense")  # fmt: skip
 STREAMED = frozenset(Path(__file__).with_name("streamed.txt").read_text().splitlines())
 
 
