@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
-LAYERS = ["errors", "files", "background", "devices", "compiling", "logs", "liveness", "quant", "formats",
-          "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks", "rundir",
-          "training", "export", "commands", "cli"]  # fmt: skip
+LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "quant",
+          "formats", "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks",
+          "rundir", "training", "export", "commands", "cli"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},
     {"training", "export"},
@@ -33,7 +33,12 @@ HOMES = {  # third-party package -> the only places that may know it
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),
     "torch._inductor": ("compiling.py",),
+    "torch.fx": ("model/graph.py",),
+    "transformers.conversion_mapping": ("model/transformers_internals.py",),
+    "transformers.core_model_loading": ("model/transformers_internals.py",),
 }
+PRIVATE_HOMES = ("torch_internals.py", "compiling.py", "model/transformers_internals.py", *HOMES["deepspeed"])
+PYTHONS_OWN = {"_exit", "_current_frames", "_replace"}  # documented, for all their underscore
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 300, 60, 8
 
 Sources = dict[str, str]  # path within the package -> text
@@ -110,6 +115,27 @@ def torch_attributes(sources: Sources) -> Iterator[tuple[str, str]]:
     for path, node in nodes(sources, ast.Attribute):
         if isinstance(node.value, ast.Name) and node.value.id == "torch":
             yield path, f"torch.{node.attr}"
+
+
+def strayed_privates(sources: Sources) -> list[str]:
+    """Private parts of other objects and modules that are used outside the homes for them."""
+    used = [(path, name) for path, name in imports(sources) if any(is_private(part) for part in name.split("."))]
+    for path, node in nodes(sources, ast.Attribute):
+        if is_private(node.attr) and node.attr not in PYTHONS_OWN and not is_own(node.value):
+            used.append((path, node.attr))
+    return [f"{path}: uses the private {name}" for path, name in used if path not in PRIVATE_HOMES]
+
+
+def is_private(name: str) -> bool:
+    """Whether a name begins with one underscore."""
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_own(owner: ast.expr) -> bool:
+    """Whether an object is the one, or the class, that the code belongs to."""
+    if isinstance(owner, ast.Call):
+        owner = owner.func
+    return isinstance(owner, ast.Name) and owner.id in ("self", "cls", "super")
 
 
 def relative_imports(sources: Sources) -> list[str]:
@@ -231,8 +257,8 @@ def public(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[ast.Module | ast.
                 yield from public(node)
 
 
-CHECKS = [upward_imports, sibling_imports, strayed_packages, relative_imports, import_cycles, global_statements,
-          long_files, long_functions, wide_functions, broad_excepts, missing_docstrings]  # fmt: skip
+CHECKS = [upward_imports, sibling_imports, strayed_packages, strayed_privates, relative_imports, import_cycles,
+          global_statements, long_files, long_functions, wide_functions, broad_excepts, missing_docstrings]  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -265,6 +291,10 @@ PLANTED = [
     (strayed_packages, "logs.py", "import psutil", "logs.py: uses psutil"),
     (strayed_packages, "logs.py", "from torch._inductor.exc import CppCompileError", "logs.py: uses torch._inductor"),
     (strayed_packages, "commands/quantize.py", "x = torch._dynamo.reset", "commands/quantize.py: uses torch._dynamo"),
+    (strayed_privates, "files.py", "import torch._utils", "files.py: uses the private torch._utils"),
+    (strayed_privates, "files.py", "from torch.utils._pytree import tree_map", "uses the private torch.utils._pytree"),
+    (strayed_privates, "files.py", "x = model.config._attn_implementation", "uses the private _attn_implementation"),
+    (strayed_privates, "cache/store.py", "from shardq.files import _own", "uses the private shardq.files._own"),
     (relative_imports, "quant/affine.py", "from . import packing", "relative import"),
     (import_cycles, "quant/spec.py", "from shardq.quant import quantized", "shardq.quant.spec"),
     (global_statements, "files.py", "def _count():\n    global counter\n", "global"),
