@@ -1,6 +1,7 @@
 """Fused kernels from plain functions: `torch.compile` where a compiler is present, the function itself where not.
 
-Torch's compiler is imported by the functions that need it: the import takes seconds and 150 MB.
+The home of what is used of torch's private compiler, `_dynamo`, `_inductor` and `_triton`; checked with torch 2.13. The
+functions that need it import it: that takes seconds and 150 MB.
 """
 
 import os
@@ -18,6 +19,8 @@ Compile = Callable[[Function, bool], Function]
 """Takes a function and whether its sizes vary; gives the function that is to be called in its place."""
 
 RECOMPILE_LIMIT = 64
+COMPILER_FILES = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
+"""A thread that compiles is in one of them."""
 
 
 def why_not(device: torch.device) -> str | None:

@@ -1,8 +1,8 @@
 """The law of the package, checked from its own source: who may import what, and how large things may grow."""
 
 import ast
-import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
-LAYERS = ["errors", "files", "background", "devices", "compiling", "logs", "liveness", "quant", "formats",
-          "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks", "rundir",
-          "training", "export", "commands", "cli"]  # fmt: skip
+LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "quant",
+          "formats", "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks",
+          "rundir", "training", "export", "commands", "cli"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},
     {"training", "export"},
@@ -33,7 +33,12 @@ HOMES = {  # third-party package -> the only places that may know it
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),
     "torch._inductor": ("compiling.py",),
+    "torch.fx": ("model/graph.py",),
+    "transformers.conversion_mapping": ("model/transformers_internals.py",),
+    "transformers.core_model_loading": ("model/transformers_internals.py",),
 }
+PRIVATE_HOMES = ("torch_internals.py", "compiling.py", "model/transformers_internals.py", *HOMES["deepspeed"])
+PYTHONS_OWN = {"_exit", "_current_frames", "_replace"}  # documented, for all their underscore
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 300, 60, 8
 
 Sources = dict[str, str]  # path within the package -> text
@@ -45,10 +50,16 @@ def read_sources(package: Path) -> Sources:
     return {file.relative_to(package).as_posix(): file.read_text() for file in sorted(package.rglob("*.py"))}
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a module; each text is parsed once, however many checks read it."""
+    return ast.parse(text)
+
+
 def nodes(sources: Sources, *kinds: type) -> Iterator[tuple[str, ast.AST]]:
     """Syntax nodes of some kinds, with the file each stands in."""
     for path, text in sources.items():
-        yield from ((path, node) for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+        yield from ((path, node) for node in ast.walk(parsed(text)) if isinstance(node, kinds))
 
 
 def imports(sources: Sources) -> Iterator[tuple[str, str]]:
@@ -104,6 +115,27 @@ def torch_attributes(sources: Sources) -> Iterator[tuple[str, str]]:
     for path, node in nodes(sources, ast.Attribute):
         if isinstance(node.value, ast.Name) and node.value.id == "torch":
             yield path, f"torch.{node.attr}"
+
+
+def strayed_privates(sources: Sources) -> list[str]:
+    """Private parts of other objects and modules that are used outside the homes for them."""
+    used = [(path, name) for path, name in imports(sources) if any(is_private(part) for part in name.split("."))]
+    for path, node in nodes(sources, ast.Attribute):
+        if is_private(node.attr) and node.attr not in PYTHONS_OWN and not is_own(node.value):
+            used.append((path, node.attr))
+    return [f"{path}: uses the private {name}" for path, name in used if path not in PRIVATE_HOMES]
+
+
+def is_private(name: str) -> bool:
+    """Whether a name begins with one underscore."""
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_own(owner: ast.expr) -> bool:
+    """Whether an object is the one, or the class, that the code belongs to."""
+    if isinstance(owner, ast.Call):
+        owner = owner.func
+    return isinstance(owner, ast.Name) and owner.id in ("self", "cls", "super")
 
 
 def relative_imports(sources: Sources) -> list[str]:
@@ -189,27 +221,44 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
 
 
 def missing_docstrings(sources: Sources) -> list[str]:
-    """Modules, and public classes, functions and methods, that do not say what they are for."""
-    faults = []
+    """Modules, and public classes, functions and methods, that do not say what they are for.
+
+    What a protocol's method does is said once, by the protocol: methods of its name elsewhere need not say it again.
+    """
+    faults, promised = [], protocol_methods(sources)
     for path, text in sources.items():
-        tree = ast.parse(text)
+        tree = parsed(text)
         if not ast.get_docstring(tree):
             faults.append(f"{path}: no docstring")
-        faults += [f"{path}: {node.name} has no docstring" for node in public(tree) if not ast.get_docstring(node)]
+        for scope, node in public(tree):
+            said = isinstance(scope, ast.ClassDef) and node.name in promised and not is_protocol(scope)
+            if not said and not ast.get_docstring(node):
+                faults.append(f"{path}: {node.name} has no docstring")
     return faults
 
 
-def public(scope: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]:
-    """Public definitions of a module and of its public classes."""
+def protocol_methods(sources: Sources) -> set[str]:
+    """Names of the methods that the package's protocols declare."""
+    protocols = (node for _, node in nodes(sources, ast.ClassDef) if is_protocol(node))
+    return {method.name for protocol in protocols for method in protocol.body if isinstance(method, Function)}
+
+
+def is_protocol(node: ast.ClassDef) -> bool:
+    """Whether a class declares what others implement."""
+    return any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
+
+
+def public(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[ast.Module | ast.ClassDef, Function | ast.ClassDef]]:
+    """Public definitions of a module and of its public classes, each after the scope that it stands in."""
     for node in scope.body:
         if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
-            yield node
+            yield scope, node
             if isinstance(node, ast.ClassDef):
                 yield from public(node)
 
 
-CHECKS = [upward_imports, sibling_imports, strayed_packages, relative_imports, import_cycles, global_statements,
-          long_files, long_functions, wide_functions, broad_excepts, missing_docstrings]  # fmt: skip
+CHECKS = [upward_imports, sibling_imports, strayed_packages, strayed_privates, relative_imports, import_cycles,
+          global_statements, long_files, long_functions, wide_functions, broad_excepts, missing_docstrings]  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -242,6 +291,10 @@ PLANTED = [
     (strayed_packages, "logs.py", "import psutil", "logs.py: uses psutil"),
     (strayed_packages, "logs.py", "from torch._inductor.exc import CppCompileError", "logs.py: uses torch._inductor"),
     (strayed_packages, "commands/quantize.py", "x = torch._dynamo.reset", "commands/quantize.py: uses torch._dynamo"),
+    (strayed_privates, "files.py", "import torch._utils", "files.py: uses the private torch._utils"),
+    (strayed_privates, "files.py", "from torch.utils._pytree import tree_map", "uses the private torch.utils._pytree"),
+    (strayed_privates, "files.py", "x = model.config._attn_implementation", "uses the private _attn_implementation"),
+    (strayed_privates, "cache/store.py", "from shardq.files import _own", "uses the private shardq.files._own"),
     (relative_imports, "quant/affine.py", "from . import packing", "relative import"),
     (import_cycles, "quant/spec.py", "from shardq.quant import quantized", "shardq.quant.spec"),
     (global_statements, "files.py", "def _count():\n    global counter\n", "global"),
@@ -261,18 +314,23 @@ PLANTED = [
     (missing_docstrings, "files.py", "class Bare:\n    pass\n", "files.py: Bare has no docstring"),
     (missing_docstrings, "files.py", 'class C:\n    """C."""\n    def bare(self): pass\n', "bare has no docstring"),
     (missing_docstrings, "extra.py", "x = 1\n", "extra.py: no docstring"),
+    (
+        missing_docstrings,
+        "cache/store.py",
+        'class P(Protocol):\n    """P."""\n    def load(self): pass\n',
+        "load has no",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("check", "path", "fault", "report"), PLANTED, ids=[f"{row[0].__name__}-{n}" for n, row in enumerate(PLANTED)]
 )
-def test_planted_fault_is_found(tmp_path: Path, check: Callable, path: str, fault: str, report: str):
-    copy = shutil.copytree(PACKAGE, tmp_path / "shardq", ignore=shutil.ignore_patterns("__pycache__"))
-    before = check(read_sources(copy))
-    with open(copy / path, "a") as file:
-        file.write("\n" + fault)
-    new = [found for found in check(read_sources(copy)) if found not in before]
+def test_planted_fault_is_found(check: Callable, path: str, fault: str, report: str):
+    sources = read_sources(PACKAGE)
+    before = check(sources)
+    sources[path] = sources.get(path, "") + "\n" + fault
+    new = [found for found in check(sources) if found not in before]
     assert len(new) == 1 and report in new[0]
 
 
@@ -286,3 +344,8 @@ def test_planted_fault_is_found(tmp_path: Path, check: Callable, path: str, faul
 )
 def test_narrow_handler_and_clean_up_are_allowed(handler: str):
     assert broad_excepts({"files.py": f"try:\n    pass\n{handler}"}) == []
+
+
+def test_protocol_says_for_all_that_implement_it():
+    protocol = '"""M."""\nclass P(Protocol):\n    """P."""\n    def load(self):\n        """Read it."""\n'
+    assert missing_docstrings({"files.py": protocol + 'class Disk:\n    """D."""\n    def load(self): pass\n'}) == []

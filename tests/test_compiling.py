@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from shardq.compiling import compiler, eager, why_not
+from shardq.compiling import COMPILER_FILES, compiler, eager, why_not
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(why_not(CPU) is not None, reason=f"there is {why_not(CPU)}")
@@ -188,3 +188,9 @@ class TestWhereCompiledCodeStays:
         child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert child.returncode == 0, child.stderr
         assert list((tmp_path / ".cache" / "shardq" / "compiled").rglob("*.so"))
+
+
+def test_torch_compiles_in_the_files_that_tell_so():
+    """A thread in one of them compiles; were they renamed, it would be taken for one that hangs."""
+    installed = Path(torch.__file__).parents[1]
+    assert all((installed / name.removeprefix("/")).is_file() for name in COMPILER_FILES)

@@ -53,11 +53,9 @@ class MemoryStore:
         return self._hidden[_kept_stream(stream, generation), generation, sample]
 
     def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
-        """Whether these streams of a sample are there."""
         return all((_kept_stream(stream, generation), generation, sample) in self._hidden for stream in streams)
 
     def drop(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> None:
-        """Free these streams of a sample."""
         for stream in streams:
             self._hidden.pop((stream, generation, sample), None)
 

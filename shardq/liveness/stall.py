@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from shardq.compiling import COMPILER_FILES
+
 Item = TypeVar("Item")
 
 STALL_SECONDS = 600.0  # a disk, a server of files or a stopped terminal may be silent for minutes and come back
@@ -20,7 +22,7 @@ STEP_SECONDS, STEP_RATIO = 20.0, 20.0
 IDLE_SHARE = 0.01
 WAITING_IN = ("/torch/distributed/", "/deepspeed/", "/shardq/parallel/")  # where a rank waits for others
 # No part of a step, wherever it comes: compiling for sizes not met before; waiting for a thread that reads or writes.
-ASIDE_IN = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py", "/shardq/background.py")
+ASIDE_IN = (*COMPILER_FILES, "/shardq/background.py")
 
 
 @dataclass

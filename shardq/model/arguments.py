@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardq.model.skeleton import to_meta
+from shardq.torch_internals import tree_flatten, tree_unflatten
 
 
 class Call(NamedTuple):

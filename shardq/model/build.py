@@ -1,7 +1,7 @@
 """A model of transformers built from a checkpoint's config.json, without weights, and the list of its decoder blocks.
 
 Works for any architecture of transformers: the blocks are the outermost `ModuleList` in the text decoder whose children
-stand in the model's own `_no_split_modules`, if these name any. No table of models.
+stand in the model's list of blocks' classes, if it has one. No table of models.
 """
 
 import json
@@ -23,6 +23,7 @@ from shardq.files import storage_errors
 from shardq.formats.shards import inside
 from shardq.model.attention import use_pieces
 from shardq.model.own_code import own_code
+from shardq.model.transformers_internals import block_classes
 
 
 def build_on_meta(folder: Path) -> PreTrainedModel:
@@ -89,7 +90,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: there is none, or there are several.
     """
-    kinds, name = set(model._no_split_modules or ()), type(model).__name__
+    kinds, name = block_classes(model), type(model).__name__
     with own_code(name, "it does not tell its text decoder"):
         inside = set(model.get_decoder().modules())
         num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)

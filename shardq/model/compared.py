@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from shardq.model.arguments import Call
 from shardq.model.skeleton import Skeleton
+from shardq.torch_internals import keystr, tree_flatten, tree_flatten_with_path
 
 PLAIN = (NoneType, bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
 ROUNDING = 1e-5  # of values computed twice, as a share of the largest

@@ -13,13 +13,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
 
 from shardq.errors import UnsupportedModelError
 from shardq.model.ends import prologue, run_block
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
+from shardq.torch_internals import tree_leaves
 
 BATCH, LENGTH = 2, 16  # of the example that is traced; neither is 1, which would be taken for a constant
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import BlockArguments, Call, Entering, Shared
 from shardq.model.compared import argument_names, is_equal
 from shardq.model.skeleton import Skeleton, to_meta
+from shardq.torch_internals import tree_flatten
 
 CHAIN_TOKENS = 16  # of the call that shows in which order blocks are called, and on what
 _UNSUPPORTED = "such models are not supported yet"

@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardq.formats.shards import Digests, Index, TensorInfo, open_index
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.own_code import own_code
+from shardq.model.transformers_internals import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 from shardq.quant.spec import DEFAULT_IGNORE
+from shardq.torch_internals import tree_map_only
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from shardq.model.arguments import BlockArguments
 from shardq.model.attention import is_causal, scale_of
 from shardq.model.own_code import own_code
+from shardq.model.transformers_internals import attention_name
 
 Tap = Callable[[str, Tensor], Tensor]
 Wanted = Callable[[str], bool]
@@ -61,7 +62,7 @@ def tapped(block: nn.Module, tap: Tap, wanted: Wanted = lambda name: True) -> It
         if any(
             wanted(f"{name}.{kind}") for name in attention.values() for kind in (*ATTENTION_INPUTS, *BETWEEN, "context")
         ):
-            for implementation in {module.config._attn_implementation for module in attention}:
+            for implementation in {attention_name(module.config) for module in attention}:
                 stack.enter_context(_attention_replaced(implementation, attention, tap, wanted))
         yield
 

@@ -18,6 +18,8 @@ from shardq.errors import UnsupportedModelError
 from shardq.formats.shards import TensorInfo, check_same, read_weight
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
+from shardq.model.transformers_internals import initialise
+from shardq.torch_internals import non_persistent_buffers
 
 COMPUTE_DTYPE = torch.float32
 
@@ -138,10 +140,8 @@ def _place(owner: nn.Module, name: str, tensor: Tensor, device: torch.device) ->
         current.copy_(tensor)
         return
     tensor = _computed(tensor, device)
-    if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[name] = tensor
+    is_parameter = isinstance(current, nn.Parameter)
+    setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
 def _computed(tensor: Tensor, device: torch.device) -> Tensor:
@@ -152,15 +152,16 @@ def _computed(tensor: Tensor, device: torch.device) -> Tensor:
 def _make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
     """Compute non-persistent buffers, such as rotary frequencies, the way the model initialises them."""
     for name, owner, own_model in _with_models("", module, model):
-        computed = [key for key in owner._non_persistent_buffers_set if owner._buffers[key] is not None]
+        computed = non_persistent_buffers(owner)
         for key in computed:
-            like = owner._buffers[key]
-            owner._buffers[key] = torch.full_like(like, torch.nan if like.is_floating_point() else 0, device=device)
+            like = getattr(owner, key)
+            setattr(owner, key, torch.full_like(like, torch.nan if like.is_floating_point() else 0, device=device))
         if computed:
             with own_code(type(own_model).__name__, f"it cannot initialise the buffers of {type(owner).__name__}"):
-                own_model._init_weights(owner)
+                initialise(own_model, owner)
         for key in computed:
-            if owner._buffers[key].is_floating_point() and owner._buffers[key].isnan().any():
+            made = getattr(owner, key)
+            if made.is_floating_point() and made.isnan().any():
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: buffer {f'{name}.{key}'.removeprefix('.')} is neither stored nor "
                     "initialised by transformers"

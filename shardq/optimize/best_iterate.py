@@ -11,7 +11,7 @@ class BestIterate:
 
     Attributes:
         linears: by name; the codes as they would be written, a byte a weight.
-        loss: theirs.
+        loss: the loss of these codes on the held-out samples.
         num_stale: how many iterates in a row have been no better.
     """
 
@@ -20,7 +20,7 @@ class BestIterate:
     num_stale: int = 0
 
     def offer(self, linears: dict[str, QuantizedLinear], loss: float) -> None:
-        """Take these if their loss is lower."""
+        """Keep these quantized linears if their loss is lower than the lowest so far."""
         if loss < self.loss:
             self.linears, self.loss, self.num_stale = linears, loss, 0
         else:

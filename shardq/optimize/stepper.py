@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.optimize.options import OptimizeOptions
+from shardq.torch_internals import allow_fused_on_gpu
 
 GRID_PARAMETERS = (".beta", ".gamma", ".step")
 
@@ -135,14 +136,16 @@ def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
         return Adam8(groups)
     optimizer = OPTIMIZERS[kind](groups, fused=True)
     if kind == "rms":
-        optimizer._need_device_dtype_check_for_fused = False  # torch 2.11 denies GPUs theirs
+        allow_fused_on_gpu(optimizer)
     if kind == "sign":
         optimizer.register_step_pre_hook(_take_signs)
     return optimizer
 
 
 def _take_signs(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    torch._foreach_sign_([parameter.grad for group in optimizer.param_groups for parameter in group["params"]])
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad.sign_()
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, done: int, iterations: int, rate: float = 1.0) -> None:

@@ -2,12 +2,12 @@
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, trainable
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, contact
+from shardq.torch_internals import flattened, unflattened
 
 # Values that travel together at least: smaller gradients, all but those of s2, wait for one another. From about a
 # megabyte on, what a collective costs beside its bytes is small.
@@ -39,7 +39,7 @@ class AllReduceStepper(LocalStepper):
             with contact("averaging gradients"):
                 work.wait()
             mean = bucket.float().div_(self._world_size)
-            for parameter, gradient in zip(parameters, _unflatten_dense_tensors(mean, parameters), strict=True):
+            for parameter, gradient in zip(parameters, unflattened(mean, parameters), strict=True):
                 parameter.grad = gradient
         self._sent.clear()
         super().step()
@@ -54,7 +54,7 @@ class AllReduceStepper(LocalStepper):
             self._waiting = []
 
     def _send(self, parameters: list[nn.Parameter]) -> None:
-        bucket = _flatten_dense_tensors([parameter.grad for parameter in parameters]).to(self._dtype)
+        bucket = flattened([parameter.grad for parameter in parameters]).to(self._dtype)
         for parameter in parameters:
             parameter.grad = None  # comes back with the mean; until then only the bucket takes memory
         with contact("averaging gradients"):

@@ -66,7 +66,10 @@ class Checkpoints:
 
 
 def purpose_of(checkpoints: Checkpoints) -> dict:
-    """What a checkpoint has to be made for, by what it is called where it differs; the same on all ranks."""
+    """Facts that must be equal when a checkpoint is saved and when it is loaded; the same on all ranks.
+
+    The keys name the facts in the message about a checkpoint that does not fit.
+    """
     parallel, ranks = checkpoints.parallel, checkpoints.ranks
 
     def beginning() -> str:

@@ -21,6 +21,7 @@ from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import Engine, ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.plan import Plan
+from shardq.torch_internals import storage_key
 from shardq.training.objective import LIKELY_TOKENS
 
 # A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
@@ -230,9 +231,8 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
     call = arguments.on_meta(hidden_shape)
     with own_code(type(block).__name__, "its memory for training cannot be counted"):
         kept = saved_tensors(lambda: run_block(block, *call, torch.float32))
-    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
-    storages = [tensor.untyped_storage() for tensor in kept]
-    return sum(storage.nbytes() for storage in storages if storage._cdata not in parameters)
+    parameters = {storage_key(parameter) for parameter in block.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept if storage_key(tensor) not in parameters)
 
 
 def saved_tensors(work: Callable[[], object]) -> list[Tensor]:
@@ -240,7 +240,7 @@ def saved_tensors(work: Callable[[], object]) -> list[Tensor]:
     kept: dict[int, Tensor] = {}
 
     def count(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        kept[storage_key(tensor)] = tensor
         return tensor
 
     with saved_tensors_hooks(count, lambda tensor: tensor):

@@ -29,7 +29,7 @@ LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence
 
 OUTPUT_WEIGHT = 30.0  # of the output's relative error; divergence alone does worse on held-out text (measured)
 LIKELY_TOKENS = 8192  # of the vocabulary, to whose predictions the last block is trained; as good as all (measured)
-LOOKED_AT = 4  # every so many positions tell which tokens these are
+LOOKED_AT = 4  # one position in four is read to find the likely tokens
 PREDICTION_STEPS = 2  # times as many as the other blocks'; with that weight more steps still gain (measured)
 
 

@@ -34,10 +34,13 @@ Linears = dict[str, QuantizedLinear]
 
 @dataclass(frozen=True)
 class BlockAtHand:
-    """A block on its bench.
+    """A block while it is trained.
 
     Attributes:
-        forward: the block as it is served.
+        bench: trains blocks of this kind.
+        index: the block's place in the model.
+        forward: from what enters the block to its output, computed as the quantized model will compute it.
+        objective: what is trained, what is reported, and for how many steps.
     """
 
     job: BlockJob

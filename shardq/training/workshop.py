@@ -125,7 +125,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
 
 
 def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments) -> None:
-    """One step, of which nothing stays, so that compiling happens, and is timed, here."""
+    """Take one training step and discard its result: the step is compiled, and its compilation timed, here."""
     samples = list(job.activations.samples[: job.samples_at_once])
     entering = job.activations.entering("fp", loaded.index, samples)
     loss = loss_of(job, bench, loaded, arguments, job.optimize.loss)
@@ -158,7 +158,7 @@ def served_forward(
     def compiled(hidden_NTD: Tensor) -> Tensor:
         if len(hidden_NTD) % job.samples_at_once:
             return forward(hidden_NTD)
-        # The code holds for targets that are not the inputs themselves, and for weights that ask for a gradient.
+        # The compiled code is reused only where inputs and targets are two tensors and the weights require gradients.
         pairs = zip(*(hidden_NTD.split(job.samples_at_once) for _ in range(2)), strict=True)
         with torch.enable_grad(), collecting(weights):
             return torch.cat([job.block_loss(loaded.module, *pair, *passed)[1].detach() for pair in pairs])
