@@ -7,13 +7,13 @@ from shardq.calib.options import TextOptions
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, QuantOptions, TuneConfig
 from shardq.errors import ConfigError
 from shardq.formats.options import AimetOptions
-from shardq.parallel.deepspeed_stepper import deepspeed_settings
-from shardq.parallel.options import ParallelOptions
+from shardq.parallel.engines import candidates
+from shardq.parallel.ranks import Ranks
 from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import MAX_DECOMPRESSED_BITS
 
 
-def check_quantize(config: QuantizeConfig, world_size: int) -> None:
+def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     """Check the values and combinations of a run whose options are resolved.
 
     Raises:
@@ -29,9 +29,8 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
     split = config.tensor_parallel
     _require(split == 1 or (split > 1 and config.target == "vllm"), "tensor_parallel", split,
              "at least 1, and 1 but for --target vllm")  # fmt: skip
-    optimize = config.optimize
-    _check_parallel(config.parallel, world_size)
-    _check_optimizer(optimize.optimizer, config.parallel)
+    optimize, world_size = config.optimize, ranks.world_size
+    _check_engine(config, ranks)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
     _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
@@ -60,22 +59,11 @@ def check_quantize(config: QuantizeConfig, world_size: int) -> None:
              f"at most the samples that are trained on ({samples - held_out})")  # fmt: skip
 
 
-def _check_parallel(parallel: ParallelOptions, world_size: int) -> None:
-    engine, zero = parallel.engine, "a ZeRO engine (zero1, zero2, zero3)"
-    _require(engine != "local" or world_size == 1, "parallel.engine", engine, "allreduce or zero* on several ranks")
-    _require(engine != "allreduce" or world_size > 1, "parallel.engine", engine, "local or zero* on one rank")
-    _require(not parallel.offload or parallel.zero_stage, "parallel.offload", parallel.offload, f"false without {zero}")
-    _require(parallel.deepspeed is None or parallel.zero_stage, "parallel.deepspeed", parallel.deepspeed,
-             f"left out without {zero}")  # fmt: skip
-    if parallel.zero_stage:
-        deepspeed_settings(parallel)  # a file that cannot be used is refused before any work
-
-
-def _check_optimizer(optimizer: str, parallel: ParallelOptions) -> None:
-    if optimizer != "adam8":
-        return
-    _require(not parallel.zero_stage, "optimize.optimizer", optimizer, f"adam, rms or sign with {parallel.engine}")
-    if importlib.util.find_spec("bitsandbytes") is None:
+def _check_engine(config: QuantizeConfig, ranks: Ranks) -> None:
+    for engine in candidates(config.parallel, ranks):
+        for demand in engine.demands(config.optimize.optimizer):
+            _require(*demand)
+    if config.optimize.optimizer == "adam8" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optimize.optimizer: adam8 needs the package bitsandbytes; "
             "pip install 'shardq[bitsandbytes]', or choose rms"

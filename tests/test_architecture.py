@@ -28,7 +28,7 @@ HOMES = {  # third-party package -> the only places that may know it
     "torch.onnx": ("model/graph.py",),
     "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx.py"),
     "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf.py"),
-    "deepspeed": ("parallel/deepspeed_stepper.py",),
+    "deepspeed": ("parallel/zero.py",),
     "bitsandbytes": ("optimize/adam8.py",),
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),

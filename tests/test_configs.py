@@ -7,16 +7,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from shardq.checks import check_evaluate, check_quantize
 from shardq.cli import COMMANDS, parse
 from shardq.config import QuantOptions
 from shardq.optimize.options import resolved
-from shardq.parallel.deepspeed_stepper import deepspeed_settings
+from shardq.parallel.ranks import Ranks
+from shardq.parallel.zero import Zero
 
 ROOT = Path(__file__).parents[1]
 README, MEASURED = (ROOT / "README.md").read_text(), (ROOT / "docs" / "measured.md").read_text()
+
+
+def ranks_of(number):
+    return Ranks(0, number, torch.device("cpu"))
 
 
 def shown_commands(text):
@@ -34,7 +40,7 @@ def check(command, num_ranks, config):
         check_evaluate(config)
     elif command == "quantize":
         optimize = resolved(config.optimize, config.quant.bits, num_ranks, has_bf16=False)
-        check_quantize(replace(config, optimize=optimize), num_ranks)
+        check_quantize(replace(config, optimize=optimize), ranks_of(num_ranks))
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
@@ -47,7 +53,7 @@ def test_recipes_parse_and_pass_the_checks(recipe):
 def test_deepspeed_settings_are_accepted_by_us_and_by_deepspeed(engine, file):
     config = parse("quantize", ["--model", "model", "--parallel.engine", engine, "--parallel.deepspeed", str(file)])
     check("quantize", 2, config)
-    settings = deepspeed_settings(config.parallel)
+    settings = Zero(config.parallel, ranks_of(2)).settings
     given = json.loads(file.read_text())["zero_optimization"]
     assert given.items() <= settings["zero_optimization"].items()
     accepted = DeepSpeedZeroConfig(**settings["zero_optimization"]).model_dump(by_alias=True)

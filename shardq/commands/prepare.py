@@ -25,6 +25,7 @@ from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
+from shardq.parallel.engines import candidates, engine_for
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.digests import cut_torn_line
@@ -85,7 +86,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     # The grid as it is: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=config.quant.spec.full_range)
     config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
-    together(ranks, lambda: check_quantize(config, ranks.world_size))
+    together(ranks, lambda: check_quantize(config, ranks))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
 
     def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
@@ -120,7 +121,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     shared_by_all(ranks, output)
     if redo or None not in ledger.finished(lines):
         begin_with(skeleton, known(lines), ranks, display.line)
-    ahead = reads_ahead(largest, config.optimize, config.parallel, limit, ranks.world_size)
+    ahead = reads_ahead(largest, config.optimize, engine_for(config.parallel, ranks), limit)
     lines += [redo] if redo else []
     run = Run(
         config, output, skeleton, plan, arguments, activations, largest, tokens_NT, manifest, lines,
@@ -174,23 +175,23 @@ def _fitted(
     display: Display,
 ) -> QuantizeConfig:
     """Options with engine, micro-batch and whether to compile decided for this model and machine."""
-    optimize, parallel = config.optimize, config.parallel
-    if parallel.engine == "auto":
-        parallel, reason = choose_engine(largest, optimize, parallel, limit, ranks.world_size)
-        display.line(f"parallel.engine: {parallel.engine} ({reason})")
+    optimize = config.optimize
+    engine, reason = choose_engine(largest, optimize, candidates(config.parallel, ranks), limit)
+    if engine.options != config.parallel:
+        display.line(f"parallel.engine: {engine.options.engine} ({reason})")
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
         micro_batch = stored.get("micro_batch")
         if micro_batch is None or stored.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
-            micro_batch = choose_micro_batch(largest, optimize, parallel, limit, ranks.world_size)
+            micro_batch = choose_micro_batch(largest, optimize, engine, limit)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":
-        return replace(config, parallel=parallel, optimize=replace(optimize, compile="off"))
+        return replace(config, parallel=engine.options, optimize=replace(optimize, compile="off"))
     missing = why_not(ranks.device)
     if missing and optimize.compile == "on":
         raise ConfigError(f"optimize.compile: on is asked for, but there is {missing}; use auto or off")
     optimize = replace(optimize, compile="off" if missing else "on")
-    return replace(config, parallel=parallel, optimize=optimize)
+    return replace(config, parallel=engine.options, optimize=optimize)
 
 
 def _say_what_will_be_done(run: Run) -> None:

@@ -29,6 +29,7 @@ from shardq.model.arguments import BlockArguments
 from shardq.model.ends import block_forward
 from shardq.model.weights import LoadedBlock, stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
+from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
@@ -107,11 +108,12 @@ def _finish(run: Run, events: Events) -> list[dict]:
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, run.arguments)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
+    engine = engine_for(config.parallel, ranks)
     job = BlockJob(
-        run.skeleton, config.seed, config.quant.method, spec, config.optimize, config.parallel, run.tokens_NT,
+        run.skeleton, config.seed, config.quant.method, spec, config.optimize, engine, run.tokens_NT,
         rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(ranks.device, run.display.line) if config.optimize.compile == "on" else eager,
-        Checkpoints(run.output, config.checkpoint.every_iterations, config.parallel, ranks),
+        Checkpoints(run.output, config.checkpoint.every_iterations, engine),
     )  # fmt: skip
     on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
     lines = list(run.lines)

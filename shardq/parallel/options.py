@@ -7,14 +7,11 @@ if TYPE_CHECKING:  # options are read before torch is imported, which takes seco
     import torch
 
 
-Engine = Literal["local", "rows", "allreduce", "zero1", "zero2", "zero3"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     """What each rank holds of a block that is being trained."""
 
-    engine: Literal["auto", Engine] = "auto"
+    engine: Literal["auto", "local", "rows", "allreduce", "zero1", "zero2", "zero3"] = "auto"
     """`local`: one rank alone; `rows`: every rank trains its part of each linear's outputs, and the quantized weight
     alone is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
     state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: `local` on one rank,
@@ -32,18 +29,3 @@ class ParallelOptions:
         import torch
 
         return {"float32": torch.float32, "bf16": torch.bfloat16}[self.reduce_dtype]
-
-    @property
-    def shards(self) -> bool:
-        """Whether each rank holds parameters and moments of its own."""
-        return self.engine == "rows" or self.zero_stage > 0
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's name for the engine; 0 without DeepSpeed."""
-        return int(self.engine[4:]) if self.engine.startswith("zero") else 0
-
-    @property
-    def collects_in_place(self) -> bool:
-        """Whether ZeRO collects the gradients of a rank's shard where they are stepped."""
-        return self.zero_stage == 2 and not self.offload

@@ -8,7 +8,7 @@ made for what it is doing now. Its predecessor is removed once all ranks have wr
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,7 @@ from shardq.errors import CheckpointError
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.optimize.best_iterate import BestIterate
 from shardq.parallel.collectives import on_rank_zero, together
-from shardq.parallel.deepspeed_stepper import deepspeed_settings
-from shardq.parallel.options import ParallelOptions
-from shardq.parallel.ranks import Ranks
+from shardq.parallel.engine import Engine
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 from shardq.rundir.ledger import LEDGER, MANIFEST
@@ -51,18 +49,17 @@ class Checkpoints:
     Attributes:
         output: the run's folder, which all ranks share.
         every: iterations from one to the next; 0: none is written.
-        parallel: how the ranks share parameters and moments.
+        engine: whose training state is saved.
     """
 
     output: Path
     every: int
-    parallel: ParallelOptions
-    ranks: Ranks
+    engine: Engine
 
     @property
     def state_file(self) -> str:
         """The file with what this rank holds."""
-        return f"state-{self.ranks.rank if self.parallel.shards else 0:05d}.safetensors"
+        return f"state-{self.engine.writer:05d}.safetensors"
 
 
 def purpose_of(checkpoints: Checkpoints) -> dict:
@@ -70,18 +67,16 @@ def purpose_of(checkpoints: Checkpoints) -> dict:
 
     The keys name the facts in the message about a checkpoint that does not fit.
     """
-    parallel, ranks = checkpoints.parallel, checkpoints.ranks
+    engine, ranks = checkpoints.engine, checkpoints.engine.ranks
 
     def beginning() -> str:
         files = [path for name in (MANIFEST, LEDGER) if (path := checkpoints.output / name).exists()]
         return hashlib.sha256(b"\n".join(path.read_bytes() for path in files)).hexdigest()
 
-    engine = asdict(parallel) | (deepspeed_settings(parallel) if parallel.zero_stage else {})
-    del engine["deepspeed"]  # the name of a file whose settings are there by now
     return {
         "block, run or finished blocks": on_rank_zero(ranks, beginning),
         "number of ranks": ranks.world_size,
-        "engine": engine,
+        "engine": engine.made_with(),
         "kind of device": ranks.device.type,
     }
 
@@ -95,12 +90,12 @@ def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress
     Raises:
         StorageError: the disk is full or cannot be written.
     """
-    ranks, best = checkpoints.ranks, progress.best
+    ranks, best = checkpoints.engine.ranks, progress.best
     folder = _folder(checkpoints) / f"block-{block:05d}-try-{progress.failed}-iteration-{progress.done:06d}"
     about = {"purpose": purpose, "failed": progress.failed, "done": progress.done, "has_best": best is not None}
 
     def write() -> None:
-        if checkpoints.parallel.shards or ranks.rank == 0:
+        if checkpoints.engine.writer == ranks.rank:
             write_checked(folder / checkpoints.state_file, state, about)
         if best and ranks.rank == 0:
             facts = {"linears": list(best.linears), "loss": best.loss, "num_stale": best.num_stale}
@@ -124,7 +119,7 @@ def load(
         spec: the grid of the best iterate's linears.
         say: is given a line about each one that does not.
     """
-    ranks = checkpoints.ranks
+    ranks = checkpoints.engine.ranks
 
     def found() -> list[str]:
         folder = _folder(checkpoints)
@@ -155,7 +150,7 @@ def _read(folder: Path, checkpoints: Checkpoints, purpose: dict, spec: QuantSpec
     differing = [name for name, value in purpose.items() if made_for.get(name) != value]
     if differing:
         raise CheckpointError(f"made for another {', another '.join(differing)}")
-    best = _best_of(*read_checked(folder / BEST), spec, checkpoints.ranks.device) if about["has_best"] else None
+    best = _best_of(*read_checked(folder / BEST), spec, checkpoints.engine.ranks.device) if about["has_best"] else None
     return Progress(about["failed"], about["done"], best), state
 
 

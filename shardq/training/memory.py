@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.loss import LOGITS_TOKENS
 from shardq.optimize.options import OptimizeOptions
-from shardq.parallel.deepspeed_stepper import deepspeed_settings
-from shardq.parallel.options import Engine, ParallelOptions
+from shardq.parallel.engine import BlockSize, Engine
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.plan import Plan
 from shardq.torch_internals import storage_key
@@ -28,15 +27,6 @@ from shardq.training.objective import LIKELY_TOKENS
 # quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
 # gradient, in float32.
 MOMENTS = {"adam": 2, "adam8": 0.51, "rms": 1, "sign": 0}  # in float32 numbers a weight
-
-
-@dataclass(frozen=True)
-class BlockSize:
-    """A block's bytes in the checkpoint, and its weights to train: of all its linears, and of the largest."""
-
-    source: int
-    num_weights: int
-    largest_linear: int
 
 
 @dataclass(frozen=True)
@@ -70,20 +60,17 @@ def largest_block(
     return LargestBlock(plan.names[largest], sizes[largest], sample, head)
 
 
-def choose_micro_batch(
-    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
-) -> int:
+def choose_micro_batch(block: LargestBlock, options: OptimizeOptions, engine: Engine, limit: int) -> int:
     """The largest divisor of a rank's part of a batch whose training fits the memory; at least 1.
 
     Args:
         options: resolved but for the micro-batch.
-        parallel: with the engine resolved.
         limit: bytes that a rank may use.
 
     Raises:
         ConfigError: the options set a limit that one sample exceeds.
     """
-    needed = _needed_bytes(block, options, parallel, world_size)
+    needed = _needed_bytes(block, options, engine)
     fitting = [micro_batch for micro_batch, count in needed.items() if count <= limit]
     if not fitting and options.memory_gib:
         raise ConfigError(
@@ -95,33 +82,30 @@ def choose_micro_batch(
 
 
 def choose_engine(
-    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
-) -> tuple[ParallelOptions, str]:
-    """`allreduce` if it fits the memory with some micro-batch, else `rows`, which takes least; and why, in words.
+    block: LargestBlock, options: OptimizeOptions, engines: list[Engine], limit: int
+) -> tuple[Engine, str]:
+    """The first of some engines that fits the memory with some micro-batch, else the last; and why, in words.
 
     Args:
-        parallel: with the engine `auto`.
+        engines: as `candidates` gives them.
         limit: bytes that a rank may use.
     """
-    if world_size == 1:
-        return replace(parallel, engine="local"), "one rank"
-    needed: dict[Engine, int] = {}
-    for engine in ("allreduce", "rows"):
-        chosen = replace(parallel, engine=engine)
-        needed[engine] = min(_needed_bytes(block, options, chosen, world_size).values())
-        if needed[engine] <= limit:
+    if len(engines) == 1:  # of those that `auto` may mean
+        return engines[0], "one rank"
+    taken: list[str] = []
+    for engine in engines:
+        needed = min(_needed_bytes(block, options, engine).values())
+        taken.append(f"{engine.options.engine} takes {needed / 2**30:.2f} GiB a rank")
+        if needed <= limit:
             break
-    reason = ", ".join(f"{engine} takes {count / 2**30:.2f} GiB a rank" for engine, count in needed.items())
-    return replace(parallel, engine=engine), f"{reason}, of {limit / 2**30:.2f} GiB"
+    return engine, f"{', '.join(taken)}, of {limit / 2**30:.2f} GiB"
 
 
-def _needed_bytes(
-    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
-) -> dict[int, int]:
+def _needed_bytes(block: LargestBlock, options: OptimizeOptions, engine: Engine) -> dict[int, int]:
     """What training takes with each micro-batch in question: the one that is asked for, or all in equal pieces."""
-    part = largest_part(options.batch_size, world_size)
+    part = largest_part(options.batch_size, engine.ranks.world_size)
     sizes = [options.micro_batch] if options.micro_batch else [n for n in range(1, part + 1) if part % n == 0]
-    return {size: training_bytes(block, options, parallel, world_size, size) for size in sizes}
+    return {size: training_bytes(block, options, engine, size) for size in sizes}
 
 
 def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
@@ -131,17 +115,14 @@ def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
     return spare_bytes(ranks.device, ranks.local_world_size)
 
 
-def reads_ahead(
-    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, limit: int, world_size: int
-) -> bool:
+def reads_ahead(block: LargestBlock, options: OptimizeOptions, engine: Engine, limit: int) -> bool:
     """Whether there is room for the next block's weights beside a block's training.
 
     Args:
         options: resolved.
-        parallel: with the engine resolved.
         limit: bytes that a rank may use.
     """
-    needed = training_bytes(block, options, parallel, world_size, options.micro_batch)
+    needed = training_bytes(block, options, engine, options.micro_batch)
     return needed + block.size.source <= limit
 
 
@@ -153,60 +134,30 @@ def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
     return BlockSize(source, sum(linears), max(linears, default=0))
 
 
-def training_bytes(
-    block: LargestBlock, options: OptimizeOptions, parallel: ParallelOptions, world_size: int, micro_batch: int
-) -> int:
+def training_bytes(block: LargestBlock, options: OptimizeOptions, engine: Engine, micro_batch: int) -> int:
     """A rank's memory for training a block with some samples at once, without the next block."""
-    adding_up = micro_batch < largest_part(options.batch_size, world_size)
-    state = state_bytes(block.size, options, parallel, world_size, adding_up)
+    adding_up = micro_batch < largest_part(options.batch_size, engine.ranks.world_size)
+    state = state_bytes(block.size, options, engine, adding_up)
     return state + micro_batch * block.sample_bytes + block.head_bytes
 
 
-def state_bytes(
-    size: BlockSize, options: OptimizeOptions, parallel: ParallelOptions, world_size: int, adding_up: bool = False
-) -> int:
+def state_bytes(size: BlockSize, options: OptimizeOptions, engine: Engine, adding_up: bool = False) -> int:
     """A rank's memory for a block that is being trained, without activations and without the next block.
 
     Args:
         adding_up: the gradients of several micro-batches add up.
     """
-    num_weights, stage, rows = size.num_weights, parallel.zero_stage, parallel.engine == "rows"
-
-    def held(num_bytes: int, sharded_from: int) -> int:
-        """What a rank has of something that `rows` and ZeRO from some stage on shard."""
-        return num_bytes // world_size if rows or stage >= sharded_from else num_bytes
-
-    moments = 0 if parallel.offload else held(int(4 * MOMENTS[options.optimizer] * num_weights), 1)
-    state = moments + held(4 * num_weights, 3) + held(size.source, 3)
-    if stage == 3:
-        state += held(4 * num_weights, 3)  # DeepSpeed keeps a place for the gradient of its shard of s2
+    num_weights = size.num_weights
+    state = engine.rank_bytes("moments", int(4 * MOMENTS[options.optimizer] * num_weights))
+    state += engine.rank_bytes("weights", 4 * num_weights) + engine.rank_bytes("weights", size.source)
     if options.held_out:
         state += num_weights  # the best iterate's codes
-    quantized, gradient = options.dtype.itemsize * num_weights, held(4 * num_weights, 2) if stage < 3 else 0
+    quantized, gradients = options.dtype.itemsize * num_weights, engine.rank_bytes("gradients", 4 * num_weights)
     if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
         quantized += (4 + options.dtype.itemsize) * num_weights
-    # Whether the place for gradients is there when the first of them is made, and the weights still are.
-    beside = parallel.collects_in_place or stage and world_size == 1
-    at_once = quantized + gradient if beside else max(quantized, gradient)
-    moved = _moved_bytes(size, parallel, world_size) if stage else 0
+    at_once = quantized + gradients if engine.keeps_gradients else max(quantized, gradients)
     # One linear's gradient beside that of its s2.
-    return state + at_once + moved + 4 * size.largest_linear
-
-
-def _moved_bytes(size: BlockSize, parallel: ParallelOptions, world_size: int) -> int:
-    """What ZeRO reduces and gathers at once."""
-    if world_size == 1:  # it copies gradients instead, one after the other, to a place that it has for all of them
-        return 0 if parallel.collects_in_place else 4 * size.largest_linear
-    zero = deepspeed_settings(parallel)["zero_optimization"]
-    bucket = min(zero["reduce_bucket_size"], size.num_weights)
-    if parallel.zero_stage < 3:
-        return 4 * bucket
-    # A gradient is reduced when the next linear's is there too, from a copy, into a shard; meanwhile s2 and source of
-    # what is computed are gathered.
-    reduced = max(bucket, size.largest_linear)
-    gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
-    moved = 4 * (2 * reduced + size.largest_linear) + 4 * reduced // world_size
-    return moved + (4 + size.source // size.num_weights) * gathered
+    return state + at_once + engine.moved_bytes(size) + 4 * size.largest_linear
 
 
 def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:

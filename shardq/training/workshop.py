@@ -23,14 +23,9 @@ from shardq.optimize.distill import distill
 from shardq.optimize.loss import Loss, distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.rounded_inputs import RoundedInputs
-from shardq.optimize.share import Everything, Share
-from shardq.optimize.stepper import LocalStepper, Stepper
-from shardq.parallel.allreduce_stepper import AllReduceStepper
-from shardq.parallel.deepspeed_stepper import DeepSpeedStepper, ZeroShare
-from shardq.parallel.options import ParallelOptions
+from shardq.optimize.stepper import Stepper
+from shardq.parallel.engine import Engine
 from shardq.parallel.ranks import Ranks
-from shardq.parallel.row_share import RowShare
-from shardq.parallel.row_stepper import RowStepper
 from shardq.quant import adascale
 from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
@@ -61,7 +56,7 @@ class BlockJob:
     method: str
     spec: QuantSpec
     optimize: OptimizeOptions
-    parallel: ParallelOptions
+    engine: Engine
     tokens_NT: Tensor
     stored: Callable[[Tensor], Tensor]
     encodings: ActivationOptions
@@ -111,7 +106,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
     stored = (loaded.source[f"{name}.weight"].dtype for name in linear_names)
-    share = share_for(job.parallel, job.ranks, next(stored, optimize.dtype))
+    share = job.engine.share(next(stored, optimize.dtype))
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
@@ -119,7 +114,7 @@ def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arg
     bench = Bench(quantizer, None, loss, inputs)
     if not job.trains(linear_names):
         return bench
-    bench = replace(bench, stepper=make_stepper(quantizer, optimize, job.parallel, job.ranks))
+    bench = replace(bench, stepper=job.engine.stepper(quantizer, optimize))
     _rehearse(job, bench, loaded, arguments)
     return bench
 
@@ -177,26 +172,6 @@ def collecting(weights: Collection[nn.Parameter]) -> Iterator[None]:
         for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
-
-
-def share_for(parallel: ParallelOptions, ranks: Ranks, stored: torch.dtype) -> Share:
-    """What a rank holds of the quantizers, for weights stored in a dtype, under its engine."""
-    if parallel.engine == "rows":
-        return RowShare(ranks, parallel)
-    return ZeroShare(ranks, parallel, stored) if parallel.zero_stage == 3 else Everything()
-
-
-def make_stepper(
-    quantizer: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks
-) -> Stepper:
-    """The engine's, over a quantizer of its share."""
-    if parallel.zero_stage:
-        return DeepSpeedStepper(quantizer, options, parallel, ranks)
-    if parallel.engine == "rows":
-        return RowStepper(quantizer, options)
-    if parallel.engine == "local":
-        return LocalStepper(quantizer, options)
-    return AllReduceStepper(quantizer, options, parallel, ranks)
 
 
 def block_loss(

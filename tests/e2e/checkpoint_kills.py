@@ -19,8 +19,8 @@ import torch
 from crashes import Setting, die, launch, output_of, what_is_wrong
 from runs import result_files
 from shardq.optimize.stepper import LocalStepper
-from shardq.parallel.allreduce_stepper import AllReduceStepper
-from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.allreduce import AllReduceStepper
+from shardq.parallel.zero import DeepSpeedStepper
 from shardq.training import checkpoint
 
 ITERATIONS, EVERY, KILLED_AT = 8, 3, 5  # killed in the second block, at an iteration of it

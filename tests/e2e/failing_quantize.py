@@ -15,7 +15,7 @@ import torch
 from runs import committed
 from shardq.cli import run_command
 from shardq.errors import StorageError
-from shardq.parallel.allreduce_stepper import AllReduceStepper
+from shardq.parallel.allreduce import AllReduceStepper
 
 STEPS_BEFORE = 5  # once the first block is committed
 

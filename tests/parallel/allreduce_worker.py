@@ -18,15 +18,13 @@ from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import Stepper
-from shardq.parallel.allreduce_stepper import BUCKET_SIZE, AllReduceStepper
-from shardq.parallel.options import ParallelOptions
+from shardq.parallel.allreduce import BUCKET_SIZE, AllReduceStepper
 from shardq.parallel.ranks import Ranks, started
 from shardq.quant.adascale import Kernels, trained_weight_gradients
 from shardq.quant.spec import QuantSpec
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 WIDTH, INNER = 16, BUCKET_SIZE // 16  # s2 of both large linears is as large as a bucket
-PARALLEL = ParallelOptions(engine="allreduce")
 
 
 def make_block(kernels: Kernels) -> tuple[nn.Sequential, BlockQuantizer]:
@@ -69,7 +67,7 @@ def one_logged_step(ranks: Ranks) -> list:
         return trained_weight_gradients(grad, *more)
 
     block, quantizer = make_block(Kernels(backward=backward))
-    stepper, all_reduce = AllReduceStepper(quantizer, OPTIONS, PARALLEL, ranks), dist.all_reduce
+    stepper, all_reduce = AllReduceStepper(quantizer, OPTIONS, torch.float32, ranks.world_size), dist.all_reduce
 
     def logged(bucket: Tensor, *args: object, **kwargs: object) -> dist.Work:
         log.append(["left", bucket.numel()])
@@ -96,7 +94,7 @@ def main() -> None:
     with started("cpu") as ranks:
         mine = slice(ranks.rank, None, ranks.world_size)
         block, quantizer = make_block(Kernels())
-        stepper = AllReduceStepper(quantizer, OPTIONS, PARALLEL, ranks)
+        stepper = AllReduceStepper(quantizer, OPTIONS, torch.float32, ranks.world_size)
         batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches()]
         save_file(train(block, quantizer, stepper, batches), folder / f"trained-{ranks.rank}.safetensors")
         note = {"log": one_logged_step(ranks)}

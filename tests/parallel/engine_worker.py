@@ -28,13 +28,13 @@ from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Share
 from shardq.optimize.stepper import OPTIMIZERS, Stepper
-from shardq.parallel.deepspeed_stepper import DeepSpeedStepper
+from shardq.parallel.engines import engine_for
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
+from shardq.parallel.zero import DeepSpeedStepper
 from shardq.quant.adascale import Kernels
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.training.workshop import make_stepper, share_for
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 NUM_BLOCKS, BATCH = 8, 4
@@ -115,15 +115,16 @@ def optimizer_of(name: str) -> str:
 
 def make_engine(name: str, ranks: Ranks) -> tuple[nn.Sequential, BlockQuantizer, Stepper]:
     """Block, quantizer and stepper of what a name such as `zero2-bf16-offload` or `zero3-rms` stands for."""
-    engine, *more = name.split("-")
+    kind, *more = name.split("-")
     options = replace(OPTIONS, optimizer=optimizer_of(name))
     reduce_dtype = "bf16" if "bf16" in more else "float32"
     files = [str(file) for file in SETTINGS.iterdir() if file.stem in more]
     parallel = ParallelOptions(
-        engine=engine, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=files[0] if files else None
+        engine=kind, reduce_dtype=reduce_dtype, offload="offload" in more, deepspeed=files[0] if files else None
     )
-    block, quantizer = make_quantizer(share_for(parallel, ranks, torch.bfloat16))
-    return block, quantizer, make_stepper(quantizer, options, parallel, ranks)
+    engine = engine_for(parallel, ranks)
+    block, quantizer = make_quantizer(engine.share(torch.bfloat16))
+    return block, quantizer, engine.stepper(quantizer, options)
 
 
 def footprint(quantizer: BlockQuantizer, stepper: Stepper) -> dict[str, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shardq.optimize.best_iterate import BestIterate
+from shardq.parallel.engines import engine_for
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.quant.quantized import QuantizedLinear
@@ -21,7 +22,7 @@ STATE = {"0.value": torch.randn(3, 4), "0.exp_avg": torch.randn(3, 4), "0.step":
 def checkpoints(tmp_path: Path) -> Checkpoints:
     (tmp_path / "manifest.json").write_text("{}")
     ranks = Ranks(0, 1, torch.device("cpu"))
-    return Checkpoints(tmp_path, 3, ParallelOptions(engine="local"), ranks)
+    return Checkpoints(tmp_path, 3, engine_for(ParallelOptions(engine="local"), ranks))
 
 
 def make_best(loss: float = 0.25) -> BestIterate:
@@ -110,11 +111,11 @@ def test_one_that_was_made_for_something_else_is_not_used(checkpoints):
     save_one(checkpoints, Progress(done=3))
     [name], lines = names(checkpoints), []
     others = {
-        "engine": replace(checkpoints, parallel=ParallelOptions(engine="local", reduce_dtype="bf16")),
-        "kind of device": replace(checkpoints, ranks=Ranks(0, 1, torch.device("meta"))),
+        "engine": (ParallelOptions(engine="local", reduce_dtype="bf16"), checkpoints.engine.ranks),
+        "kind of device": (checkpoints.engine.options, Ranks(0, 1, torch.device("meta"))),
     }
     for differing, other in others.items():
-        found, [line] = load_one(other)
+        found, [line] = load_one(replace(checkpoints, engine=engine_for(*other)))
         assert found is None
         assert line == f"{checkpoints.output / FOLDER / name}: not used: made for another {differing}"
     assert load(checkpoints, purpose_of(checkpoints) | {"number of ranks": 2}, SPEC, lines.append) is None
@@ -128,6 +129,10 @@ def test_one_that_was_made_for_something_else_is_not_used(checkpoints):
 def test_engine_differs_where_the_settings_of_its_file_do(checkpoints, tmp_path):
     (tmp_path / "ds.json").write_text("{}")
     parallel = ParallelOptions(engine="zero3", deepspeed=str(tmp_path / "ds.json"))
-    before = purpose_of(replace(checkpoints, parallel=parallel))
+
+    def purpose() -> dict:
+        return purpose_of(replace(checkpoints, engine=engine_for(parallel, checkpoints.engine.ranks)))
+
+    before = purpose()
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-    assert purpose_of(replace(checkpoints, parallel=parallel)) != before
+    assert purpose() != before

@@ -19,6 +19,8 @@ from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
 from shardq.optimize.options import OptimizeOptions
+from shardq.parallel.engine import Engine
+from shardq.parallel.engines import candidates, engine_for
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.plan import Plan, make_plan
@@ -39,7 +41,6 @@ from shardq.training.memory import (
 CPU = torch.device("cpu")
 ATTENTION, MLP = 2 * 48 * 48 + 2 * 24 * 48, 3 * 80 * 48  # weights of the linears of a gated block
 NUM_WEIGHTS, LARGEST, SOURCE = ATTENTION + MLP, 80 * 48, 2 * (ATTENTION + MLP + 2 * 48)
-WHOLE = ParallelOptions(engine="allreduce")
 HIDDEN, LENGTH = 48, 32
 SHAPE = {"vocab_size": 60, "hidden_size": HIDDEN, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0}  # fmt: skip
@@ -72,13 +73,20 @@ class Model:
 
     def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
         limit = limit_of(options, spare_bytes)
-        return choose_micro_batch(self.largest, options, WHOLE, limit, world_size)
+        return choose_micro_batch(self.largest, options, engine_of(world_size), limit)
 
     def engine(self, spare_bytes: int, world_size: int, **chosen: object) -> tuple[str, str]:
         options = OptimizeOptions(batch_size=world_size, precision="float32", optimizer="adam", **chosen)
-        limit = limit_of(options, spare_bytes)
-        parallel, reason = choose_engine(self.largest, options, ParallelOptions(), limit, world_size)
-        return parallel.engine, reason
+        return self.choose_engine(options, limit_of(options, spare_bytes), world_size)
+
+    def choose_engine(self, options: OptimizeOptions, limit: int, world_size: int) -> tuple[str, str]:
+        engines = candidates(ParallelOptions(), Ranks(0, world_size, CPU))
+        chosen, reason = choose_engine(self.largest, options, engines, limit)
+        return chosen.options.engine, reason
+
+
+def engine_of(world_size: int, name: str = "allreduce", offload: bool = False) -> Engine:
+    return engine_for(ParallelOptions(engine=name, offload=offload), Ranks(0, world_size, CPU))
 
 
 def limit_of(options: OptimizeOptions, spare_bytes: int) -> int:
@@ -126,7 +134,7 @@ def test_head_counts_where_the_last_block_is_trained_to_predictions(llama_model:
     assert with_head.head_bytes == 2 * (60 + 15) * 48 + 10 * 60 * (3 * 2 + 6 * 4)
     without = llama_model.largest_with(replace(options, last_block="output"))
     assert without == replace(with_head, head_bytes=0)
-    needed, less = (training_bytes(block, options, WHOLE, 1, 1) for block in (with_head, without))
+    needed, less = (training_bytes(block, options, engine_of(1), 1) for block in (with_head, without))
     assert needed - less == with_head.head_bytes
 
 
@@ -168,7 +176,7 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
     """
     options = OptimizeOptions(**{"optimizer": "adam"} | chosen)
     size = block_size(llama_model.skeleton, llama_model.plan, 1)
-    counted, adding_up = (state_bytes(size, options, WHOLE, 2, several) for several in (False, True))
+    counted, adding_up = (state_bytes(size, options, engine_of(2), several) for several in (False, True))
     assert counted == SOURCE + bytes_a_weight * NUM_WEIGHTS + 4 * LARGEST
     width = 2 if chosen["precision"] == "bf16" else 4
     assert adding_up - counted == (2 * width + 4 - 4) * NUM_WEIGHTS
@@ -191,9 +199,8 @@ def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offl
     not on the device. Beside that ZeRO has what is reduced: a bucket, here as large as all gradients; with stage 3 the
     largest linear's gradient too, a copy and a shard of the bucket, and s2 and weights gathered.
     """
-    parallel = ParallelOptions(engine=engine, offload=offload)
     options = options_for(4, precision="bf16")
-    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, parallel, 4)
+    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, engine_of(4, engine, offload))
     held = SOURCE // 4 if engine in ("rows", "zero3") else SOURCE
     moved = {
         "rows": 0,
@@ -207,7 +214,7 @@ def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offl
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_zero_on_one_rank_has_a_place_for_all_gradients_beside_the_quantized_weight(llama_model: Model, engine: str):
     size, options = block_size(llama_model.skeleton, llama_model.plan, 1), options_for(1, precision="bf16")
-    counted = state_bytes(size, options, ParallelOptions(engine=engine), 1)
+    counted = state_bytes(size, options, engine_of(1, engine))
     copied = 0 if engine == "zero2" else 4 * LARGEST  # a gradient, but where it is collected in its place
     assert counted == SOURCE + (4 + 8 + 2 + 4) * NUM_WEIGHTS + copied + 4 * LARGEST
 
@@ -220,8 +227,7 @@ class TestEngine:
         size = block_size(llama_model.skeleton, llama_model.plan, 0)
         sample = llama_model.largest.sample_bytes
         whole, rows = (
-            sample + state_bytes(size, options_for(4), ParallelOptions(engine=engine), 4)
-            for engine in ("allreduce", "rows")
+            sample + state_bytes(size, options_for(4), engine_of(4, engine)) for engine in ("allreduce", "rows")
         )
         assert rows < whole
         chosen = [llama_model.engine(spare, 4)[0] for spare in (whole, whole - 1, rows, 1)]
@@ -230,12 +236,12 @@ class TestEngine:
     def test_what_counts_is_the_micro_batch_asked_for_or_the_one_that_takes_least(self, llama_model: Model):
         def needed(micro_batch: int) -> int:
             options = replace(options_for(8), micro_batch=micro_batch)
-            return training_bytes(llama_model.largest, options, WHOLE, 2, micro_batch)
+            return training_bytes(llama_model.largest, options, engine_of(2), micro_batch)
 
         assert needed(1) < needed(4)
         for asked, least in ((None, needed(1)), (4, needed(4))):
-            chosen = [choose_engine(llama_model.largest, replace(options_for(8), micro_batch=asked), ParallelOptions(),
-                                    limit, 2)[0].engine for limit in (least, least - 1)]  # fmt: skip
+            options = replace(options_for(8), micro_batch=asked)
+            chosen = [llama_model.choose_engine(options, limit, 2)[0] for limit in (least, least - 1)]
             assert chosen == ["allreduce", "rows"]
 
     def test_reason_names_what_each_engine_takes(self, llama_model: Model):
@@ -248,22 +254,22 @@ def test_next_block_is_read_ahead_where_there_is_room_for_it(llama_model: Model)
     options = replace(options_for(1), micro_batch=1)
     size = block_size(llama_model.skeleton, llama_model.plan, 0)
     sample = llama_model.largest.sample_bytes
-    needed = state_bytes(size, options, WHOLE, 1) + sample + SOURCE
+    needed = state_bytes(size, options, engine_of(1)) + sample + SOURCE
     for limit, expected in ((needed, True), (needed - 1, False)):
-        assert reads_ahead(llama_model.largest, options, WHOLE, limit, 1) == expected
+        assert reads_ahead(llama_model.largest, options, engine_of(1), limit) == expected
 
 
 def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
     model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
     size = block_size(model.skeleton, model.plan, 0)
-    assert state_bytes(size, options_for(1), WHOLE, 2) == SOURCE + 16 * ATTENTION + 4 * 48 * 48
+    assert state_bytes(size, options_for(1), engine_of(2)) == SOURCE + 16 * ATTENTION + 4 * 48 * 48
 
 
 class TestChoice:
     @staticmethod
     def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
         """Memory for a block's training with some of a batch's samples at once."""
-        state = state_bytes(block_size(model.skeleton, model.plan, block_index), options_for(1), WHOLE, 1, True)
+        state = state_bytes(block_size(model.skeleton, model.plan, block_index), options_for(1), engine_of(1), True)
         sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
         return int(state + num_samples * sample)
 
@@ -275,7 +281,7 @@ class TestChoice:
         assert llama_model.choose(options_for(12), self.bytes_for(llama_model, fitting)) == expected
 
     def test_whole_part_needs_no_room_for_a_sum(self, llama_model: Model):
-        state = state_bytes(llama_model.largest.size, options_for(1), WHOLE, 1)
+        state = state_bytes(llama_model.largest.size, options_for(1), engine_of(1))
         needed = state + 12 * llama_model.largest.sample_bytes
         assert needed < self.bytes_for(llama_model, 12)
         assert [llama_model.choose(options_for(12), limit) for limit in (needed, needed - 1)] == [12, 6]

@@ -40,12 +40,15 @@ from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.optimize.stepper import OPTIMIZERS
 from shardq.parallel.collectives import barrier, max_over_ranks
+from shardq.parallel.engine import BlockSize, Engine
+from shardq.parallel.engines import engine_for
 from shardq.parallel.options import ParallelOptions
-from shardq.parallel.ranks import Ranks, started
+from shardq.parallel.ranks import started
+from shardq.parallel.zero import Zero
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
-from shardq.training.memory import BlockSize, LargestBlock, saved_bytes, training_bytes
-from shardq.training.workshop import block_loss, make_stepper, share_for
+from shardq.training.memory import LargestBlock, saved_bytes, training_bytes
+from shardq.training.workshop import block_loss
 
 WARM_UP_STEPS = 2  # the first makes the moments
 COLLECTIVES = [
@@ -103,9 +106,7 @@ def _bytes_of(argument: object) -> int:
     return sum(map(_bytes_of, argument)) if isinstance(argument, list | tuple) else 0
 
 
-def expected_sent_bytes(
-    parallel: ParallelOptions, dtype: torch.dtype, num_trained: int, num_weights: int, world_size: int
-) -> float:
+def expected_sent_bytes(engine: Engine, dtype: torch.dtype, num_trained: int, num_weights: int) -> float:
     """What a rank sends in a step, by the engine's own account.
 
     `rows` gathers the quantized weight, in the matrix multiplies' `dtype`, and sends its gradient to the ranks that
@@ -113,11 +114,17 @@ def expected_sent_bytes(
     ZeRO in one, to the ranks that hold the shards, and gathers what was stepped in another. ZeRO 3 gathers s2, s3 and
     the 16-bit weight instead, for the forward and for the backward pass.
     """
-    share, gradient = (world_size - 1) / world_size, parallel.dtype.itemsize * num_trained
-    if parallel.engine == "rows":
-        return share * num_weights * (dtype.itemsize + min(dtype.itemsize, parallel.dtype.itemsize))
-    gathered = {0: 0, 1: 4 * num_trained, 2: 4 * num_trained, 3: 2 * (4 * num_trained + 2 * num_weights)}
-    return share * ((1 if parallel.zero_stage else 2) * gradient + gathered[parallel.zero_stage])
+    world_size, reduced = engine.ranks.world_size, engine.options.dtype.itemsize
+    gradient, stepped = reduced * num_trained, 4 * num_trained
+    sent = {
+        "local": 0,
+        "allreduce": 2 * gradient,
+        "rows": num_weights * (dtype.itemsize + min(dtype.itemsize, reduced)),
+        "zero1": gradient + stepped,
+        "zero2": gradient + stepped,
+        "zero3": gradient + 2 * (stepped + 2 * num_weights),
+    }[engine.options.engine]
+    return (world_size - 1) / world_size * sent
 
 
 def start_new_peak() -> int:
@@ -126,35 +133,33 @@ def start_new_peak() -> int:
     return peak_rss_bytes()
 
 
-def predicted_bytes(
-    arguments: argparse.Namespace, options: OptimizeOptions, parallel: ParallelOptions, world_size: int
-) -> int:
+def predicted_bytes(arguments: argparse.Namespace, options: OptimizeOptions, engine: Engine) -> int:
     """The plan's figure for samples taken one at a time."""
     shape, num_tokens = arguments.shape, arguments.tokens
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
     sample = saved_bytes(block, BlockArguments((), kwargs, shape.hidden), (1, num_tokens, shape.hidden))
-    joined = replace(options, batch_size=arguments.samples * world_size)
+    joined = replace(options, batch_size=arguments.samples * engine.ranks.world_size)
     ahead = 0 if arguments.alone else size.source
-    return training_bytes(LargestBlock("", size, sample), joined, parallel, world_size, 1) + ahead
+    return training_bytes(LargestBlock("", size, sample), joined, engine, 1) + ahead
 
 
-def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ranks) -> dict:
+def measure(arguments: argparse.Namespace, engine: Engine) -> dict:
     """Train some steps and give the figures, on every rank."""
-    shape, tokens = arguments.shape, arguments.tokens
+    shape, tokens, parallel, ranks = arguments.shape, arguments.tokens, engine.options, engine.ranks
     asked = OptimizeOptions(iterations=1000, precision=arguments.precision, optimizer=arguments.optimizer)
     options = resolved(asked, bits=4, world_size=ranks.world_size, has_bf16=multiplies_bf16(CPU))
-    if parallel.zero_stage:
+    if isinstance(engine, Zero):
         importlib.import_module("deepspeed")  # a library's memory is not the block's
     nothing = start_new_peak()
     block, source, kwargs = make_block(shape, tokens, CPU)
     ahead = [] if arguments.alone else [tensor.clone() for tensor in source.values()]  # the next block
     compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(CPU, lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
-    share = share_for(parallel, ranks, next(iter(source.values())).dtype)
+    share = engine.share(next(iter(source.values())).dtype)
     quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype, share)
-    stepper = make_stepper(quantizer, options, parallel, ranks)
+    stepper = engine.stepper(quantizer, options)
     quantizer.start(source, None, stepper.gathered)
     source.clear()
     stepper.start(options.iterations)
@@ -174,7 +179,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
     resident = max_over_ranks(ranks, peak_rss_bytes())
     peak = max_over_ranks(ranks, peak_rss_bytes() - nothing)
     del ahead  # held until here
-    predicted = predicted_bytes(arguments, options, parallel, ranks.world_size)
+    predicted = predicted_bytes(arguments, options, engine)
     steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {
         "engine": parallel.engine, "offload": parallel.offload, "reduce_dtype": parallel.reduce_dtype,
@@ -184,7 +189,7 @@ def measure(arguments: argparse.Namespace, parallel: ParallelOptions, ranks: Ran
         "peak_bytes": int(peak), "predicted_bytes": predicted, "ratio": round(peak / predicted, 3),
         "resident_bytes": int(resident), "sent_bytes": round(traffic.sent_bytes / arguments.iterations),
         "expected_sent_bytes": round(expected_sent_bytes(
-            parallel, options.dtype, shape.num_trained, shape.num_weights, ranks.world_size)),
+            engine, options.dtype, shape.num_trained, shape.num_weights)),
         "seconds": round(statistics.median(steps), 4), "best_seconds": round(min(steps), 4),
          "waiting_share": round(traffic.seconds_waiting / (times[-1] - times[0]), 3),
     }  # fmt: skip
@@ -200,7 +205,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     return_freed_tensors()
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     with started("cpu") as ranks:
-        row = measure(arguments, parallel, ranks)
+        row = measure(arguments, engine_for(parallel, ranks))
         if ranks.rank == 0:
             print(json.dumps(row), flush=True)
 

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,7 @@ from shardq.optimize.stepper import (
     skipped_where,
     take_over,
 )
+from shardq.parallel.engine import BlockSize, Demand, Engine, Kind
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, backend_for
 
@@ -38,11 +41,99 @@ OWN_SETTINGS = {
 OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param", "compute_grad_norm"}
 
 
+class Zero(Engine):
+    """The engine of ranks that share, by its stage, the moments, the gradients too, or frozen weight and s2 too."""
+
+    def __init__(self, options: ParallelOptions, ranks: Ranks):
+        super().__init__(options, ranks)
+        self.stage = int(options.engine.removeprefix("zero"))
+        self.collects_in_place = self.stage == 2 and not options.offload  # a shard's gradients, where they are stepped
+
+    @cached_property
+    def settings(self) -> dict:
+        """DeepSpeed's configuration, with what the user's file adds.
+
+        Raises:
+            ConfigError: the file cannot be read, or sets what the run decides itself.
+        """
+        zero = {
+            "stage": self.stage, "overlap_comm": False, "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
+            "use_multi_rank_bucket_allreduce": False,  # it would send every rank all gradients, not each its shard's
+        }  # fmt: skip
+        if self.stage == 3:
+            # It would replace torch's linear for the whole process, for the sake of linears that it shards.
+            zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE,
+                     "stage3_max_reuse_distance": 0, "memory_efficient_linear": False}  # fmt: skip
+        if self.options.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        own = {
+            "train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 31, "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # by default it clips at 1
+            "communication_data_type": "bf16" if self.options.reduce_dtype == "bf16" else "fp32",
+            # DeepSpeed's own CPU Adam would have to be compiled; torch's is fused too.
+            "zero_force_ds_cpu_optimizer": False,
+        }  # fmt: skip
+        given = _read_settings(self.options.deepspeed) if self.options.deepspeed else {}
+        return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
+
+    def demands(self, optimizer: str) -> Iterator[Demand]:
+        """A file that cannot be used is refused before any work."""
+        _ = self.settings  # reads it
+        name = self.options.engine
+        yield optimizer != "adam8", "optimize.optimizer", optimizer, f"adam, rms or sign with {name}"
+
+    def share(self, stored: torch.dtype) -> Everything:
+        """Everything, sharded in stage 3."""
+        return ZeroShare(self, stored) if self.stage == 3 else Everything()
+
+    def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "DeepSpeedStepper":
+        """Each rank steps its shard."""
+        return DeepSpeedStepper(quantizer, options, self)
+
+    def rank_bytes(self, kind: Kind, num_bytes: int) -> int:
+        """A shard from some stage on; offloaded moments are not on the device."""
+        if kind == "moments" and self.options.offload:
+            return 0
+        sharded_from = {"moments": 1, "gradients": 2, "weights": 3}[kind]
+        return num_bytes // self.ranks.world_size if self.stage >= sharded_from else num_bytes
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """DeepSpeed has a place for the gradient of a shard of s2."""
+        return self.collects_in_place or self.stage == 3 or self.ranks.world_size == 1
+
+    def moved_bytes(self, size: BlockSize) -> int:
+        """Buckets that are reduced, and what is gathered."""
+        world_size = self.ranks.world_size
+        if world_size == 1:  # it copies gradients instead, one after the other, to a place that it has for all of them
+            return 0 if self.collects_in_place else 4 * size.largest_linear
+        zero = self.settings["zero_optimization"]
+        bucket = min(zero["reduce_bucket_size"], size.num_weights)
+        if self.stage < 3:
+            return 4 * bucket
+        # A gradient is reduced when the next linear's is there too, from a copy, into a shard; meanwhile s2 and source
+        # of what is computed are gathered.
+        reduced = max(bucket, size.largest_linear)
+        gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
+        moved = 4 * (2 * reduced + size.largest_linear) + 4 * reduced // world_size
+        return moved + (4 + size.source // size.num_weights) * gathered
+
+    @property
+    def writer(self) -> int:
+        """Each rank saves its shard."""
+        return self.ranks.rank
+
+    def made_with(self) -> dict:
+        """DeepSpeed's settings too."""
+        return super().made_with() | self.settings
+
+
 class ZeroShare(Everything):
     """All of every linear's outputs, each quantizer sharded by ZeRO 3 as soon as it is made."""
 
-    def __init__(self, ranks: Ranks, parallel: ParallelOptions, stored: torch.dtype):
-        self._zero, self._settings, self._stored = _imported(ranks).zero, deepspeed_settings(parallel), stored
+    def __init__(self, engine: Zero, stored: torch.dtype):
+        self._zero, self._settings, self._stored = _imported(engine.ranks).zero, engine.settings, stored
 
     def made(self, quantizer: LinearQuantizer) -> None:
         """Its parameters, the frozen weight among them, are empty from here on but while they are gathered."""
@@ -53,19 +144,18 @@ class ZeroShare(Everything):
 class DeepSpeedStepper:
     """An optimizer over quantizers whose state DeepSpeed shards; built once for a kind of block, reused for all."""
 
-    def __init__(self, module: BlockQuantizer, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks):
+    def __init__(self, module: BlockQuantizer, options: OptimizeOptions, engine: Zero):
         """Take over the parameters of quantizers; those for ZeRO 3 have been made with a `ZeroShare`."""
-        self._deepspeed = _imported(ranks)
-        settings = deepspeed_settings(parallel)
+        self._deepspeed = _imported(engine.ranks)
         stand_in = torch.optim.SGD(parameter_groups(module, options))
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
-            model=module, optimizer=stand_in, config=settings, dist_init_required=False
+            model=module, optimizer=stand_in, config=engine.settings, dist_init_required=False
         )
-        self._shards_parameters = parallel.zero_stage == 3
+        self._shards_parameters = engine.stage == 3
         self._optimizer.optimizer = self._over_shards(options.optimizer, stand_in.param_groups)
-        if not parallel.offload:
+        if not engine.options.offload:
             self._step_in_place()
-        if parallel.collects_in_place:
+        if engine.collects_in_place:
             self._collect_in_place()
         self._done, self._iterations, self._rate = 0, 0, 1.0
         # Where the shards are: with offload that is the CPU, whatever the rank's device.
@@ -160,34 +250,6 @@ class DeepSpeedStepper:
         """Have ZeRO 2 collect gradients where they are stepped, as it does for parameters of another dtype."""
         self._optimizer.use_grad_accum_attribute = True
         self._optimizer._use_compact_grad_partition_buffer = lambda group: True
-
-
-def deepspeed_settings(parallel: ParallelOptions) -> dict:
-    """DeepSpeed's configuration for a ZeRO engine, with what the user's file adds.
-
-    Raises:
-        ConfigError: the file cannot be read, or sets what the run decides itself.
-    """
-    zero = {
-        "stage": parallel.zero_stage, "overlap_comm": False, "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE,
-        "use_multi_rank_bucket_allreduce": False,  # it would send every rank all gradients, not each its shard's
-    }  # fmt: skip
-    if parallel.zero_stage == 3:
-        # It would replace torch's linear for the whole process, for the sake of linears that it shards.
-        zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE,
-                 "stage3_max_reuse_distance": 0, "memory_efficient_linear": False}  # fmt: skip
-    if parallel.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    own = {
-        "train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 31, "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # by default it clips at 1
-        "communication_data_type": "bf16" if parallel.reduce_dtype == "bf16" else "fp32",
-        # DeepSpeed's own CPU Adam would have to be compiled; torch's is fused too.
-        "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
-    given = _read_settings(parallel.deepspeed) if parallel.deepspeed else {}
-    return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
 
 
 def _read_settings(path: str) -> dict:

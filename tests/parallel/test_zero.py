@@ -3,16 +3,23 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardq.errors import ConfigError
-from shardq.parallel.deepspeed_stepper import deepspeed_settings
 from shardq.parallel.options import ParallelOptions
+from shardq.parallel.ranks import Ranks
+from shardq.parallel.zero import Zero
+
+
+def settings_of(file: Path, **more: object) -> dict:
+    options = ParallelOptions(engine="zero2", deepspeed=str(file), **more)
+    return Zero(options, Ranks(0, 2, torch.device("cpu"))).settings
 
 
 def test_file_adds_to_what_the_engine_sets(tmp_path: Path):
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": true}')
-    settings = deepspeed_settings(ParallelOptions(engine="zero2", offload=True, deepspeed=str(file)))
+    settings = settings_of(file, offload=True)
     zero = settings["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"], zero["offload_optimizer"]) == (2, 1000, {"device": "cpu"})
     assert settings["wall_clock_breakdown"] is True
@@ -32,9 +39,9 @@ def test_file_that_contradicts_or_is_none_is_refused(tmp_path: Path, text: str, 
     file = tmp_path / "ds.json"
     file.write_text(text)
     with pytest.raises(ConfigError, match=named):
-        deepspeed_settings(ParallelOptions(engine="zero2", deepspeed=str(file)))
+        settings_of(file)
 
 
 def test_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="absent.json is no JSON file"):
-        deepspeed_settings(ParallelOptions(engine="zero2", deepspeed=str(tmp_path / "absent.json")))
+        settings_of(tmp_path / "absent.json")

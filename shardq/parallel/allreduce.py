@@ -1,17 +1,35 @@
-"""Data-parallel stepper: every rank holds the whole state and steps by the mean gradient."""
+"""Data-parallel: every rank holds the whole state and steps by the mean gradient."""
 
+from collections.abc import Iterator
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper, trainable
-from shardq.parallel.options import ParallelOptions
-from shardq.parallel.ranks import Ranks, contact
+from shardq.parallel.engine import Demand, Engine
+from shardq.parallel.ranks import contact
 from shardq.torch_internals import flattened, unflattened
 
 # Values that travel together at least: smaller gradients, all but those of s2, wait for one another. From about a
 # megabyte on, what a collective costs beside its bytes is small.
 BUCKET_SIZE = 1 << 18
+
+
+class AllReduce(Engine):
+    """The engine of ranks that each hold everything."""
+
+    def demands(self, optimizer: str) -> Iterator[Demand]:
+        """There are others."""
+        several = self.ranks.world_size > 1
+        yield several, "parallel.engine", self.options.engine, "local or zero* on one rank"
+        yield from super().demands(optimizer)
+
+    def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "AllReduceStepper":
+        """The ranks take the same step."""
+        return AllReduceStepper(quantizer, options, self.options.dtype, self.ranks.world_size)
 
 
 class AllReduceStepper(LocalStepper):
@@ -21,9 +39,9 @@ class AllReduceStepper(LocalStepper):
     what comes back. The graph being the same on all ranks, gradients leave everywhere in the same order.
     """
 
-    def __init__(self, module: nn.Module, options: OptimizeOptions, parallel: ParallelOptions, ranks: Ranks):
+    def __init__(self, module: nn.Module, options: OptimizeOptions, dtype: torch.dtype, world_size: int):
         super().__init__(module, options)
-        self._dtype, self._world_size = parallel.dtype, ranks.world_size
+        self._dtype, self._world_size = dtype, world_size
         self._waiting: list[nn.Parameter] = []
         self._sent: list[tuple[list[nn.Parameter], Tensor, dist.Work]] = []
         for group in trainable(module):

@@ -13,19 +13,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.linear_quantizer import LinearQuantizer
+from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Result
+from shardq.optimize.stepper import LocalStepper
 from shardq.parallel.collectives import together
-from shardq.parallel.options import ParallelOptions
+from shardq.parallel.engine import Engine, Kind
 from shardq.parallel.ranks import Ranks, contact
 from shardq.quant.affine import row_chunks
+
+
+class Rows(Engine):
+    """The engine of ranks that each hold their part of every linear's outputs."""
+
+    def share(self, stored: torch.dtype) -> "RowShare":
+        """The rank's rows."""
+        return RowShare(self.ranks, self.options.dtype)
+
+    def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "RowStepper":
+        """Each rank steps its rows."""
+        return RowStepper(quantizer, options)
+
+    def rank_bytes(self, kind: Kind, num_bytes: int) -> int:
+        """Everything is shared out."""
+        return num_bytes // self.ranks.world_size
+
+    @property
+    def writer(self) -> int:
+        """Each rank saves its rows."""
+        return self.ranks.rank
+
+
+class RowStepper(LocalStepper):
+    """A LocalStepper over this rank's rows; whether a step counts is all ranks' affair."""
+
+    def _gradient_norm(self) -> Tensor:
+        norm = super()._gradient_norm()
+        with contact("comparing gradients"):
+            dist.all_reduce(norm)
+        return norm
 
 
 class RowShare:
     """A rank's part of every linear's outputs: neighbours, as many as the others have or one more."""
 
-    def __init__(self, ranks: Ranks, parallel: ParallelOptions):
-        self._ranks, self._dtype = ranks, parallel.dtype
+    def __init__(self, ranks: Ranks, dtype: torch.dtype):
+        self._ranks, self._dtype = ranks, dtype
         self._under_way: list[dist.Work] = []
 
     def outputs(self, num_outputs: int) -> slice:
