@@ -26,8 +26,8 @@ HOMES = {  # third-party package -> the only places that may know it
     "rich": ("logs.py",),
     "compressed_tensors": ("formats/compressed_tensors.py",),
     "torch.onnx": ("model/graph.py",),
-    "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx.py"),
-    "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf.py"),
+    "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx_graphs.py"),
+    "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf_file.py"),
     "deepspeed": ("parallel/deepspeed_stepper.py",),
     "bitsandbytes": ("optimize/adam8.py",),
     "psutil": ("devices.py",),
@@ -189,23 +189,38 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
 
 
 def missing_docstrings(sources: Sources) -> list[str]:
-    """Modules, and public classes, functions and methods, that do not say what they are for."""
+    """Modules, and public classes, functions and methods, that do not say what they are for.
+
+    A method that an ancestor has, too, is for what the ancestor's says.
+    """
+    classes = {node.name: node for _, node in nodes(sources, ast.ClassDef)}
     faults = []
     for path, text in sources.items():
         tree = ast.parse(text)
         if not ast.get_docstring(tree):
             faults.append(f"{path}: no docstring")
-        faults += [f"{path}: {node.name} has no docstring" for node in public(tree) if not ast.get_docstring(node)]
+        faults += [
+            f"{path}: {node.name} has no docstring" for node in public(tree, classes) if not ast.get_docstring(node)
+        ]
     return faults
 
 
-def public(scope: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]:
-    """Public definitions of a module and of its public classes."""
+def public(scope: ast.Module | ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[Function | ast.ClassDef]:
+    """Public definitions of a module and of its public classes, but for methods that an ancestor has."""
+    inherited = {node.name for ancestor in ancestors(scope, classes) for node in public(ancestor, {})}
     for node in scope.body:
-        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_") and node.name not in inherited:
             yield node
             if isinstance(node, ast.ClassDef):
-                yield from public(node)
+                yield from public(node, classes)
+
+
+def ancestors(scope: ast.Module | ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """Classes of the package that a class is built on."""
+    for base in getattr(scope, "bases", []):
+        if isinstance(base, ast.Name) and base.id in classes:
+            yield classes[base.id]
+            yield from ancestors(classes[base.id], classes)
 
 
 CHECKS = [upward_imports, sibling_imports, strayed_packages, relative_imports, import_cycles, global_statements,
