@@ -4,9 +4,8 @@ import importlib.util
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
-from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, QuantOptions, TuneConfig
+from shardq.config import EvaluateConfig, QuantizeConfig, QuantOptions, TuneConfig
 from shardq.errors import ConfigError
-from shardq.formats.options import AimetOptions
 from shardq.parallel.engines import candidates
 from shardq.parallel.ranks import Ranks
 from shardq.quant.options import ActivationOptions
@@ -94,20 +93,6 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _check_text("eval", config.eval)
     if config.cache.placement == "disk" and config.cache.folder is None:
         raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
-
-
-def check_export(config: ExportConfig) -> None:
-    """Check that a format is asked for nothing that belongs to another.
-
-    Raises:
-        ConfigError: naming the option, its value and what is allowed.
-    """
-    chosen, version = config.format, config.aimet.version
-    _require(chosen == "hf" or config.dtype == "float32", "dtype", config.dtype, "left out but for --format hf")
-    _require(chosen == "compressed-tensors" or config.activation_bits == 16, "activation_bits", config.activation_bits,
-             f"16 for --format {chosen}, which describes no activations")  # fmt: skip
-    _require(chosen == "aimet" or config.aimet == AimetOptions(), "aimet.version", version,
-             "left out but for --format aimet")  # fmt: skip
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:

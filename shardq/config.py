@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import MovedText, TextOptions
-from shardq.formats.options import AimetOptions, ExportOptions, Format
+from shardq.formats.options import AimetOptions, ExportOptions, FormatName
 from shardq.optimize.options import OptimizeOptions, TuneOptions
 from shardq.parallel.options import ParallelOptions
 from shardq.quant.options import ActivationOptions
@@ -172,7 +172,7 @@ class ExportConfig:
 
     run: str
     """Output folder of a finished run."""
-    format: Format = "compressed-tensors"
+    format: FormatName = "compressed-tensors"
     """`compressed-tensors`: codes and scales, for vLLM and transformers; `gptq`: the same as GPTQ packs them; `hf`:
     plain weights, for anything that loads Hugging Face checkpoints; `onnx`: a graph with packed codes, for
     onnxruntime; `gguf`: one file for llama.cpp; `aimet`: AIMET encodings alone, the weights that belong to them are

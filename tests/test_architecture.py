@@ -26,8 +26,8 @@ HOMES = {  # third-party package -> the only places that may know it
     "rich": ("logs.py",),
     "compressed_tensors": ("formats/compressed_tensors.py",),
     "torch.onnx": ("model/graph.py",),
-    "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx.py"),
-    "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf.py"),
+    "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx_graphs.py"),
+    "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf_file.py"),
     "deepspeed": ("parallel/zero.py",),
     "bitsandbytes": ("optimize/adam8.py",),
     "psutil": ("devices.py",),
@@ -223,15 +223,19 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
 def missing_docstrings(sources: Sources) -> list[str]:
     """Modules, and public classes, functions and methods, that do not say what they are for.
 
-    What a protocol's method does is said once, by the protocol: methods of its name elsewhere need not say it again.
+    What a protocol's method does is said once, by the protocol: methods of its name elsewhere need not say it again. A
+    method that an ancestor has, too, is for what the ancestor's says.
     """
     faults, promised = [], protocol_methods(sources)
+    classes = {node.name: node for _, node in nodes(sources, ast.ClassDef)}
     for path, text in sources.items():
         tree = parsed(text)
         if not ast.get_docstring(tree):
             faults.append(f"{path}: no docstring")
         for scope, node in public(tree):
-            said = isinstance(scope, ast.ClassDef) and node.name in promised and not is_protocol(scope)
+            inherited = {method.name for ancestor in ancestors(scope, classes) for method in ancestor.body
+                         if isinstance(method, Function)}  # fmt: skip
+            said = isinstance(scope, ast.ClassDef) and node.name in promised | inherited and not is_protocol(scope)
             if not said and not ast.get_docstring(node):
                 faults.append(f"{path}: {node.name} has no docstring")
     return faults
@@ -255,6 +259,14 @@ def public(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[ast.Module | ast.
             yield scope, node
             if isinstance(node, ast.ClassDef):
                 yield from public(node)
+
+
+def ancestors(scope: ast.Module | ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """Classes of the package that a class is built on."""
+    for base in getattr(scope, "bases", []):
+        if isinstance(base, ast.Name) and base.id in classes:
+            yield classes[base.id]
+            yield from ancestors(classes[base.id], classes)
 
 
 CHECKS = [upward_imports, sibling_imports, strayed_packages, strayed_privates, relative_imports, import_cycles,

@@ -4,10 +4,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from shardq.checks import check_export
 from shardq.config import ExportConfig
 from shardq.errors import ConfigError, ResumeError, ShardQError
 from shardq.export import contents
+from shardq.export.chosen import check_options
 from shardq.export.write import summary_of, write_format
 from shardq.files import remove_asides
 from shardq.logs import Display
@@ -32,7 +32,7 @@ def export(config: ExportConfig, ranks: Ranks) -> dict:
             something else.
         ResumeError: the folder holds no finished run, or its files have changed.
     """
-    check_export(config)
+    check_options(config)
     start, display = time.perf_counter(), Display(ranks.rank)
     summary = on_rank_zero(ranks, lambda: _export(config, display))
     return summary | {"seconds": round(time.perf_counter() - start, 3)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shardq.errors import ResumeError
 from shardq.export import contents
-from shardq.export.write import FORMATS
+from shardq.export.chosen import FORMATS
 from shardq.files import storage_errors
 from shardq.rundir import ledger
 from shardq.rundir.lock import LOCK

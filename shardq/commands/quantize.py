@@ -18,11 +18,12 @@ from shardq.commands.redo import remove_what_completes
 from shardq.commands.said import not_finite, say_what_is_where
 from shardq.commands.space import check_space
 from shardq.compiling import compiler, eager
-from shardq.config import ExportConfig, Format, QuantizeConfig
+from shardq.config import ExportConfig, QuantizeConfig
 from shardq.errors import located
-from shardq.export.checkpoint import write_block_shard
+from shardq.export.chosen import checkpoints_of
 from shardq.export.target import scale_dtype
 from shardq.export.write import write_format, write_missing_formats
+from shardq.formats.options import FormatName
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
 from shardq.model.arguments import BlockArguments
@@ -255,8 +256,9 @@ def _commit(
 ) -> dict:
     files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype,
                               run.ranks.device)  # fmt: skip
-    for chosen in run.config.export.checkpoints:
-        write_block_shard(_export_of(run, chosen), run.skeleton, block_index, run.plan.block_shard(block_index))
+    for name, chosen in checkpoints_of(run.config.export).items():
+        path = run.output / name / run.plan.block_shard(block_index)
+        chosen.write_shard(run.output, run.skeleton, block_index, path)
     facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block_index)}
     line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **facts)
     checkpoint.remove(run.output)
@@ -266,13 +268,13 @@ def _commit(
 def _complete(run: Run, dtype: torch.dtype) -> dict:
     checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
     files = write_run_files(run.output, run.skeleton, run.plan, dtype)
-    for chosen in run.config.export.checkpoints:
+    for chosen in checkpoints_of(run.config.export):
         # Until the next line is there the folder holds shards of this run's blocks alone, each from before its commit.
         write_format(_export_of(run, chosen), run.display, is_begun=True)
     return ledger.complete(run.output, files)
 
 
-def _export_of(run: Run, chosen: Format) -> ExportConfig:
+def _export_of(run: Run, chosen: FormatName) -> ExportConfig:
     options = run.config.export
     return ExportConfig(
         str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits, aimet=options.aimet

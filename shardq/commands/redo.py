@@ -6,8 +6,9 @@ from collections.abc import Container
 from pathlib import Path
 
 from shardq.errors import ConfigError, ResumeError
+from shardq.export.chosen import FORMATS
 from shardq.export.contents import RECORD
-from shardq.export.write import FORMATS, MODEL_CARD
+from shardq.export.write import MODEL_CARD
 from shardq.files import remove, remove_folder
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton

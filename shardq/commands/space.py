@@ -6,6 +6,7 @@ from pathlib import Path
 from shardq.calib.partition import owned_samples
 from shardq.commands.prepare import Run
 from shardq.config import QuantOptions, TuneConfig
+from shardq.export.chosen import checkpoints_of, formats_of
 from shardq.formats import encodings
 from shardq.formats.options import ExportOptions
 from shardq.model.skeleton import Skeleton
@@ -16,7 +17,7 @@ from shardq.rundir import ledger
 from shardq.rundir.block_output import stored_dtype
 from shardq.rundir.folders import cache_folder
 from shardq.rundir.plan import Plan, block_file, encodings_file
-from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_in_format, bytes_there, check_room
+from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_there, check_room
 from shardq.training.memory import MOMENTS
 
 
@@ -126,7 +127,9 @@ def _files(
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
     spec, itemsize = quant.spec, stored_dtype(skeleton, plan, export.dtype).itemsize
-    all_scales, in_others = 0, dict.fromkeys(export.asked, 0)
+    source_itemsize = stored_dtype(skeleton, plan, "source").itemsize
+    formats, checkpoints = formats_of(export), checkpoints_of(export)
+    all_scales, in_others = 0, dict.fromkeys(formats, 0)
     for block_index in range(plan.num_blocks):
         block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], spec)
         if block_index not in finished:
@@ -135,22 +138,19 @@ def _files(
             for version in plan.encoding_versions:
                 path = encodings_file(output, version, block_index)
                 yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
-        for chosen in export.asked:
-            num_bytes = bytes_in_format(chosen, block, spec, itemsize, export.activation_bits)
-            in_others[chosen] += num_bytes
-            path = output / chosen / plan.block_shard(block_index)
-            if chosen in export.checkpoints and (block_index not in finished or not path.exists()):
+        for name, chosen in formats.items():
+            num_bytes = chosen.block_bytes(block, spec, source_itemsize)
+            in_others[name] += num_bytes
+            path = output / name / plan.block_shard(block_index)
+            if name in checkpoints and (block_index not in finished or not path.exists()):
                 yield path, num_bytes
         all_scales += block.num_scales
     for number, infos in enumerate(plan.rest):
         rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
-        in_others = {chosen: num_bytes + rest for chosen, num_bytes in in_others.items()}
-        for folder in ("", *export.checkpoints):
+        for name, chosen in formats.items():
+            in_others[name] += rest * chosen.holds_weights
+        for folder in ("", *checkpoints):
             yield output / folder / plan.rest_shard(number), rest
     for version in plan.encoding_versions:
         yield encodings_file(output, version), encodings.BYTES_A_SCALE[version] * all_scales
-    for chosen in export.asked:
-        if chosen == "aimet":
-            yield output / chosen, 2 * encodings.BYTES_A_SCALE[export.aimet.version] * all_scales
-        elif chosen not in export.checkpoints:
-            yield output / chosen, in_others[chosen]
+    yield from ((output / name, num_bytes) for name, num_bytes in in_others.items() if name not in checkpoints)

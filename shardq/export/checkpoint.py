@@ -1,7 +1,8 @@
 """A run as a checkpoint that programs load: a shard of each block, from its codes, and the files that complete it."""
 
 import shutil
-from collections.abc import Container
+from abc import abstractmethod
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,133 +10,128 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.config import ExportConfig
 from shardq.errors import ConfigError
+from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats import compressed_tensors, gptq
 from shardq.formats.block_file import read_activations, read_block, read_grids
-from shardq.formats.checkpoint import copy_companions, plain_tensors, write_config, write_index
+from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 from shardq.rundir.plan import block_file
+from shardq.rundir.room import BlockBytes
+
+LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
 
 
-def write_block_shard(config: ExportConfig, skeleton: Skeleton, block_index: int, shard: str) -> None:
-    """Write a block's shard in another format, once its files are there; it appears whole.
+class Checkpoint(Format):
+    """A format that has a shard of each block, which a run writes as it goes on."""
 
-    Args:
-        skeleton: of the model, the run's source or its result.
-        shard: name of the block's file in the run's checkpoint, and in the other.
+    @abstractmethod
+    def linear_tensors(
+        self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None
+    ) -> dict[str, Tensor]:
+        """The tensors, by full name, that a linear's weight becomes.
 
-    Raises:
-        ConfigError: the run has other grids for what enters the linears than the option asks for.
-        QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
-    """
-    path = block_file(Path(config.run), block_index)
-    linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in read_block(path).items()}
-    inputs = _input_grids(config, skeleton, block_index)
-    dtype = _embedding_dtype(skeleton)
-    tensors: dict[str, Tensor] = {}
-    for name, info in read_header(Path(config.run) / shard).items():
-        if name in linears:
-            of_linear = _linear_tensors(config, name.removesuffix(".weight"), linears[name], dtype, inputs)
-            check_finite(config.folder / shard, of_linear)
+        Args:
+            dtype: that the checkpoint is loaded in.
+            entering: the grid of what enters the linear, where the format asks for one and the run has it.
+        """
+
+    def described(self, skeleton: Skeleton, spec: QuantSpec, ignored: Iterable[str]) -> dict:
+        """The entry `quantization_config` of config.json; empty for plain weights.
+
+        Args:
+            skeleton: of the run's result.
+            ignored: names of the linears that are not quantized.
+
+        Raises:
+            ConfigError: the run has other grids for what enters the linears than the format asks for.
+        """
+        return {}
+
+    def weight_dtype(self, skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
+        """Dtype of the model that programs make of the checkpoint, in which they keep scales."""
+        return model_dtype(skeleton, spec)
+
+    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+        return block.others + block.codes
+
+    def write_shard(self, run: Path, skeleton: Skeleton, block_index: int, path: Path) -> None:
+        """Write a block's shard, once the run's own files of the block are there; it appears whole.
+
+        Args:
+            run: folder of the run, whose shard of the block has the same name.
+            skeleton: of the run's source or its result.
+
+        Raises:
+            ConfigError: as `described`.
+            QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
+        """
+        codes = read_block(block_file(run, block_index))
+        linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in codes.items()}
+        inputs = input_grids(self, run, skeleton, block_index)
+        tensors: dict[str, Tensor] = {}
+        for name, info in read_header(run / path.name).items():
+            if name not in linears:
+                tensors[name] = read_tensor(info)
+                continue
+            linear, bare_name = linears[name], name.removesuffix(".weight")
+            dtype = self.weight_dtype(skeleton, linear.spec)
+            if self.rounded_by:
+                linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
+            of_linear = self.linear_tensors(bare_name, linear, dtype, inputs.get(bare_name))
+            check_finite(path, of_linear)
             tensors |= of_linear
-        else:
-            tensors[name] = read_tensor(info)
-    write_tensors(config.folder / shard, tensors, {"format": "pt"})
+        write_tensors(path, tensors, {"format": "pt"})
+
+    def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
+        spec = next(iter(grids.values()))
+        described = self.described(skeleton, spec, _linears_left(skeleton, grids))
+        shards = sorted({info.file.name for info in skeleton.index.values()})
+        for number, shard in enumerate(shards):
+            if is_begun and (folder / shard).exists():
+                continue
+            if number < len(skeleton.names):
+                self.write_shard(skeleton.folder, skeleton, number, folder / shard)
+            else:  # outside the blocks nothing is quantized
+                write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
+        write_index(folder, shards)
+        copy_companions(skeleton.folder, folder)
+        dtype = self.weight_dtype(skeleton, spec)
+        write_config(skeleton.folder, folder, dtype, **({"quantization_config": described} if described else {}))
+        return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
-def write_checkpoint(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], is_begun: bool) -> float:
-    """Write a run as a checkpoint; give the largest relative change of a scale by its rounding.
-
-    Args:
-        skeleton: of the run's result.
-        grids: by full name of the linear.
-        is_begun: whether the shards that are there are those of this run's blocks, and stay.
-
-    Raises:
-        ConfigError: the format cannot express the grids.
-    """
-    spec, folder = next(iter(grids.values())), config.folder
-    scheme = _quantization_config(config, skeleton, grids)
-    shards = sorted({info.file.name for info in skeleton.index.values()})
-    for number, shard in enumerate(shards):
-        if is_begun and (folder / shard).exists():
-            continue
-        if number < len(skeleton.names):
-            write_block_shard(config, skeleton, number, shard)
-        else:  # outside the blocks nothing is quantized
-            write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
-    write_index(folder, shards)
-    copy_companions(skeleton.folder, folder)
-    scale_dtype = _model_dtype(spec, _embedding_dtype(skeleton))
-    write_config(skeleton.folder, folder, weight_dtype(config, skeleton, grids), **scheme)
-    return 0.0 if config.format == "hf" else _scale_change(skeleton, scale_dtype)
+def in_transformers(package: str, load: str) -> str:
+    """How transformers loads a checkpoint, in Markdown that goes on a sentence."""
+    return f"with `pip install {package}`, in transformers:\n\n```python\n{load}\n```"
 
 
-def weight_dtype(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec]) -> torch.dtype:
-    """Dtype in which a checkpoint's plain weights are to be loaded."""
-    if config.format == "hf" and config.dtype == "float32":
-        return torch.float32
-    return _model_dtype(next(iter(grids.values())), _embedding_dtype(skeleton))
+def with_vllm(otherwise: str) -> str:
+    """How vLLM serves a checkpoint, or, in words that go on a sentence, another program does."""
+    return f"```bash\nvllm serve path/to/this/folder\n```\n\nor, {otherwise}"
 
 
-def _linear_tensors(
-    config: ExportConfig,
-    name: str,
-    linear: QuantizedLinear,
-    embedding_dtype: torch.dtype,
-    inputs: dict[str, ActivationGrid],
-) -> dict[str, Tensor]:
-    """The tensors, by full name, that a linear's weight becomes."""
-    dtype = _model_dtype(linear.spec, embedding_dtype)
-    if config.format == "hf":
-        return plain_tensors(name, linear, torch.float32 if config.dtype == "float32" else dtype)
-    rounded = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
-    if config.format == "gptq":
-        return gptq.linear_tensors(name, rounded, dtype)
-    return compressed_tensors.linear_tensors(name, rounded, dtype, config.activation_bits, inputs)
-
-
-def _quantization_config(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec]) -> dict[str, dict]:
-    """The entry of config.json that describes the grids; none for plain weights."""
-    spec = next(iter(grids.values()))
-    match config.format:
-        case "gptq":
-            gptq.check_grid(spec)
-            described = gptq.quantization_config(spec, _linears_left(skeleton, grids))
-        case "compressed-tensors":
-            compressed_tensors.check_grid(spec, config.activation_bits)
-            numbers = range(len(skeleton.names))
-            inputs = (grid for number in numbers for grid in _input_grids(config, skeleton, number).values())
-            described = compressed_tensors.quantization_config(
-                spec, config.activation_bits, _linears_left(skeleton, grids), *list(inputs)[:1]
-            )
-        case _:
-            return {}
-    return {"quantization_config": described}
-
-
-def _input_grids(config: ExportConfig, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
+def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
     """The 8-bit grids, by its linear's stored name, that a block has for what enters them, where these are asked for.
 
     Raises:
         ConfigError: it has others.
     """
-    path, grids = block_file(Path(config.run), block_index), {}
-    if config.activation_bits == 16:
+    path, grids = block_file(run, block_index), {}
+    if chosen.activation_bits == 16:
         return grids
     activations = read_activations(path)
     for name in read_grids(path):
         grid = activations.get(f"{name}.input")
         if grid is None:
             continue
-        if grid.bits != config.activation_bits:
+        if grid.bits != chosen.activation_bits:
             raise ConfigError(
                 f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
                 "quantize with --activations.bits 8, or export with --activation_bits 16"
@@ -175,13 +171,10 @@ def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
     return left | {name.removesuffix(".weight") for name in matrices - others}
 
 
-def _model_dtype(spec: QuantSpec, embedding_dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the model that programs make of a checkpoint, in which they keep scales."""
-    return getattr(torch, spec.scale_dtype) if spec.scale_dtype else embedding_dtype
-
-
-def _embedding_dtype(skeleton: Skeleton) -> torch.dtype:
-    """Dtype of the source, whose embeddings a run copies."""
+def model_dtype(skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
+    """What a target has scales rounded to, else the source's dtype, that of the embeddings, which a run copies."""
+    if spec.scale_dtype:
+        return getattr(torch, spec.scale_dtype)
     table = skeleton.model.get_input_embeddings()
     name = next(name for name, module in skeleton.model.named_modules() if module is table)
     return DTYPES[skeleton.stored(f"{name}.weight").dtype]

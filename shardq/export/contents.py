@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shardq.config import ExportConfig
 from shardq.errors import ConfigError, ResumeError, StorageError
+from shardq.export.chosen import format_of
 from shardq.files import ASIDE, remove, write_json
 from shardq.formats.sealed import SEAL, sealed, unsealed
 from shardq.rundir.digests import changed_files, entry_of
@@ -123,9 +124,4 @@ def faults(folder: Path, record: dict, blocks: str | None = None) -> Iterator[st
 
 def _asked(config: ExportConfig) -> dict:
     """Format and those of the options that it has; a run's configuration has a value of each for all formats."""
-    options = {
-        "hf": {"dtype": config.dtype},
-        "compressed-tensors": {"activation_bits": config.activation_bits},
-        "aimet": {"aimet.version": config.aimet.version},
-    }
-    return {"format": config.format, "options": options.get(config.format, {})}
+    return {"format": config.format, "options": format_of(config.format, config).options}

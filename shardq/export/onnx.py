@@ -1,63 +1,45 @@
-"""A finished run as ONNX: the whole model in one graph, and each part in a graph of its own, over the same weights."""
+"""Graphs with packed codes, for onnxruntime."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import onnx_ir as ir
+import torch
 
-from shardq.formats import onnx_graph
-from shardq.formats.block_file import read_block
-from shardq.formats.shards import read_tensor
+from shardq.export.base import Format, Grids
+from shardq.formats.checkpoint import copy_companions, write_config
 from shardq.logs import Display
-from shardq.model.graph import traced_parts
 from shardq.model.skeleton import Skeleton
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.plan import block_file
+from shardq.rundir.room import BlockBytes
+
+LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
+(logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
+
+ONNX_PARTS = """`embedding.onnx`, `block-NNNNN.onnx` and `head.onnx` are the same model in parts, each of which takes
+`attention_mask` beside `input_ids` or `hidden_states`. By default onnxruntime rounds activations to int8 where it
+multiplies by packed weights; the session option `session.qdq_matmulnbits_accuracy_level`, set to `1`, keeps them in
+float32."""
 
 
-def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec], display: Display) -> None:
-    """Write `model.onnx`, the same in parts, and a file of weights for each block and one for what is outside them.
+class Onnx(Format):
+    """The model in one graph, and in parts, over the same files of weights; scales stay in float32."""
 
-    The parts are `embedding.onnx`, `block-NNNNN.onnx` and `head.onnx`. One block's weights are in memory at a time.
+    name = "onnx"
+    package = "onnxscript"
 
-    Args:
-        grids: by full name of the linear.
+    def check(self, skeleton: Skeleton, grids: Grids) -> None:
+        """Every grid fits."""
 
-    Raises:
-        UnsupportedModelError: torch's ONNX exporter cannot take the model.
-    """
-    opset = onnx_graph.opset_for(next(iter(grids.values())))
-    ends = _write_ends(skeleton, folder)
+    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+        codes = block.num_weights if spec.bits > 4 else block.num_weights // 2
+        return block.others + codes + 5 * block.num_scales
 
-    def parts() -> Iterator[tuple[str, ir.Model]]:
-        for name, block_index, model in traced_parts(skeleton, opset):
-            if block_index is not None:
-                display.start_part("onnx: block", block_index, len(skeleton.names))
-            placed = ends
-            if block_index is not None:
-                placed = onnx_graph.write_data(folder / f"{name}.data", _block_weights(skeleton, block_index))
-            onnx_graph.place_weights(model.graph, placed, grids)
-            onnx_graph.write_model(folder / f"{name}.onnx", model)
-            yield name, model
+    def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
+        from shardq.export.onnx_graphs import write_onnx  # its packages are an extra
 
-    with display.bars(1, 0, "model", "blocks"):
-        onnx_graph.write_model(folder / "model.onnx", onnx_graph.joined(parts()))
+        write_onnx(skeleton, folder, grids, display)
+        copy_companions(skeleton.folder, folder)
+        write_config(skeleton.folder, folder, torch.float32)
+        return 0.0
 
-
-def _write_ends(skeleton: Skeleton, folder: Path) -> dict[str, ir.ExternalTensor]:
-    """Weights outside the blocks, tied ones stored once."""
-    infos = {name: skeleton.stored(name) for name in skeleton.model.state_dict()}
-    tensors = (onnx_graph.plain_tensor(info.name, read_tensor(info)) for info in dict.fromkeys(infos.values()))
-    placed = onnx_graph.write_data(folder / "ends.data", tensors)
-    return {name: placed[info.name] for name, info in infos.items()}
-
-
-def _block_weights(skeleton: Skeleton, block_index: int) -> Iterator[ir.TensorProtocol]:
-    linears = read_block(block_file(skeleton.folder, block_index))
-    for name, info in skeleton.block_tensors(block_index).items():
-        full_name = f"{skeleton.names[block_index]}.{name}"
-        linear = full_name.removesuffix(".weight")
-        if linear in linears and name.endswith(".weight"):
-            yield from onnx_graph.linear_tensors(linear, linears.pop(linear))
-        else:
-            yield onnx_graph.plain_tensor(full_name, read_tensor(info))
+    def how_to_serve(self, spec: QuantSpec) -> str:
+        return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"

@@ -10,13 +10,15 @@ from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
-from shardq.export.write import check_installed
-from shardq.formats import compressed_tensors, encodings, gptq
+from shardq.export.chosen import check_installed, format_of, formats_of
+from shardq.formats import compressed_tensors, gptq
+from shardq.formats.options import FormatName
 from shardq.model.skeleton import Skeleton
 from shardq.quant.spec import QuantSpec
 from shardq.rundir.block_output import stored_dtype
 from shardq.rundir.plan import Plan
 
+TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
 # activations) ask of a linear's sizes.
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
@@ -40,8 +42,12 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         ConfigError: naming the rule, and the linear that breaks it.
     """
     spec, export = config.quant.spec, config.export
-    for kind in export.asked:
-        check_installed(kind)
+    asked = formats_of(export)
+    if config.target:  # what it is to serve must be there in the end, by this run or by an export
+        name = TARGETS[config.target]
+        asked |= {name: format_of(name, export)}
+    for chosen in asked.values():
+        check_installed(chosen)
     if config.target and spec.decompressed_bits:
         raise ConfigError(
             f"quant.decompressed_bits: {config.target} keeps scales in {scale_dtype(config, skeleton, plan)}, in which "
@@ -52,19 +58,8 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
             f"quant.bits: vLLM has no kernel for {spec.bits} bits, only for 4 and 8; choose one of them, or leave out "
             "target"
         )
-    if config.target == "vllm" or "compressed-tensors" in export.asked:
-        compressed_tensors.check_grid(spec, export.activation_bits)
-    if "gptq" in export.asked:
-        gptq.check_grid(spec)
-        for name, linear in _linears(skeleton, plan):
-            gptq.check_shape(name, linear.out_features, linear.in_features)
-    if config.target == "gguf" or "gguf" in export.asked:
-        check_installed("gguf")
-        from shardq.export.gguf import check_gguf  # its package is an extra
-
-        check_gguf(skeleton, {name: spec for name, _ in _linears(skeleton, plan)})
-    if "aimet" in export.asked:
-        encodings.check_size(export.aimet.version, plan.num_scales)
+    for chosen in asked.values():
+        chosen.check(skeleton, {name: spec for name, _ in _linears(skeleton, plan)})
     if config.target == "vllm":
         _check_vllm(config, skeleton, plan)
 

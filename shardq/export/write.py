@@ -1,33 +1,27 @@
 """A finished run in the formats that other programs read, one folder each."""
 
-import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
 
-import torch
-
-from shardq.config import ExportConfig, Format
-from shardq.errors import ConfigError, ShardQError
+from shardq.config import ExportConfig
+from shardq.errors import ShardQError
 from shardq.export import contents
-from shardq.export.checkpoint import weight_dtype, write_checkpoint
+from shardq.export.base import Format, Grids
+from shardq.export.checkpoint import model_dtype
+from shardq.export.chosen import check_installed, format_of
+from shardq.export.model_card import model_card
 from shardq.files import remove_folder, write_text
 from shardq.formats.block_file import read_grids
-from shardq.formats.checkpoint import companions, copy_companions, write_config
-from shardq.formats.model_card import model_card
+from shardq.formats.checkpoint import companions
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.quant.spec import QuantSpec
 from shardq.rundir import ledger
-from shardq.rundir.encodings import write_encodings
 from shardq.rundir.lock import only_run
 from shardq.rundir.plan import block_file
-from shardq.rundir.room import Need, bytes_there, check_room, export_bytes
+from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_there, check_room
 from shardq.rundir.source import check_outside
 
 MODEL_CARD = "README.md"
-PACKAGES: dict[Format, str] = {"onnx": "onnxscript", "gguf": "gguf"}  # that a run without these formats needs not
-FORMATS: tuple[Format, ...] = get_args(Format)  # each to a folder of its name
 
 
 def write_format(config: ExportConfig, display: Display, is_begun: bool = False) -> dict:
@@ -39,24 +33,26 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     Returns:
         As `export`, but for `seconds`.
     """
-    skeleton, folder = open_skeleton(Path(config.run)), config.folder
+    skeleton, folder, chosen = open_skeleton(Path(config.run)), config.folder, format_of(config.format, config)
     companions(skeleton.folder)  # one that must not be copied is refused now
     if not is_begun:
         check_outside(skeleton)  # runs of earlier versions may hold what is not finite
-    display.line(f"{folder}: writing {config.format}, {len(skeleton.names)} blocks")
+    display.line(f"{folder}: writing {chosen.name}, {len(skeleton.names)} blocks")
     blocks = ledger.blocks_digest(ledger.finished(ledger.read_lines(skeleton.folder)))
     paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
+    check_installed(chosen)
+    chosen.check(skeleton, grids)
     if not is_begun:  # else room was counted before the run began
-        num_bytes = export_bytes(config, skeleton, grids, weight_dtype(config, skeleton, grids).itemsize)
-        room = Need(config.format, folder, max(0, num_bytes - bytes_there(folder)))
+        num_bytes = _num_bytes(chosen, skeleton, grids)
+        room = Need(chosen.name, folder, max(0, num_bytes - bytes_there(folder)))
         check_room([room])
     former = contents.read(folder)
     contents.begin(config, blocks)
     try:
         if not is_begun:
             contents.remove_former(folder, former)
-        scale_change = _write_files(config, skeleton, grids, display, is_begun)
+        scale_change = _write_files(chosen, skeleton, grids, folder, display, is_begun)
         return summary_of(folder, contents.finish(config, blocks, scale_change))
     except ShardQError:
         contents.abandon(folder)
@@ -87,55 +83,30 @@ def summary_of(folder: Path, record: dict) -> dict:
 
 
 def _write_files(
-    config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], display: Display, is_begun: bool
+    chosen: Format, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool
 ) -> float:
     """Write an export's files, the model card last; give the largest relative change of a scale by its rounding."""
-    folder = config.folder
-    match config.format:
-        case "aimet":
-            scale_change = 0.0
-            write_encodings(skeleton.folder, len(skeleton.names), folder, config.aimet.version)
-        case "onnx":
-            scale_change = _write_onnx(skeleton, grids, folder, display)
-        case "gguf":
-            check_installed("gguf")
-            from shardq.export.gguf import write_gguf
-
-            scale_change = write_gguf(skeleton, folder, grids)
-        case _:
-            scale_change = write_checkpoint(config, skeleton, grids, is_begun)
+    scale_change = chosen.write(skeleton, grids, folder, display, is_begun)
     if scale_change:
-        target = "gguf" if config.format == "gguf" else "vllm"
         display.line(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
-            f"{scale_change:.2%}; a run with --target {target} rounds them before"
+            f"{scale_change:.2%}; a run with --target {chosen.rounded_by} rounds them before"
         )
-    manifest = ledger.read_manifest(skeleton.folder)
-    if config.format == "compressed-tensors" and manifest["options"].get("activations", {}).get("kv_bits"):
-        display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
-    spec = next(iter(grids.values()))
-    activation_bits = config.activation_bits if config.format == "compressed-tensors" else 16
-    write_text(folder / MODEL_CARD, model_card(manifest, spec, config.format, activation_bits, scale_change))
+    manifest, spec = ledger.read_manifest(skeleton.folder), next(iter(grids.values()))
+    write_text(folder / MODEL_CARD, model_card(manifest, spec, chosen, scale_change))
     return scale_change
 
 
-def check_installed(kind: Format) -> None:
-    """Check that the package which writes a format is there.
-
-    Raises:
-        ConfigError: it is not; says how to install it.
-    """
-    package = PACKAGES.get(kind)
-    if package and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"format {kind}: the package {package} is missing; pip install 'shardq[{kind}]'")
-
-
-def _write_onnx(skeleton: Skeleton, grids: dict[str, QuantSpec], folder: Path, display: Display) -> float:
-    """Write a run as ONNX; scales stay as they are."""
-    check_installed("onnx")
-    from shardq.export.onnx import write_onnx  # its packages are an extra
-
-    write_onnx(skeleton, folder, grids, display)
-    copy_companions(skeleton.folder, folder)
-    write_config(skeleton.folder, folder, torch.float32)
-    return 0.0
+def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
+    """About what an export of a run takes."""
+    spec, total = next(iter(grids.values())), 0
+    itemsize = model_dtype(skeleton, spec).itemsize
+    left = dict(skeleton.index)
+    for number, block_name in enumerate(skeleton.names):
+        tensors = skeleton.block_tensors(number)
+        linears = [name.removesuffix(".weight") for name in tensors]
+        block = block_bytes(tensors, [name for name in linears if f"{block_name}.{name}" in grids], spec)
+        total += chosen.block_bytes(block, spec, itemsize)
+        for info in tensors.values():
+            left.pop(info.name, None)
+    return total + chosen.holds_weights * sum(info.num_bytes + HEADER_BYTES for info in left.values())

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-Format = Literal["compressed-tensors", "gptq", "hf", "onnx", "gguf", "aimet"]
+FormatName = Literal["compressed-tensors", "gptq", "hf", "onnx", "gguf", "aimet"]
 EncodingsVersion = Literal["0.6.1", "1.0.0", "2.0.0", "2.1.0"]
-CHECKPOINTS: tuple[Format, ...] = ("compressed-tensors", "gptq", "hf")  # a shard a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class ExportOptions:
     dtype: Literal["float32", "source"] = "float32"
     """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
     dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
-    formats: tuple[Format, ...] | Format = ()
+    formats: tuple[FormatName, ...] | FormatName = ()
     """Further formats to write, separated by commas, each to a folder of its name in the output folder:
     `compressed-tensors`, `gptq`, `hf` a shard a block as the run goes on, the others when it is done; `shardq export`
     does it later."""
@@ -34,11 +33,6 @@ class ExportOptions:
     aimet: AimetOptions = field(default_factory=AimetOptions)
 
     @property
-    def asked(self) -> tuple[Format, ...]:
+    def asked(self) -> tuple[FormatName, ...]:
         """The further formats."""
         return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats)
-
-    @property
-    def checkpoints(self) -> tuple[Format, ...]:
-        """Those of them that have a shard for each block, which is written as the run goes on."""
-        return tuple(chosen for chosen in self.asked if chosen in CHECKPOINTS)

@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from shardq.config import ExportConfig
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
-from shardq.formats import encodings
-from shardq.formats.options import Format
 from shardq.formats.shards import TensorInfo
-from shardq.model.skeleton import Skeleton
 from shardq.quant.packing import packed_width
 from shardq.quant.spec import QuantSpec
 
@@ -70,49 +66,6 @@ def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], spec: Qu
     others = sum(info.num_bytes + HEADER_BYTES for info in tensors.values())
     others -= sum(info.num_bytes for info in quantized)
     return BlockBytes(others, codes, sum(info.shape[0] * info.shape[1] for info in quantized), scales)
-
-
-def bytes_in_format(kind: Format, block: BlockBytes, spec: QuantSpec, itemsize: int, activation_bits: int) -> int:
-    """What a block takes in a format that holds its weights.
-
-    Args:
-        itemsize: of a plain weight.
-    """
-    match kind:
-        case "hf":
-            return block.others + block.num_weights * itemsize
-        case "gguf":  # blocks of 32 weights
-            return block.others + block.num_weights * (34 if spec.bits > 4 else 20) // 32
-        case "onnx":
-            codes = block.num_weights if spec.bits > 4 else block.num_weights // 2
-            return block.others + codes + 5 * block.num_scales
-        case "compressed-tensors" if activation_bits == 8:
-            return block.others + block.num_weights  # a byte each at any width
-        case _:
-            return block.others + block.codes
-
-
-def export_bytes(config: ExportConfig, skeleton: Skeleton, grids: dict[str, QuantSpec], itemsize: int) -> int:
-    """About what an export of a run takes.
-
-    Args:
-        skeleton: of the run's result.
-        grids: by full name of the linear.
-        itemsize: of a plain weight, as the format keeps it.
-    """
-    spec, total, num_scales = next(iter(grids.values())), 0, 0
-    left = dict(skeleton.index)
-    for number, block_name in enumerate(skeleton.names):
-        tensors = skeleton.block_tensors(number)
-        linears = [name.removesuffix(".weight") for name in tensors]
-        block = block_bytes(tensors, [name for name in linears if f"{block_name}.{name}" in grids], spec)
-        total += bytes_in_format(config.format, block, spec, itemsize, config.activation_bits)
-        num_scales += block.num_scales
-        for info in tensors.values():
-            left.pop(info.name, None)
-    if config.format == "aimet":
-        return 2 * encodings.BYTES_A_SCALE[config.aimet.version] * num_scales
-    return total + sum(info.num_bytes + HEADER_BYTES for info in left.values())
 
 
 def bytes_there(path: Path) -> int:

@@ -29,6 +29,7 @@ from forked_runs import Setting, launch, output_of, what_is_wrong
 from runs import result_files
 from shardq.cache.store import DiskStore
 from shardq.commands import quantize as run
+from shardq.export.checkpoint import Checkpoint
 from shardq.formats import tensor_file
 from shardq.model import weights
 from shardq.optimize.stepper import LocalStepper
@@ -44,7 +45,7 @@ POINTS = {  # name: where the function is looked up when it is called
     "ledger line": (ledger, "append_line"),
     "commit": (ledger, "commit"),
     "block files": (run, "write_block_files"),
-    "export shard": (run, "write_block_shard"),
+    "export shard": (Checkpoint, "write_shard"),
     "export": (run, "write_format"),
     "barrier": (run, "barrier"),
     "step": (LocalStepper, "step"),

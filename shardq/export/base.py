@@ -1,0 +1,71 @@
+"""What is asked of every format that programs read."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from shardq.formats.options import FormatName
+from shardq.logs import Display
+from shardq.model.skeleton import Skeleton
+from shardq.quant.spec import QuantSpec
+from shardq.rundir.room import BlockBytes
+
+Grids = dict[str, QuantSpec]  # by full name of the linear
+
+
+class Format(ABC):
+    """A format, with those of an export's options that it has.
+
+    Attributes:
+        name: as options name it, and its folder.
+        package: that writes it, where a run without the format does not need it.
+        rounded_by: the --target that rounds scales, before codes are made, to what the format keeps them in; None
+            where it keeps them as they are.
+        holds_weights: whether all of the model's weights are in it.
+        activation_bits: of the activations that it asks for.
+    """
+
+    name: ClassVar[FormatName]
+    package: ClassVar[str | None] = None
+    rounded_by: ClassVar[Literal["vllm", "gguf"] | None] = None
+    holds_weights: ClassVar[bool] = True
+    activation_bits: int = 16
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Options that are this format's, by name, with their values."""
+        return {}
+
+    @abstractmethod
+    def check(self, skeleton: Skeleton, grids: Grids) -> None:
+        """Check, before any work, that the format can hold a model with its linears on some grids.
+
+        Raises:
+            ConfigError: a grid or a size does not fit.
+            UnsupportedModelError: the format has no place for the model.
+        """
+
+    @abstractmethod
+    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+        """About what a block takes.
+
+        Args:
+            itemsize: of a weight in the source's dtype.
+        """
+
+    @abstractmethod
+    def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
+        """Write a finished run; give the largest relative change of a weight by the rounding of its scale.
+
+        Args:
+            skeleton: of the run's result.
+            is_begun: whether shards that are there are those of this run's blocks, and stay.
+
+        Raises:
+            ConfigError, UnsupportedModelError: as `check`.
+            QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
+        """
+
+    @abstractmethod
+    def how_to_serve(self, spec: QuantSpec) -> str:
+        """Markdown that says how a program loads it."""

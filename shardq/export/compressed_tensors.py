@@ -1,0 +1,66 @@
+"""Codes and scales as compressed-tensors, for vLLM and transformers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardq.export.base import Grids
+from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, in_transformers, input_grids, with_vllm
+from shardq.formats import compressed_tensors
+from shardq.logs import Display
+from shardq.model.skeleton import Skeleton
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+from shardq.rundir import ledger
+from shardq.rundir.room import BlockBytes
+
+# Left packed, transformers 5.23 makes room for unpacked zero points only.
+LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
+    "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
+)"""
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Checkpoint):
+    """A compressed-tensors checkpoint, with activations as they are or in int8."""
+
+    name = "compressed-tensors"
+    rounded_by = "vllm"
+    activation_bits: int
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"activation_bits": self.activation_bits}
+
+    def check(self, skeleton: Skeleton, grids: Grids) -> None:
+        for spec in set(grids.values()):
+            compressed_tensors.check_grid(spec, self.activation_bits)
+
+    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+        if self.activation_bits == 8:
+            return block.others + block.num_weights  # a byte each at any width
+        return super().block_bytes(block, spec, itemsize)
+
+    def linear_tensors(
+        self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None
+    ) -> dict[str, Tensor]:
+        inputs = {name: entering} if entering else {}
+        return compressed_tensors.linear_tensors(name, linear, dtype, self.activation_bits, inputs)
+
+    def described(self, skeleton: Skeleton, spec: QuantSpec, ignored: Iterable[str]) -> dict:
+        blocks = range(len(skeleton.names))
+        grids = [grid for number in blocks for grid in input_grids(self, skeleton.folder, skeleton, number).values()]
+        return compressed_tensors.quantization_config(spec, self.activation_bits, ignored, *grids[:1])
+
+    def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
+        scale_change = super().write(skeleton, grids, folder, display, is_begun)
+        if ledger.read_manifest(skeleton.folder)["options"].get("activations", {}).get("kv_bits"):
+            display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
+        return scale_change
+
+    def how_to_serve(self, spec: QuantSpec) -> str:
+        return with_vllm(in_transformers("compressed-tensors", LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC))

@@ -1,0 +1,45 @@
+"""Plain weights, for anything that loads Hugging Face checkpoints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shardq.export.base import Grids
+from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint
+from shardq.formats.checkpoint import plain_tensors
+from shardq.model.skeleton import Skeleton
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.quantized import QuantizedLinear
+from shardq.quant.spec import QuantSpec
+from shardq.rundir.room import BlockBytes
+
+
+@dataclass(frozen=True)
+class Hf(Checkpoint):
+    """Weights as the grid points that their codes stand for, in float32 or the source's dtype."""
+
+    name = "hf"
+    dtype: Literal["float32", "source"]
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"dtype": self.dtype}
+
+    def check(self, skeleton: Skeleton, grids: Grids) -> None:
+        """Every grid fits."""
+
+    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+        return block.others + block.num_weights * (4 if self.dtype == "float32" else itemsize)
+
+    def weight_dtype(self, skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else super().weight_dtype(skeleton, spec)
+
+    def linear_tensors(
+        self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None
+    ) -> dict[str, Tensor]:
+        return plain_tensors(name, linear, dtype)
+
+    def how_to_serve(self, spec: QuantSpec) -> str:
+        return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"

@@ -1,0 +1,58 @@
+"""The README.md of an exported checkpoint: what it is, how to serve it, how it was made."""
+
+import yaml
+
+from shardq.export.base import Format
+from shardq.quant.spec import QuantSpec
+
+
+def model_card(manifest: dict, spec: QuantSpec, chosen: Format, scale_change: float) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        manifest: of the run.
+        scale_change: largest relative change of a scale by its rounding after codes were made.
+    """
+    head = yaml.safe_dump({"library_name": "transformers", "tags": ["shardq", chosen.name]}, sort_keys=False)
+    options = {name: value for name, value in manifest["options"].items() if value is not None}
+    return f"""---
+{head}---
+
+# {_scheme(spec, chosen.activation_bits)}
+
+Quantized by shardq {manifest["shardq"]}, weights of the decoder's linears alone. {_exactness(scale_change)}
+
+## Serve it
+
+{chosen.how_to_serve(spec)}
+
+## How it was made
+
+The options of `launch/quantize.py`, as a recipe for `--config`, beside `--model`:
+
+```yaml
+{yaml.safe_dump(options, sort_keys=True)}```
+{_tuning(manifest)}
+SHA-256 of the source's config.json: `{manifest["model"]["config"]}`; of samples of its weights:
+`{manifest["model"]["weights"]}`; of the calibration tokens: `{manifest["calibration_tokens"]}`.
+"""
+
+
+def _tuning(manifest: dict) -> str:
+    """What was done to the scales afterwards, if anything was."""
+    if "tuned" not in manifest:
+        return ""
+    options = yaml.safe_dump({"tune": manifest["tuned"]["options"]}, sort_keys=True)
+    return f"\nScales were then tuned end to end by `launch/tune.py`, codes stayed:\n\n```yaml\n{options}```\n"
+
+
+def _scheme(spec: QuantSpec, activation_bits: int) -> str:
+    grid = "symmetric" if spec.symmetric else "asymmetric"
+    per = f"in groups of {spec.group_size}" if spec.group_size else "per-channel"
+    return f"W{spec.bits}A{activation_bits}, {grid}, {per}"
+
+
+def _exactness(scale_change: float) -> str:
+    if scale_change:
+        return f"Scales were rounded after codes were made: weights differ from the run's by up to {scale_change:.2%}."
+    return "Codes and scales are those that the run measured."

@@ -1,0 +1,114 @@
+"""Every format answers every question."""
+
+from pathlib import Path
+
+import pytest
+
+from shardq.config import ExportConfig, ExportOptions
+from shardq.errors import ConfigError
+from shardq.export.base import Format
+from shardq.export.checkpoint import Checkpoint
+from shardq.export.chosen import FORMATS, check_installed, check_options, checkpoints_of, format_of, formats_of
+from shardq.formats.options import AimetOptions
+from shardq.model.skeleton import open_skeleton
+from shardq.quant.spec import QuantSpec
+from shardq.rundir.room import BlockBytes
+
+SPEC = QuantSpec(bits=4, symmetric=True, group_size=32)
+BLOCK = BlockBytes(others=1000, codes=20_000, num_weights=32_000, num_scales=1000)
+EVERY = [format_of(name, ExportOptions()) for name in FORMATS]
+SERVED = {
+    "compressed-tensors": "vllm serve",
+    "gptq": "vllm serve",
+    "hf": "from_pretrained",
+    "onnx": "onnxruntime",
+    "gguf": "llama-cli",
+    "aimet": "load_encodings",
+}
+every_format = pytest.mark.parametrize("chosen", EVERY, ids=FORMATS)
+
+
+@every_format
+def test_a_format_has_the_name_that_options_give_it(chosen: Format):
+    assert FORMATS[EVERY.index(chosen)] == chosen.name
+
+
+@every_format
+def test_a_format_says_how_it_is_served(chosen: Format):
+    assert SERVED[chosen.name] in chosen.how_to_serve(SPEC)
+
+
+@every_format
+def test_a_format_knows_its_size(chosen: Format):
+    weights, scales = BLOCK.num_weights, BLOCK.num_scales
+    expected = {
+        "compressed-tensors": 1000 + 20_000,
+        "gptq": 1000 + 20_000,
+        "hf": 1000 + 4 * weights,
+        "onnx": 1000 + weights // 2 + 5 * scales,
+        "gguf": 1000 + weights // 32 * 20,
+        "aimet": 2 * 26 * scales,
+    }
+    assert chosen.block_bytes(BLOCK, SPEC, itemsize=2) == expected[chosen.name]
+    assert chosen.holds_weights == (chosen.name != "aimet")
+
+
+def test_options_change_sizes():
+    options = ExportOptions(dtype="source", activation_bits=8, aimet=AimetOptions(version="0.6.1"))
+    sizes = [format_of(name, options).block_bytes(BLOCK, SPEC, 2) for name in ("hf", "compressed-tensors", "aimet")]
+    assert sizes == [1000 + 64_000, 1000 + 32_000, 2 * 160 * 1000]
+
+
+@every_format
+def test_a_format_knows_what_it_cannot_hold(chosen: Format, llama: Path):
+    wrong = {
+        "compressed-tensors": QuantSpec(bits=3, symmetric=True),
+        "gptq": QuantSpec(bits=5, symmetric=True),
+        "gguf": SPEC,  # this model has no tokenizer
+        "aimet": None,
+    }
+    skeleton, name = open_skeleton(llama), "model.layers.0.mlp.up_proj"
+    if chosen.name != "gguf":
+        chosen.check(skeleton, {name: SPEC})
+    if spec := wrong.get(chosen.name):
+        with pytest.raises(Exception, match="hf instead|tokenizer"):
+            chosen.check(skeleton, {name: spec})
+
+
+@every_format
+def test_a_missing_package_is_named(chosen: Format, monkeypatch: pytest.MonkeyPatch):
+    check_installed(chosen)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if chosen.package is None:
+        check_installed(chosen)
+        return
+    with pytest.raises(ConfigError, match=rf"format {chosen.name}: the package {chosen.package} is missing; pip"):
+        check_installed(chosen)
+
+
+def test_formats_whose_scales_a_target_rounds():
+    rounded = {chosen.name: chosen.rounded_by for chosen in EVERY if chosen.rounded_by}
+    assert rounded == {"compressed-tensors": "vllm", "gptq": "vllm", "gguf": "gguf"}
+
+
+def test_checkpoints_are_written_as_a_run_goes_on():
+    options = ExportOptions(formats=FORMATS)
+    assert list(formats_of(options)) == list(FORMATS)
+    assert list(checkpoints_of(options)) == ["compressed-tensors", "gptq", "hf"]
+    assert all(isinstance(chosen, Checkpoint) for chosen in checkpoints_of(options).values())
+
+
+@every_format
+def test_options_of_another_format_are_refused(chosen: Format):
+    asked = {
+        "dtype": {"dtype": "source"},
+        "activation_bits": {"activation_bits": 8},
+        "aimet.version": {"aimet": AimetOptions(version="2.0.0")},
+    }
+    for option, values in asked.items():
+        config = ExportConfig("run", chosen.name, **values)
+        if option in chosen.options:
+            check_options(config)
+            continue
+        with pytest.raises(ConfigError, match=rf"{option}: .* must be left out but for --format "):
+            check_options(config)
