@@ -9,9 +9,7 @@ from shardq.export import contents
 from shardq.export.write import FORMATS
 from shardq.files import storage_errors
 from shardq.rundir import ledger
-from shardq.rundir.lock import LOCK
-
-LOGS = "events*.jsonl"
+from shardq.rundir.folder import LOCK, MANIFEST, RunFolder
 
 
 def is_of_before(entries: ledger.Entries) -> bool:
@@ -22,16 +20,16 @@ def is_of_before(entries: ledger.Entries) -> bool:
 def folder_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
     """Files that belong to no finished run, and lines of ledger and logs that are no JSON."""
     known = {name for entry in entries.values() for name in entry["files"]}
-    known |= {ledger.MANIFEST, ledger.LEDGER, LOCK}
-    exports = set(exports_in(output))
+    folder, exports = RunFolder(output), set(exports_in(output))
+    logs = folder.logs
+    known |= {MANIFEST, folder.ledger.name, LOCK}
     for path in sorted(output.rglob("*")):
-        is_log = path.parent == output and path.match(LOGS)
-        if path.is_dir() or is_log or not exports.isdisjoint(path.parents):
+        if path.is_dir() or path in logs or not exports.isdisjoint(path.parents):
             continue
         may_be_copied = is_of_before(entries) and path.suffix != ".safetensors"
         if str(path.relative_to(output)) not in known and not may_be_copied:
             yield f"{path}: no file of this run; move it elsewhere"
-    for path in (output / ledger.LEDGER, *sorted(output.glob(LOGS))):
+    for path in (folder.ledger, *logs):
         yield from _log_faults(path)
 
 

@@ -28,7 +28,7 @@ from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_z
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.digests import cut_torn_line
-from shardq.rundir.folders import cache_folder, output_folder
+from shardq.rundir.folder import RunFolder, output_folder
 from shardq.rundir.lock import only_run
 from shardq.rundir.manifest import make_manifest
 from shardq.rundir.plan import ENCODINGS, Plan, make_plan
@@ -141,7 +141,7 @@ def take_folder(
     ledger.check_folder(output, resume)
     held.enter_context(only_run(output, display.line))
     remove_asides(output)
-    for log in output.glob("events*.jsonl"):
+    for log in RunFolder(output).logs:
         cut_torn_line(log)
     ledger.mend_manifest(output, manifest, display.line)
     return ledger.open_run(output, manifest, resume, redo)
@@ -151,7 +151,7 @@ def begin(run: Run) -> None:
     """Make the output folder this run's, and have the blocks of a redo count no longer."""
     on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
     if run.begins_redo:
-        former = cache_folder(run.config, run.output, len(ledger.redo_lines(run.lines)) - 1)
+        former = RunFolder(run.output).cache(run.config.cache, len(ledger.redo_lines(run.lines)) - 1)
         asked = run.config.export.asked
         begin_redo(run.output, former, run.lines[-1], asked, run.ranks, run.display)
 

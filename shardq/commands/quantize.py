@@ -33,7 +33,7 @@ from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
 from shardq.rundir.block_output import rounding_to, stored_dtype, write_block_files, write_run_files
-from shardq.rundir.folders import cache_folder, events_file
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.training import checkpoint
@@ -64,7 +64,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
         run = prepare(config, ranks, display, held)
         check_space(run)
         begin(run)
-        events = Events(events_file(run.output, ranks), ranks.rank)
+        events = Events(RunFolder(run.output).log(ranks), ranks.rank)
         lines = run.lines
         if None not in ledger.finished(lines):
             # No file to write to before the checks have passed.
@@ -100,7 +100,7 @@ def _mean(entries: list[dict], key: str) -> float | None:
 def _finish(run: Run, events: Events) -> list[dict]:
     """Quantize the blocks that are left and complete the output; give the ledger's lines."""
     config, ranks, plan = run.config, run.ranks, run.plan
-    cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
+    cache = RunFolder(run.output).cache(config.cache, len(ledger.redo_lines(run.lines)))
     store = open_store(config.cache, cache, ranks.device)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     length = run.tokens_NT.shape[1]

@@ -14,8 +14,9 @@ from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import COMPLETING, stored_dtype, write_run_files
-from shardq.rundir.plan import Plan
+from shardq.rundir.block_output import stored_dtype, write_run_files
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import ENCODINGS, Plan
 
 END = "end"
 
@@ -67,8 +68,9 @@ def remove_what_completes(output: Path, asked: Container[str], display: Display)
     Args:
         asked: formats that this run will write; their shards are those of its blocks, and stay.
     """
-    for name in COMPLETING:
-        remove(output / name)
+    folder = RunFolder(output)
+    for path in (folder.config, folder.index, *map(folder.encodings, ENCODINGS)):
+        remove(path)
     for name in FORMATS:
         if name not in asked:
             _remove_export(output, name, asked, display)

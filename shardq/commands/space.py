@@ -14,8 +14,8 @@ from shardq.parallel.collectives import together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.block_output import stored_dtype
-from shardq.rundir.folders import cache_folder
-from shardq.rundir.plan import Plan, block_file, encodings_file
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import Plan
 from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_in_format, bytes_there, check_room
 from shardq.training.memory import MOMENTS
 
@@ -43,8 +43,9 @@ def needed(run: Run) -> list[Need]:
             needs.append(Need("checkpoints", run.output, int(2 * num_tensors * 4 * run.largest.size.num_weights)))
     if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
         there, num_redos = 0, len(ledger.redo_lines(run.lines)) - run.begins_redo
-        if (run.output / ledger.MANIFEST).exists():
-            there = bytes_there(cache_folder(run.config, run.output, num_redos))  # kept, or removed as a redo begins
+        if RunFolder(run.output).manifest.exists():
+            # Kept, or removed as a redo begins.
+            there = bytes_there(RunFolder(run.output).cache(run.config.cache, num_redos))
         folder = Path(run.config.cache.folder or run.output)
         needs.append(Need("activations", folder, max(0, cache_bytes(run) - there), "--cache.folder"))
     return needs
@@ -131,9 +132,9 @@ def _files(
         block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], spec)
         if block_index not in finished:
             yield output / plan.block_shard(block_index), block.others + block.num_weights * itemsize
-            yield block_file(output, block_index), block.codes
+            yield RunFolder(output).block(block_index), block.codes
             for version in plan.encoding_versions:
-                path = encodings_file(output, version, block_index)
+                path = RunFolder(output).encodings(version, block_index)
                 yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
         for chosen in export.asked:
             num_bytes = bytes_in_format(chosen, block, spec, itemsize, export.activation_bits)
@@ -148,7 +149,7 @@ def _files(
         for folder in ("", *export.checkpoints):
             yield output / folder / plan.rest_shard(number), rest
     for version in plan.encoding_versions:
-        yield encodings_file(output, version), encodings.BYTES_A_SCALE[version] * all_scales
+        yield RunFolder(output).encodings(version), encodings.BYTES_A_SCALE[version] * all_scales
     for chosen in export.asked:
         if chosen == "aimet":
             yield output / chosen, 2 * encodings.BYTES_A_SCALE[export.aimet.version] * all_scales

@@ -21,7 +21,8 @@ from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir import ledger
-from shardq.rundir.plan import Plan, block_file, encodings_file, make_plan
+from shardq.rundir.folder import MANIFEST, RunFolder
+from shardq.rundir.plan import Plan, make_plan
 
 CHECKS = {
     "ledger": "the run is finished; every file has the digest that it was finished with",
@@ -97,8 +98,9 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     """
     if not output.exists():
         raise ResumeError(ledger.why_unfinished(output, {})[0])
-    if not (output / ledger.MANIFEST).exists() and not (output / ledger.LEDGER).exists():
-        raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}), nor an export; check the path")
+    folder = RunFolder(output)
+    if not folder.is_taken:
+        raise ResumeError(f"{output}: holds no run of shardq (no {MANIFEST}), nor an export; check the path")
     faults: Faults = {"ledger": []}
     try:
         quant = ledger.stored_options(output, "quant")
@@ -111,12 +113,12 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         raise ResumeError(unfinished[0])
     faults["ledger"] = [*damaged.values(), *unfinished]
     if not (quant or damaged):
-        faults["ledger"].append(f"{output / ledger.MANIFEST}: missing, or without the run's options")
+        faults["ledger"].append(f"{folder.manifest}: missing, or without the run's options")
     if unfinished or not quant:
         return faults, 0, 0
     faults["folder"] = list(folder_faults(output, entries))
     faults["exports"] = list(export_faults(output, entries))
-    if not damaged.keys().isdisjoint((output / ledger.MANIFEST, output / "config.json")):
+    if not damaged.keys().isdisjoint((folder.manifest, folder.config)):
         return faults, 0, 0  # by which the other files are understood
     try:
         skeleton = open_skeleton(output)
@@ -131,7 +133,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     all_encodings = _Encodings(output, plan.encoding_versions)
     for block_index in range(plan.num_blocks):
         names = [f"{plan.names[block_index]}.{name}" for name in plan.linears[block_index]]
-        linears = _check_block(skeleton, block_file(output, block_index), names, faults)
+        linears = _check_block(skeleton, RunFolder(output).block(block_index), names, faults)
         faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
     faults["encodings"] += all_encodings.left_over()
     faults["encodings"] += _activation_faults(output, plan)
@@ -205,13 +207,13 @@ class _Encodings:
 
     def __init__(self, output: Path, versions: list[encodings.Version]):
         self._output = output
-        self._wholes = {version: encodings_file(output, version) for version in versions}
+        self._wholes = {version: RunFolder(output).encodings(version) for version in versions}
         self._streams = {version: encodings.read(path, version) for version, path in self._wholes.items()}
 
     def faults_of(self, block_index: int, names: list[str], linears: dict[str, QuantizedLinear]) -> Iterator[str]:
         """Entries, of this block and of the model, that are not what codes and scales make; in the order of `names`."""
         for version, stream in self._streams.items():
-            path = encodings_file(self._output, version, block_index)
+            path = RunFolder(self._output).encodings(version, block_index)
             yield from _differences(path, encodings.read(path, version), version, names, linears)
             yield from _differences(self._wholes[version], islice(stream, len(names)), version, names, linears)
 
@@ -226,7 +228,7 @@ def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
     merged: dict[str, ActivationGrid] = {}
     try:
         for block_index in range(plan.num_blocks):
-            grids = read_activations(block_file(output, block_index))
+            grids = read_activations(RunFolder(output).block(block_index))
             merged |= grids
             yield from _activation_differences(output, plan, block_index, grids)
         yield from _activation_differences(output, plan, None, merged)
@@ -238,7 +240,7 @@ def _activation_differences(
     output: Path, plan: Plan, block_index: int | None, grids: dict[str, ActivationGrid]
 ) -> Iterator[str]:
     for version in plan.encoding_versions:
-        path = encodings_file(output, version, block_index)
+        path = RunFolder(output).encodings(version, block_index)
         if encodings.read_activations(path, version) != encodings.activations_of(version, grids):
             yield f"{path}: its activations are not what their grids make"
 

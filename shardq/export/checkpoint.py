@@ -21,7 +21,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.plan import block_file
+from shardq.rundir.folder import RunFolder
 
 
 def write_block_shard(config: ExportConfig, skeleton: Skeleton, block_index: int, shard: str) -> None:
@@ -35,7 +35,7 @@ def write_block_shard(config: ExportConfig, skeleton: Skeleton, block_index: int
         ConfigError: the run has other grids for what enters the linears than the option asks for.
         QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
     """
-    path = block_file(Path(config.run), block_index)
+    path = RunFolder(Path(config.run)).block(block_index)
     linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in read_block(path).items()}
     inputs = _input_grids(config, skeleton, block_index)
     dtype = _embedding_dtype(skeleton)
@@ -127,7 +127,7 @@ def _input_grids(config: ExportConfig, skeleton: Skeleton, block_index: int) -> 
     Raises:
         ConfigError: it has others.
     """
-    path, grids = block_file(Path(config.run), block_index), {}
+    path, grids = RunFolder(Path(config.run)).block(block_index), {}
     if config.activation_bits == 16:
         return grids
     activations = read_activations(path)
@@ -148,7 +148,7 @@ def _scale_change(skeleton: Skeleton, dtype: torch.dtype) -> float:
     """The largest relative change of a scale of a run by rounding it to a dtype."""
     largest = 0.0
     for number in range(len(skeleton.names)):
-        for name, info in read_header(block_file(skeleton.folder, number)).items():
+        for name, info in read_header(RunFolder(skeleton.folder).block(number)).items():
             if name.endswith(".scale"):
                 scale_OG = read_tensor(info)
                 largest = max(largest, (scale_OG.to(dtype).float() / scale_OG - 1).abs().max().item())

@@ -20,8 +20,8 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.quant.spec import QuantSpec
 from shardq.rundir import ledger
 from shardq.rundir.encodings import write_encodings
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.lock import only_run
-from shardq.rundir.plan import block_file
 from shardq.rundir.room import Need, bytes_there, check_room, export_bytes
 from shardq.rundir.source import check_outside
 
@@ -45,7 +45,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
         check_outside(skeleton)  # runs of earlier versions may hold what is not finite
     display.line(f"{folder}: writing {config.format}, {len(skeleton.names)} blocks")
     blocks = ledger.blocks_digest(ledger.finished(ledger.read_lines(skeleton.folder)))
-    paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
+    paths = [RunFolder(skeleton.folder).block(number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     if not is_begun:  # else room was counted before the run began
         num_bytes = export_bytes(config, skeleton, grids, weight_dtype(config, skeleton, grids).itemsize)

@@ -17,29 +17,28 @@ from shardq.files import ASIDE, append_line, json_text, write_json, write_text
 from shardq.formats.sealed import SEAL, sealed, unsealed
 from shardq.parallel.collectives import TOKEN
 from shardq.rundir.digests import changed_files, cut_torn_line, digest_of, entry_of
-from shardq.rundir.lock import LOCK
+from shardq.rundir.folder import LOCK, MANIFEST, RunFolder
 from shardq.rundir.manifest import REDO_MAY_CHANGE, differences
 
-MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
 Entries = dict[int | None, dict]
 """Ledger lines by the block that each is about; None: about the files that complete the run."""
 
 
 def stored_options(output: Path, section: str) -> dict:
     """Options of the run in a folder, empty where there is no run, or its manifest is not what it was at the end."""
-    lines = read_lines(output)
-    if not (output / MANIFEST).exists() or not (redo_lines(lines) or _is_manifest_whole(output, lines)):
+    path, lines = RunFolder(output).manifest, read_lines(output)
+    if not path.exists() or not (redo_lines(lines) or _is_manifest_whole(output, lines)):
         return {}
     try:
         return read_manifest(output)["options"].get(section, {})
     except (KeyError, AttributeError) as error:
-        raise ResumeError(f"{output / MANIFEST}: damaged (it holds no options); choose another --output") from error
+        raise ResumeError(f"{path}: damaged (it holds no options); choose another --output") from error
 
 
 def read_manifest(output: Path) -> dict:
     """What the run in a folder is: as it began, or since its last redo."""
     redos = redo_lines(read_lines(output))
-    return redos[-1]["manifest"] if redos else read_json(output / MANIFEST)
+    return redos[-1]["manifest"] if redos else read_json(RunFolder(output).manifest)
 
 
 def check_folder(output: Path, resume: str) -> None:
@@ -48,7 +47,8 @@ def check_folder(output: Path, resume: str) -> None:
     Raises:
         ResumeError: it holds something else, or nothing to go on with.
     """
-    if (output / MANIFEST).exists() or (output / LEDGER).exists():
+    folder = RunFolder(output)
+    if folder.is_taken:
         return
     if resume == "require":
         raise ResumeError(f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require")
@@ -78,15 +78,16 @@ def open_run(
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
     """
     check_folder(output, resume)
-    if not (output / MANIFEST).exists() and not (output / LEDGER).exists():
+    folder = RunFolder(output)
+    if not folder.is_taken:
         if redo is not None:
             raise ResumeError(f"{output}: no run to redo blocks of (no {MANIFEST}); check --output or drop --redo")
         return [], None
-    if not (output / MANIFEST).exists():
-        raise ResumeError(f"{output / MANIFEST}: missing; restore it, or give the options that the run was made with")
+    if not folder.manifest.exists():
+        raise ResumeError(f"{folder.manifest}: missing; restore it, or give the options that the run was made with")
     if resume == "never":
         raise ResumeError(f"{output}: already holds a run and --resume is never; choose another --output or delete it")
-    cut_torn_line(output / LEDGER)
+    cut_torn_line(folder.ledger)
     lines, differing = read_lines(output), differences(read_manifest(output), manifest)
     lasting = [text for name, text in differing.items() if redo is None or not name.startswith(REDO_MAY_CHANGE)]
     if lasting:
@@ -109,8 +110,9 @@ def open_run(
 
 def begin_run(output: Path, manifest: dict) -> None:
     """Make a folder a run's, if it is none yet."""
-    if not (output / MANIFEST).exists():
-        write_json(output / MANIFEST, manifest)
+    path = RunFolder(output).manifest
+    if not path.exists():
+        write_json(path, manifest)
 
 
 def mend_manifest(output: Path, manifest: dict, say: Callable[[str], None]) -> None:
@@ -119,16 +121,16 @@ def mend_manifest(output: Path, manifest: dict, say: Callable[[str], None]) -> N
     Args:
         say: is given a line where that was done.
     """
-    lines, text = read_lines(output), json_text(manifest)
+    path, lines, text = RunFolder(output).manifest, read_lines(output), json_text(manifest)
     if not _is_manifest_whole(output, lines) and xxhash.xxh3_128_hexdigest(text.encode()) == _manifest_digest(lines):
-        write_text(output / MANIFEST, text)
-        say(f"{output / MANIFEST}: missing or changed since the run was finished; written again")
+        write_text(path, text)
+        say(f"{path}: missing or changed since the run was finished; written again")
 
 
 def _is_manifest_whole(output: Path, lines: list[dict]) -> bool:
     """Whether the manifest of a finished run is what it was; of another run that is not known, and assumed."""
-    recorded = _manifest_digest(lines)
-    return recorded is None or ((output / MANIFEST).is_file() and digest_of(output / MANIFEST, recorded) == recorded)
+    path, recorded = RunFolder(output).manifest, _manifest_digest(lines)
+    return recorded is None or (path.is_file() and digest_of(path, recorded) == recorded)
 
 
 def _manifest_digest(lines: list[dict]) -> str | None:
@@ -161,7 +163,7 @@ def why_unfinished(output: Path, entries: Entries) -> list[str]:
     """One line where a run is not finished."""
     if None in entries:
         return []
-    if not (output / MANIFEST).exists():
+    if not RunFolder(output).manifest.exists():
         what = f"holds no run of shardq (no {MANIFEST})" if output.exists() else "no such folder"
         return [f"{output}: {what}; check the path"]
     return [f"{output}: not finished, {len(entries)} block(s) are; run its command again, which goes on after them"]
@@ -188,7 +190,7 @@ def read_lines(output: Path) -> list[dict]:
     Raises:
         ResumeError: a line is damaged or out of order.
     """
-    path, lines, sealing = output / LEDGER, [], False
+    path, lines, sealing = RunFolder(output).ledger, [], False
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else []):
         try:
             line = json.loads(text)
@@ -284,11 +286,12 @@ def commit(output: Path, block: int | None, files: list[Path], **facts: object) 
 
 def complete(output: Path, files: list[Path]) -> dict:
     """Append the line that completes a run, once its manifest is the one that counts; give it."""
-    write_json(output / MANIFEST, read_manifest(output))
-    return commit(output, None, [*files, output / MANIFEST])
+    path = RunFolder(output).manifest
+    write_json(path, read_manifest(output))
+    return commit(output, None, [*files, path])
 
 
 def append(output: Path, line: dict) -> dict:
     """Append a line to the ledger; give it as it will be read."""
-    append_line(output / LEDGER, json.dumps(sealed(line), sort_keys=True))
+    append_line(RunFolder(output).ledger, json.dumps(sealed(line), sort_keys=True))
     return json.loads(json.dumps(line))
