@@ -39,7 +39,8 @@ from shardq.rundir.block_output import stored_dtype, write_block_files, write_ru
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, model_of
 from shardq.rundir.plan import Plan, make_plan
-from shardq.rundir.source import agree, begin_with, known, noted
+from shardq.rundir.record import RunRecord
+from shardq.rundir.source import agree, begin_with, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.training.activation_grids import written_grids
 from shardq.training.passes import Activations
@@ -50,12 +51,12 @@ STEPS_A_STATE = 4  # from one to the next: it is as large as the scales, and a s
 
 
 class Found(NamedTuple):
-    """What is tuned, and how far the output folder is: `lines` are its ledger's, `source` is of the run's."""
+    """What is tuned, and how far the output folder is: `record` is that folder's, `source` the run's."""
 
     manifest: dict
     options: TuneOptions
     tokens_NT: Tensor
-    lines: list[dict]
+    record: RunRecord
     source: Digests
 
 
@@ -79,12 +80,12 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
         shared_by_all(ranks, output)
         plan = make_plan(skeleton, QuantOptions(**found.manifest["options"]["quant"]))
         losses = []
-        if None in ledger.finished(found.lines):
+        if found.record.is_finished:
             # A kill right after the last ledger line leaves it.
             on_rank_zero(ranks, lambda: remove(RunFolder(output).tuning_state))
             display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
-            check_space_for_tuning(config, skeleton, plan, found.manifest, found.lines, ranks, found.tokens_NT.shape)
+            check_space_for_tuning(config, skeleton, plan, found.manifest, found.record, ranks, found.tokens_NT.shape)
             begin_with(skeleton, found.source, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
@@ -109,8 +110,9 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     """
     run, output = Path(config.run), config.folder
     companions(skeleton.folder)  # one that must not be copied is refused now
-    ledger.check_finished(run)
-    source = ledger.read_manifest(run)
+    of_run = RunRecord.read(run)
+    of_run.check_finished()
+    source = of_run.manifest()
     others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
     if others:
         raise ConfigError(
@@ -126,11 +128,11 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         most = f"at most the run's {len(tokens_NT)} samples"
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
-    lines, _ = take_folder(output, manifest, "auto", None, held, display)
-    skeleton.digests.update(source_digests := known(ledger.read_lines(run)))
+    record, _ = take_folder(output, manifest, "auto", None, held, display)
+    skeleton.digests.update(of_run.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
-    mend(output, skeleton, plan, manifest, lines, display)
-    return Found(manifest, options, tokens_NT, lines, source_digests)
+    mend(record, skeleton, plan, manifest, display)
+    return Found(manifest, options, tokens_NT, record, of_run.source)
 
 
 def _tokens(config: TuneConfig, source: dict, skeleton: Skeleton) -> Tensor:
@@ -157,7 +159,7 @@ def _finish(
     tuners = together(ranks, lambda: _tuners(Path(config.run), plan, found.options))
     state = RunFolder(config.folder).tuning_state
     done = together(ranks, lambda: _restore(state, tuners))
-    if ledger.finished(found.lines) and done < found.options.steps:
+    if found.record.entries and done < found.options.steps:
         raise ResumeError(f"{config.folder}: {state.name}, from which its blocks were made, is gone; delete the folder")
     samples = owned_samples(len(found.tokens_NT), ranks.rank, ranks.world_size)
     cache = RunFolder(config.folder).cache(config.cache)
@@ -240,7 +242,7 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
     skeleton, plan = tuning.skeleton, tuning.plan
     dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
     for block_index in range(plan.num_blocks):
-        if block_index not in ledger.finished(found.lines):
+        if block_index not in found.record.entries:
             grids = written_grids(tuning.run, plan.names[block_index], block_index)
             linears = tuning.linears(block_index)
             files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,

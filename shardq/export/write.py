@@ -18,10 +18,10 @@ from shardq.formats.model_card import model_card
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.quant.spec import QuantSpec
-from shardq.rundir import ledger
 from shardq.rundir.encodings import write_encodings
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.lock import only_run
+from shardq.rundir.record import RunRecord
 from shardq.rundir.room import Need, bytes_there, check_room, export_bytes
 from shardq.rundir.source import check_outside
 
@@ -44,7 +44,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     if not is_begun:
         check_outside(skeleton)  # runs of earlier versions may hold what is not finite
     display.line(f"{folder}: writing {config.format}, {len(skeleton.names)} blocks")
-    blocks = ledger.blocks_digest(ledger.finished(ledger.read_lines(skeleton.folder)))
+    blocks = RunRecord.read(skeleton.folder).blocks_digest
     paths = [RunFolder(skeleton.folder).block(number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     if not is_begun:  # else room was counted before the run began
@@ -66,11 +66,10 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
 def write_missing_formats(configs: Iterable[ExportConfig], display: Display) -> None:
     """Write the further formats of a finished run that are not there yet, or not as they are asked for."""
     for config in configs:
-        entries = ledger.finished(ledger.read_lines(Path(config.run)))
-        record = contents.read(config.folder)
-        if record is None and "bytes" not in entries[None] and (config.folder / MODEL_CARD).exists():
+        run, record = RunRecord.read(Path(config.run)), contents.read(config.folder)
+        if record is None and run.is_of_before and (config.folder / MODEL_CARD).exists():
             continue  # run and export are of before exports had a record
-        why = contents.why_unfinished(config, record, ledger.blocks_digest(entries))
+        why = contents.why_unfinished(config, record, run.blocks_digest)
         if why and record:
             display.line(f"{why}; written anew")
             if contents.is_of_other_options(config, record):
@@ -110,7 +109,7 @@ def _write_files(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
             f"{scale_change:.2%}; a run with --target {target} rounds them before"
         )
-    manifest = ledger.read_manifest(skeleton.folder)
+    manifest = RunRecord.read(skeleton.folder).manifest()
     if config.format == "compressed-tensors" and manifest["options"].get("activations", {}).get("kv_bits"):
         display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
     spec = next(iter(grids.values()))
