@@ -21,7 +21,7 @@ from shardq.formats.shards import INDEX_FILE, open_index, read_header, read_tens
 from shardq.formats.tensor_file import read_checked
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.rundir import ledger
+from shardq.rundir.record import RunRecord, open_run
 
 hostile = settings(
     max_examples=400, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
@@ -183,15 +183,15 @@ def test_ledger_reader(tmp_path, value, files, raw):
         json.dumps({"redo": value, "manifest": files}).encode() + b"\n",
     ):
         (tmp_path / "ledger.jsonl").write_bytes(content)
-        only_own_errors(ResumeError, ledger.read_lines, tmp_path)
-        only_own_errors(ShardQError, ledger.check_finished, tmp_path)
+        only_own_errors(ResumeError, RunRecord.read, tmp_path)
+        only_own_errors(ShardQError, lambda: RunRecord.read(tmp_path).check_finished())
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a", "blocks/../../a"])
 def test_ledger_never_leads_out_of_the_folder(tmp_path, name):
     (tmp_path / "ledger.jsonl").write_text(json.dumps({"block": 0, "files": {name: "0"}}) + "\n")
     with pytest.raises(ResumeError, match="line 1 names a file outside the folder"):
-        ledger.read_lines(tmp_path)
+        RunRecord.read(tmp_path)
 
 
 @hostile
@@ -199,9 +199,9 @@ def test_ledger_never_leads_out_of_the_folder(tmp_path, name):
 def test_manifest_reader(tmp_path, value, raw):
     for content in (raw, json.dumps(value).encode(), json.dumps({"options": value}).encode()):
         (tmp_path / "manifest.json").write_bytes(content)
-        only_own_errors(ResumeError, ledger.stored_options, tmp_path, "quant")
+        only_own_errors(ResumeError, lambda: RunRecord.read(tmp_path).options("quant"))
         for redo in (None, [0]):
-            only_own_errors(ShardQError, ledger.open_run, tmp_path, {"options": {}}, "auto", redo)
+            only_own_errors(ShardQError, open_run, tmp_path, {"options": {}}, "auto", redo)
 
 
 def make_block(path: Path) -> bytes:

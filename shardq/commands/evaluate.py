@@ -28,7 +28,8 @@ from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_z
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.adascale import Kernels
-from shardq.rundir.plan import Plan, block_file, make_plan
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import Plan, make_plan
 from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.passes import Activations, advance, embed_samples
 from shardq.training.self_check import Check, say_if_unchecked, self_check
@@ -92,7 +93,7 @@ def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[s
     if config.activations == "float":
         return [{} for _ in skeleton.names]
     numbered = list(enumerate(skeleton.names))
-    is_run = all(block_file(skeleton.folder, number).is_file() for number, _ in numbered)
+    is_run = all(RunFolder(skeleton.folder).block(number).is_file() for number, _ in numbered)
     grids = [written_grids(skeleton.folder, name, number) for number, name in numbered] if is_run else []
     if not any(grids):
         raise ConfigError(

@@ -13,8 +13,8 @@ from shardq.files import remove_asides
 from shardq.logs import Display
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
-from shardq.rundir import ledger
 from shardq.rundir.lock import only_run
+from shardq.rundir.record import RunRecord
 
 
 def export(config: ExportConfig, ranks: Ranks) -> dict:
@@ -40,10 +40,10 @@ def export(config: ExportConfig, ranks: Ranks) -> dict:
 
 def _export(config: ExportConfig, display: Display) -> dict:
     """Write an export, or what is left of one, if it is not finished yet."""
-    run, folder = Path(config.run), config.folder
+    folder = config.folder
     contents.check_place(folder)
-    entries = ledger.finished(ledger.read_lines(run))
-    for fault in ledger.why_unfinished(run, entries):
+    run = RunRecord.read(Path(config.run))
+    if fault := run.why_unfinished():
         raise ResumeError(fault)
     try:
         with only_run(folder, display.line):
@@ -52,13 +52,13 @@ def _export(config: ExportConfig, display: Display) -> dict:
             if record and contents.is_of_other_options(config, record):
                 held = contents.options_of(record)
                 raise ConfigError(f"output: {folder} holds an export to {held}; choose another or delete it")
-            why = contents.why_unfinished(config, record, ledger.blocks_digest(entries))
+            why = contents.why_unfinished(config, record, run.blocks_digest)
             if record and not why:
                 display.line(f"{folder}: this export is finished, nothing is left to do")
                 return summary_of(folder, record)
             if record:
                 display.line(f"{why}; exported anew")
-            ledger.check_finished(run)
+            run.check_finished()
             return write_format(config, display)
     except ShardQError:
         with suppress(OSError):

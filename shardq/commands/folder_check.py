@@ -8,53 +8,47 @@ from shardq.errors import ResumeError
 from shardq.export import contents
 from shardq.export.chosen import FORMATS
 from shardq.files import storage_errors
-from shardq.rundir import ledger
-from shardq.rundir.lock import LOCK
-
-LOGS = "events*.jsonl"
+from shardq.rundir.folder import LOCK, MANIFEST, RunFolder
+from shardq.rundir.record import RunRecord
 
 
-def is_of_before(entries: ledger.Entries) -> bool:
-    """Whether a run was finished before its ledger had all files, with their sizes."""
-    return "bytes" not in entries[None]
-
-
-def folder_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
+def folder_faults(record: RunRecord) -> Iterator[str]:
     """Files that belong to no finished run, and lines of ledger and logs that are no JSON."""
-    known = {name for entry in entries.values() for name in entry["files"]}
-    known |= {ledger.MANIFEST, ledger.LEDGER, LOCK}
-    exports = set(exports_in(output))
+    output = record.output
+    known = {name for entry in record.entries.values() for name in entry["files"]}
+    folder, exports = RunFolder(output), set(exports_in(output))
+    logs = folder.logs
+    known |= {MANIFEST, folder.ledger.name, LOCK}
     for path in sorted(output.rglob("*")):
-        is_log = path.parent == output and path.match(LOGS)
-        if path.is_dir() or is_log or not exports.isdisjoint(path.parents):
+        if path.is_dir() or path in logs or not exports.isdisjoint(path.parents):
             continue
-        may_be_copied = is_of_before(entries) and path.suffix != ".safetensors"
+        may_be_copied = record.is_of_before and path.suffix != ".safetensors"
         if str(path.relative_to(output)) not in known and not may_be_copied:
             yield f"{path}: no file of this run; move it elsewhere"
-    for path in (output / ledger.LEDGER, *sorted(output.glob(LOGS))):
+    for path in (folder.ledger, *logs):
         yield from _log_faults(path)
 
 
-def export_faults(output: Path, entries: ledger.Entries) -> Iterator[str]:
+def export_faults(record: RunRecord) -> Iterator[str]:
     """What of the exports in a run's folder is not as it was finished, or not of this run's blocks."""
-    blocks = ledger.blocks_digest(entries)
-    for folder in exports_in(output):
+    blocks = record.blocks_digest
+    for folder in exports_in(record.output):
         try:
-            record = contents.read(folder)
+            export = contents.read(folder)
         except ResumeError as error:
             yield str(error)
             continue
-        if record is not None:
-            yield from contents.faults(folder, record, blocks)
-        elif not is_of_before(entries):
+        if export is not None:
+            yield from contents.faults(folder, export, blocks)
+        elif not record.is_of_before:
             yield f"{folder}: no {contents.RECORD}, which says what was written there; delete it and export again"
 
 
-def unproved(output: Path, entries: ledger.Entries) -> dict[str, str]:
+def unproved(record: RunRecord) -> dict[str, str]:
     """What has no digest, by check, in a run of before there were."""
-    if not is_of_before(entries):
+    if not record.is_of_before:
         return {}
-    bare = [folder.name for folder in exports_in(output) if not (folder / contents.RECORD).exists()]
+    bare = [folder.name for folder in exports_in(record.output) if not (folder / contents.RECORD).exists()]
     notes = {"folder": "ok, but manifest, tokenizer and files beside them have no digest: the run is of before"}
     return notes | ({"exports": f"not known of {', '.join(bare)}: written before exports had digests"} if bare else {})
 

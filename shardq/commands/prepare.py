@@ -29,11 +29,12 @@ from shardq.parallel.engines import candidates, engine_for
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.digests import cut_torn_line
-from shardq.rundir.folders import cache_folder, output_folder
+from shardq.rundir.folder import RunFolder, output_folder
 from shardq.rundir.lock import only_run
 from shardq.rundir.manifest import make_manifest
 from shardq.rundir.plan import ENCODINGS, Plan, make_plan
-from shardq.rundir.source import begin_with, known
+from shardq.rundir.record import RunRecord, check_folder, open_run
+from shardq.rundir.source import begin_with
 from shardq.training.activation_grids import plan_activations
 from shardq.training.memory import (
     LargestBlock,
@@ -54,8 +55,8 @@ class Run:
     Attributes:
         activations: the bits of those that get a grid, by name within each block.
         manifest: what it is.
-        lines: of its ledger, the one that begins a redo included.
-        begins_redo: whether the last of them has still to be written.
+        record: what its folder holds of it, the line that begins a redo included.
+        begins_redo: whether that line has still to be written.
         reads_ahead: whether a block's weights are read while the one before is trained.
     """
 
@@ -68,7 +69,7 @@ class Run:
     largest: LargestBlock
     tokens_NT: Tensor
     manifest: dict
-    lines: list[dict]
+    record: RunRecord
     begins_redo: bool
     reads_ahead: bool
     ranks: Ranks
@@ -82,7 +83,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         held: keeps other runs out of that folder until it is closed.
     """
     output = output_folder(config)
-    stored = on_rank_zero(ranks, lambda: ledger.stored_options(output, "optimize"))
+    stored = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The grid as it is: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=config.quant.spec.full_range)
     config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
@@ -99,32 +100,33 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
             arguments = record_arguments(skeleton, embed, length)
         return skeleton, plan, arguments, plan_activations(skeleton, plan, arguments, length, config.activations)
 
-    def find() -> tuple[Tensor, dict, tuple[list[dict], dict | None], QuantizeConfig]:
+    def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
-        lines, line = take_folder(output, manifest, config.resume, redo, held, display)
+        record, line = take_folder(output, manifest, config.resume, redo, held, display)
         if line is None:
-            skeleton.digests.update(known(lines))
-            mend(output, skeleton, plan, manifest, lines, display)
-        return tokens_NT, manifest, (lines, line), chosen
+            skeleton.digests.update(record.source)
+            mend(record, skeleton, plan, manifest, display)
+        return tokens_NT, manifest, (record, line), chosen
 
     skeleton, plan, arguments, activations = together(ranks, open_and_plan)
     length = config.calib.sequence_length
     largest = together(ranks, lambda: largest_block(skeleton, plan, arguments, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
-    tokens_NT, manifest, (lines, redo), chosen = on_rank_zero(ranks, find)
+    tokens_NT, manifest, (record, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
     shared_by_all(ranks, output)
-    if redo or None not in ledger.finished(lines):
-        begin_with(skeleton, known(lines), ranks, display.line)
+    if redo or not record.is_finished:
+        begin_with(skeleton, record.source, ranks, display.line)
     ahead = reads_ahead(largest, config.optimize, engine_for(config.parallel, ranks), limit)
-    lines += [redo] if redo else []
+    if redo:
+        record.lines.append(redo)
     run = Run(
-        config, output, skeleton, plan, arguments, activations, largest, tokens_NT, manifest, lines,
+        config, output, skeleton, plan, arguments, activations, largest, tokens_NT, manifest, record,
         redo is not None, ahead, ranks, display,
     )  # fmt: skip
     _say_what_will_be_done(run)
@@ -133,28 +135,28 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
 
 def take_folder(
     output: Path, manifest: dict, resume: str, redo: list[int] | None, held: ExitStack, display: Display
-) -> tuple[list[dict], dict | None]:
-    """Keep other runs out of a folder and find what it holds of the run, as `ledger.open_run` gives and raises it.
+) -> tuple[RunRecord, dict | None]:
+    """Keep other runs out of a folder and find what it holds of the run, as `open_run` gives and raises it.
 
     Args:
         held: keeps them out until it is closed.
     """
-    ledger.check_folder(output, resume)
+    check_folder(output, resume)
     held.enter_context(only_run(output, display.line))
     remove_asides(output)
-    for log in output.glob("events*.jsonl"):
+    for log in RunFolder(output).logs:
         cut_torn_line(log)
-    ledger.mend_manifest(output, manifest, display.line)
-    return ledger.open_run(output, manifest, resume, redo)
+    RunRecord.read(output).mend_manifest(manifest, display.line)
+    return open_run(output, manifest, resume, redo)
 
 
 def begin(run: Run) -> None:
     """Make the output folder this run's, and have the blocks of a redo count no longer."""
     on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
     if run.begins_redo:
-        former = cache_folder(run.config, run.output, len(ledger.redo_lines(run.lines)) - 1)
+        former = RunFolder(run.output).cache(run.config.cache, run.record.num_redos - 1)
         asked = run.config.export.asked
-        begin_redo(run.output, former, run.lines[-1], asked, run.ranks, run.display)
+        begin_redo(run.output, former, run.record.lines[-1], asked, run.ranks, run.display)
 
 
 def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:
@@ -229,7 +231,7 @@ def _say_what_will_be_done(run: Run) -> None:
     say_if_unchecked(config.self_check, run.display)
     if not run.reads_ahead:
         line("no block is read while the one before is trained: memory has no room for both")
-    if None in ledger.finished(run.lines):
+    if run.record.is_finished:
         line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")
 
 

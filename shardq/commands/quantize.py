@@ -35,7 +35,7 @@ from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
 from shardq.rundir.block_output import rounding_to, stored_dtype, write_block_files, write_run_files
-from shardq.rundir.folders import cache_folder, events_file
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.training import checkpoint
@@ -66,19 +66,18 @@ def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
         run = prepare(config, ranks, display, held)
         check_space(run)
         begin(run)
-        events = Events(events_file(run.output, ranks), ranks.rank)
-        lines = run.lines
-        if None not in ledger.finished(lines):
+        events = Events(RunFolder(run.output).log(ranks), ranks.rank)
+        if not run.record.is_finished:
             # No file to write to before the checks have passed.
             events.record("start-up", started)
             events.record("prepare", time.perf_counter() - start)
             with stoppable(run.output, ranks):
-                lines = _finish(run, events)
+                _finish(run, events)
             events.record("run", started + time.perf_counter() - start)
         on_rank_zero(
             ranks, lambda: write_missing_formats((_export_of(run, chosen) for chosen in config.export.asked), display)
         )
-        entries = ledger.finished(lines)
+        entries = run.record.entries
         blocks = [entries[block_index] for block_index in range(run.plan.num_blocks)]
         summary = {
             "output": str(run.output),
@@ -99,10 +98,10 @@ def _mean(entries: list[dict], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _finish(run: Run, events: Events) -> list[dict]:
-    """Quantize the blocks that are left and complete the output; give the ledger's lines."""
-    config, ranks, plan = run.config, run.ranks, run.plan
-    cache = cache_folder(config, run.output, len(ledger.redo_lines(run.lines)))
+def _finish(run: Run, events: Events) -> None:
+    """Quantize the blocks that are left and complete the output."""
+    config, ranks, plan, record = run.config, run.ranks, run.plan, run.record
+    cache = RunFolder(run.output).cache(config.cache, record.num_redos)
     store = open_store(config.cache, cache, ranks.device)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     length = run.tokens_NT.shape[1]
@@ -117,13 +116,12 @@ def _finish(run: Run, events: Events) -> list[dict]:
         Checkpoints(run.output, config.checkpoint.every_iterations, engine),
     )  # fmt: skip
     on_rank_zero(ranks, lambda: remove_what_completes(run.output, config.export.asked, run.display))
-    lines = list(run.lines)
-    with run.display.bars(plan.num_blocks, len(ledger.finished(lines))):
-        for loaded, check in _blocks_to_do(run, lines, cache, job):
-            block_index, num_before = loaded.index, len(ledger.finished(lines))
-            _quantize_and_commit(run, job, loaded, dtype, lines, check)
+    with run.display.bars(plan.num_blocks, record.num_done):
+        for loaded, check in _blocks_to_do(run, cache, job):
+            block_index, num_before = loaded.index, record.num_done
+            _quantize_and_commit(run, job, loaded, dtype, check)
             del loaded  # its source must not stay in memory while the block after the next is read
-            num_done = len(ledger.finished(lines))
+            num_done = record.num_done
             run.display.advance_block(num_done - num_before)
             if num_done <= num_before:
                 run.display.line(f"block {block_index} has come out otherwise; all after it are done again")
@@ -131,27 +129,24 @@ def _finish(run: Run, events: Events) -> list[dict]:
                 stop_if_asked(run.output, ranks, num_done, plan.num_blocks)
     with events.span("export"):
         shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
-        lines.append(on_rank_zero(ranks, lambda: _complete(run, dtype)))
-    return lines
+        record.lines.append(on_rank_zero(ranks, lambda: _complete(run, dtype)))
 
 
-def _blocks_to_do(run: Run, lines: list[dict], cache: Path, job: BlockJob) -> Iterator[tuple[LoadedBlock, Check]]:
+def _blocks_to_do(run: Run, cache: Path, job: BlockJob) -> Iterator[tuple[LoadedBlock, Check]]:
     """Blocks that are not finished, and what checks them; stretch by stretch where finished ones lie between them.
 
-    Args:
-        lines: of the ledger, to which the block at hand has been added before the next is asked for.
+    The line of the block at hand has been added to the run's record before the next is asked for.
     """
     while True:
-        entries = ledger.finished(lines)
-        todo = ledger.blocks_to_do(entries, run.plan.num_blocks)
+        todo = run.record.blocks_to_do(run.plan.num_blocks)
         with job.events.span("prepare activations"):
-            _prepare_activations(run, cache, job, entries, todo.start)
+            _prepare_activations(run, cache, job, todo.start)
         with self_check(run.skeleton, run.tokens_NT, job.activations, run.ranks, run.config.optimize.dtype,
                         _tokens_through_block(run), todo.start) as check:  # fmt: skip
             for loaded in _agreed_blocks(run, todo, job.events):
                 yield loaded, check
                 del loaded
-        if not ledger.blocks_to_do(ledger.finished(lines), run.plan.num_blocks):
+        if not run.record.blocks_to_do(run.plan.num_blocks):
             return
 
 
@@ -175,7 +170,7 @@ def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedB
         del loaded
 
 
-def _prepare_activations(run: Run, cache: Path, job: BlockJob, entries: ledger.Entries, first: int) -> None:
+def _prepare_activations(run: Run, cache: Path, job: BlockJob, first: int) -> None:
     """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
 
     On the disk, samples are found by whichever rank owns them now.
@@ -189,8 +184,8 @@ def _prepare_activations(run: Run, cache: Path, job: BlockJob, entries: ledger.E
     if first:
         cost = f"activations are computed again through {first} block(s) for {num_without} rank(s)"
         run.display.line(
-            f"resuming in {run.output}: {len(entries)} of {run.plan.num_blocks} blocks are done; "
-            f"{run.ranks.world_size} rank(s), begun with {entries[0]['world_size']}; "
+            f"resuming in {run.output}: {run.record.num_done} of {run.plan.num_blocks} blocks are done; "
+            f"{run.ranks.world_size} rank(s), begun with {run.record.entries[0]['world_size']}; "
             f"{cost if num_without else 'nothing is done again'}"
         )
 
@@ -225,9 +220,7 @@ def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
     return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
 
 
-def _quantize_and_commit(
-    run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, lines: list[dict], check: Check
-) -> None:
+def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, check: Check) -> None:
     """Quantize one block, write its files, make them count, drop what only this block needed; add its ledger line."""
     start, block_index = time.perf_counter(), loaded.index
     name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
@@ -236,10 +229,10 @@ def _quantize_and_commit(
         result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last, check)
     with job.events.span("commit", block=block_index):
         barrier(run.ranks)  # every rank's next generation is on disk
-        lines.append(on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype)))
+        run.record.lines.append(on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype)))
         job.activations.drop(block_index)
     job.display.line(
-        f"block {block_index} {name}, {len(ledger.finished(lines))} of {run.plan.num_blocks} done: "
+        f"block {block_index} {name}, {run.record.num_done} of {run.plan.num_blocks} done: "
         f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
         + (f"; {not_finite(result.facts)}" if result.failed_tries else "")

@@ -15,8 +15,11 @@ from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import COMPLETING, stored_dtype, write_run_files
-from shardq.rundir.plan import Plan
+from shardq.rundir.block_output import stored_dtype, write_run_files
+from shardq.rundir.digests import changed_files
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import ENCODINGS, Plan
+from shardq.rundir.record import RunRecord
 
 END = "end"
 
@@ -68,8 +71,9 @@ def remove_what_completes(output: Path, asked: Container[str], display: Display)
     Args:
         asked: formats that this run will write; their shards are those of its blocks, and stay.
     """
-    for name in COMPLETING:
-        remove(output / name)
+    folder = RunFolder(output)
+    for path in (folder.config, folder.index, *map(folder.encodings, ENCODINGS)):
+        remove(path)
     for name in FORMATS:
         if name not in asked:
             _remove_export(output, name, asked, display)
@@ -84,23 +88,22 @@ def _remove_export(output: Path, name: str, asked: Container[str], display: Disp
         display.line(f"{folder}: removed; shardq export {output} --format {name} makes it anew")
 
 
-def mend(output: Path, skeleton: Skeleton, plan: Plan, manifest: dict, lines: list[dict], display: Display) -> None:
+def mend(record: RunRecord, skeleton: Skeleton, plan: Plan, manifest: dict, display: Display) -> None:
     """Write what completes a finished run again, where a quick check finds it missing or changed.
-
-    Args:
-        lines: of the run's ledger.
 
     Raises:
         ResumeError: it does not come out as it was.
     """
-    completion = {block: entry for block, entry in ledger.finished(lines).items() if block is None}
-    damaged = {path: fault for _, path, fault in ledger.damaged_files(output, completion, is_quick=True)}
+    if not record.is_finished:
+        return
+    output, entry = record.output, record.entries[None]
+    damaged = dict(changed_files(output, entry, is_quick=True))
     if not damaged:
         return
     for fault in damaged.values():
         display.line(f"{fault}; written again")
-    names = {output / name for name in completion[None]["files"]}
+    names = {output / name for name in entry["files"]}
     dtype = stored_dtype(skeleton, plan, manifest["options"]["export"]["dtype"])
     write_run_files(output, skeleton, plan, dtype, kept=names - damaged.keys())
-    for _, path, _ in ledger.damaged_files(output, completion, is_quick=True):
+    for path, _ in changed_files(output, entry, is_quick=True):
         raise ResumeError(f"{path}: does not come out as it was; restore it, or do it again with --redo end")

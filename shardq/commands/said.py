@@ -1,7 +1,7 @@
 """What a run says of its blocks, and at its end."""
 
 from shardq.commands.prepare import Run
-from shardq.rundir.plan import encodings_file
+from shardq.rundir.folder import RunFolder
 from shardq.training.objective import LOSSES
 
 
@@ -27,7 +27,7 @@ def say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
-        display.line(f"  {encodings_file(output, version)}  AIMET encodings {version} (per block in encodings/)")
+        display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")
     for chosen in run.config.export.asked:
         display.line(f"  {output}/{chosen}/  the same model as {chosen}")
     display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")

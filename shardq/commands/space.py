@@ -13,10 +13,11 @@ from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE
 from shardq.parallel.collectives import together
 from shardq.parallel.ranks import Ranks
-from shardq.rundir import ledger
 from shardq.rundir.block_output import stored_dtype
-from shardq.rundir.folders import cache_folder
-from shardq.rundir.plan import Plan, block_file, encodings_file
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.ledger import Entries
+from shardq.rundir.plan import Plan
+from shardq.rundir.record import RunRecord
 from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_there, check_room
 from shardq.training.memory import MOMENTS
 
@@ -27,7 +28,7 @@ def check_space(run: Run) -> None:
     Raises:
         StorageError: naming the folder, the bytes that are needed and those that are there.
     """
-    if None not in ledger.finished(run.lines):
+    if not run.record.is_finished:
         together(run.ranks, lambda: check_room(needed(run)) if run.ranks.local_rank == 0 else None)
 
 
@@ -35,7 +36,7 @@ def needed(run: Run) -> list[Need]:
     """What this host's ranks have still to write; rank 0 writes all but the activations."""
     needs = []
     if run.ranks.rank == 0:
-        quant, finished = run.config.quant, ledger.finished(run.lines)
+        quant, finished = run.config.quant, run.record.entries
         files = dict(_files(run.output, run.skeleton, run.plan, quant, run.config.export, finished))
         needs.append(Need("weights and encodings", run.output, _growth(files)))
         if run.config.checkpoint.every_iterations:
@@ -43,22 +44,23 @@ def needed(run: Run) -> list[Need]:
             num_tensors = 1 + MOMENTS[run.config.optimize.optimizer]
             needs.append(Need("checkpoints", run.output, int(2 * num_tensors * 4 * run.largest.size.num_weights)))
     if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
-        there, num_redos = 0, len(ledger.redo_lines(run.lines)) - run.begins_redo
-        if (run.output / ledger.MANIFEST).exists():
-            there = bytes_there(cache_folder(run.config, run.output, num_redos))  # kept, or removed as a redo begins
+        there, num_redos = 0, run.record.num_redos - run.begins_redo
+        if RunFolder(run.output).manifest.exists():
+            # Kept, or removed as a redo begins.
+            there = bytes_there(RunFolder(run.output).cache(run.config.cache, num_redos))
         folder = Path(run.config.cache.folder or run.output)
         needs.append(Need("activations", folder, max(0, cache_bytes(run) - there), "--cache.folder"))
     return needs
 
 
 def check_space_for_tuning(
-    config: TuneConfig, skeleton: Skeleton, plan: Plan, manifest: dict, lines: list[dict], ranks: Ranks, shape: tuple
+    config: TuneConfig, skeleton: Skeleton, plan: Plan, manifest: dict, record: RunRecord, ranks: Ranks, shape: tuple
 ) -> None:
     """Check on every host that there is room for what a tuning writes.
 
     Args:
         skeleton: of the float model.
-        manifest, lines: of the tuned run.
+        manifest, record: of the tuned run.
         shape: samples, and tokens of each.
 
     Raises:
@@ -68,7 +70,7 @@ def check_space_for_tuning(
     if ranks.rank == 0:
         options = manifest["options"]
         quant, export = QuantOptions(**options["quant"]), ExportOptions(dtype=options["export"]["dtype"])
-        files = dict(_files(output, skeleton, plan, quant, export, ledger.finished(lines)))
+        files = dict(_files(output, skeleton, plan, quant, export, record.entries))
         state = 2 * 8 * plan.num_scales  # the newest stands beside its predecessor
         needs.append(Need("weights, encodings and state", output, _growth(files) + state))
     if config.cache.placement == "disk" and (config.cache.folder or ranks.rank == 0):
@@ -123,7 +125,7 @@ def _files(
     plan: Plan,
     quant: QuantOptions,
     export: ExportOptions,
-    finished: ledger.Entries,
+    finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
     spec, itemsize = quant.spec, stored_dtype(skeleton, plan, export.dtype).itemsize
@@ -134,9 +136,9 @@ def _files(
         block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], spec)
         if block_index not in finished:
             yield output / plan.block_shard(block_index), block.others + block.num_weights * itemsize
-            yield block_file(output, block_index), block.codes
+            yield RunFolder(output).block(block_index), block.codes
             for version in plan.encoding_versions:
-                path = encodings_file(output, version, block_index)
+                path = RunFolder(output).encodings(version, block_index)
                 yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
         for name, chosen in formats.items():
             num_bytes = chosen.block_bytes(block, spec, source_itemsize)
@@ -152,5 +154,5 @@ def _files(
         for folder in ("", *checkpoints):
             yield output / folder / plan.rest_shard(number), rest
     for version in plan.encoding_versions:
-        yield encodings_file(output, version), encodings.BYTES_A_SCALE[version] * all_scales
+        yield RunFolder(output).encodings(version), encodings.BYTES_A_SCALE[version] * all_scales
     yield from ((output / name, num_bytes) for name, num_bytes in in_others.items() if name not in checkpoints)

@@ -36,27 +36,27 @@ from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, 
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.block_output import stored_dtype, write_block_files, write_run_files
-from shardq.rundir.folders import cache_folder, events_file
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, model_of
-from shardq.rundir.plan import Plan, block_file, make_plan
-from shardq.rundir.source import agree, begin_with, known, noted
+from shardq.rundir.plan import Plan, make_plan
+from shardq.rundir.record import RunRecord
+from shardq.rundir.source import agree, begin_with, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.training.activation_grids import written_grids
 from shardq.training.passes import Activations
 from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
 from shardq.training.self_check import say_if_unchecked
 
-STATE = "tuning.safetensors"
 STEPS_A_STATE = 4  # from one to the next: it is as large as the scales, and a step takes every block's time
 
 
 class Found(NamedTuple):
-    """What is tuned, and how far the output folder is: `lines` are its ledger's, `source` is of the run's."""
+    """What is tuned, and how far the output folder is: `record` is that folder's, `source` the run's."""
 
     manifest: dict
     options: TuneOptions
     tokens_NT: Tensor
-    lines: list[dict]
+    record: RunRecord
     source: Digests
 
 
@@ -80,11 +80,12 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
         shared_by_all(ranks, output)
         plan = make_plan(skeleton, QuantOptions(**found.manifest["options"]["quant"]))
         losses = []
-        if None in ledger.finished(found.lines):
-            on_rank_zero(ranks, lambda: remove(output / STATE))  # a kill right after the last ledger line leaves it
+        if found.record.is_finished:
+            # A kill right after the last ledger line leaves it.
+            on_rank_zero(ranks, lambda: remove(RunFolder(output).tuning_state))
             display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
-            check_space_for_tuning(config, skeleton, plan, found.manifest, found.lines, ranks, found.tokens_NT.shape)
+            check_space_for_tuning(config, skeleton, plan, found.manifest, found.record, ranks, found.tokens_NT.shape)
             begin_with(skeleton, found.source, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
@@ -109,8 +110,9 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     """
     run, output = Path(config.run), config.folder
     companions(skeleton.folder)  # one that must not be copied is refused now
-    ledger.check_finished(run)
-    source = ledger.read_manifest(run)
+    of_run = RunRecord.read(run)
+    of_run.check_finished()
+    source = of_run.manifest()
     others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
     if others:
         raise ConfigError(
@@ -125,12 +127,12 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     if options.batch_size > len(tokens_NT):
         most = f"at most the run's {len(tokens_NT)} samples"
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
-    manifest = source | {"tuned": {"run": sha256_of(run / ledger.LEDGER), "options": asdict(options)}}
-    lines, _ = take_folder(output, manifest, "auto", None, held, display)
-    skeleton.digests.update(source_digests := known(ledger.read_lines(run)))
+    manifest = source | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
+    record, _ = take_folder(output, manifest, "auto", None, held, display)
+    skeleton.digests.update(of_run.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
-    mend(output, skeleton, plan, manifest, lines, display)
-    return Found(manifest, options, tokens_NT, lines, source_digests)
+    mend(record, skeleton, plan, manifest, display)
+    return Found(manifest, options, tokens_NT, record, of_run.source)
 
 
 def _tokens(config: TuneConfig, source: dict, skeleton: Skeleton) -> Tensor:
@@ -153,13 +155,14 @@ def _finish(
     config: TuneConfig, skeleton: Skeleton, plan: Plan, found: Found, ranks: Ranks, display: Display
 ) -> list[float]:
     """Take the steps that are left and write the run; give the steps' losses."""
-    events = Events(events_file(config.folder, ranks), ranks.rank)
+    events = Events(RunFolder(config.folder).log(ranks), ranks.rank)
     tuners = together(ranks, lambda: _tuners(Path(config.run), plan, found.options))
-    done = together(ranks, lambda: _restore(config.folder / STATE, tuners))
-    if ledger.finished(found.lines) and done < found.options.steps:
-        raise ResumeError(f"{config.folder}: {STATE}, from which its blocks were made, is gone; delete the folder")
+    state = RunFolder(config.folder).tuning_state
+    done = together(ranks, lambda: _restore(state, tuners))
+    if found.record.entries and done < found.options.steps:
+        raise ResumeError(f"{config.folder}: {state.name}, from which its blocks were made, is gone; delete the folder")
     samples = owned_samples(len(found.tokens_NT), ranks.rank, ranks.world_size)
-    cache = cache_folder(config, config.folder)
+    cache = RunFolder(config.folder).cache(config.cache)
     shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
     barrier(ranks)
     store, length = open_store(config.cache, cache, ranks.device), found.tokens_NT.shape[1]
@@ -185,7 +188,7 @@ def _tuners(run: Path, plan: Plan, options: TuneOptions) -> list[ScaleTuner]:
     """One for each block, at its start."""
     tuners = []
     for block_index, names in enumerate(plan.linears):
-        of_linears = read_scale_shapes(block_file(run, block_index))
+        of_linears = read_scale_shapes(RunFolder(run).block(block_index))
         shapes = {name: of_linears[f"{plan.names[block_index]}.{name}"] for name in names}
         tuners.append(ScaleTuner(shapes, options.learning_rate))
     return tuners
@@ -205,7 +208,7 @@ def _take_steps(tuning: Tuning, output: Path, done: int) -> list[float]:
             seconds = time.perf_counter() - start
             display.line(f"step {step + 1}/{options.steps}: loss {losses[-1]:.4f} nats a token, {seconds:.1f} s")
             if (step + 1) % STEPS_A_STATE == 0 or step + 1 == options.steps:
-                on_rank_zero(ranks, partial(_save, output / STATE, tuning.tuners, step + 1))
+                on_rank_zero(ranks, partial(_save, RunFolder(output).tuning_state, tuning.tuners, step + 1))
                 stop_if_asked(output, ranks, step + 1, options.steps, "step")
     return losses
 
@@ -239,7 +242,7 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
     skeleton, plan = tuning.skeleton, tuning.plan
     dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
     for block_index in range(plan.num_blocks):
-        if block_index not in ledger.finished(found.lines):
+        if block_index not in found.record.entries:
             grids = written_grids(tuning.run, plan.names[block_index], block_index)
             linears = tuning.linears(block_index)
             files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,
@@ -247,4 +250,4 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
             source = noted(found.source, skeleton, block_index)
             ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size, source=source)
     ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
-    remove(output / STATE)
+    remove(RunFolder(output).tuning_state)

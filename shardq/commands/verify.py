@@ -20,8 +20,10 @@ from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.rundir import ledger
-from shardq.rundir.plan import Plan, block_file, encodings_file, make_plan
+from shardq.rundir.folder import MANIFEST, RunFolder
+from shardq.rundir.ledger import read_json
+from shardq.rundir.plan import Plan, make_plan
+from shardq.rundir.record import RunRecord
 
 CHECKS = {
     "ledger": "the run is finished; every file has the digest that it was finished with",
@@ -77,7 +79,7 @@ def _row(check: str, faults: Faults, notes: dict[str, str]) -> tuple[str, str, s
 def _of_run(output: Path) -> tuple[Faults, dict[str, str], dict]:
     faults, num_blocks, num_linears = find_faults(output)
     is_finished = "folder" in faults
-    notes = unproved(output, ledger.finished(ledger.read_lines(output))) if is_finished else {}
+    notes = unproved(RunRecord.read(output)) if is_finished else {}
     return faults, notes, {"blocks": num_blocks, "linears": num_linears}
 
 
@@ -96,42 +98,43 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         ResumeError: the folder holds no run.
     """
     if not output.exists():
-        raise ResumeError(ledger.why_unfinished(output, {})[0])
-    if not (output / ledger.MANIFEST).exists() and not (output / ledger.LEDGER).exists():
-        raise ResumeError(f"{output}: holds no run of shardq (no {ledger.MANIFEST}), nor an export; check the path")
+        raise ResumeError(RunRecord(output, []).why_unfinished())
+    folder = RunFolder(output)
+    if not folder.is_taken:
+        raise ResumeError(f"{output}: holds no run of shardq (no {MANIFEST}), nor an export; check the path")
     faults: Faults = {"ledger": []}
     try:
-        quant = ledger.stored_options(output, "quant")
-        entries = ledger.finished(ledger.read_lines(output))
+        record = RunRecord.read(output)
+        quant = record.options("quant")
     except ResumeError as error:
         return faults | {"ledger": [str(error)]}, 0, 0
-    unfinished = ledger.why_unfinished(output, entries)
-    damaged = {path: fault for _, path, fault in ledger.damaged_files(output, entries)}
+    unfinished = record.why_unfinished()
+    damaged = {path: fault for _, path, fault in record.damaged_files()}
     if unfinished and not damaged:
-        raise ResumeError(unfinished[0])
-    faults["ledger"] = [*damaged.values(), *unfinished]
+        raise ResumeError(unfinished)
+    faults["ledger"] = [*damaged.values(), *([unfinished] if unfinished else [])]
     if not (quant or damaged):
-        faults["ledger"].append(f"{output / ledger.MANIFEST}: missing, or without the run's options")
+        faults["ledger"].append(f"{folder.manifest}: missing, or without the run's options")
     if unfinished or not quant:
         return faults, 0, 0
-    faults["folder"] = list(folder_faults(output, entries))
-    faults["exports"] = list(export_faults(output, entries))
-    if not damaged.keys().isdisjoint((output / ledger.MANIFEST, output / "config.json")):
+    faults["folder"] = list(folder_faults(record))
+    faults["exports"] = list(export_faults(record))
+    if not damaged.keys().isdisjoint((folder.manifest, folder.config)):
         return faults, 0, 0  # by which the other files are understood
     try:
         skeleton = open_skeleton(output)
         plan = make_plan(skeleton, QuantOptions(**quant))
-        faults["index"] = list(_index_faults(skeleton, entries))
+        faults["index"] = list(_index_faults(skeleton, record))
     except ShardQError as error:
         faults["index"] = [str(error)]
         return faults, 0, 0
-    if len(entries) - 1 != plan.num_blocks:
-        faults["ledger"].append(f"{output}: the ledger has {len(entries) - 1} blocks, the model {plan.num_blocks}")
+    if record.num_done != plan.num_blocks:
+        faults["ledger"].append(f"{output}: the ledger has {record.num_done} blocks, the model {plan.num_blocks}")
     faults |= {check: [] for check in CHECKS if check not in faults}
     all_encodings = _Encodings(output, plan.encoding_versions)
     for block_index in range(plan.num_blocks):
         names = [f"{plan.names[block_index]}.{name}" for name in plan.linears[block_index]]
-        linears = _check_block(skeleton, block_file(output, block_index), names, faults)
+        linears = _check_block(skeleton, RunFolder(output).block(block_index), names, faults)
         faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
     faults["encodings"] += all_encodings.left_over()
     faults["encodings"] += _activation_faults(output, plan)
@@ -139,11 +142,11 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     return faults, plan.num_blocks, sum(map(len, plan.linears))
 
 
-def _index_faults(skeleton: Skeleton, entries: ledger.Entries) -> Iterator[str]:
+def _index_faults(skeleton: Skeleton, record: RunRecord) -> Iterator[str]:
     folder = skeleton.folder
-    files = (name for entry in entries.values() for name in entry["files"])
+    files = (name for entry in record.entries.values() for name in entry["files"])
     shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
-    expected, stored = index_of(folder, shards), ledger.read_json(folder / INDEX_FILE)
+    expected, stored = index_of(folder, shards), read_json(folder / INDEX_FILE)
     for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
         is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))
         if is_in != is_said:
@@ -205,13 +208,13 @@ class _Encodings:
 
     def __init__(self, output: Path, versions: list[encodings.Version]):
         self._output = output
-        self._wholes = {version: encodings_file(output, version) for version in versions}
+        self._wholes = {version: RunFolder(output).encodings(version) for version in versions}
         self._streams = {version: encodings.read(path, version) for version, path in self._wholes.items()}
 
     def faults_of(self, block_index: int, names: list[str], linears: dict[str, QuantizedLinear]) -> Iterator[str]:
         """Entries, of this block and of the model, that are not what codes and scales make; in the order of `names`."""
         for version, stream in self._streams.items():
-            path = encodings_file(self._output, version, block_index)
+            path = RunFolder(self._output).encodings(version, block_index)
             yield from _differences(path, encodings.read(path, version), version, names, linears)
             yield from _differences(self._wholes[version], islice(stream, len(names)), version, names, linears)
 
@@ -226,7 +229,7 @@ def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
     merged: dict[str, ActivationGrid] = {}
     try:
         for block_index in range(plan.num_blocks):
-            grids = read_activations(block_file(output, block_index))
+            grids = read_activations(RunFolder(output).block(block_index))
             merged |= grids
             yield from _activation_differences(output, plan, block_index, grids)
         yield from _activation_differences(output, plan, None, merged)
@@ -238,7 +241,7 @@ def _activation_differences(
     output: Path, plan: Plan, block_index: int | None, grids: dict[str, ActivationGrid]
 ) -> Iterator[str]:
     for version in plan.encoding_versions:
-        path = encodings_file(output, version, block_index)
+        path = RunFolder(output).encodings(version, block_index)
         if encodings.read_activations(path, version) != encodings.activations_of(version, grids):
             yield f"{path}: its activations are not what their grids make"
 

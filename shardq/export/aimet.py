@@ -10,7 +10,7 @@ from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.spec import QuantSpec
 from shardq.rundir.encodings import merge_encodings
-from shardq.rundir.plan import block_file, encodings_file
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import BlockBytes
 
 USE_ENCODINGS = """AIMET encodings of the weights, by torch names, lists in [out, in] order: all in `model.encodings`
@@ -44,7 +44,7 @@ class Aimet(Format):
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         run, num_blocks = skeleton.folder, len(skeleton.names)
         for number in range(num_blocks):
-            path, block = encodings_file(folder, self.version, number), block_file(run, number)
+            path, block = RunFolder(folder).encodings(self.version, number), RunFolder(run).block(number)
             encodings.write(path, self.version, read_block(block), read_activations(block))
         merge_encodings(folder, self.version, run, num_blocks)
         return 0.0

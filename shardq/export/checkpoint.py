@@ -22,7 +22,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.plan import block_file
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import BlockBytes
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
@@ -72,7 +72,7 @@ class Checkpoint(Format):
             ConfigError: as `described`.
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
-        codes = read_block(block_file(run, block_index))
+        codes = read_block(RunFolder(run).block(block_index))
         linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in codes.items()}
         inputs = input_grids(self, run, skeleton, block_index)
         tensors: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int)
     Raises:
         ConfigError: it has others.
     """
-    path, grids = block_file(run, block_index), {}
+    path, grids = RunFolder(run).block(block_index), {}
     if chosen.activation_bits == 16:
         return grids
     activations = read_activations(path)
@@ -144,7 +144,7 @@ def _scale_change(skeleton: Skeleton, dtype: torch.dtype) -> float:
     """The largest relative change of a scale of a run by rounding it to a dtype."""
     largest = 0.0
     for number in range(len(skeleton.names)):
-        for name, info in read_header(block_file(skeleton.folder, number)).items():
+        for name, info in read_header(RunFolder(skeleton.folder).block(number)).items():
             if name.endswith(".scale"):
                 scale_OG = read_tensor(info)
                 largest = max(largest, (scale_OG.to(dtype).float() / scale_OG - 1).abs().max().item())

@@ -15,7 +15,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.rundir import ledger
+from shardq.rundir.record import RunRecord
 from shardq.rundir.room import BlockBytes
 
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
@@ -58,7 +58,7 @@ class CompressedTensors(Checkpoint):
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         scale_change = super().write(skeleton, grids, folder, display, is_begun)
-        if ledger.read_manifest(skeleton.folder)["options"].get("activations", {}).get("kv_bits"):
+        if RunRecord.read(skeleton.folder).manifest()["options"].get("activations", {}).get("kv_bits"):
             display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
         return scale_change
 

@@ -11,7 +11,7 @@ from shardq.export.chosen import format_of
 from shardq.files import ASIDE, remove, write_json
 from shardq.formats.sealed import SEAL, sealed, unsealed
 from shardq.rundir.digests import changed_files, entry_of
-from shardq.rundir.lock import LOCK
+from shardq.rundir.folder import LOCK
 
 RECORD = "shardq-export.json"
 

@@ -21,7 +21,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.model.weights import materialised
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.plan import block_file
+from shardq.rundir.folder import RunFolder
 
 MODEL_TYPES = ("llama", "mistral")  # of transformers, that are GGUF's architecture llama
 ROPE_TYPES = ("default", "linear", "llama3")  # those that scale each frequency by a constant
@@ -137,7 +137,7 @@ def _entries(skeleton: Skeleton, grids: dict[str, QuantSpec], changes: list[floa
             raise UnsupportedModelError(f"{skeleton.folder}: GGUF has no name for {name}; export hf instead")
         if linear in grids and name.endswith(".weight"):
             kind = gguf_tensors.block_type(grids[linear])
-            path = block_file(skeleton.folder, block_index)
+            path = RunFolder(skeleton.folder).block(block_index)
             read = partial(_packed, codes_of, path, linear, changes)
         else:
             # llama.cpp computes norms and biases in float32 alone.

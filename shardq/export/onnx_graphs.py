@@ -12,7 +12,7 @@ from shardq.logs import Display
 from shardq.model.graph import traced_parts
 from shardq.model.skeleton import Skeleton
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.plan import block_file
+from shardq.rundir.folder import RunFolder
 
 
 def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec], display: Display) -> None:
@@ -53,7 +53,7 @@ def _write_ends(skeleton: Skeleton, folder: Path) -> dict[str, ir.ExternalTensor
 
 
 def _block_weights(skeleton: Skeleton, block_index: int) -> Iterator[ir.TensorProtocol]:
-    linears = read_block(block_file(skeleton.folder, block_index))
+    linears = read_block(RunFolder(skeleton.folder).block(block_index))
     for name, info in skeleton.block_tensors(block_index).items():
         full_name = f"{skeleton.names[block_index]}.{name}"
         linear = full_name.removesuffix(".weight")

@@ -15,9 +15,9 @@ from shardq.formats.block_file import read_grids
 from shardq.formats.checkpoint import companions
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.rundir import ledger
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.lock import only_run
-from shardq.rundir.plan import block_file
+from shardq.rundir.record import RunRecord
 from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_there, check_room
 from shardq.rundir.source import check_outside
 
@@ -38,8 +38,8 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     if not is_begun:
         check_outside(skeleton)  # runs of earlier versions may hold what is not finite
     display.line(f"{folder}: writing {chosen.name}, {len(skeleton.names)} blocks")
-    blocks = ledger.blocks_digest(ledger.finished(ledger.read_lines(skeleton.folder)))
-    paths = [block_file(skeleton.folder, number) for number in range(len(skeleton.names))]
+    blocks = RunRecord.read(skeleton.folder).blocks_digest
+    paths = [RunFolder(skeleton.folder).block(number) for number in range(len(skeleton.names))]
     grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
     check_installed(chosen)
     chosen.check(skeleton, grids)
@@ -62,11 +62,10 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
 def write_missing_formats(configs: Iterable[ExportConfig], display: Display) -> None:
     """Write the further formats of a finished run that are not there yet, or not as they are asked for."""
     for config in configs:
-        entries = ledger.finished(ledger.read_lines(Path(config.run)))
-        record = contents.read(config.folder)
-        if record is None and "bytes" not in entries[None] and (config.folder / MODEL_CARD).exists():
+        run, record = RunRecord.read(Path(config.run)), contents.read(config.folder)
+        if record is None and run.is_of_before and (config.folder / MODEL_CARD).exists():
             continue  # run and export are of before exports had a record
-        why = contents.why_unfinished(config, record, ledger.blocks_digest(entries))
+        why = contents.why_unfinished(config, record, run.blocks_digest)
         if why and record:
             display.line(f"{why}; written anew")
             if contents.is_of_other_options(config, record):
@@ -92,7 +91,7 @@ def _write_files(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
             f"{scale_change:.2%}; a run with --target {chosen.rounded_by} rounds them before"
         )
-    manifest, spec = ledger.read_manifest(skeleton.folder), next(iter(grids.values()))
+    manifest, spec = RunRecord.read(skeleton.folder).manifest(), next(iter(grids.values()))
     write_text(folder / MODEL_CARD, model_card(manifest, spec, chosen, scale_change))
     return scale_change
 

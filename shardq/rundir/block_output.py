@@ -11,15 +11,14 @@ from shardq.background import lookahead, one_by_one
 from shardq.formats import encodings
 from shardq.formats.block_file import write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
-from shardq.formats.shards import DTYPES, INDEX_FILE, TensorInfo, check_same, read_tensor
+from shardq.formats.shards import DTYPES, TensorInfo, check_same, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.encodings import merge_encodings
-from shardq.rundir.plan import Plan, block_file, encodings_file
-
-COMPLETING = ("config.json", INDEX_FILE, "model.encodings", "model_torch.encodings")
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import Plan
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
@@ -69,9 +68,10 @@ def write_block_files(
                 check_finite(path, {info.name: weights[info.name]})
         write_tensors(path, weights, {"format": "pt"})
 
-    writers = {block_file(output, block_index): lambda path: write_block(path, full, grids)}
+    folder = RunFolder(output)
+    writers = {folder.block(block_index): lambda path: write_block(path, full, grids)}
     for version in plan.encoding_versions:
-        path = encodings_file(output, version, block_index)
+        path = folder.encodings(version, block_index)
         writers[path] = lambda path, version=version: encodings.write(path, version, full, grids)
     writers[output / plan.block_shard(block_index)] = write_weights
     # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
@@ -95,15 +95,16 @@ def write_run_files(
     Returns:
         The files whose digests complete the ledger.
     """
+    folder = RunFolder(output)
     rest = {output / plan.rest_shard(number): infos for number, infos in enumerate(plan.rest)}
     for path, infos in rest.items():
         if path not in kept:
             write_tensors(path, {info.name: _copied(skeleton, info) for info in infos}, {"format": "pt"})
-    merged = {encodings_file(output, version): version for version in plan.encoding_versions}
+    merged = {folder.encodings(version): version for version in plan.encoding_versions}
     for path, version in merged.items():
         if path not in kept:
             merge_encodings(output, version, output, plan.num_blocks)
     copies = copy_companions(skeleton.folder, output)
     write_config(skeleton.folder, output, dtype)
     write_index(output, plan.shards())
-    return [*rest, *merged, *copies, output / "config.json", output / INDEX_FILE]
+    return [*rest, *merged, *copies, folder.config, folder.index]

@@ -13,8 +13,8 @@ from typing import TextIO
 
 from shardq.errors import ResumeError
 from shardq.files import make_folder, storage_errors
+from shardq.rundir.folder import LOCK
 
-LOCK = "lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 

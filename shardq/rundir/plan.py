@@ -1,7 +1,6 @@
 """What a run will do, checked against the model before any work."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
@@ -93,16 +92,3 @@ def _check_group_size(skeleton: Skeleton, linears: list[list[str]], group_size: 
                     f"quant.group_size: {group_size} does not divide the {in_features} input channels of "
                     f"{block_name}.{name}; choose a divisor, or -1 for per-channel"
                 )
-
-
-def block_file(output: Path, block_index: int) -> Path:
-    """Codes, scales and zero points of a block."""
-    return output / "blocks" / f"block-{block_index:05d}.safetensors"
-
-
-def encodings_file(output: Path, version: encodings.Version, block_index: int | None = None) -> Path:
-    """AIMET encodings of a block, or of the whole model; those of 0.6.1 have the name that aimet_torch gives them."""
-    suffix = "_torch" if version == "0.6.1" else ""
-    if block_index is None:
-        return output / f"model{suffix}.encodings"
-    return output / "encodings" / f"block-{block_index:05d}{suffix}.json"

@@ -69,11 +69,6 @@ def agree(skeleton: Skeleton, infos: Collection[TensorInfo], ranks: Ranks) -> No
         together(ranks, compare)
 
 
-def known(lines: list[dict]) -> Digests:
-    """What a ledger's lines keep of the source; those of runs begun before they did say nothing."""
-    return {name: digest for line in lines for name, digest in line.get("source", {}).items()}
-
-
 def noted(digests: Digests, skeleton: Skeleton, block_index: int) -> Digests:
     """Those that a block's ledger line keeps: of its own tensors, and with the first block's of those outside all."""
     infos = [*skeleton.block_tensors(block_index).values(), *(outside_blocks(skeleton) if block_index == 0 else ())]

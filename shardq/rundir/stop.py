@@ -9,15 +9,14 @@ from shardq.errors import Stopped, StorageError
 from shardq.files import remove
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
-
-STOP = "stop"
+from shardq.rundir.folder import RunFolder
 
 
 @contextmanager
 def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
     """During the body SIGUSR1, to any rank, leaves the file; one from before, or that comes too late, is removed."""
     on_rank_zero(ranks, lambda: _taken_away(output))
-    former = signal.signal(signal.SIGUSR1, lambda number, frame: (output / STOP).touch())
+    former = signal.signal(signal.SIGUSR1, lambda number, frame: RunFolder(output).stop.touch())
     try:
         yield
     finally:
@@ -40,7 +39,8 @@ def stop_if_asked(output: Path, ranks: Ranks, done: int, num: int, what: str = "
 
 
 def _taken_away(output: Path) -> bool:
-    was_there = (output / STOP).exists()
+    stop = RunFolder(output).stop
+    was_there = stop.exists()
     if was_there:
-        remove(output / STOP)
+        remove(stop)
     return was_there

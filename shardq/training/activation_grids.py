@@ -17,7 +17,8 @@ from shardq.quant.activation import ActivationGrid, rounded
 from shardq.quant.observers import REDUCTIONS, WITH_COUNTS, Statistics, no_statistics, observed_grid, statistics_of
 from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.plan import Plan, block_file
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import Plan
 
 KEPT = (".key", ".value")  # what a KV cache keeps
 
@@ -116,7 +117,7 @@ def activation_grids(
 
 def written_grids(folder: Path, block_name: str, block_index: int) -> dict[str, ActivationGrid]:
     """The grids of a finished block's activations, by name within the block."""
-    grids = read_activations(block_file(folder, block_index))
+    grids = read_activations(RunFolder(folder).block(block_index))
     return {name.removeprefix(f"{block_name}."): grid for name, grid in grids.items()}
 
 

@@ -21,9 +21,8 @@ from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.engine import Engine
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.ledger import LEDGER, MANIFEST
+from shardq.rundir.folder import RunFolder
 
-FOLDER = "checkpoint"
 BEST = "best.safetensors"
 
 
@@ -70,7 +69,8 @@ def purpose_of(checkpoints: Checkpoints) -> dict:
     engine, ranks = checkpoints.engine, checkpoints.engine.ranks
 
     def beginning() -> str:
-        files = [path for name in (MANIFEST, LEDGER) if (path := checkpoints.output / name).exists()]
+        folder = RunFolder(checkpoints.output)
+        files = [path for path in (folder.manifest, folder.ledger) if path.exists()]
         return hashlib.sha256(b"\n".join(path.read_bytes() for path in files)).hexdigest()
 
     return {
@@ -137,11 +137,11 @@ def load(
 
 def remove(output: Path) -> None:
     """Remove every checkpoint: the block is committed."""
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    shutil.rmtree(RunFolder(output).checkpoint, ignore_errors=True)
 
 
 def _folder(checkpoints: Checkpoints) -> Path:
-    return checkpoints.output / FOLDER
+    return RunFolder(checkpoints.output).checkpoint
 
 
 def _read(folder: Path, checkpoints: Checkpoints, purpose: dict, spec: QuantSpec) -> tuple[Progress, dict[str, Tensor]]:

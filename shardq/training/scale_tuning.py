@@ -26,7 +26,8 @@ from shardq.optimize.scale_tuner import ScaleTuner
 from shardq.parallel.collectives import reduce_over_ranks, sum_over_ranks
 from shardq.parallel.ranks import Ranks
 from shardq.quant.quantized import QuantizedLinear
-from shardq.rundir.plan import Plan, block_file
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import Plan
 from shardq.training.passes import Activations, advance, embed_samples
 from shardq.training.self_check import self_check
 from shardq.training.workshop import collecting, training_forward
@@ -56,7 +57,7 @@ class Tuning:
 
     def linears(self, block_index: int) -> dict[str, QuantizedLinear]:
         """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
-        prefix, stored = self.plan.names[block_index], read_block(block_file(self.run, block_index))
+        prefix, stored = self.plan.names[block_index], read_block(RunFolder(self.run).block(block_index))
         linears = {name: stored[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
         return self.tuners[block_index].rescaled(linears)
 

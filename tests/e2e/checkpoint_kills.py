@@ -21,6 +21,7 @@ from runs import result_files
 from shardq.optimize.stepper import LocalStepper
 from shardq.parallel.allreduce import AllReduceStepper
 from shardq.parallel.zero import DeepSpeedStepper
+from shardq.rundir.folder import RunFolder
 from shardq.training import checkpoint
 
 ITERATIONS, EVERY, KILLED_AT = 8, 3, 5  # killed in the second block, at an iteration of it
@@ -57,7 +58,7 @@ def killed_in_second_save(how: str) -> None:
 
 
 def state_files(output: Path) -> list[Path]:
-    return sorted((output / checkpoint.FOLDER).rglob("state-*.safetensors"))
+    return sorted(RunFolder(output).checkpoint.rglob("state-*.safetensors"))
 
 
 def flip_a_bit(path: Path) -> None:
@@ -90,7 +91,7 @@ def try_case(case: str, arguments: list[str], num_ranks: int, stepper: type, ref
     who = 0 if case == "removing" or stepper is not DeepSpeedStepper else num_ranks - 1
     statuses = launch(arguments, num_ranks, who, before)
     assert os.WIFSIGNALED(statuses[who]) and os.WTERMSIG(statuses[who]) == signal.SIGKILL, (statuses, who)
-    folders = sorted(path.name for path in (output / checkpoint.FOLDER).iterdir())
+    folders = sorted(path.name for path in RunFolder(output).checkpoint.iterdir())
     if case in DAMAGES:
         DAMAGES[case](state_files(output)[-1])
     events = output / "events.jsonl"

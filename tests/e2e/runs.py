@@ -17,8 +17,8 @@ from shardq.commands.evaluate import evaluate
 from shardq.commands.quantize import quantize
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit
-from shardq.rundir.stop import STOP
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
@@ -49,7 +49,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:
 
     def commit_and_stop(output: Path, block: int | None, *args: object, **facts: object) -> dict:
         if block == stop_block:
-            (output / STOP).touch()
+            RunFolder(output).stop.touch()
         return commit(output, block, *args, **facts)
 
     monkeypatch.setattr("shardq.commands.quantize.ledger.commit", commit_and_stop)

@@ -21,7 +21,7 @@ from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.shards import open_index, read_tensor
 from shardq.quant.activation import rounded
-from shardq.rundir.plan import encodings_file
+from shardq.rundir.folder import RunFolder
 
 RTN = ("--quant.method", "rtn")
 TOKENS = torch.arange(3, 51).view(2, 24)
@@ -175,12 +175,12 @@ def test_aimet_export_describes_the_runs_weights(served: Path, tmp_path: Path, v
     expected = []
     for number, path in enumerate(sorted((served / "blocks").iterdir())):
         of_block = [encodings.item_of(version, f"{name}.weight", linear) for name, linear in read_block(path).items()]
-        assert list(encodings.read(encodings_file(tmp_path / "aimet", version, number), version)) == of_block
+        assert list(encodings.read(RunFolder(tmp_path / "aimet").encodings(version, number), version)) == of_block
         expected += of_block
-    whole = encodings_file(tmp_path / "aimet", version)
+    whole = RunFolder(tmp_path / "aimet").encodings(version)
     assert list(encodings.read(whole, version)) == expected and len(expected) == 21
     if version in ("0.6.1", "1.0.0"):  # which the run itself writes
-        of_run = sorted(encodings.read(encodings_file(served, version), version), key=json.dumps)
+        of_run = sorted(encodings.read(RunFolder(served).encodings(version), version), key=json.dumps)
         assert sorted(expected, key=json.dumps) == of_run
     assert "load_encodings" in (tmp_path / "aimet" / "README.md").read_text()
 

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from runs import LAUNCH, committed, last_json, quantize_arguments, ranks_of, result_files, run_quantize
 from shardq.errors import Stopped
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit
-from shardq.rundir.stop import STOP
 
 LIMIT_SECONDS = 10.0
 
@@ -148,7 +148,7 @@ def test_run_stops_after_the_block_at_hand_on_all_ranks(llama, token_file, two_r
     process = start(2, arguments)
     wait_for_block(process, output, 1)
     if how == "file":
-        (output / STOP).touch()
+        RunFolder(output).stop.touch()
     else:
         os.kill(ranks_of(process.pid)[1], signal.SIGUSR1)
     _, stderr = process.communicate(timeout=60)
@@ -156,7 +156,7 @@ def test_run_stops_after_the_block_at_hand_on_all_ranks(llama, token_file, two_r
     done = committed(output)
     assert 1 <= done <= 2
     assert line == f"shardq: {output}: stopped as asked, {done} of 3 blocks are done; the same command goes on"
-    assert process.returncode != 0 and not (output / STOP).exists()
+    assert process.returncode != 0 and not RunFolder(output).stop.exists()
     finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
     assert last_json(finished.stdout)["blocks"] == 3
     assert result_files(output) == result_files(two_ranks[0])
@@ -168,7 +168,7 @@ def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, t
     output = tmp_path / "out"
 
     def ask(*_: object) -> None:
-        (output / STOP).touch() if how == "file" else os.kill(os.getpid(), signal.SIGUSR1)
+        RunFolder(output).stop.touch() if how == "file" else os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(
         "shardq.commands.quantize.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask())[0]
@@ -176,7 +176,7 @@ def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, t
     for done in (1, 2):
         with pytest.raises(Stopped, match=f"stopped as asked, {done} of 3 blocks are done"):
             run_quantize(llama, token_file, output, "--quant.method", "rtn")
-        assert committed(output) == done and not (output / STOP).exists()
-        (output / STOP).touch()
+        assert committed(output) == done and not RunFolder(output).stop.exists()
+        RunFolder(output).stop.touch()
     run_quantize(llama, token_file, output, "--quant.method", "rtn")
-    assert committed(output) == 4 and not (output / STOP).exists()
+    assert committed(output) == 4 and not RunFolder(output).stop.exists()

@@ -11,7 +11,8 @@ from shardq.cli import parse
 from shardq.commands.verify import verify
 from shardq.errors import ConfigError, ResumeError, Stopped
 from shardq.formats.block_file import read_block
-from shardq.rundir.ledger import finished, read_lines, read_manifest
+from shardq.rundir.ledger import read_lines
+from shardq.rundir.record import RunRecord
 
 BLOCK = "blocks/block-00001.safetensors"
 SHARD, LAST_SHARD = "model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"
@@ -143,7 +144,7 @@ def test_blocks_from_the_first_on_are_made_with_other_settings(output, changed, 
     run_quantize(llama, token_file, output, "--redo", "1", *OTHER)
     assert trained(output) == [0, 1, 2, 1, 2]
     assert {**files_but_ledger(output), "manifest.json": b""} == {**files_but_ledger(changed), "manifest.json": b""}
-    assert read_manifest(output)["options"]["optimize"]["iterations"] == 6
+    assert RunRecord.read(output).manifest()["options"]["optimize"]["iterations"] == 6
     verify(parse("verify", [str(output)]), ONE_RANK)
     with pytest.raises(ResumeError, match=r"optimize.iterations \(was 6, is 24\)"):
         run_quantize(llama, token_file, output)
@@ -250,4 +251,4 @@ def test_folder_without_a_run_has_nothing_to_do_again(llama, token_file, tmp_pat
 def test_other_method_and_data_may_follow(output, llama, token_file):
     run_quantize(llama, token_file, output, "--redo", "2", "--quant.method", "rtn", "--calib.samples", 6)
     assert [len(read_block(path)) for path in sorted((output / "blocks").iterdir())] == [7, 7, 7]
-    assert len(finished(read_lines(output))) == 4
+    assert len(RunRecord.read(output).entries) == 4

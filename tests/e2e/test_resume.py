@@ -8,9 +8,9 @@ import pytest
 import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
 from shardq.errors import ResumeError, Stopped, StorageError
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit
 from shardq.rundir.lock import only_run
-from shardq.rundir.stop import STOP
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_flipped_bit_in_the_cache_never_reaches_the_result(
     def flip_and_stop(output, block, *args, **facts):
         line = commit(output, block, *args, **facts)
         if block == 0:
-            (output / STOP).touch()  # a resume meets the next generation
+            RunFolder(output).stop.touch()  # a resume meets the next generation
         if block == generation - 1:
             file = output / "cache" / f"generation-{generation:05d}" / f"{stream}-000003.safetensors"
             file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))

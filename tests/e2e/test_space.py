@@ -24,6 +24,7 @@ from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
 from shardq.optimize.stepper import OPTIMIZERS
 from shardq.rundir import room
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit
 from shardq.rundir.room import bytes_there
 
@@ -168,7 +169,7 @@ def test_tuning_that_will_not_fit_is_refused_before_it_begins(finished, llama, t
 
     def look(*args: object) -> None:
         saved(*args)
-        largest.append(bytes_there(tmp_path / "out" / tune.STATE))
+        largest.append(bytes_there(RunFolder(tmp_path / "out").tuning_state))
 
     def note(needs: list[room.Need]) -> None:
         counted.update({need.what: need.num_bytes for need in needs})

@@ -24,8 +24,8 @@ from shardq.formats.block_file import read_block
 from shardq.formats.shards import open_index, read_tensor
 from shardq.logs import Display
 from shardq.model.skeleton import open_skeleton
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit
-from shardq.rundir.stop import STOP
 
 STEPS, BATCH, RATE, LABELS = 6, 4, 0.02, 0.25
 RTN = ("--quant.method", "rtn", "--quant.group_size", 16)
@@ -64,7 +64,7 @@ def stopping_after_a_save(output: Path) -> Iterator[None]:
 
     def save_and_stop(path: Path, *state: object) -> None:
         save(path, *state)
-        (output / STOP).touch()
+        RunFolder(output).stop.touch()
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tuning, "_save", save_and_stop)
@@ -195,7 +195,7 @@ def test_a_tuning_that_fails_while_it_writes_goes_on_there(
         with pytest.raises(StorageError):
             run_tune(run, llama, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "without")
-    (tmp_path / "without" / tuning.STATE).unlink()
+    RunFolder(tmp_path / "without").tuning_state.unlink()
     with pytest.raises(ResumeError, match="tuning.safetensors, from which its blocks were made, is gone"):
         run_tune(run, llama, tmp_path / "without")
     monkeypatch.setattr(tuning, "tune_step", None)  # none is taken again
@@ -215,9 +215,9 @@ def test_a_damaged_state_is_named(run: Path, llama: Path, tmp_path: Path):
     output = tmp_path / "out"
     with stopping_after_a_save(output), pytest.raises(Stopped):
         run_tune(run, llama, output)
-    content = bytearray((output / tuning.STATE).read_bytes())
+    content = bytearray(RunFolder(output).tuning_state.read_bytes())
     content[-1] ^= 1
-    (output / tuning.STATE).write_bytes(content)
+    RunFolder(output).tuning_state.write_bytes(content)
     with pytest.raises(CheckpointError, match="tuning.safetensors: damaged.*delete it to begin at the first step"):
         run_tune(run, llama, output)
 

@@ -19,8 +19,9 @@ from shardq.errors import ResumeError
 from shardq.files import xxh128_of
 from shardq.formats.shards import open_index
 from shardq.optimize.options import OptimizeOptions
-from shardq.rundir.ledger import append, begin_run, blocks_to_do, commit, complete, finished, open_run, read_lines
+from shardq.rundir.ledger import append, begin_run, blocks_to_do, commit, complete, finished, read_lines
 from shardq.rundir.manifest import differences, make_manifest
+from shardq.rundir.record import open_run
 
 MANIFEST = {
     "shardq": "1.0",
@@ -40,10 +41,10 @@ def assert_refused(output: Path, *parts: str, manifest: dict = MANIFEST, resume:
 
 def opened(output: Path, manifest: dict, resume: str) -> list[dict]:
     """The ledger's lines of a run that is opened without a redo."""
-    lines, redo = open_run(output, manifest, resume)
+    record, redo = open_run(output, manifest, resume)
     assert redo is None
     begin_run(output, manifest)
-    return lines
+    return record.lines
 
 
 def write(path: Path, text: str) -> Path:

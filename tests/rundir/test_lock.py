@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from shardq.errors import ResumeError, StorageError
-from shardq.rundir.lock import LOCK, only_run
+from shardq.rundir.folder import LOCK
+from shardq.rundir.lock import only_run
 
 HOLD = """
 import sys, time

@@ -15,7 +15,8 @@ from shardq.config import QuantOptions
 from shardq.errors import ConfigError
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir import plan as plan_module
-from shardq.rundir.plan import ENCODINGS, Plan, block_file, encodings_file, make_plan
+from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import ENCODINGS, Plan, make_plan
 
 SOURCE = QuantOptions()
 
@@ -91,11 +92,12 @@ class TestFiles:
         assert sorted(plan.shards()) == plan.shards()
 
     def test_every_block_has_its_own_files(self):
-        files = [block_file(Path("o"), block) for block in range(12)]
-        files += [encodings_file(Path("o"), version, block) for version in ENCODINGS for block in (None, *range(12))]
+        folder = RunFolder(Path("o"))
+        files = [folder.block(block) for block in range(12)]
+        files += [folder.encodings(version, block) for version in ENCODINGS for block in (None, *range(12))]
         assert len(set(files)) == 38
-        assert block_file(Path("o"), 7) == Path("o/blocks/block-00007.safetensors")
-        assert encodings_file(Path("o"), "1.0.0", 7) == Path("o/encodings/block-00007.json")
+        assert folder.block(7) == Path("o/blocks/block-00007.safetensors")
+        assert folder.encodings("1.0.0", 7) == Path("o/encodings/block-00007.json")
 
 
 class TestRest:

@@ -12,7 +12,8 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
-from shardq.training.checkpoint import FOLDER, Checkpoints, Progress, load, purpose_of, remove, save
+from shardq.rundir.folder import RunFolder
+from shardq.training.checkpoint import Checkpoints, Progress, load, purpose_of, remove, save
 
 SPEC = QuantSpec(bits=3, symmetric=False, group_size=4)
 STATE = {"0.value": torch.randn(3, 4), "0.exp_avg": torch.randn(3, 4), "0.step": torch.tensor(5.0)}
@@ -45,7 +46,7 @@ def load_one(checkpoints: Checkpoints) -> tuple:
 
 
 def names(checkpoints: Checkpoints) -> list[str]:
-    return sorted(path.name for path in (checkpoints.output / FOLDER).iterdir())
+    return sorted(path.name for path in RunFolder(checkpoints.output).checkpoint.iterdir())
 
 
 def test_state_and_progress_come_back_as_they_were(checkpoints):
@@ -75,7 +76,7 @@ def test_next_one_replaces_the_one_before(checkpoints):
     assert names(checkpoints) == ["block-00004-try-1-iteration-000003"]
     assert load_one(checkpoints)[0][0].failed == 1
     remove(checkpoints.output)
-    assert not (checkpoints.output / FOLDER).exists()
+    assert not RunFolder(checkpoints.output).checkpoint.exists()
     remove(checkpoints.output)
 
 
@@ -83,7 +84,7 @@ def test_next_one_replaces_the_one_before(checkpoints):
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "garbage"])
 def test_damaged_one_is_not_used_and_named(checkpoints, damage, file):
     save_one(checkpoints, Progress(done=3, best=make_best()))
-    folder = checkpoints.output / FOLDER / names(checkpoints)[0]
+    folder = RunFolder(checkpoints.output).checkpoint / names(checkpoints)[0]
     content = (folder / file).read_bytes()
     if damage == "missing":
         (folder / file).unlink()
@@ -101,7 +102,7 @@ def test_whole_one_is_used_where_the_newer_is_not_whole(checkpoints, monkeypatch
     save_one(checkpoints, Progress(done=3))
     monkeypatch.setattr("shardq.training.checkpoint.shutil.rmtree", lambda *args, **options: None)
     save_one(checkpoints, Progress(done=6))
-    newer = checkpoints.output / FOLDER / "block-00004-try-0-iteration-000006"
+    newer = RunFolder(checkpoints.output).checkpoint / "block-00004-try-0-iteration-000006"
     (newer / "state-00000.safetensors").unlink()
     (progress, _), [line] = load_one(checkpoints)
     assert progress.done == 3 and line.startswith(f"{newer}: not used: ")
@@ -117,7 +118,7 @@ def test_one_that_was_made_for_something_else_is_not_used(checkpoints):
     for differing, other in others.items():
         found, [line] = load_one(replace(checkpoints, engine=engine_for(*other)))
         assert found is None
-        assert line == f"{checkpoints.output / FOLDER / name}: not used: made for another {differing}"
+        assert line == f"{RunFolder(checkpoints.output).checkpoint / name}: not used: made for another {differing}"
     assert load(checkpoints, purpose_of(checkpoints) | {"number of ranks": 2}, SPEC, lines.append) is None
     assert lines[0].endswith("made for another number of ranks")
     assert load_one(checkpoints)[0]

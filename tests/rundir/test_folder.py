@@ -8,7 +8,7 @@ import torch
 from shardq.cache.options import CacheOptions
 from shardq.config import QuantizeConfig, QuantOptions
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.folders import cache_folder, events_file, output_folder
+from shardq.rundir.folder import RunFolder, output_folder
 
 
 def config(**options: object) -> QuantizeConfig:
@@ -37,21 +37,21 @@ def make_run(output: Path, manifest: str) -> Path:
 
 
 def test_cache_is_in_the_output_folder(tmp_path: Path):
-    assert cache_folder(config(), tmp_path, 0) == tmp_path / "cache"
+    assert RunFolder(tmp_path).cache(CacheOptions()) == tmp_path / "cache"
 
 
 def test_cache_elsewhere_is_found_again_by_the_same_run_alone(tmp_path: Path):
-    there = config(cache=CacheOptions(folder=str(tmp_path / "disk")))
+    there = CacheOptions(folder=str(tmp_path / "disk"))
     first, other = make_run(tmp_path / "a", "one"), make_run(tmp_path / "b", "one")
-    folder = cache_folder(there, first, 0)
-    assert folder.parent == tmp_path / "disk" and folder == cache_folder(there, tmp_path / "b" / ".." / "a", 0)
-    assert folder != cache_folder(there, other, 0), "two runs at a time would share one cache"
-    assert folder != cache_folder(there, first, 1), "blocks that are done again would find the former ones'"
+    folder = RunFolder(first).cache(there)
+    assert folder.parent == tmp_path / "disk" and folder == RunFolder(tmp_path / "b" / ".." / "a").cache(there)
+    assert folder != RunFolder(other).cache(there), "two runs at a time would share one cache"
+    assert folder != RunFolder(first).cache(there, 1), "blocks that are done again would find the former ones'"
     (first / "manifest.json").write_text("another")
-    assert folder != cache_folder(there, first, 0), "a run would take another's activations for its own"
+    assert folder != RunFolder(first).cache(there), "a run would take another's activations for its own"
 
 
 @pytest.mark.parametrize("rank, local_rank, name", [(1, 1, "events.jsonl"), (5, 1, "events-rank-4.jsonl")])
 def test_each_host_has_a_log_of_times(rank: int, local_rank: int, name: str):
     ranks = Ranks(rank, 8, torch.device("cpu"), local_world_size=4, local_rank=local_rank)
-    assert events_file(Path("out"), ranks) == Path("out") / name
+    assert RunFolder(Path("out")).log(ranks) == Path("out") / name
