@@ -23,8 +23,8 @@ import tiny
 from crashes import die, tell
 from runs import ONE_RANK, result_files, run_quantize
 from shardq.cli import COMMANDS, parse
-from shardq.commands import export
 from shardq.errors import Interrupted, ShardQError
+from shardq.export import contents
 from shardq.formats import tensor_file
 from shardq.liveness.interrupts import interruptible
 from shardq.rundir import ledger
@@ -37,7 +37,7 @@ POINTS = {  # name: where the function is looked up when it is called
     "make folder": (os, "mkdir"),
     "write tensors": (tensor_file, "save_file"),
     "ledger line": (ledger, "append_line"),
-    "record": (export.export_record, "write_json"),
+    "record": (contents, "write_json"),
 }
 WRITES = ("sync", "rename", "make folder")  # points at which the system may refuse
 
