@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests, two files at a time; with arguments for pytest one after another, for example: tools/test.sh -m slow
+# Runs ruff, mypy and the tests, two files at a time; arguments go to pytest, which then runs one: tools/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
+"$python" -m ruff check .
+"$python" -m ruff format --check shardq tests tools
+"$python" -m mypy
 if [[ $# -eq 0 ]]; then
     # one thread each: the tests' tensors are small, and threads beyond the cores wait for one another
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

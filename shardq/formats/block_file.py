@@ -9,6 +9,7 @@ grids of the block's activations where there are any.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def read_scale_shapes(path: Path) -> dict[str, tuple[int, int]]:
         CheckpointError: as `read_block`.
     """
     header = read_header(path)
-    return {name: header[f"{name}.scale"].shape for name in _described(path)}
+    return {name: cast(tuple[int, int], header[f"{name}.scale"].shape) for name in _described(path)}
 
 
 def read_activations(path: Path) -> dict[str, ActivationGrid]:

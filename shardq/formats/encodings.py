@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -102,11 +103,13 @@ def activations_of(version: Version, grids: Grids) -> list[dict] | dict[str, dic
         return entries
     if version == "1.0.0":
         return [_entry_v1(name, *_unsigned(grid), grid.spec, "PER_TENSOR") for name, grid in static.items()]
-    return [_entry_v2(name, *(one.squeeze() for one in _unsigned(grid)), grid.spec) for name, grid in static.items()]
+    scalars = {name: [one.squeeze() for one in _unsigned(grid)] for name, grid in static.items()}
+    return [_entry_v2(name, scale, offset, static[name].spec) for name, (scale, offset) in scalars.items()]
 
 
 def _unsigned(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
-    """Scale [1] and offset [1] of the unsigned code."""
+    """Scale [1] and offset [1] of the unsigned code of a static grid."""
+    assert grid.zero_point is not None
     return torch.tensor([grid.scale]), torch.tensor([grid.spec.qmin - grid.zero_point])
 
 
@@ -151,6 +154,7 @@ def _entry_v2(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec) -> dict
 
 def _lpbq_v1(scale_OG: Tensor, spec: QuantSpec) -> dict:
     """A two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
+    assert spec.decompressed_bits is not None
     multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
     return {
         "bw": spec.decompressed_bits,
@@ -173,9 +177,9 @@ def _lpbq_v2(version: Version, scale_OG: Tensor, spec: QuantSpec) -> dict:
 def write(path: Path, version: Version, linears: dict[str, QuantizedLinear], grids: Grids | None = None) -> None:
     """Write the encodings of the weights of linears, and of activations, by full name, to a file that appears whole."""
     grids = grids or {}
-    items = (item_of(version, f"{name}.weight", linear) for name, linear in linears.items())
+    items: Iterable[dict] = (item_of(version, f"{name}.weight", linear) for name, linear in linears.items())
     if LAYOUTS[version][0] == "encodings":  # one list of both
-        items = chain(activations_of(version, grids), items)
+        items = chain(cast(list[dict], activations_of(version, grids)), items)
     _write_lines(path, version, (_line(version, item) for item in items), grids)
 
 
@@ -224,8 +228,9 @@ def read_activations(path: Path, version: Version) -> list[dict] | dict[str, dic
 
 
 def _write_lines(path: Path, version: Version, lines: Iterable[str], grids: Grids) -> None:
-    key, (opening, closing) = LAYOUTS[version]
-    head = {"producer": PRODUCER, "version": version}
+    key, brackets = LAYOUTS[version]
+    opening, closing = brackets[0], brackets[1]
+    head: dict = {"producer": PRODUCER, "version": version}
     if key == "param_encodings":
         head = {"activation_encodings": activations_of(version, grids), "excluded_layers": [], **head}
 

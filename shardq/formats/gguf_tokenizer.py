@@ -45,7 +45,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary_size: int) -
     missing = range(len(tokens), vocabulary_size)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(split)
-    writer.add_token_list([text for text, _, _ in tokens] + [f"[PAD{number}]" for number in missing])
+    texts: list = [text for text, _, _ in tokens]  # of bytes or of str
+    writer.add_token_list(texts + [f"[PAD{number}]" for number in missing])
     writer.add_token_types([role for _, _, role in tokens] + [TokenType.UNUSED for _ in missing])
     gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocabulary_size).add_to_gguf(writer, quiet=True)
 

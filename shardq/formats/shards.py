@@ -5,9 +5,9 @@ Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, a JSO
 
 import json
 from dataclasses import dataclass
+from io import FileIO
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import xxhash
@@ -175,10 +175,10 @@ def _check_dtype(info: TensorInfo) -> None:
         raise CheckpointError(f"{info.file}: tensor {info.name} has unsupported dtype {info.dtype}")
 
 
-def _read_into(raw: Tensor, file: BinaryIO, info: TensorInfo, start: int) -> None:
+def _read_into(raw: Tensor, file: FileIO, info: TensorInfo, start: int) -> None:
     """Fill `raw` with a tensor's bytes from `start` on."""
     file.seek(info.offset + start)
-    view, done = memoryview(raw.numpy()), 0
+    view, done = raw.numpy().data, 0
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
@@ -214,7 +214,7 @@ def check_weight(info: TensorInfo, digests: Digests, is_buffer: bool = False) ->
             _read_into(raw, file, info, start)
             if not _is_finite(raw.view(DTYPES[info.dtype]), is_buffer):
                 read_weight(info, is_buffer=is_buffer)  # says where
-            whole.update(memoryview(raw.numpy()))
+            whole.update(raw.numpy().data)
     _compare(info, whole.hexdigest(), digests)
 
 
@@ -228,7 +228,7 @@ def check_same(info: TensorInfo, tensor: Tensor, digests: Digests, samples: Dige
     Raises:
         CheckpointError: it has others.
     """
-    raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().data
     if info.name in samples:
         _compare(info, xxhash.xxh3_128_hexdigest(raw[_sampled(info, SAMPLE_BYTES)]), samples)
     _compare(info, xxhash.xxh3_128_hexdigest(raw), digests)

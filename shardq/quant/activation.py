@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ class ActivationGrid:
     @property
     def is_valid(self) -> bool:
         """Whether a static grid's scale is finite and positive and its zero point one of its codes."""
-        if not self.is_static:
-            return self.zero_point is None
+        if self.scale is None or self.zero_point is None:
+            return self.scale is None and self.zero_point is None
         zero_points = (0, 0) if self.symmetric else (self.spec.qmin, self.spec.qmax)
         return 0 < self.scale < math.inf and zero_points[0] <= self.zero_point <= zero_points[1]
 
@@ -56,7 +57,12 @@ def grid_between(low: Tensor, high: Tensor, spec: QuantSpec) -> ActivationGrid:
 def rounded(values: Tensor, grid: ActivationGrid) -> Tensor:
     """The nearest grid points, found in float32; same dtype."""
     exact, spec = values.float(), grid.spec
-    scale, zero_point = (grid.scale, grid.zero_point) if grid.is_static else token_grid(exact, spec)
+    scale: Tensor | float
+    zero_point: Tensor | int
+    if grid.scale is None or grid.zero_point is None:
+        scale, zero_point = token_grid(exact, spec)
+    else:
+        scale, zero_point = grid.scale, grid.zero_point
     codes = (exact / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
     return codes.sub_(zero_point).mul_(scale).to(values.dtype)
 
@@ -65,14 +71,14 @@ class RoundThrough(torch.autograd.Function):
     """`rounded`, whose gradient passes straight through but for values beyond the grid's ends, which have none."""
 
     @staticmethod
-    def forward(ctx, values, scale, zero_point, spec):
+    def forward(ctx: Any, values: Tensor, scale: Tensor | float, zero_point: Tensor | int, spec: QuantSpec) -> Tensor:
         """Return the nearest grid points, found in float32, in the dtype of `values`."""
         codes = (values.float() / scale).round() + zero_point
         ctx.save_for_backward((codes >= spec.qmin) & (codes <= spec.qmax))
         return ((codes.clamp(spec.qmin, spec.qmax) - zero_point) * scale).to(values.dtype)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the values."""
         (is_inside,) = ctx.saved_tensors
         return gradient * is_inside, None, None, None

@@ -10,7 +10,7 @@ is symmetric only. Shapes as in `shardq.quant.affine`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,14 +64,14 @@ def learned_grid_gradients(
 
 
 def _clipped(ends: Ends, trained: Trained) -> Ends:
-    if trained.beta_R1 is None:
+    if trained.beta_R1 is None or trained.gamma_R1 is None:
         return ends
     return trained.beta_R1.exp() * ends[0], trained.gamma_R1.exp() * ends[1]
 
 
 def divided_weight(rows_Rg: Tensor, s2_Rg: Tensor | None, s3_R1: Tensor | None) -> Tensor:
     """The weight that is rounded, `W / exp(s2) / exp(s3)` in float32; the weight itself where both are None."""
-    if s2_Rg is None:
+    if s2_Rg is None or s3_R1 is None:
         return rows_Rg.float()
     # Two divisions, not one by the product: the float32 result is then AIMET's to the bit on the same processor.
     return rows_Rg.float() / s2_Rg.exp() / s3_R1.exp()
@@ -115,7 +115,7 @@ def fake_quantized_gradients(
     grad_Rg = grad_Rg.float()
     # Multiplied, where forward has to divide as AIMET does: 0.87 of the time on a CPU (measured). A quotient half way
     # between two codes may be rounded the other way here, which no gradient tells apart.
-    if s2_Rg is None:
+    if s2_Rg is None or s3_R1 is None:
         steps_Rg = rows_Rg.float() * scale_R1.reciprocal()
     else:
         steps_Rg = rows_Rg.float() * (-s2_Rg).exp() * (s3_R1.exp() * scale_R1).reciprocal()
@@ -145,10 +145,11 @@ def trained_weight_gradients(
 ) -> Trained:
     """Gradients of what is trained, beta and gamma by every method, from that of `trained_weight`."""
     grid = learned_grid(ends, trained, spec, num_groups)
-    grad_s2_Rg, grad_s3_R1, *grad_grid = fake_quantized_gradients(
+    grad_s2_Rg, grad_s3_R1, grad_scale_R1, grad_zero_point_R1 = fake_quantized_gradients(
         grad_Rg, rows_Rg, trained.s2_Rg, trained.s3_R1, *grid, spec
     )
-    return Trained(grad_s2_Rg, grad_s3_R1, *learned_grid_gradients(*grad_grid, grid[0], ends, trained, spec))
+    grad_ends = learned_grid_gradients(grad_scale_R1, grad_zero_point_R1, grid[0], ends, trained, spec)
+    return Trained(grad_s2_Rg, grad_s3_R1, *grad_ends)
 
 
 class Kernels(NamedTuple):
@@ -166,14 +167,16 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernels, spec, num_groups, dtype, *tensors):
+    def forward(
+        ctx: Any, kernels: Kernels, spec: QuantSpec, num_groups: int, dtype: torch.dtype, *tensors: Tensor | None
+    ) -> Tensor:
         """Return the fake-quantized rows [R, g] in `dtype`; `tensors`: the weight, the start grid's ends, `Trained`."""
         ctx.save_for_backward(*tensors)
         ctx.kernels, ctx.spec, ctx.num_groups = kernels, spec, num_groups
         return kernels.forward(*_arguments(tensors), spec, num_groups, dtype)
 
     @staticmethod
-    def backward(ctx, grad_Rg):
+    def backward(ctx: Any, grad_Rg: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs that have one."""
         gradients = ctx.kernels.backward(grad_Rg, *_arguments(ctx.saved_tensors), ctx.spec, ctx.num_groups)
         num_frozen = len(ctx.needs_input_grad) - len(gradients)
@@ -182,8 +185,10 @@ class FakeQuantize(torch.autograd.Function):
 
 def _arguments(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Ends, Trained]:
     """A kernel's, none an nn.Parameter: torch.compile makes code for one size only of a parameter."""
-    rows_Rg, min_R1, max_R1, *trained = (tensor if tensor is None else tensor.detach() for tensor in tensors)
-    return rows_Rg, (min_R1, max_R1), Trained(*trained)
+    rows_Rg, min_R1, max_R1, *trained = tensors
+    assert rows_Rg is not None and min_R1 is not None and max_R1 is not None
+    ends = min_R1.detach(), max_R1.detach()
+    return rows_Rg.detach(), ends, Trained(*(tensor if tensor is None else tensor.detach() for tensor in trained))
 
 
 def fold(
@@ -196,9 +201,8 @@ def fold(
 ) -> Tensor:
     """Codes (int8) of the divided weight: what the trained quantizer becomes."""
 
-    def codes(rows: Tensor, s2: Tensor | None, s3: Tensor | None, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return affine.quantize(divided_weight(rows, s2, s3), scale, zero_point, spec)
+    def codes(some: slice) -> Tensor:
+        s2, s3 = (tensor if tensor is None else tensor[some] for tensor in (s2_Rg, s3_R1))
+        return affine.quantize(divided_weight(rows_Rg[some], s2, s3), scale_R1[some], zero_point_R1[some], spec)
 
-    tensors = (rows_Rg, s2_Rg, s3_R1, scale_R1, zero_point_R1)
-    chunks = ([None if tensor is None else tensor[some] for tensor in tensors] for some in affine.row_chunks(rows_Rg))
-    return torch.cat([codes(*chunk) for chunk in chunks])
+    return torch.cat([codes(some) for some in affine.row_chunks(rows_Rg)])

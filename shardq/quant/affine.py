@@ -75,6 +75,8 @@ def kept_scale(scale_R1: Tensor, spec: QuantSpec, num_groups: int | None = None)
         num_groups: as `scale_of`'s.
     """
     if spec.decompressed_bits:
+        if num_groups is None:
+            raise TypeError("a two-level grid needs the number of groups")
         multiplier_OG, channel_O1 = two_levels(scale_R1.reshape(-1, num_groups), spec)
         scale_R1 = (multiplier_OG * channel_O1).reshape(-1, 1)
     if spec.scale_dtype:

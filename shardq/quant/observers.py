@@ -5,6 +5,7 @@ here. The histogram has no range to be chosen beforehand, or to grow with what c
 (sign, exponent and seven bits of the mantissa), so each is at most 1/128 as wide as the values in it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -48,7 +49,11 @@ class Statistics:
 
 
 REDUCTIONS: dict[str, Reduction] = {"min": "min", "max": "max", "extremes": "sum", "counts": "sum"}
-MERGED = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
+MERGED: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "sum": torch.add,
+}
 
 
 def no_statistics(device: torch.device, with_counts: bool) -> Statistics:
@@ -84,7 +89,7 @@ def observed_grid(statistics: Statistics, spec: QuantSpec, options: ActivationOp
         case "minmax":
             return grid_between(found.min, found.max, spec)
         case "average":
-            return grid_between(*(found.extremes[:2] / found.extremes[2]), spec)
+            return grid_between(found.extremes[0] / found.extremes[2], found.extremes[1] / found.extremes[2], spec)
         case "percentile":
             return grid_between(*_percentiles(found, options.percentile), spec)
         case "sqnr":

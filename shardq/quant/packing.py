@@ -63,7 +63,8 @@ def _halves(lane: int, bits: int) -> tuple[int, int]:
     """Masks of a 64-bit word, as signed: of the codes in the lower of two lanes, and of those that follow them."""
     width = lane // 8 * bits
     lower = sum(((1 << width) - 1) << start for start in range(0, 64, 2 * lane))
-    return tuple(mask - (mask >> 63 << 64) for mask in (lower, lower << width))
+    upper = lower << width
+    return lower - (lower >> 63 << 64), upper - (upper >> 63 << 64)
 
 
 def _row_chunks(rows: Tensor, num_codes: int) -> tuple[Tensor, ...]:

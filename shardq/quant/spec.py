@@ -46,4 +46,5 @@ class QuantSpec:
     @property
     def max_multiplier(self) -> int:
         """Largest multiple of its channel's scale that a group's may be on a two-level grid."""
+        assert self.decompressed_bits is not None, "not a two-level grid"
         return 1 << (self.decompressed_bits - self.bits)
