@@ -147,7 +147,15 @@ def _trace(part: _Part, entering: Tensor, prefixes: dict[str, str], opset: int) 
         if name in weights:
             kind, _, rest = name.partition(".")
             value.name = f"{prefixes[kind]}.{rest}".removeprefix(".")
+    _forget_places(program.model)
     return program.model
+
+
+def _forget_places(model: ir.Model) -> None:
+    """Remove what the exporter notes of each node: stack traces, which name this machine's folders."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.clear()
 
 
 def _for_block(name: str, model: ir.Model, wanted: str) -> ir.Model:

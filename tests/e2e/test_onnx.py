@@ -62,6 +62,14 @@ def test_onnxruntime_computes_what_transformers_computes(exported: Path):
     assert 0.01 < np.abs(by_default - expected)[MASK.bool()].max() < 0.2 * np.abs(expected).max()
 
 
+def test_graphs_name_no_folder_of_the_machine_that_made_them(exported: Path):
+    graphs = list((exported / "onnx").glob("*.onnx"))
+    assert len(graphs) == 6
+    for path in graphs:
+        content = path.read_bytes()
+        assert b"site-packages" not in content and str(Path(__file__).parents[2]).encode() not in content
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (5, 2)], ids=str)
 def test_batch_and_sequence_are_of_any_size(exported: Path, shape: tuple[int, int]):
     tokens = TOKENS.flatten()[: shape[0] * shape[1]].view(shape)
