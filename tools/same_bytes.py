@@ -87,7 +87,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "redo": ("quantize --export.formats hf", "quantize --export.formats hf --redo 1 --optimize.iterations 2"),
     "resume": ("stopped quantize --checkpoint.every_iterations 2 --optimize.iterations 20",
                "quantize --checkpoint.every_iterations 2 --optimize.iterations 20"),
-    "gemma4": (GEMMA, "export", *AIMET[1:], "tune --model ../gemma"),
+    "gemma4": (GEMMA, "export", *AIMET[1:]),
     "gemma4-all": (f"{GEMMA} --activations.bits 8 --activations.tensors all --activations.kv_bits 8", *AIMET[:2]),
     "2-auto": ("2 quantize --export.formats compressed-tensors,hf,aimet", "2 tune", "2 evaluate"),
     "2-allreduce-bf16": ("2 quantize --parallel.engine allreduce --parallel.reduce_dtype bf16",),
