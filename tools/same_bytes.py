@@ -87,12 +87,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "redo": ("quantize --export.formats hf", "quantize --export.formats hf --redo 1 --optimize.iterations 2"),
     "resume": ("stopped quantize --checkpoint.every_iterations 2 --optimize.iterations 20",
                "quantize --checkpoint.every_iterations 2 --optimize.iterations 20"),
-    "gemma": (GEMMA, "export", *AIMET[1:], "tune --model ../gemma"),
-    "gemma-all": (f"{GEMMA} --activations.bits 8 --activations.tensors all --activations.kv_bits 8", *AIMET[:2]),
+    "gemma4": (GEMMA, "export", *AIMET[1:]),
+    "gemma4-all": (f"{GEMMA} --activations.bits 8 --activations.tensors all --activations.kv_bits 8", *AIMET[:2]),
     "2-auto": ("2 quantize --export.formats compressed-tensors,hf,aimet", "2 tune", "2 evaluate"),
     "2-allreduce-bf16": ("2 quantize --parallel.engine allreduce --parallel.reduce_dtype bf16",),
     "2-rows": ("2 quantize --parallel.engine rows --quant.group_size 16 --activations.bits 8",),
-    "2-rows-gemma": (f"2 {GEMMA} --parallel.engine rows --activations.bits 8 --activations.in_training true",),
+    "2-rows-gemma4": (f"2 {GEMMA} --parallel.engine rows --activations.bits 8 --activations.in_training true",),
     "2-rows-lpbq": ("2 quantize --parallel.engine rows --quant.group_size 16 --quant.decompressed_bits 8",),
     "2-zero1": ("2 quantize --parallel.engine zero1 --optimize.held_out 1",),
     "2-zero2": ("2 quantize --parallel.engine zero2 --quant.group_size 16",),
@@ -185,8 +185,13 @@ def digests_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in kept}
 
 
-def digests_of_cases(pattern: str) -> dict[str, str]:
-    """Run the cases whose name matches a pattern; gives the digest of every file by CASE/PATH."""
+def is_asked_for(case: str, patterns: str) -> bool:
+    """Whether a case's name matches one of some patterns, which commas separate."""
+    return any(fnmatch(case, pattern) for pattern in patterns.split(","))
+
+
+def digests_of_cases(patterns: str) -> dict[str, str]:
+    """Run the cases that are asked for; gives the digest of every file by CASE/PATH."""
     digests: dict[str, str] = {}
     former = Path.cwd()
     with tempfile.TemporaryDirectory() as name:
@@ -194,7 +199,7 @@ def digests_of_cases(pattern: str) -> dict[str, str]:
         make_sources(folder)
         try:
             for case, commands in CASES.items():
-                if fnmatch(case, pattern):
+                if is_asked_for(case, patterns):
                     began = time.monotonic()
                     (folder / case).mkdir()
                     os.chdir(folder / case)  # no path of this machine is part of a command
@@ -208,11 +213,11 @@ def digests_of_cases(pattern: str) -> dict[str, str]:
     return digests
 
 
-def differences(digests: dict[str, str], others: dict[str, str], pattern: str = "*") -> list[str]:
-    """What differs from other digests, a line a file, among the cases whose name matches."""
+def differences(digests: dict[str, str], others: dict[str, str], patterns: str) -> list[str]:
+    """What differs from other digests, a line a file, among the cases that are asked for."""
     lines = []
     for path in sorted(digests.keys() | others.keys()):
-        if fnmatch(path.split("/")[0], pattern) and digests.get(path) != others.get(path):
+        if is_asked_for(path.split("/")[0], patterns) and digests.get(path) != others.get(path):
             lines.append(f"{path}: {'gone' if path not in digests else 'new' if path not in others else 'differs'}")
     return lines
 
@@ -221,7 +226,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON file for the digests")
     parser.add_argument("--against", type=Path, help="digests to compare with")
-    parser.add_argument("--only", default="*", help="pattern for the names of cases")
+    parser.add_argument("--only", default="*", help="patterns for the names of cases, such as group16,2-*")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     import_all()
