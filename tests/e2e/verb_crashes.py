@@ -154,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, every, *whats = sys.argv[1:]
     folder = Path(folder)
-    model = tiny.save_llama(folder / "model", num_blocks=2, hidden=32)
+    model = tiny.save_llama(folder / "model", num_blocks=2, hidden=32, num_key_value_heads=4)  # what GPTQ can hold
     add_bpe(model)
     tokens = tiny.save_tokens(folder / "tokens.safetensors", num=4, length=16)
     run_quantize(model, tokens, folder / "run", "--calib.samples", 4, "--calib.sequence_length", 16, "--quant.method",
