@@ -42,6 +42,9 @@ class OwnForward:
         for number, stand_in in enumerate(skeleton.stand_ins):
             if number >= first:
                 stand_in.answer = lambda *call, number=number: self._wait_for_block(number, Call(*call))
+        # None of `background`'s: an interruption waits for those, and this one waits for its block. As there, asking
+        # keeps the setting from threads that compute later.
+        torch.get_num_threads()
         executor = ThreadPoolExecutor(1, "own-forward", torch.set_num_threads, (1,))
         self._over = executor.submit(embed, tokens_NT)
         self._over.add_done_callback(lambda over: self._called.put(None))
