@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shardq import __version__
-from shardq.arguments import as_recipe, make_config, nearest, take_apart
+from shardq.arguments import make_config, take_apart
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.errors import ConfigError, Interrupted, ShardQError
 from shardq.help import help_text
 from shardq.logs import print_error, tell_launcher
+from shardq.recipe import as_recipe
+from shardq.spelling import nearest
 
 if TYPE_CHECKING:
     from shardq.parallel.ranks import Ranks
