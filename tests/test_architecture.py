@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "shardq"
 # Lowest first: a module imports its own layer or what stands before it.
 LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "quant",
           "formats", "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks",
-          "rundir", "training", "export", "commands", "cli"]  # fmt: skip
+          "rundir", "training", "export", "commands", "verbs", "cli"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},
     {"training", "export"},

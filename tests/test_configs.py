@@ -147,4 +147,5 @@ def test_help_explains_every_option(command, capsys):
         re.sub(r"\(type:.*?\)", "", " ".join(option.split()[2:])) for option in re.split(r"\n  (?=--)", shown)[1:]
     ]
     assert all(len(text) > 12 for text in explained), explained
-    assert all(re.search(rf"\n  ([A-Z]+, )?--{field.name}\b", shown) for field in fields(COMMANDS[command][0])), shown
+    names = [field.name for field in fields(COMMANDS[command].config)]
+    assert all(re.search(rf"\n  ([A-Z]+, )?--{name}\b", shown) for name in names), shown
