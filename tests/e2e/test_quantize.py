@@ -23,7 +23,8 @@ from runs import (
 )
 from shardq.cache import store
 from shardq.formats.block_file import read_block
-from shardq.model import ends, weights
+from shardq.formats.source import WeightSource
+from shardq.model import ends
 from shardq.training import objective
 
 
@@ -383,16 +384,16 @@ def test_bf16_lowers_the_loss_about_as_far(run, llama, token_file, tmp_path, mic
 @pytest.mark.parametrize("command", [run_quantize, run_evaluate], ids=["quantize", "evaluate"])
 def test_stored_weights_of_no_more_than_two_blocks_are_in_memory(tmp_path, token_file, monkeypatch, command):
     """The block in use and the one that is read ahead; checked at every tensor that is read."""
-    read_weight, held, most = weights.read_weight, [], []
+    read, held, most = WeightSource.read, [], []
 
-    def noted(info, *pinned):
-        tensor = read_weight(info, *pinned)
-        if ".layers." in info.name:
-            held.append((info.name.split(".")[2], weakref.ref(tensor)))
+    def noted(source, tensor, *how):
+        values = read(source, tensor, *how)
+        if ".layers." in tensor.name:
+            held.append((tensor.name.split(".")[2], weakref.ref(values)))
             most.append({block for block, reference in held if reference() is not None})
-        return tensor
+        return values
 
-    monkeypatch.setattr(weights, "read_weight", noted)
+    monkeypatch.setattr(WeightSource, "read", noted)
     folder = tiny.save_llama(tmp_path / "model", num_blocks=5)
     command(*([folder, token_file, tmp_path / "out"] if command is run_quantize else [folder, token_file]))
     assert len(most) == 5 * 9
