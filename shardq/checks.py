@@ -1,6 +1,5 @@
 """The checks of a command's options that need more than one of them, or none of the model."""
 
-import importlib.util
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
@@ -18,7 +17,7 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
+    _check_quant(config.quant)
     _check_activations(config.activations)
     bits, exported = config.activations.bits, config.export.activation_bits
     _require(
@@ -60,13 +59,8 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
 
 def _check_engine(config: QuantizeConfig, ranks: Ranks) -> None:
     for engine in candidates(config.parallel, ranks):
-        for demand in engine.demands(config.optimize.optimizer):
+        for demand in engine.demands():
             _require(*demand)
-    if config.optimize.optimizer == "adam8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optimize.optimizer: adam8 needs the package bitsandbytes; "
-            "pip install 'shardq[bitsandbytes]', or choose rms"
-        )
 
 
 def check_tune(config: TuneConfig) -> None:
@@ -89,15 +83,14 @@ def check_evaluate(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    _check_quant(config.quant, ("none", "rtn"))
+    _check_quant(config.quant)
     _check_text("eval", config.eval)
     if config.cache.placement == "disk" and config.cache.folder is None:
         raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
 
 
-def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
+def _check_quant(quant: QuantOptions) -> None:
     _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
-    _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")
     _require(quant.symmetric or not quant.full_range, "quant.full_range", quant.full_range,
              "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
     size = quant.group_size

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "shardq"
 # Lowest first: a module imports its own layer or what stands before it.
 LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "quant",
           "formats", "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks",
-          "rundir", "training", "export", "commands", "cli"]  # fmt: skip
+          "rundir", "training", "export", "commands", "verbs", "cli"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},
     {"training", "export"},
@@ -29,7 +29,6 @@ HOMES = {  # third-party package -> the only places that may know it
     "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx_graphs.py"),
     "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf_file.py"),
     "deepspeed": ("parallel/zero.py",),
-    "bitsandbytes": ("optimize/adam8.py",),
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),
     "torch._inductor": ("compiling.py",),
