@@ -224,16 +224,12 @@ def test_default_preset_is_nearer_to_the_float_model_than_aimets(run, llama, tok
 def test_no_iterate_worse_than_the_start_is_kept(llama, token_file, tmp_path):
     destructive = ["--optimize.weight_lr", 3, "--optimize.grid_lr", 1, "--optimize.last_block", "output"]
     last = run_quantize(llama, token_file, tmp_path / "last", *destructive)
-    held_out = ["--optimize.held_out", 2, "--optimize.patience", 2]
-    best = run_quantize(llama, token_file, tmp_path / "best", *destructive, *held_out)
+    best = run_quantize(llama, token_file, tmp_path / "best", *destructive, "--optimize.held_out", 2)
     start = run_quantize(llama, token_file, tmp_path / "start", "--quant.method", "rtn", "--optimize.held_out", 2)
     assert last["loss_after"] > 2 * start["loss_after"], "training was meant to destroy"
     assert best["loss_after"] == best["loss_before"] == start["loss_after"]
     codes, expected = (read_block(tmp_path / name / "blocks" / "block-00002.safetensors") for name in ("best", "start"))
     assert all(torch.equal(codes[name].codes_OI, expected[name].codes_OI) for name in expected)
-    trained = [event for event in map(json.loads, (tmp_path / "best" / "events.jsonl").read_text().splitlines())
-               if event["span"] == "train"]  # fmt: skip
-    assert [event["iterations"] for event in trained] == [6, 6, 6], "two looks, one every three of 24 iterations"
 
 
 def nats_a_token(folder, token_file):
