@@ -106,10 +106,10 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, stored, largest, limit, ranks, display)
-        manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        manifest = make_manifest(chosen, skeleton.source.index, folder, digest(tokens_NT))
         record, line = take_folder(output, manifest, config.resume, redo, held, display)
         if line is None:
-            skeleton.digests.update(record.source)
+            skeleton.source.digests.update(record.source)
             mend(record, skeleton, plan, manifest, display)
         return tokens_NT, manifest, (record, line), chosen
 

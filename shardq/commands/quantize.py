@@ -25,6 +25,7 @@ from shardq.export.target import scale_dtype
 from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
 from shardq.formats.shards import read_header, read_tensor
+from shardq.formats.source import stored_in
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
 from shardq.model.arguments import BlockArguments
 from shardq.model.ends import block_forward
@@ -161,7 +162,8 @@ def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedB
     for block_index in indices:
         with events.span("load", block=block_index):
             loaded = together(run.ranks, lambda: next(blocks))
-            agree(run.skeleton, run.skeleton.block_tensors(block_index).values(), run.ranks)
+            stored = stored_in(run.skeleton.block_tensors(block_index).values())
+            agree(run.skeleton.source.digests, stored, run.ranks)
         yield loaded
         del loaded
 
@@ -205,7 +207,7 @@ def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]
     device, dtype = run.ranks.device, run.config.optimize.dtype
     written = read_header(run.output / run.plan.block_shard(block_index))
     for name in run.plan.linears[block_index]:
-        info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
+        info = written[run.skeleton.tensor(f"{run.plan.names[block_index]}.{name}.weight").name]
         yield name, read_tensor(info).to(device, dtype)
 
 
@@ -248,7 +250,7 @@ def _commit(
     for name, chosen in checkpoints_of(run.config.export).items():
         path = run.output / name / run.plan.block_shard(block_index)
         chosen.write_shard(run.output, run.skeleton, block_index, path)
-    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block_index)}
+    facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block_index)}
     line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **facts)
     checkpoint.remove(run.output)
     return line

@@ -25,7 +25,7 @@ from shardq.errors import CalibrationError, CheckpointError, ConfigError, Resume
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
 from shardq.formats.checkpoint import companions
-from shardq.formats.shards import Digests
+from shardq.formats.source import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
 from shardq.model.hub import local_folder
@@ -110,7 +110,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     of_run = RunRecord.read(run)
     of_run.check_finished()
     source = of_run.manifest()
-    others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
+    others = differences({"model": source["model"]}, {"model": model_of(skeleton.source.index, skeleton.folder)})
     if others:
         raise ConfigError(
             f"model: {config.model} is not the model that {run} has quantized; "
@@ -126,7 +126,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
     record, _ = take_folder(output, manifest, "auto", None, held, display)
-    skeleton.digests.update(of_run.source)
+    skeleton.source.digests.update(of_run.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
     mend(record, skeleton, plan, manifest, display)
     return Found(manifest, options, tokens_NT, record, of_run.source)
@@ -171,7 +171,7 @@ def _finish(
             target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
                              config.self_check)  # fmt: skip
             activations = together(ranks, target)
-            agree(skeleton, skeleton.index.values(), ranks)
+            agree(skeleton.source.digests, skeleton.source.index.values(), ranks)
     tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
                     events, display)  # fmt: skip
     losses = _take_steps(tuning, config.folder, done) if steps_left else []

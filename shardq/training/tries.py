@@ -137,8 +137,6 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
                 bench.quantizer.serve(linears, job.stored)
                 best.offer(linears, agreed_loss(at_hand))
                 del linears
-            if best and optimize.patience is not None and best.num_stale >= optimize.patience:
-                break
             if saves:
                 with job.events.waiting("checkpoint"):
                     checkpoint.save(job.checkpoints, purpose, at_hand.index, progress, stepper.state())
@@ -174,7 +172,6 @@ def _go_back(at_hand: BlockAtHand, progress: Progress, loss_before: float) -> No
     quantizer.restart(gathered)
     progress.best = progress.best or BestIterate(quantizer.folded(gathered), loss_before)
     progress.best.offer(last, loss)
-    progress.best.num_stale = 0
     progress.failed, progress.done = progress.failed + 1, 0
 
 
