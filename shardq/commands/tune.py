@@ -35,7 +35,7 @@ from shardq.optimize.scale_tuner import ScaleTuner
 from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import stored_dtype, write_block_files, write_run_files
+from shardq.rundir.block_output import write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, model_of
 from shardq.rundir.plan import Plan, make_plan
@@ -240,7 +240,7 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 def _write(output: Path, tuning: Tuning, found: Found) -> None:
     """Write the blocks that are not there yet, and what completes the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
-    dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
+    dtype = written_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
     for block_index in range(plan.num_blocks):
         if block_index not in found.record.entries:
             grids = written_grids(tuning.run, plan.names[block_index], block_index)
