@@ -26,7 +26,7 @@ from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
 from shardq.formats.shards import read_header, read_tensor
 from shardq.formats.source import stored_in
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
 from shardq.model.arguments import BlockArguments
 from shardq.model.ends import block_forward
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -39,6 +39,7 @@ from shardq.rundir.block_output import rounding_to, write_block_files, write_run
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import QuantizeSummary
 from shardq.training import checkpoint
 from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.block import quantize_block
@@ -50,18 +51,13 @@ from shardq.training.tries import BlockResult
 from shardq.training.workshop import BlockJob, served_forward
 
 
-def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
+def quantize(config: QuantizeConfig, ranks: Ranks) -> QuantizeSummary:
     """Quantize a model, or go on where an interrupted run stopped.
-
-    Returns:
-        `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
-        `loss_after` (relative loss, mean over the blocks trained to their output), `divergence_before` and
-        `divergence_after` (KL divergence from the fp model in nats a token, where the last block was trained to that).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
     """
-    start, started = time.perf_counter(), seconds_since_process_start()
+    start, started = time.perf_counter(), ranks.start_up_seconds
     display = Display(ranks.rank)
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)

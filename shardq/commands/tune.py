@@ -42,6 +42,7 @@ from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
 from shardq.rundir.source import agree, begin_with, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import TuneSummary
 from shardq.training.activation_grids import written_grids
 from shardq.training.passes import Activations
 from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
@@ -60,12 +61,8 @@ class Found(NamedTuple):
     source: Digests
 
 
-def tune(config: TuneConfig, ranks: Ranks) -> dict:
+def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
     """Tune a finished run's scales, or go on where an interrupted tuning stopped.
-
-    Returns:
-        `output`, `steps`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_first` and
-        `loss_last` (of the first and the last step of this process that was taken, before it; nats a token).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
@@ -89,7 +86,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
             begin_with(skeleton, found.source, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
-    summary = {
+    summary: TuneSummary = {
         "output": str(output),
         "steps": found.options.steps,
         "seconds": round(time.perf_counter() - start, 3),

@@ -24,6 +24,7 @@ from shardq.rundir.folder import MANIFEST, RunFolder
 from shardq.rundir.ledger import read_json
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
+from shardq.summaries import VerifySummary
 
 CHECKS = {
     "ledger": "the run is finished; every file has the digest that it was finished with",
@@ -43,11 +44,8 @@ SHOWN = 5  # faults of a check that the table names
 Faults = dict[str, list[str]]
 
 
-def verify(config: VerifyConfig, ranks: Ranks) -> dict:
+def verify(config: VerifyConfig, ranks: Ranks) -> VerifySummary:
     """Check all files of a finished run, in the memory of one block, or of an export; print a table of the checks.
-
-    Returns:
-        `output`; of a run `blocks`, `linears`, of an export `format`, `files`: how many of them are whole.
 
     Raises:
         ResumeError: the folder holds neither, or something in it is damaged; names what.
