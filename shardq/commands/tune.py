@@ -25,7 +25,7 @@ from shardq.errors import CalibrationError, CheckpointError, ConfigError, Resume
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
 from shardq.formats.checkpoint import companions
-from shardq.formats.shards import Digests
+from shardq.formats.source import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
 from shardq.model.hub import local_folder
@@ -35,13 +35,14 @@ from shardq.optimize.scale_tuner import ScaleTuner
 from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import stored_dtype, write_block_files, write_run_files
+from shardq.rundir.block_output import write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, model_of
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
 from shardq.rundir.source import agree, begin_with, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import TuneSummary
 from shardq.training.activation_grids import written_grids
 from shardq.training.passes import Activations
 from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
@@ -60,12 +61,8 @@ class Found(NamedTuple):
     source: Digests
 
 
-def tune(config: TuneConfig, ranks: Ranks) -> dict:
+def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
     """Tune a finished run's scales, or go on where an interrupted tuning stopped.
-
-    Returns:
-        `output`, `steps`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_first` and
-        `loss_last` (of the first and the last step of this process that was taken, before it; nats a token).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
@@ -89,7 +86,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
             begin_with(skeleton, found.source, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
-    summary = {
+    summary: TuneSummary = {
         "output": str(output),
         "steps": found.options.steps,
         "seconds": round(time.perf_counter() - start, 3),
@@ -113,7 +110,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     of_run = RunRecord.read(run)
     of_run.check_finished()
     source = of_run.manifest()
-    others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
+    others = differences({"model": source["model"]}, {"model": model_of(skeleton.source.index, skeleton.folder)})
     if others:
         raise ConfigError(
             f"model: {config.model} is not the model that {run} has quantized; "
@@ -129,7 +126,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = source | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
     record, _ = take_folder(output, manifest, "auto", None, held, display)
-    skeleton.digests.update(of_run.source)
+    skeleton.source.digests.update(of_run.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
     mend(record, skeleton, plan, manifest, display)
     return Found(manifest, options, tokens_NT, record, of_run.source)
@@ -174,7 +171,7 @@ def _finish(
             target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
                              config.self_check)  # fmt: skip
             activations = together(ranks, target)
-            agree(skeleton, skeleton.index.values(), ranks)
+            agree(skeleton.source.digests, skeleton.source.index.values(), ranks)
     tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
                     events, display)  # fmt: skip
     losses = _take_steps(tuning, config.folder, done) if steps_left else []
@@ -240,7 +237,7 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 def _write(output: Path, tuning: Tuning, found: Found) -> None:
     """Write the blocks that are not there yet, and what completes the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
-    dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
+    dtype = written_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
     for block_index in range(plan.num_blocks):
         if block_index not in found.record.entries:
             grids = written_grids(tuning.run, plan.names[block_index], block_index)
