@@ -33,7 +33,7 @@ from shardq.training.self_check import self_check
 from shardq.training.workshop import collecting, training_forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """What tuning needs, the same in every step.
 
