@@ -41,7 +41,8 @@ def model_of(source: WeightSource) -> dict:
     """What tells a model apart from others, before its weights are read.
 
     `config` is the file's digest, for the record; `settings` is what counts, the digest of what the file says.
-    `weights`, and of each file `files`, are over every stored tensor's name, place, shape, dtype and 4 KiB from its middle.
+    `weights`, and of each file `files`, are over every stored tensor's name, place, shape, dtype and 4 KiB from its
+    middle.
 
     Hashing all bytes of a 70B model would take minutes at every start; a retrained or another model differs here too.
     What differs elsewhere is found as it is read, by the digests that the ledger keeps.
