@@ -1,34 +1,40 @@
-"""README and docs against the code: every command can be parsed by the program it is for, or run by a test."""
+"""README and docs against the code: commands, links, options, verbs, formats, exit codes, error texts."""
 
+import ast
+import importlib.util
 import re
 import shlex
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from shardq import errors
 from shardq.checks import check_evaluate, check_quantize
 from shardq.cli import COMMANDS, parse
+from shardq.export.chosen import FORMATS
 from shardq.optimize.options import resolved
 from shardq.parallel.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
-PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in
-         [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]}  # fmt: skip
-OTHER_PROGRAMS = ("vllm", "llama-cli", "touch", "pip", "ruff", "pytest", "kubectl", "sbatch")
+FILES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in FILES}
+OTHER_PROGRAMS = ("vllm", "llama-cli", "pip", "mkdocs", "export")
 STARTERS = r"(?:torchrun|shardq-ranks|python launch/ranks\.py)(?: --?[\w-]+(?: (?!launch/|shardq)[\w./:$-]+)?)*"
-OURS = re.compile(rf"(?:{STARTERS} |python |srun .*?)?(?:launch/(\w+)\.py|shardq (\w+))(?: (.*))?")
+OURS = re.compile(rf"(?:{STARTERS} |python )?(?:launch/(\w+)\.py|shardq (\w+))(?: (.*))?")
 
 
 def shown_lines(text):
     """The commands in the shell blocks of a page, without their comments; a backslash joins lines."""
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
             words = shlex.split(line, comments=True)
             if words:
-                yield shlex.join(words)
+                yield words[-1] if words[:3] == ["srun", "bash", "-c"] else shlex.join(words)
 
 
 def ours(line):
@@ -88,3 +94,72 @@ def test_readme_shows_every_verb():
 
 def test_readme_is_read_in_five_minutes():
     assert len(PAGES["README.md"].splitlines()) <= 250
+
+
+def without_code(text):
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(text):
+    """The anchors of a page's headings, as Markdown makes them of plain words."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", head).strip().lower()) for head in heads}
+
+
+LINKS = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)]+)\)", without_code(text))]
+
+
+@pytest.mark.parametrize(("page", "link"), [row for row in LINKS if not row[1].startswith("https://")])
+def test_links_within_the_documents_resolve(page, link):
+    name, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / name if name else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target.read_text())
+
+
+def test_the_site_shows_every_page():
+    def pages(entry):
+        return [entry] if isinstance(entry, str) else [page for part in entry for page in pages(entry[part] if
+                                                       isinstance(entry, dict) else part)]  # fmt: skip
+
+    shown = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(shown) == sorted(page.removeprefix("docs/") for page in PAGES if page.startswith("docs/"))
+
+
+def test_tables_from_the_code_are_as_the_code_is():
+    spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "tools" / "docs_tables.py")
+    docs_tables = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = docs_tables
+    spec.loader.exec_module(docs_tables)
+    assert set(docs_tables.VERBS) == set(COMMANDS)
+    for name, (page, text) in docs_tables.PARTS.items():
+        assert docs_tables.with_part(PAGES[page], name, text()) == PAGES[page], "run python tools/docs_tables.py"
+
+
+def test_every_format_has_a_section():
+    assert set(FORMATS) <= anchors(PAGES["docs/formats.md"])
+
+
+TROUBLES = PAGES["docs/troubleshooting.md"]
+
+
+def test_every_exit_code_is_explained():
+    classes = [each for each in vars(errors).values() if isinstance(each, type) and hasattr(each, "exit_code")]
+    explained = {int(code) for code in re.findall(r"^\| (\d+) \|", TROUBLES, re.MULTILINE)}
+    assert {each.exit_code for each in classes} | {0} == explained
+
+
+def test_texts_to_look_up_are_texts_of_the_code():
+    """Each first cell is in a text of the package, apart from what stands for `...` in it."""
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "shardq").rglob("*.py")]
+    texts = [node.value for tree in trees for node in ast.walk(tree)
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+    shown = re.findall(r"^\| `([^`]+)` \|", TROUBLES, re.MULTILINE)
+    parts = [part.strip() for cell in shown for part in cell.split("…")]
+    assert len(parts) > 40
+    assert [part for part in parts if not any(part in text for text in texts)] == []
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/deepspeed/*.json")), ids=lambda file: file.name)
+def test_deepspeed_files_are_explained(file):
+    assert f"`configs/deepspeed/{file.name}`" in PAGES["docs/tasks/ranks.md"]

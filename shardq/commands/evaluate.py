@@ -124,7 +124,7 @@ def _through_blocks(
 def _round_to_nearest(loaded: LoadedBlock, linear_names: list[str], config: EvaluateConfig) -> None:
     quantizer = BlockQuantizer(loaded.module, linear_names, config.quant.spec, "rtn", Kernels(), torch.float32)
     quantizer.start(loaded.source)
-    quantizer.serve(quantizer.folded(), stored=lambda weight: weight)
+    quantizer.serve(quantizer.folded(), as_written=lambda weight: weight)
 
 
 def _summed_loss(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, num_blocks: int) -> float:

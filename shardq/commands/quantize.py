@@ -35,7 +35,7 @@ from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
-from shardq.rundir.block_output import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.rundir.block_output import rounding_to, write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
@@ -103,7 +103,7 @@ def _finish(run: Run, events: Events) -> None:
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     length = run.tokens_NT.shape[1]
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, run.arguments)
-    dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
+    dtype = written_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     engine = engine_for(config.parallel, ranks)
     job = BlockJob(

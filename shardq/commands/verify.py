@@ -144,13 +144,13 @@ def _index_faults(skeleton: Skeleton, record: RunRecord) -> Iterator[str]:
     folder = skeleton.folder
     files = (name for entry in record.entries.values() for name in entry["files"])
     shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
-    expected, stored = index_of(folder, shards), read_json(folder / INDEX_FILE)
-    for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
-        is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))
+    expected, said = index_of(folder, shards), read_json(folder / INDEX_FILE)
+    for name in sorted(expected["weight_map"].keys() | said["weight_map"].keys()):
+        is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], said["weight_map"]))
         if is_in != is_said:
             yield f"{folder / INDEX_FILE}: {name} is in {is_in or 'no shard'}, the index says {is_said or 'nothing'}"
-    if stored.get("metadata") != expected["metadata"]:
-        yield f"{folder / INDEX_FILE}: metadata is {stored.get('metadata')}, not {expected['metadata']}"
+    if said.get("metadata") != expected["metadata"]:
+        yield f"{folder / INDEX_FILE}: metadata is {said.get('metadata')}, not {expected['metadata']}"
 
 
 def _check_block(skeleton: Skeleton, path: Path, names: list[str], faults: Faults) -> dict[str, QuantizedLinear]:

@@ -21,7 +21,7 @@ from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
 
-def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
+def written_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
     """Dtype of the quantized linears' weights in the output checkpoint."""
     if option == "float32":
         return torch.float32

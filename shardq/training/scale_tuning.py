@@ -33,7 +33,7 @@ from shardq.training.self_check import self_check
 from shardq.training.workshop import collecting, training_forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """What tuning needs, the same in every step.
 
@@ -57,8 +57,8 @@ class Tuning:
 
     def linears(self, block_index: int) -> dict[str, QuantizedLinear]:
         """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
-        prefix, stored = self.plan.names[block_index], read_block(RunFolder(self.run).block(block_index))
-        linears = {name: stored[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
+        prefix, codes = self.plan.names[block_index], read_block(RunFolder(self.run).block(block_index))
+        linears = {name: codes[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
         return self.tuners[block_index].rescaled(linears)
 
     def blocks(self, indices: Iterable[int]) -> Iterator[LoadedBlock]:
