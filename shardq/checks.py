@@ -44,9 +44,6 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     samples, held_out = config.calib.samples, optimize.held_out
     _require(samples is not None, "calib.samples", samples, "a number")
     _require(0 <= held_out < samples, "optimize.held_out", held_out, f"below calib.samples ({samples})")
-    patience = optimize.patience
-    _require(patience is None or (patience >= 1 and held_out), "optimize.patience", patience,
-             "at least 1, beside an optimize.held_out above 0")  # fmt: skip
     _require(samples - held_out >= world_size, "calib.samples", samples,
              f"at least {world_size + held_out}, one for each of the {world_size} ranks to train on beside "
              f"optimize.held_out ({held_out}); take more samples or fewer ranks")  # fmt: skip

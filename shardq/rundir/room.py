@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
-from shardq.formats.shards import TensorInfo
+from shardq.formats.source import SourceTensor
 from shardq.quant.packing import packed_width
 from shardq.quant.spec import QuantSpec
 
@@ -57,15 +57,16 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], spec: QuantSpec) -> BlockBytes:
+def block_bytes(tensors: dict[str, SourceTensor], linears: Iterable[str], spec: QuantSpec) -> BlockBytes:
     """What a block takes whose linears, by name within it, have codes on a grid."""
     quantized = [tensors[f"{name}.weight"] for name in linears]
-    scales = sum(info.shape[0] * (info.shape[1] // (spec.group_size or info.shape[1])) for info in quantized)
-    codes = sum(info.shape[0] * packed_width(info.shape[1], spec.bits) for info in quantized)
+    shapes = [tensor.shape for tensor in quantized]
+    scales = sum(rows * (width // (spec.group_size or width)) for rows, width in shapes)
+    codes = sum(rows * packed_width(width, spec.bits) for rows, width in shapes)
     codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES * len(quantized)
-    others = sum(info.num_bytes + HEADER_BYTES for info in tensors.values())
-    others -= sum(info.num_bytes for info in quantized)
-    return BlockBytes(others, codes, sum(info.shape[0] * info.shape[1] for info in quantized), scales)
+    others = sum(tensor.stored_bytes + HEADER_BYTES for tensor in tensors.values())
+    others -= sum(tensor.stored_bytes for tensor in quantized)
+    return BlockBytes(others, codes, sum(rows * width for rows, width in shapes), scales)
 
 
 def bytes_there(path: Path) -> int:
