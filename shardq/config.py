@@ -208,8 +208,7 @@ class VerifyConfig:
 
 
 EVALUATION_TEXT = TextOptions(
-    dataset="Salesforce/wikitext",
-    subset="wikitext-2-raw-v1",
+    dataset="wikitext",
     split="test",
     samples=None,
     sequence_length=2048,
