@@ -106,7 +106,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)
-        manifest = make_manifest(chosen, skeleton.source.index, folder, digest(tokens_NT))
+        manifest = make_manifest(chosen, skeleton.source, digest(tokens_NT))
         record, line = take_folder(output, manifest, config.resume, redo, held, display)
         if line is None:
             skeleton.source.digests.update(record.source)
