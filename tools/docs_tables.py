@@ -128,7 +128,8 @@ def python_text() -> str:
     for name, function in inspect.getmembers(api, inspect.isfunction):
         if function.__module__ == api.__name__ and name in shardq.__all__:
             purpose, *sections = inspect.getdoc(function).split("\n\n")
-            names = re.sub(r": [^,)=]+?(?= =|[,)])", "", str(inspect.signature(function)).split(" -> ")[0]).replace(" = ", "=")
+            signature = str(inspect.signature(function)).split(" -> ")[0]
+            names = re.sub(r": [^,)=]+?(?= =|[,)])", "", signature).replace(" = ", "=")
             parts.append(f"### `shardq.{name}{names}`\n\n{purpose}\n")
             parts += [_section(section) for section in sections]
     for name, summary in inspect.getmembers(summaries, inspect.isclass):
