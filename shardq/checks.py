@@ -9,7 +9,6 @@ from shardq.errors import ConfigError
 from shardq.parallel.engines import candidates
 from shardq.parallel.ranks import Ranks
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import MAX_DECOMPRESSED_BITS
 
 
 def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
@@ -96,17 +95,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 
 def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
-    _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
     _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")
-    _require(quant.symmetric or not quant.full_range, "quant.full_range", quant.full_range,
-             "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
-    size = quant.group_size
-    _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
-    wide, spec = quant.decompressed_bits, quant.spec
-    _require(wide is None or (spec.symmetric and spec.group_size and not spec.full_range), "quant.decompressed_bits",
-             wide, "left out but for symmetric grids in groups that are not full-range")  # fmt: skip
-    _require(wide is None or quant.bits < wide <= MAX_DECOMPRESSED_BITS, "quant.decompressed_bits", wide,
-             f"above quant.bits ({quant.bits}), at most {MAX_DECOMPRESSED_BITS}")  # fmt: skip
+    _ = quant.grid  # says itself what is wrong with its options
 
 
 def _check_activations(activations: ActivationOptions) -> None:

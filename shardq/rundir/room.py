@@ -11,8 +11,8 @@ from typing import NamedTuple
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
 from shardq.formats.shards import TensorInfo
+from shardq.quant.grid import Grid
 from shardq.quant.packing import packed_width
-from shardq.quant.spec import QuantSpec
 
 HEADER_BYTES = 256  # of a safetensors file, a tensor
 
@@ -57,12 +57,12 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], spec: QuantSpec) -> BlockBytes:
+def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], grid: Grid) -> BlockBytes:
     """What a block takes whose linears, by name within it, have codes on a grid."""
     quantized = [tensors[f"{name}.weight"] for name in linears]
-    scales = sum(info.shape[0] * (info.shape[1] // (spec.group_size or info.shape[1])) for info in quantized)
-    codes = sum(info.shape[0] * packed_width(info.shape[1], spec.bits) for info in quantized)
-    codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES * len(quantized)
+    scales = sum(grid.num_scales(*info.shape) for info in quantized)
+    codes = sum(info.shape[0] * packed_width(info.shape[1], grid.bits) for info in quantized)
+    codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES * len(quantized)
     others = sum(info.num_bytes + HEADER_BYTES for info in tensors.values())
     others -= sum(info.num_bytes for info in quantized)
     return BlockBytes(others, codes, sum(info.shape[0] * info.shape[1] for info in quantized), scales)

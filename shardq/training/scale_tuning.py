@@ -76,7 +76,7 @@ class Tuning:
             }
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
-                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
+                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.grid)
                 source[f"{name}.weight"] = on_device.dequantized(dtype)
             return source
 
