@@ -1,10 +1,9 @@
 """The checks of a command's options that need more than one of them, or none of the model."""
 
-import importlib.util
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
-from shardq.config import EvaluateConfig, QuantizeConfig, QuantOptions, TuneConfig
+from shardq.config import EvaluateConfig, QuantizeConfig, TuneConfig
 from shardq.errors import ConfigError
 from shardq.parallel.engines import candidates
 from shardq.parallel.ranks import Ranks
@@ -17,7 +16,7 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    _check_quant(config.quant, ("adascale", "flexround", "lwc", "rtn"))
+    _ = config.quant.grid  # an impossible one says itself which option is wrong
     _check_activations(config.activations)
     bits, exported = config.activations.bits, config.export.activation_bits
     _require(
@@ -44,9 +43,6 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     samples, held_out = config.calib.samples, optimize.held_out
     _require(samples is not None, "calib.samples", samples, "a number")
     _require(0 <= held_out < samples, "optimize.held_out", held_out, f"below calib.samples ({samples})")
-    patience = optimize.patience
-    _require(patience is None or (patience >= 1 and held_out), "optimize.patience", patience,
-             "at least 1, beside an optimize.held_out above 0")  # fmt: skip
     _require(samples - held_out >= world_size, "calib.samples", samples,
              f"at least {world_size + held_out}, one for each of the {world_size} ranks to train on beside "
              f"optimize.held_out ({held_out}); take more samples or fewer ranks")  # fmt: skip
@@ -59,13 +55,8 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
 
 def _check_engine(config: QuantizeConfig, ranks: Ranks) -> None:
     for engine in candidates(config.parallel, ranks):
-        for demand in engine.demands(config.optimize.optimizer):
+        for demand in engine.demands():
             _require(*demand)
-    if config.optimize.optimizer == "adam8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optimize.optimizer: adam8 needs the package bitsandbytes; "
-            "pip install 'shardq[bitsandbytes]', or choose rms"
-        )
 
 
 def check_tune(config: TuneConfig) -> None:
@@ -88,15 +79,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    _check_quant(config.quant, ("none", "rtn"))
+    _ = config.quant.grid  # an impossible one says itself which option is wrong
     _check_text("eval", config.eval)
     if config.cache.placement == "disk" and config.cache.folder is None:
         raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
-
-
-def _check_quant(quant: QuantOptions, methods: tuple[str, ...]) -> None:
-    _require(quant.method in methods, "quant.method", quant.method, f"one of {', '.join(methods)} for this command")
-    _ = quant.grid  # says itself what is wrong with its options
 
 
 def _check_activations(activations: ActivationOptions) -> None:

@@ -25,7 +25,8 @@ from shardq.export.target import scale_dtype
 from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
 from shardq.formats.shards import read_header, read_tensor
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
+from shardq.formats.source import stored_in
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
 from shardq.model.arguments import BlockArguments
 from shardq.model.ends import block_forward
 from shardq.model.weights import LoadedBlock, stream_blocks
@@ -34,10 +35,11 @@ from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
-from shardq.rundir.block_output import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.rundir.block_output import rounding_to, write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import QuantizeSummary
 from shardq.training import checkpoint
 from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.block import quantize_block
@@ -49,18 +51,13 @@ from shardq.training.tries import BlockResult
 from shardq.training.workshop import BlockJob, served_forward
 
 
-def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
+def quantize(config: QuantizeConfig, ranks: Ranks) -> QuantizeSummary:
     """Quantize a model, or go on where an interrupted run stopped.
-
-    Returns:
-        `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
-        `loss_after` (relative loss, mean over the blocks trained to their output), `divergence_before` and
-        `divergence_after` (KL divergence from the fp model in nats a token, where the last block was trained to that).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
     """
-    start, started = time.perf_counter(), seconds_since_process_start()
+    start, started = time.perf_counter(), ranks.start_up_seconds
     display = Display(ranks.rank)
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)
@@ -106,7 +103,7 @@ def _finish(run: Run, events: Events) -> None:
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     length = run.tokens_NT.shape[1]
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, run.arguments)
-    dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
+    dtype = written_dtype(run.skeleton, plan, config.export.dtype)
     spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     engine = engine_for(config.parallel, ranks)
     job = BlockJob(
@@ -165,7 +162,8 @@ def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedB
     for block_index in indices:
         with events.span("load", block=block_index):
             loaded = together(run.ranks, lambda: next(blocks))
-            agree(run.skeleton, run.skeleton.block_tensors(block_index).values(), run.ranks)
+            stored = stored_in(run.skeleton.block_tensors(block_index).values())
+            agree(run.skeleton.source.digests, stored, run.ranks)
         yield loaded
         del loaded
 
@@ -209,7 +207,7 @@ def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]
     device, dtype = run.ranks.device, run.config.optimize.dtype
     written = read_header(run.output / run.plan.block_shard(block_index))
     for name in run.plan.linears[block_index]:
-        info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
+        info = written[run.skeleton.tensor(f"{run.plan.names[block_index]}.{name}.weight").name]
         yield name, read_tensor(info).to(device, dtype)
 
 
@@ -252,7 +250,7 @@ def _commit(
     for name, chosen in checkpoints_of(run.config.export).items():
         path = run.output / name / run.plan.block_shard(block_index)
         chosen.write_shard(run.output, run.skeleton, block_index, path)
-    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block_index)}
+    facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block_index)}
     line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **facts)
     checkpoint.remove(run.output)
     return line

@@ -13,7 +13,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE
 from shardq.parallel.collectives import together
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.block_output import stored_dtype
+from shardq.rundir.block_output import written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import Entries
 from shardq.rundir.plan import Plan
@@ -128,8 +128,8 @@ def _files(
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
-    grid, itemsize = quant.grid, stored_dtype(skeleton, plan, export.dtype).itemsize
-    source_itemsize = stored_dtype(skeleton, plan, "source").itemsize
+    grid, itemsize = quant.grid, written_dtype(skeleton, plan, export.dtype).itemsize
+    source_itemsize = written_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
     all_scales, in_others = 0, dict.fromkeys(formats, 0)
     for block_index in range(plan.num_blocks):

@@ -15,7 +15,7 @@ from shardq.formats import compressed_tensors, gptq
 from shardq.formats.options import FormatName
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
-from shardq.rundir.block_output import stored_dtype
+from shardq.rundir.block_output import written_dtype
 from shardq.rundir.plan import Plan
 
 TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
@@ -31,7 +31,7 @@ def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str |
     if config.target is None:
         return None
     return (
-        "float16" if config.target == "gguf" or stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
+        "float16" if config.target == "gguf" or written_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
     )
 
 

@@ -172,12 +172,12 @@ class BlockQuantizer(nn.Module):
         return dict(zip(self.names, (self._whole(part, num) for part, num in parts), strict=True))
 
     @torch.no_grad()
-    def serve(self, linears: dict[str, QuantizedLinear], stored: Callable[[Tensor], Tensor]) -> None:
+    def serve(self, linears: dict[str, QuantizedLinear], as_written: Callable[[Tensor], Tensor]) -> None:
         """Write quantized weights into the block, as they will be served.
 
         Args:
-            stored: rounds a dequantized weight to what the output checkpoint stores; with bf16 matrix multiplies the
-                weights are then rounded to that.
+            as_written: rounds a dequantized weight to what the output checkpoint holds of it; with bf16 matrix
+                multiplies the weights are then rounded to that.
         """
         self._collecting = []
         for name, linear in zip(self.names, self._linears, strict=True):
@@ -186,7 +186,7 @@ class BlockQuantizer(nn.Module):
             if not linear.weight.is_contiguous():  # a placeholder
                 linear.weight.data = linear.weight.new_empty(linear.weight.shape)
             for outputs in row_chunks(linear.weight):
-                linear.weight[outputs] = stored(linears[name].of(outputs).dequantized())
+                linear.weight[outputs] = as_written(linears[name].of(outputs).dequantized())
 
     def release(self) -> None:
         """Let go of the source."""

@@ -77,15 +77,14 @@ class Zero(Engine):
         given = _read_settings(self.options.deepspeed) if self.options.deepspeed else {}
         return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
 
-    def demands(self, optimizer: str) -> Iterator[Demand]:
+    def demands(self) -> Iterator[Demand]:
         """A file that cannot be used is refused before any work."""
         _ = self.settings  # reads it
-        name = self.options.engine
-        yield optimizer != "adam8", "optimize.optimizer", optimizer, f"adam, rms or sign with {name}"
+        yield from ()
 
-    def share(self, stored: torch.dtype) -> Everything:
+    def share(self, dtype: torch.dtype) -> Everything:
         """Everything, sharded in stage 3."""
-        return ZeroShare(self, stored) if self.stage == 3 else Everything()
+        return ZeroShare(self, dtype) if self.stage == 3 else Everything()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "DeepSpeedStepper":
         """Each rank steps its shard."""
@@ -132,12 +131,12 @@ class Zero(Engine):
 class ZeroShare(Everything):
     """All of every linear's outputs, each quantizer sharded by ZeRO 3 as soon as it is made."""
 
-    def __init__(self, engine: Zero, stored: torch.dtype):
-        self._zero, self._settings, self._stored = _imported(engine.ranks).zero, engine.settings, stored
+    def __init__(self, engine: Zero, dtype: torch.dtype):
+        self._zero, self._settings, self._dtype = _imported(engine.ranks).zero, engine.settings, dtype
 
     def made(self, quantizer: LinearQuantizer) -> None:
         """Its parameters, the frozen weight among them, are empty from here on but while they are gathered."""
-        quantizer.make_shardable(self._stored)
+        quantizer.make_shardable(self._dtype)
         self._zero.Init(quantizer, config_dict_or_path=self._settings, dtype=torch.float32)
 
 

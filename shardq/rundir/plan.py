@@ -7,6 +7,7 @@ from shardq.errors import ConfigError
 from shardq.formats import encodings
 from shardq.formats.checkpoint import group_by_size, shard_name
 from shardq.formats.shards import TensorInfo
+from shardq.formats.source import SourceTensor, stored_in
 from shardq.model.skeleton import Skeleton, linears_to_quantize
 
 ENCODINGS: tuple[encodings.Version, ...] = ("1.0.0", "0.6.1")  # AIMET's default, and what its load_encodings reads
@@ -20,7 +21,8 @@ class Plan:
     Attributes:
         names: each block's name in the checkpoint.
         linears: for each block, names within it of the linears to quantize.
-        rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
+        rest: the stored tensors outside the blocks, and those of a block that its code does not use, in groups of one
+            file.
         num_scales: of all linears together.
     """
 
@@ -71,14 +73,15 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
         for block, names in zip(skeleton.blocks, linears, strict=True)
         for linear in map(block.get_submodule, names)
     )
-    return Plan(skeleton.names, linears, group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES), num_scales)
+    rest = group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES)
+    return Plan(skeleton.names, linears, rest, num_scales)
 
 
-def outside_blocks(skeleton: Skeleton) -> list[TensorInfo]:
-    """The stored tensors that are copied as they are: those of no block, or that a block's code does not use."""
+def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
+    """The source's tensors that are only copied: those of no block, or that a block's code does not use."""
     numbers = range(len(skeleton.blocks))
-    in_blocks = {info.name for number in numbers for info in skeleton.block_tensors(number).values()}
-    return [info for name, info in skeleton.index.items() if name not in in_blocks]
+    in_blocks = {tensor.name for number in numbers for tensor in skeleton.block_tensors(number).values()}
+    return [tensor for name, tensor in skeleton.source.tensors.items() if name not in in_blocks]
 
 
 def _check_group_size(skeleton: Skeleton, linears: list[list[str]], group_size: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
-from shardq.formats.shards import TensorInfo
+from shardq.formats.source import SourceTensor
 from shardq.quant.grid import Grid
 from shardq.quant.packing import packed_width
 
@@ -57,15 +57,16 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], grid: Grid) -> BlockBytes:
+def block_bytes(tensors: dict[str, SourceTensor], linears: Iterable[str], grid: Grid) -> BlockBytes:
     """What a block takes whose linears, by name within it, have codes on a grid."""
     quantized = [tensors[f"{name}.weight"] for name in linears]
-    scales = sum(grid.num_scales(*info.shape) for info in quantized)
-    codes = sum(info.shape[0] * packed_width(info.shape[1], grid.bits) for info in quantized)
+    shapes = [tensor.shape for tensor in quantized]
+    scales = sum(grid.num_scales(rows, width) for rows, width in shapes)
+    codes = sum(rows * packed_width(width, grid.bits) for rows, width in shapes)
     codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES * len(quantized)
-    others = sum(info.num_bytes + HEADER_BYTES for info in tensors.values())
-    others -= sum(info.num_bytes for info in quantized)
-    return BlockBytes(others, codes, sum(info.shape[0] * info.shape[1] for info in quantized), scales)
+    others = sum(tensor.stored_bytes + HEADER_BYTES for tensor in tensors.values())
+    others -= sum(tensor.stored_bytes for tensor in quantized)
+    return BlockBytes(others, codes, sum(rows * width for rows, width in shapes), scales)
 
 
 def bytes_there(path: Path) -> int:

@@ -19,7 +19,7 @@ from shardq.model.arguments import Entering, hidden_of, with_hidden
 from shardq.model.ends import block_forward, prologue, whole_epilogue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import LoadedBlock, read_source, stream_blocks
+from shardq.model.weights import LoadedBlock, read_weights, stream_blocks
 from shardq.optimize.loss import ToLogits, prediction_loss
 from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
@@ -33,7 +33,7 @@ from shardq.training.self_check import self_check
 from shardq.training.workshop import collecting, training_forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """What tuning needs, the same in every step.
 
@@ -57,8 +57,8 @@ class Tuning:
 
     def linears(self, block_index: int) -> dict[str, QuantizedLinear]:
         """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
-        prefix, stored = self.plan.names[block_index], read_block(RunFolder(self.run).block(block_index))
-        linears = {name: stored[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
+        prefix, codes = self.plan.names[block_index], read_block(RunFolder(self.run).block(block_index))
+        linears = {name: codes[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
         return self.tuners[block_index].rescaled(linears)
 
     def blocks(self, indices: Iterable[int]) -> Iterator[LoadedBlock]:
@@ -67,13 +67,7 @@ class Tuning:
 
         def read(block_index: int) -> dict[str, Tensor]:
             linears = self.linears(block_index)
-            infos = self.skeleton.block_tensors(block_index)
-            kept = {name: info for name, info in infos.items() if name.removesuffix(".weight") not in linears}
-            buffers = dict(self.skeleton.blocks[block_index].named_buffers())
-            source = {
-                name: to_device(read_source(self.skeleton, info, name in buffers), device)
-                for name, info in kept.items()
-            }
+            source = read_weights(self.skeleton, block_index, device, [f"{name}.weight" for name in linears])
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
                 on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.grid)

@@ -47,8 +47,9 @@ class Bench:
 class BlockJob:
     """What quantizing a block needs beside the block, the same for all blocks of a run.
 
-    `tokens_NT` are the calibration samples. `encodings` says how activations get their grids. `benches` fills up as
-    kinds of blocks are met; its keys are the shared module and the linears quantized in it.
+    `tokens_NT` are the calibration samples. `as_written` rounds a float32 weight to what the output checkpoint holds of
+    it. `encodings` says how activations get their grids. `benches` fills up as kinds of blocks are met; its keys are
+    the shared module and the linears quantized in it.
     """
 
     skeleton: Skeleton
@@ -58,7 +59,7 @@ class BlockJob:
     optimize: OptimizeOptions
     engine: Engine
     tokens_NT: Tensor
-    stored: Callable[[Tensor], Tensor]
+    as_written: Callable[[Tensor], Tensor]
     encodings: ActivationOptions
     activations: Activations
     ranks: Ranks
@@ -105,8 +106,8 @@ def bench_for(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], argum
 def _make_bench(job: BlockJob, loaded: LoadedBlock, linear_names: list[str], arguments: BlockArguments) -> Bench:
     optimize = job.optimize
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
-    stored = (loaded.source[f"{name}.weight"].dtype for name in linear_names)
-    share = job.engine.share(next(stored, optimize.dtype))
+    dtypes = (loaded.source[f"{name}.weight"].dtype for name in linear_names)
+    share = job.engine.share(next(dtypes, optimize.dtype))
     quantizer = BlockQuantizer(loaded.module, linear_names, job.spec, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, linear_names if rounds else [], job.encodings)
@@ -127,8 +128,9 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: Block
     bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
     bench.stepper.start(1)
     with bench.inputs.active({}):
-        distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
-                [(entering, hidden_of(entering))], len(samples), on_step=lambda loss: None)  # fmt: skip
+        for _ in distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
+                         [(entering, hidden_of(entering))], len(samples)):  # fmt: skip
+            pass
     bench.stepper.rest()
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -18,6 +17,7 @@ from shardq.config import QuantizeConfig, QuantOptions
 from shardq.errors import ResumeError
 from shardq.files import xxh128_of
 from shardq.formats.shards import open_index
+from shardq.formats.source import open_source
 from shardq.optimize.options import OptimizeOptions
 from shardq.rundir.ledger import append, begin_run, blocks_to_do, commit, complete, finished, read_lines
 from shardq.rundir.manifest import differences, make_manifest
@@ -170,15 +170,6 @@ class TestLedger:
         (output / "manifest.json").unlink()
         assert_refused(output, str(output / "manifest.json"), "missing; restore it")
 
-    def test_run_that_began_with_sha256_is_checked_and_goes_on_with_it(self, output: Path):
-        first = {"block": 0, "files": {"blocks/0.bin": hashlib.sha256(b"block 0").hexdigest()}}
-        (output / "ledger.jsonl").write_text(json.dumps(first) + "\n")
-        line = commit(output, 1, [output / "blocks" / "1.bin"])
-        assert line["files"] == {"blocks/1.bin": hashlib.sha256(b"block 1").hexdigest()}
-        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0, 1]
-        write(output / "blocks" / "0.bin", "block !")
-        assert_refused(output, str(output / "blocks" / "0.bin"), "changed since it was finished")
-
     @pytest.mark.parametrize("kept_bytes", [1, 20, -2])
     def test_torn_last_line_is_dropped_and_cut_off(self, output: Path, kept_bytes: int):
         path = output / "ledger.jsonl"
@@ -252,7 +243,7 @@ class TestMakeManifest:
     CONFIG = QuantizeConfig(model="m", output="o", calib=TextOptions(dataset="text.txt"))
 
     def manifest(self, folder: Path, config: QuantizeConfig = CONFIG, digest: str = "d") -> dict:
-        return make_manifest(config, open_index(folder), folder, digest)
+        return make_manifest(config, open_source(folder), digest)
 
     def test_it_survives_the_file_unchanged(self, llama: Path, tmp_path: Path):
         assert opened(tmp_path, self.manifest(llama), "auto") == []
