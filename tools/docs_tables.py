@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Writes what docs/ says of options, formats and models from the code: python tools/docs_tables.py
+"""Writes what docs/ says of options, formats, models and Python functions from the code: python tools/docs_tables.py
 
 Each part stands between two comments of its page, `<!-- NAME: by tools/docs_tables.py -->` and `<!-- end of NAME -->`.
 tests/test_docs.py compares them.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,14 +17,14 @@ from typing import get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig  # noqa: E402
+import shardq  # noqa: E402
+from shardq import api, summaries  # noqa: E402
 from shardq.errors import ConfigError  # noqa: E402
 from shardq.formats import compressed_tensors, gguf_tensors, gptq  # noqa: E402
 from shardq.help import docstrings  # noqa: E402
 from shardq.quant.spec import QuantSpec  # noqa: E402
+from shardq.verbs import COMMANDS  # noqa: E402
 
-VERBS = {"quantize": QuantizeConfig, "tune": TuneConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
-         "verify": VerifyConfig}  # fmt: skip
 KINDS: dict[str, dict[str, object]] = {
     "symmetric": {"symmetric": True},
     "symmetric, full-range": {"symmetric": True, "full_range": True},
@@ -46,8 +47,8 @@ PROGRAMS: dict[str, Callable[[QuantSpec], object]] = {
 def options_text() -> str:
     """A table for each command and each group of its options."""
     parts = []
-    for verb, config_class in VERBS.items():
-        for title, rows in _groups(config_class, "", ""):
+    for verb, command in COMMANDS.items():
+        for title, rows in _groups(command.config, "", ""):
             head = f"### {title}" if title else f"## `shardq {verb}`"
             parts.append(f"{head}\n\n{_table(('option', 'meaning', 'default'), rows)}")
     return "\n".join(parts)
@@ -121,6 +122,31 @@ def models_text() -> str:
     return _table(("`model_type`", "forms"), [(f"`{name}`", ", ".join(found)) for name, found in forms.items()])
 
 
+def python_text() -> str:
+    """The functions of `shardq.api`, and what they give."""
+    parts = []
+    for name, function in inspect.getmembers(api, inspect.isfunction):
+        if function.__module__ == api.__name__ and name in shardq.__all__:
+            purpose, *sections = inspect.getdoc(function).split("\n\n")
+            signature = str(inspect.signature(function)).split(" -> ")[0]
+            names = re.sub(r": [^,)=]+?(?= =|[,)])", "", signature).replace(" = ", "=")
+            parts.append(f"### `shardq.{name}{names}`\n\n{purpose}\n")
+            parts += [_section(section) for section in sections]
+    for name, summary in inspect.getmembers(summaries, inspect.isclass):
+        if summary.__module__ == summaries.__name__:
+            rows = [(f"`{field}`", _cell(text)) for field, text in docstrings(summary).items()]
+            parts.append(f"### `{name}`\n\n{summary.__doc__}\n\n{_table(('key', 'meaning'), rows)}")
+    return "\n".join(parts)
+
+
+def _section(text: str) -> str:
+    """`Args:` or the like of a docstring, as a list."""
+    head, _, body = text.partition("\n")
+    entries = re.split(r"\n {4}(?! )", "\n" + body)[1:]
+    lines = [" ".join(entry.split()) for entry in entries]
+    return f"{head}\n\n" + "\n".join("- `{}`: {}".format(*line.split(": ", 1)) for line in lines) + "\n"
+
+
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -134,6 +160,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "options": ("docs/options.md", options_text),
     "grids and programs": ("docs/formats.md", formats_text),
     "models": ("docs/models.md", models_text),
+    "functions": ("docs/python.md", python_text),
 }
 
 

@@ -122,7 +122,7 @@ def _through_blocks(
 
 
 def _round_to_nearest(loaded: LoadedBlock, linear_names: list[str], config: EvaluateConfig) -> None:
-    quantizer = BlockQuantizer(loaded.module, linear_names, config.quant.spec, "rtn", Kernels(), torch.float32)
+    quantizer = BlockQuantizer(loaded.module, linear_names, config.quant.grid, "rtn", Kernels(), torch.float32)
     quantizer.start(loaded.source)
     quantizer.serve(quantizer.folded(), as_written=lambda weight: weight)
 

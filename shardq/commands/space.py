@@ -128,12 +128,12 @@ def _files(
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
-    spec, itemsize = quant.spec, written_dtype(skeleton, plan, export.dtype).itemsize
+    grid, itemsize = quant.grid, written_dtype(skeleton, plan, export.dtype).itemsize
     source_itemsize = written_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
     all_scales, in_others = 0, dict.fromkeys(formats, 0)
     for block_index in range(plan.num_blocks):
-        block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], spec)
+        block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], grid)
         if block_index not in finished:
             yield output / plan.block_shard(block_index), block.others + block.num_weights * itemsize
             yield RunFolder(output).block(block_index), block.codes
@@ -141,7 +141,7 @@ def _files(
                 path = RunFolder(output).encodings(version, block_index)
                 yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
         for name, chosen in formats.items():
-            num_bytes = chosen.block_bytes(block, spec, source_itemsize)
+            num_bytes = chosen.block_bytes(block, grid, source_itemsize)
             in_others[name] += num_bytes
             path = output / name / plan.block_shard(block_index)
             if name in checkpoints and (block_index not in finished or not path.exists()):

@@ -23,7 +23,7 @@ from shardq.model.transformers_internals import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from shardq.quant.spec import DEFAULT_IGNORE
+from shardq.quant.options import DEFAULT_IGNORE
 from shardq.torch_internals import tree_map_only
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")

@@ -13,7 +13,7 @@ from shardq.errors import QuantizationError
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
 from shardq.optimize.share import Everything, Share
 from shardq.quant.adascale import Kernels
-from shardq.quant.affine import row_chunks
+from shardq.quant.grid import row_chunks
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -195,7 +195,7 @@ class BlockQuantizer(nn.Module):
 
     def _whole(self, part: QuantizedLinear, num_outputs: int) -> QuantizedLinear:
         tensors = self._share.joined((part.codes_OI, part.scale_OG, part.zero_point_OG), [num_outputs] * 3)
-        return QuantizedLinear(*tensors, part.spec)
+        return QuantizedLinear(*tensors, part.grid)
 
 
 class _Use(NamedTuple):
@@ -236,13 +236,13 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
         "scale": folded.scale_OG
     }
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
-    if folded.spec.scale_dtype == "float16" and wrong in (["scale"], []) and not folded.has_valid_scales:
+    if folded.grid.scale_dtype == "float16" and wrong in (["scale"], []) and not folded.has_valid_scales:
         raise QuantizationError(
             f"{name}: its weights need a scale beyond what float16 holds, in which the target keeps scales; leave this "
             "linear as it is with --quant.ignore, or leave out --target"
         )
     if wrong or not folded.has_valid_scales:
-        sign = "nonzero" if folded.spec.full_range else "positive"
+        sign = "nonzero" if folded.grid.has_signed_scales else "positive"
         raise QuantizationError(
             f"{name}: {', '.join(wrong) or 'scale'} is not finite and {sign} after training; "
             "lower optimize.grid_lr and optimize.weight_lr"

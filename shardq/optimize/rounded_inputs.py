@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from shardq.quant.activation import ActivationGrid, RoundThrough, token_grid
+from shardq.quant.activation import ActivationGrid, ActivationLevels, RoundThrough, token_grid
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import QuantSpec
 
 
 class RoundedInputs:
@@ -20,13 +19,15 @@ class RoundedInputs:
 
     def __init__(self, block: nn.Module, linear_names: list[str], options: ActivationOptions):
         """Allocate for the named linears of a block, on its device; none where activations stay as they are."""
-        self._spec = QuantSpec(bits=options.bits, symmetric=options.symmetric)
         self._linears = {name: block.get_submodule(name) for name in linear_names}
         self._grids: dict[str, tuple[Tensor, Tensor]] = {}
         for name, linear in self._linears.items():
             if options.granularity == "tensor":
                 self._grids[name] = torch.ones((), device=linear.weight.device), torch.zeros_like(linear.weight[0, 0])
-        self._hooks = {name: self._hook(self._grids.get(name)) for name in linear_names}
+        self._hooks = {}
+        for name in linear_names:
+            levels = ActivationLevels(bits=options.bits, symmetric=options.symmetric)
+            self._hooks[name] = _hook(self._grids.get(name), levels)
 
     @contextmanager
     def active(self, grids: dict[str, ActivationGrid]) -> Iterator[None]:
@@ -46,10 +47,11 @@ class RoundedInputs:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, static: tuple[Tensor, Tensor] | None) -> Callable:
-        def round_input(linear: nn.Module, inputs: tuple) -> Tensor:
-            (values,) = inputs
-            grid = static or token_grid(values.detach().float(), self._spec)
-            return RoundThrough.apply(values, *grid, self._spec)
 
-        return round_input
+def _hook(static: tuple[Tensor, Tensor] | None, levels: ActivationLevels) -> Callable:
+    def round_input(linear: nn.Module, inputs: tuple) -> Tensor:
+        (values,) = inputs
+        grid = static or token_grid(values.detach().float(), levels)
+        return RoundThrough.apply(values, *grid, levels)
+
+    return round_input

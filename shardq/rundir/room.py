@@ -11,8 +11,8 @@ from typing import NamedTuple
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
 from shardq.formats.source import SourceTensor
+from shardq.quant.grid import Grid
 from shardq.quant.packing import packed_width
-from shardq.quant.spec import QuantSpec
 
 HEADER_BYTES = 256  # of a safetensors file, a tensor
 
@@ -57,13 +57,13 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, SourceTensor], linears: Iterable[str], spec: QuantSpec) -> BlockBytes:
+def block_bytes(tensors: dict[str, SourceTensor], linears: Iterable[str], grid: Grid) -> BlockBytes:
     """What a block takes whose linears, by name within it, have codes on a grid."""
     quantized = [tensors[f"{name}.weight"] for name in linears]
     shapes = [tensor.shape for tensor in quantized]
-    scales = sum(rows * (width // (spec.group_size or width)) for rows, width in shapes)
-    codes = sum(rows * packed_width(width, spec.bits) for rows, width in shapes)
-    codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES * len(quantized)
+    scales = sum(grid.num_scales(rows, width) for rows, width in shapes)
+    codes = sum(rows * packed_width(width, grid.bits) for rows, width in shapes)
+    codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES * len(quantized)
     others = sum(tensor.stored_bytes + HEADER_BYTES for tensor in tensors.values())
     others -= sum(tensor.stored_bytes for tensor in quantized)
     return BlockBytes(others, codes, sum(rows * width for rows, width in shapes), scales)

@@ -13,10 +13,9 @@ from shardq.model.skeleton import Skeleton
 from shardq.model.taps import activation_names, tapped
 from shardq.parallel.collectives import reduce_over_ranks
 from shardq.parallel.ranks import Ranks
-from shardq.quant.activation import ActivationGrid, rounded
+from shardq.quant.activation import ActivationGrid, ActivationLevels, rounded
 from shardq.quant.observers import REDUCTIONS, WITH_COUNTS, Statistics, no_statistics, observed_grid, statistics_of
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
@@ -90,7 +89,7 @@ def activation_grids(
     """The grids that all ranks' statistics make together, the same on every rank.
 
     Args:
-        scale_dtype: as in QuantSpec.
+        scale_dtype: as in Grid.
 
     Raises:
         QuantizationError: an activation is not finite, or no sample reached it.
@@ -103,7 +102,7 @@ def activation_grids(
         reduce_over_ranks(ranks, tensors, wanted)
     grids = {}
     for name, found in statistics.items():
-        spec = QuantSpec(bits=bits[name], symmetric=options.symmetric, scale_dtype=scale_dtype)
+        spec = ActivationLevels(bits=bits[name], symmetric=options.symmetric, scale_dtype=scale_dtype)
         grids[name] = observed_grid(found, spec, options)
         if grids[name] is None:
             error = QuantizationError(

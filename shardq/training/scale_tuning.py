@@ -70,7 +70,7 @@ class Tuning:
             source = read_weights(self.skeleton, block_index, device, [f"{name}.weight" for name in linears])
             for name, linear in linears.items():
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
-                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
+                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.grid)
                 source[f"{name}.weight"] = on_device.dequantized(dtype)
             return source
 
