@@ -44,7 +44,7 @@ for block in run.blocks:
 
 # %%
 name, matrix = next(iter(run.blocks[0].matrices().items()))
-print(name, matrix.spec)
+print(name, matrix.grid)
 print("codes [out, in]", tuple(matrix.codes_OI.shape), matrix.codes_OI[0, :8].tolist())
 print("scales [out, groups]", tuple(matrix.scale_OG.shape))
 print("weights", run.blocks[0].weights()[name][0, :4])
