@@ -20,6 +20,7 @@ from shardq.cli import parse
 from shardq.export.chosen import FORMATS
 from shardq.optimize.options import resolved
 from shardq.parallel.ranks import Ranks
+from shardq.shipped import DEEPSPEED, shipped
 from shardq.verbs import COMMANDS
 from shown import LINES, PAGES, ROOT, ours
 
@@ -154,6 +155,5 @@ def test_texts_to_look_up_are_texts_of_the_code():
     assert [part for part in parts if not any(part in text for text in texts)] == []
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/deepspeed/*.json")), ids=lambda file: file.name)
-def test_deepspeed_files_are_explained(file):
-    assert f"`configs/deepspeed/{file.name}`" in PAGES["docs/tasks/ranks.md"]
+def test_deepspeed_settings_are_explained():
+    assert all(f"`{name}`" in PAGES["docs/tasks/ranks.md"] for name in shipped(DEEPSPEED))

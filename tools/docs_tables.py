@@ -23,6 +23,8 @@ from shardq.errors import ConfigError  # noqa: E402
 from shardq.formats import compressed_tensors, gguf_tensors, gptq  # noqa: E402
 from shardq.help import docstrings  # noqa: E402
 from shardq.quant.spec import QuantSpec  # noqa: E402
+from shardq.rundir.loaded import FinishedBlock, LoadedRun  # noqa: E402
+from shardq.shipped import RECIPES, shipped  # noqa: E402
 from shardq.verbs import COMMANDS  # noqa: E402
 
 KINDS: dict[str, dict[str, object]] = {
@@ -72,6 +74,15 @@ def _default(field: Field) -> str:
         return ""
     shown = ", ".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
     return _cell(f"`{shown}`")
+
+
+def recipes_text() -> str:
+    """The recipes of the package, with the comment that each begins with."""
+    rows = []
+    for name, file in shipped(RECIPES).items():
+        comment = re.match(r"(#.*\n)+", file.read_text()).group()
+        rows.append((f"`{name}`", _cell(" ".join(line.strip("# ") for line in comment.splitlines()))))
+    return _table(("recipe", "what it is for"), rows)
 
 
 def formats_text() -> str:
@@ -132,6 +143,12 @@ def python_text() -> str:
             names = re.sub(r": [^,)=]+?(?= =|[,)])", "", signature).replace(" = ", "=")
             parts.append(f"### `shardq.{name}{names}`\n\n{purpose}\n")
             parts += [_section(section) for section in sections]
+    for described in (LoadedRun, FinishedBlock):
+        purpose, *sections = inspect.getdoc(described).split("\n\n")
+        parts += [f"### `{described.__name__}`\n\n{purpose}\n", *map(_section, sections)]
+        methods = inspect.getmembers(described, lambda each: inspect.isfunction(each) and not each.__name__[0] == "_")
+        lines = [f"- `{name}()`: {' '.join(inspect.getdoc(method).split())}\n" for name, method in methods]
+        parts += ["Methods:\n\n" + "".join(lines)] if lines else []
     for name, summary in inspect.getmembers(summaries, inspect.isclass):
         if summary.__module__ == summaries.__name__:
             rows = [(f"`{field}`", _cell(text)) for field, text in docstrings(summary).items()]
@@ -157,6 +174,7 @@ def _cell(text: str) -> str:
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "recipes": ("docs/options.md", recipes_text),
     "options": ("docs/options.md", options_text),
     "grids and programs": ("docs/formats.md", formats_text),
     "models": ("docs/models.md", models_text),
