@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
-import torch
 from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
-from shardq.export.chosen import check_installed, format_of, formats_of
+from shardq.export.chosen import check_installed, formats_of, served_as
 from shardq.formats import compressed_tensors, gptq
-from shardq.formats.options import FormatName
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
 from shardq.rundir.block_output import written_dtype
 from shardq.rundir.plan import Plan
 
-TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
 # activations) ask of a linear's sizes.
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
@@ -27,12 +24,11 @@ VLLM_KV = ("k_proj", "v_proj")
 
 
 def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
-    """Name of the dtype that the target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
+    """Name of the dtype that the target keeps scales in."""
     if config.target is None:
         return None
-    return (
-        "float16" if config.target == "gguf" or written_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
-    )
+    dtype = served_as(config.target, config.export).scale_dtype(written_dtype(skeleton, plan, "source"))
+    return str(dtype).removeprefix("torch.")
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -44,8 +40,8 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     grid, export = config.quant.grid, config.export
     asked = formats_of(export)
     if config.target:  # what it is to serve must be there in the end, by this run or by an export
-        name = TARGETS[config.target]
-        asked |= {name: format_of(name, export)}
+        served = served_as(config.target, export)
+        asked |= {served.name: served}
     for chosen in asked.values():
         check_installed(chosen)
     try:
@@ -82,8 +78,11 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
             "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
             "leave it out"
         )
-    if "gptq" in config.export.asked and not gptq.is_served_by_vllm(grid):
-        raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
+    for chosen in formats_of(config.export).values():
+        if chosen.rounded_by == "vllm" and not chosen.is_served(grid):
+            raise ConfigError(
+                f"export.formats: vLLM takes {chosen.name} on symmetric grids with positive scales only; leave it out"
+            )
     fault_on = partial(_shape_fault, skeleton, plan, grid, VLLM_MULTIPLE[activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]

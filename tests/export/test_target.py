@@ -179,4 +179,5 @@ def test_scales_are_kept_in_the_models_dtype(tmp_path: Path, dtype: str, name: s
     skeleton = open_skeleton(folder)
     plan = make_plan(skeleton, QuantOptions())
     assert scale_dtype(QuantizeConfig(model="", target="vllm"), skeleton, plan) == name
+    assert scale_dtype(QuantizeConfig(model="", target="gguf"), skeleton, plan) == "float16"
     assert scale_dtype(QuantizeConfig(model=""), skeleton, plan) is None
