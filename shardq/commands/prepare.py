@@ -209,7 +209,7 @@ def _say_what_will_be_done(run: Run) -> None:
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
         f"block{more}"
     )
-    if config.quant.full_range:
+    if config.quant.grid.has_signed_scales:
         line(
             "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
             "--quant.full_range false for runtimes that ask for symmetric weights"
