@@ -1,6 +1,5 @@
 """The checks of a command's options that need more than one of them, or none of the model."""
 
-import importlib.util
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
@@ -60,13 +59,8 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
 
 def _check_engine(config: QuantizeConfig, ranks: Ranks) -> None:
     for engine in candidates(config.parallel, ranks):
-        for demand in engine.demands(config.optimize.optimizer):
+        for demand in engine.demands():
             _require(*demand)
-    if config.optimize.optimizer == "adam8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optimize.optimizer: adam8 needs the package bitsandbytes; "
-            "pip install 'shardq[bitsandbytes]', or choose rms"
-        )
 
 
 def check_tune(config: TuneConfig) -> None:

@@ -29,7 +29,6 @@ HOMES = {  # third-party package -> the only places that may know it
     "onnx_ir": ("model/graph.py", "formats/onnx_graph.py", "export/onnx_graphs.py"),
     "gguf": ("formats/gguf_tensors.py", "formats/gguf_tokenizer.py", "export/gguf_file.py"),
     "deepspeed": ("parallel/zero.py",),
-    "bitsandbytes": ("optimize/adam8.py",),
     "psutil": ("devices.py",),
     "torch._dynamo": ("compiling.py",),
     "torch._inductor": ("compiling.py",),

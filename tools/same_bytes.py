@@ -37,7 +37,7 @@ import tiny  # noqa: E402  the package's own
 
 SECONDS = 300  # that one rank may take
 # That commands import where they need them.
-LIBRARIES = ("deepspeed", "datasets", "gguf", "onnxscript", "bitsandbytes", "torch.onnx._internal.exporter._core")
+LIBRARIES = ("deepspeed", "datasets", "gguf", "onnxscript", "torch.onnx._internal.exporter._core")
 
 # What every command has, beside what its case says; of an option that is given twice, the later one counts.
 FIXED = {
@@ -71,10 +71,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "for-gguf": ("quantize --target gguf --quant.group_size 32 --export.formats gguf",),
     "some-kept": ("quantize --quant.ignore *.down_proj,re:.*[.]1[.].*q_proj --export.formats compressed-tensors,gptq",),
     "as-aimet": ("quantize --optimize.preset aimet --export.formats aimet --export.dtype source",),
-    "flexround": ("quantize --quant.method flexround --optimize.optimizer sign --seed 1",),
+    "flexround": ("quantize --quant.method flexround --seed 1",),
     "lwc": ("quantize --quant.method lwc --optimize.optimizer adam --optimize.loss squared",),
-    "adam8": ("quantize --optimize.optimizer adam8 --optimize.precision bf16",),
-    "best-iterate": ("quantize --optimize.held_out 1 --optimize.patience 2 --optimize.last_block output",),
+    "bf16": ("quantize --optimize.optimizer adam --optimize.precision bf16",),
+    "best-iterate": ("quantize --optimize.held_out 1 --optimize.last_block output",),
     "micro-batch": ("quantize --optimize.micro_batch 1 --optimize.fp_mix 0.5 --cache.placement cpu",),
     "text": ("quantize --calib.dataset ../texts.txt --calib.packing packed",),
     "inputs": ("quantize --activations.bits 8", "export --activation_bits 8", *AIMET, "tune",

@@ -1,6 +1,6 @@
 """Blockwise knowledge distillation: train a block's quantizers to give the fp block's output."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,32 +16,28 @@ def distill(
     stepper: Stepper,
     batches: Iterable[tuple[Tensor, ...]],
     micro_batch: int,
-    on_step: Callable[[Tensor], None],
-    goes_on: Callable[[int], bool] = lambda done: True,
     mean_over: float | None = None,
-) -> int:
-    """Train in place, one optimizer step a batch; gives the number of steps. Nothing in a step waits for the device.
+) -> Iterator[Tensor]:
+    """Train in place, one optimizer step a batch; yield this rank's loss, on the device, after each step.
+
+    Nothing in a step waits for the device. Training ends with the batches, or where the caller leaves the loop; between
+    two steps no batch is held.
 
     Args:
         loss_of: mean loss over the samples of a micro-batch, from what a batch has of them.
         batches: this rank's inputs and targets, both [N, T, D], and whatever else `loss_of` takes, one value a sample;
             one batch an iteration; N may be 0.
         micro_batch: samples that go through the block at once.
-        on_step: called after each step with this rank's loss, a tensor on the device, for progress.
-        goes_on: called after each step with the number of steps done; training ends where it is false.
         mean_over: samples that a batch's loss is divided by (default: its own). The same number on all ranks, the
             batch's mean part of a rank, makes the mean of the ranks' gradients that of the batch, however it is split.
     """
-    done = 0
-    for done, batch in enumerate(batches, 1):
+    for batch in batches:
         quantizer.load(stepper.forward(), adding_up=micro_batch < len(batch[0]))
         loss = accumulate(loss_of, batch, micro_batch, mean_over or len(batch[0]), quantizer.leaving)
         stepper.backward(quantizer.collected())
         stepper.step()
-        on_step(loss)
-        if not goes_on(done):
-            break
-    return done
+        del batch
+        yield loss
 
 
 def accumulate(

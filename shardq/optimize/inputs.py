@@ -19,7 +19,5 @@ def mixed(quant_TD: Tensor, fp_TD: Tensor, fp_mix: float, generator: np.random.G
 
     Source: QDrop, arXiv 2203.05740, as AIMET's AdaScale uses it (there 0.5, drawn anew on every visit).
     """
-    if fp_mix == 0:
-        return quant_TD
     chosen_TD = torch.from_numpy(generator.random(quant_TD.shape, dtype=np.float32) < fp_mix)
     return torch.where(chosen_TD.to(quant_TD.device), fp_TD, quant_TD)

@@ -45,10 +45,9 @@ class OptimizeOptions:
     label_weight: float | None = None
     """Weight, in the last block's predictions, of the cross-entropy with the calibration text's own next tokens; the
     rest of 1 is the divergence's (presets: 0.1, aimet 0)."""
-    optimizer: Literal["adam", "adam8", "rms", "sign"] | None = None
-    """`rms`, without momentum: each gradient over the root mean square of all so far; `adam`, which takes 4 bytes a
-    weight more; `adam8`, Adam with 8-bit moments by bitsandbytes, which takes 2 bytes a weight less; or `sign`, descent
-    by the gradient's sign, which takes 4 bytes a weight less (presets: rms, aimet adam)."""
+    optimizer: Literal["adam", "rms"] | None = None
+    """`rms`, without momentum: each gradient over the root mean square of all so far; or `adam`, which takes 4 bytes a
+    weight more (presets: rms, aimet adam)."""
     held_out: int = 0
     """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
     included. 0: the last iterate is kept."""

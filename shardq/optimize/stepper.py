@@ -57,7 +57,7 @@ class Stepper(Protocol):
         """Training is over until the next start: let go of what that can make anew."""
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "rms": torch.optim.Adagrad, "sign": torch.optim.SGD}
+OPTIMIZERS = {"adam": torch.optim.Adam, "rms": torch.optim.Adagrad}
 
 
 class LocalStepper:
@@ -75,7 +75,7 @@ class LocalStepper:
 
     def start(self, iterations: int, rate: float = 1.0) -> None:
         """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
-        if self._optimizer is None or self._options.optimizer == "adam8":  # of whose state not all is 0 at the start
+        if self._optimizer is None:
             self._make()
         for state in self._optimizer.state.values():
             for value in state.values():
@@ -130,22 +130,10 @@ class LocalStepper:
 
 def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
     """One of `OptimizeOptions.optimizer` over parameters in groups, fused."""
-    if kind == "adam8":
-        from shardq.optimize.adam8 import Adam8  # its package is an extra
-
-        return Adam8(groups)
     optimizer = OPTIMIZERS[kind](groups, fused=True)
     if kind == "rms":
         allow_fused_on_gpu(optimizer)
-    if kind == "sign":
-        optimizer.register_step_pre_hook(_take_signs)
     return optimizer
-
-
-def _take_signs(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad.sign_()
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, done: int, iterations: int, rate: float = 1.0) -> None:

@@ -21,11 +21,11 @@ BUCKET_SIZE = 1 << 18
 class AllReduce(Engine):
     """The engine of ranks that each hold everything."""
 
-    def demands(self, optimizer: str) -> Iterator[Demand]:
+    def demands(self) -> Iterator[Demand]:
         """There are others."""
         several = self.ranks.world_size > 1
         yield several, "parallel.engine", self.options.engine, "local or zero* on one rank"
-        yield from super().demands(optimizer)
+        yield from super().demands()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "AllReduceStepper":
         """The ranks take the same step."""

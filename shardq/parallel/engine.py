@@ -36,7 +36,7 @@ class Engine:
     def __init__(self, options: ParallelOptions, ranks: Ranks):
         self.options, self.ranks = options, ranks
 
-    def demands(self, optimizer: str) -> Iterator[Demand]:
+    def demands(self) -> Iterator[Demand]:
         """What has to hold for the options.
 
         Raises:

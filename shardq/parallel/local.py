@@ -8,8 +8,8 @@ from shardq.parallel.engine import Demand, Engine
 class Local(Engine):
     """The engine of one rank."""
 
-    def demands(self, optimizer: str) -> Iterator[Demand]:
+    def demands(self) -> Iterator[Demand]:
         """There are no others."""
         alone = self.ranks.world_size == 1
         yield alone, "parallel.engine", self.options.engine, "allreduce or zero* on several ranks"
-        yield from super().demands(optimizer)
+        yield from super().demands()

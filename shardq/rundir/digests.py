@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardq.files import sha256_of, storage_errors, xxh128_of
+from shardq.files import storage_errors, xxh128_of
 
-SHA256_DIGITS = 64  # runs begun before digests were XXH3 have these
 SMALL_BYTES = 16 << 20  # files up to this are read by a quick check, too
 
 
@@ -25,22 +24,17 @@ def changed_files(folder: Path, entry: dict, is_quick: bool = False) -> Iterator
             yield path, f"{path}: missing although it was finished"
         elif num_bytes is not None and found != num_bytes:
             yield path, f"{path}: changed since it was finished ({found} bytes, it had {num_bytes})"
-        elif (found <= SMALL_BYTES or not is_quick) and digest_of(path, digest) != digest:
+        elif (found <= SMALL_BYTES or not is_quick) and xxh128_of(path) != digest:
             yield path, f"{path}: changed since it was finished (its digest differs)"
 
 
-def entry_of(folder: Path, files: list[Path], like: object = None) -> dict:
+def entry_of(folder: Path, files: list[Path]) -> dict:
     """Digests and sizes of files, by their names in a folder."""
     names = {str(path.relative_to(folder)): path for path in files}
     return {
-        "files": {name: digest_of(path, like) for name, path in names.items()},
+        "files": {name: xxh128_of(path) for name, path in names.items()},
         "bytes": {name: path.stat().st_size for name, path in names.items()},
     }
-
-
-def digest_of(path: Path, like: object) -> str:
-    """Hex digest of a file, of the kind of `like`: a run that began with SHA-256 has no other to its end."""
-    return sha256_of(path) if isinstance(like, str) and len(like) == SHA256_DIGITS else xxh128_of(path)
 
 
 def cut_torn_line(path: Path) -> None:

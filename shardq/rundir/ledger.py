@@ -126,8 +126,7 @@ def blocks_to_do(entries: Entries, num_blocks: int) -> range:
 
 def commit(output: Path, block: int | None, files: list[Path], **facts: object) -> dict:
     """Append the ledger line that makes a block's files count, and give it; `block` None: the whole run is complete."""
-    like = next((digest for line in read_lines(output) for digest in line.get("files", {}).values()), None)
-    return append(output, {"block": block, **entry_of(output, files, like), **facts})
+    return append(output, {"block": block, **entry_of(output, files), **facts})
 
 
 def complete(output: Path, files: list[Path]) -> dict:

@@ -9,10 +9,10 @@ from typing import Self
 import xxhash
 
 from shardq.errors import ResumeError
-from shardq.files import ASIDE, json_text, write_text
+from shardq.files import ASIDE, json_text, write_text, xxh128_of
 from shardq.formats.shards import Digests
 from shardq.parallel.collectives import TOKEN
-from shardq.rundir.digests import changed_files, cut_torn_line, digest_of
+from shardq.rundir.digests import changed_files, cut_torn_line
 from shardq.rundir.folder import LOCK, MANIFEST, RunFolder
 from shardq.rundir.ledger import Entries, blocks_to_do, finished, manifest_of, read_lines, redo_lines
 from shardq.rundir.manifest import REDO_MAY_CHANGE, differences
@@ -142,7 +142,7 @@ class RunRecord:
     def _is_manifest_whole(self) -> bool:
         """Whether the manifest of a finished run is what it was; of another run that is not known, and assumed."""
         path, recorded = RunFolder(self.output).manifest, self._manifest_digest()
-        return recorded is None or (path.is_file() and digest_of(path, recorded) == recorded)
+        return recorded is None or (path.is_file() and xxh128_of(path) == recorded)
 
     def _manifest_digest(self) -> str | None:
         return self.entries.get(None, {}).get("files", {}).get(MANIFEST)

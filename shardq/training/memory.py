@@ -26,7 +26,7 @@ from shardq.training.objective import LIKELY_TOKENS
 # A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
 # quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
 # gradient, in float32.
-MOMENTS = {"adam": 2, "adam8": 0.51, "rms": 1, "sign": 0}  # in float32 numbers a weight
+MOMENTS = {"adam": 2, "rms": 1}  # in float32 numbers a weight
 
 
 @dataclass(frozen=True)

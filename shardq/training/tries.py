@@ -119,59 +119,47 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
     Raises:
         QuantizationError: a loss, a gradient, a parameter or a scale is not finite; the same on all ranks.
     """
-    job, bench, optimize = at_hand.job, at_hand.bench, at_hand.job.optimize
+    job, bench, stepper, optimize = at_hand.job, at_hand.bench, at_hand.bench.stepper, at_hand.job.optimize
     span = partial(job.events.span, block=at_hand.plan.index)
-    best = progress.best if optimize.held_out else None
+    best, first = progress.best if optimize.held_out else None, progress.done
+    iterations, every = at_hand.objective.iterations, job.checkpoints.every
     with span("train") as facts:
-        goes_on, batches = _watcher(at_hand, progress, purpose), _batches(at_hand, progress.done)
-        facts["iterations"] = distill(at_hand.objective.loss, bench.quantizer, bench.stepper, batches,
-                                      optimize.micro_batch, partial(_end_step, job), goes_on,
-                                      optimize.batch_size / job.ranks.world_size)  # fmt: skip
-    if not bench.stepper.is_finite():
+        for progress.done, loss in _steps(at_hand, first):
+            job.activations.pace.rest()  # looks, checkpoints and a terminal that is stopped take any time
+            job.display.advance_iteration(loss)
+            is_last = progress.done == iterations
+            looks = is_last or progress.done % math.ceil(iterations / LOOKS) == 0
+            saves = every > 0 and progress.done % every == 0 and not is_last
+            if (looks or saves) and not stepper.is_finite():  # only looks and checkpoints wait for the device
+                break
+            if looks and best:
+                linears = bench.quantizer.folded(stepper.gathered)
+                bench.quantizer.serve(linears, job.stored)
+                best.offer(linears, agreed_loss(at_hand))
+                del linears
+            if best and optimize.patience is not None and best.num_stale >= optimize.patience:
+                break
+            if saves:
+                with job.events.waiting("checkpoint"):
+                    checkpoint.save(job.checkpoints, purpose, at_hand.plan.index, progress, stepper.state())
+        facts["iterations"] = progress.done - first
+    if not stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
-    bench.stepper.rest()
+    stepper.rest()
     with span("fold"):
-        linears = best.linears if best else bench.quantizer.folded(bench.stepper.gathered)
+        linears = best.linears if best else bench.quantizer.folded(stepper.gathered)
         bench.quantizer.serve(linears, job.stored)
     with span("loss"):
         return linears, best.loss if best else agreed_loss(at_hand)
 
 
-def _end_step(job: BlockJob, loss: Tensor) -> None:
-    job.activations.pace.rest()  # looks, checkpoints and a terminal that is stopped take any time
-    job.display.advance_iteration(loss)
-
-
-def _watcher(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> Callable[[int], bool]:
-    """What is done between two steps, given those done by this call of `distill`: looks, checkpoints; False: the end.
-
-    The device is waited for only there.
-    """
-    job, bench, optimize, iterations = at_hand.job, at_hand.bench, at_hand.job.optimize, at_hand.objective.iterations
-    interval, every = math.ceil(iterations / LOOKS), job.checkpoints.every
-    best = progress.best if optimize.held_out else None
-    first = progress.done
-
-    def goes_on(steps: int) -> bool:
-        progress.done = first + steps
-        is_last = progress.done == iterations
-        looks = is_last or progress.done % interval == 0
-        saves = every > 0 and progress.done % every == 0 and not is_last
-        if (looks or saves) and not bench.stepper.is_finite():
-            return False
-        if looks and best:
-            linears = bench.quantizer.folded(bench.stepper.gathered)
-            bench.quantizer.serve(linears, job.stored)
-            best.offer(linears, agreed_loss(at_hand))
-        if best and optimize.patience is not None and best.num_stale >= optimize.patience:
-            return False
-        if saves:
-            with job.events.waiting("checkpoint"):
-                state = bench.stepper.state()
-                checkpoint.save(job.checkpoints, purpose, at_hand.plan.index, progress, state)
-        return True
-
-    return goes_on
+def _steps(at_hand: BlockAtHand, first: int) -> Iterator[tuple[int, Tensor]]:
+    """Take the optimizer steps that follow the first ones; yield how many are done, and the loss, after each."""
+    bench, optimize = at_hand.bench, at_hand.job.optimize
+    mean_over = optimize.batch_size / at_hand.job.ranks.world_size
+    batches = _batches(at_hand, first)
+    steps = distill(at_hand.objective.loss, bench.quantizer, bench.stepper, batches, optimize.micro_batch, mean_over)
+    return enumerate(steps, first + 1)
 
 
 def _go_back(at_hand: BlockAtHand, progress: Progress, loss_before: float) -> None:

@@ -125,8 +125,9 @@ def _rehearse(job: BlockJob, bench: Bench, loaded: LoadedBlock) -> None:
     bench.quantizer.start(loaded.source, None, bench.stepper.gathered)
     bench.stepper.start(1)
     with bench.inputs.active({}):
-        distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
-                [(entering, hidden_of(entering))], len(samples), on_step=lambda loss: None)  # fmt: skip
+        for _ in distill(lambda inputs, targets: loss(inputs, targets)[0], bench.quantizer, bench.stepper,
+                         [(entering, hidden_of(entering))], len(samples)):  # fmt: skip
+            pass
     bench.stepper.rest()
 
 

@@ -150,11 +150,6 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
             errors.ConfigError,
             "absent.json is no",
         ),
-        (
-            ["--parallel.engine", "zero2", "--optimize.optimizer", "adam8"],
-            errors.ConfigError,
-            "adam8 is not allowed, it must be adam, rms or sign with zero2",
-        ),
         (["--calib.samples", 9], errors.CalibrationError, "gives 8 sequences"),
         (["--calib.sequence_length", 65], errors.CalibrationError, "sequences of 64 tokens are shorter"),
         (["--calib.sequence_length", 1000], errors.ConfigError, "beyond the model's 128 positions"),
@@ -169,13 +164,6 @@ def test_options_that_cannot_work_are_refused(llama, token_file, tmp_path, more,
         run_quantize(llama, token_file, tmp_path / "out", *more)
     check_one_line(error, named)
     assert not (tmp_path / "out").exists()
-
-
-def test_adam8_needs_its_package(llama, token_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("shardq.checks.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(errors.ConfigError) as error:
-        run_quantize(llama, token_file, tmp_path / "out", "--optimize.optimizer", "adam8")
-    check_one_line(error, "adam8 needs the package bitsandbytes; pip install 'shardq[bitsandbytes]'")
 
 
 def test_compiling_that_is_asked_for_needs_a_compiler(llama, token_file, tmp_path, monkeypatch):

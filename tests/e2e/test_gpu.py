@@ -61,7 +61,6 @@ def gpu_run(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFact
     [
         [],
         ["--optimize.optimizer", "rms"],
-        ["--optimize.optimizer", "sign", "--optimize.weight_lr", 1e-3],
         ["--quant.group_size", 16, "--optimize.start", "search", "--optimize.loss", "token"],
         ["--quant.symmetric", "false"],
         ["--quant.method", "rtn"],

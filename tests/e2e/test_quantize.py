@@ -184,8 +184,6 @@ def test_cache_placement_does_not_change_the_result(run, llama, token_file, tmp_
         ["--optimize.start", "search", "--quant.group_size", 32, "--quant.symmetric", "false", "--quant.bits", 2],
         ["--optimize.loss", "token"],
         ["--optimize.optimizer", "adam"],
-        ["--optimize.optimizer", "adam8"],
-        ["--optimize.optimizer", "sign"],
         ["--quant.bits", 3, "--quant.full_range", "true"],
         ["--quant.bits", 2],
         ["--quant.group_size", 16, "--quant.decompressed_bits", 8],

@@ -1,6 +1,8 @@
 """Blockwise distillation against a training loop written out in plain autograd."""
 
 import copy
+import weakref
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -112,11 +114,14 @@ class Trainer:
 
     def train(self, source: dict[str, Tensor], batches: list, micro_batch: int = 2) -> dict[str, Parameters]:
         """Train for the weights in `source` from the start; parameters by the name of their linear."""
-        self.losses: list[Tensor] = []
         self.quantizer.start(source)
         self.stepper.start(OPTIONS.iterations)
-        distill(self.loss_of, self.quantizer, self.stepper, batches, micro_batch, self.losses.append)
+        self.losses = list(self.steps(batches, micro_batch))
         return {name: dict(linear.named_parameters()) for name, linear in self.linears()}
+
+    def steps(self, batches: Iterable, micro_batch: int = 2) -> Iterator[Tensor]:
+        """The training loop from where quantizers and stepper are."""
+        return distill(self.loss_of, self.quantizer, self.stepper, batches, micro_batch)
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return distillation_loss(self.block(inputs), targets)
@@ -244,7 +249,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
     quantizer.start(source)
     quantizer.load(quantizer())
     before = loss_of(inputs, targets).item()
-    distill(loss_of, quantizer, stepper, [(inputs, targets)] * 100, 4, on_step=lambda loss: None)
+    assert len(list(distill(loss_of, quantizer, stepper, [(inputs, targets)] * 100, 4))) == 100
     assert block[0].weight.dtype == dtype
     quantizer.serve(quantizer.folded(), lambda weight: weight)
     assert loss_of(inputs, targets).item() < 0.8 * before
@@ -256,8 +261,7 @@ def test_every_batch_is_one_step_and_is_reported_after_it():
     source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=4), "lwc")
     trainer.quantizer.start(source)
     beta = trainer.quantizer.quantizers[0].beta
-    seen = []
-    distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 1, lambda loss: seen.append(beta[0].item()))
+    seen = [beta[0].item() for _ in trainer.steps(batches, 1)]
     assert len(seen) == len(set(seen)) == 3 and 0.0 not in seen
 
 
@@ -343,25 +347,32 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
     stepper.start(3)
     inputs = torch.randn(2, 4, 8)
     batches = [(inputs, torch.randn(2, 4, 8))] * 3
-    distill(lambda some, wanted: (block(some) - wanted).square().mean(), quantizer, stepper, batches, 2, lambda _: None)
+    for _ in distill(lambda some, wanted: (block(some) - wanted).square().mean(), quantizer, stepper, batches, 2):
+        pass
     used, idle = quantizer.quantizers
     assert all(parameter.any() for parameter in used.parameters())
     assert not any(parameter.any() for parameter in idle.parameters())
 
 
-def test_training_ends_where_it_is_told_to():
+def test_training_that_is_left_has_taken_no_step_more_and_keeps_no_batch_between_steps():
     block = make_block()
-    batches, source, seen = make_batches(block), weights_of(block), []
-    trainer = Trainer(block, QuantSpec(bits=3), "adascale")
+    source, batches = weights_of(block), make_batches(block)
+    trainer, reference = (Trainer(copy.deepcopy(block), QuantSpec(bits=3), "adascale") for _ in range(2))
+    expected = reference.train(source, batches[:3])
+    taken = []
+
+    def copied(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        copies = tuple(values.clone() for values in batch)
+        taken.extend(map(weakref.ref, copies))
+        return copies
+
     trainer.quantizer.start(source)
-    losses = []
-
-    def goes_on(done: int) -> bool:
-        seen.append(done)
-        return done < 3
-
-    distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 2, losses.append, goes_on)
-    assert seen == [1, 2, 3] and len(losses) == 3
+    for done, _ in enumerate(trainer.steps(map(copied, batches)), 1):
+        assert len(taken) == 2 * done and not any(values() is not None for values in taken)
+        if done == 3:
+            break
+    for name, linear in trainer.linears():
+        assert all(torch.equal(expected[name][kind], value) for kind, value in linear.named_parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -380,7 +391,7 @@ def test_loss_that_is_not_finite_stops_all_steps_though_its_gradient_is(symmetri
     def trained(batches: list) -> dict[str, Tensor]:
         trainer.quantizer.start(source)
         trainer.stepper.start(OPTIONS.iterations)
-        distill(trainer.loss_of, trainer.quantizer, trainer.stepper, batches, 2, lambda loss: None)
+        assert len(list(trainer.steps(batches))) == len(batches)
         return {name: parameter.detach().clone() for name, parameter in trainer.quantizer.named_parameters()}
 
     expected = trained(batches[:3])

@@ -16,10 +16,6 @@ def drawn(fp_mix: float, *key: object) -> Tensor:
     return mixed(QUANT_TD, FP_TD, fp_mix, generator_for(*key))
 
 
-def test_share_zero_takes_the_quantized_stream_alone():
-    assert torch.equal(drawn(0.0, *KEY), QUANT_TD)
-
-
 def test_share_one_takes_the_fp_stream_alone():
     assert torch.equal(drawn(1.0, *KEY), FP_TD)
 

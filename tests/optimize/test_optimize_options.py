@@ -18,7 +18,7 @@ OPEN = {"micro_batch": None, "memory_gib": None, "compile": "auto"}  # decided w
 GIVEN = {
     "iterations": 7, "grid_lr": 0.5, "weight_lr": 0.25, "fp_mix": 0.0, "batch_size": 6, "micro_batch": 3,
     "memory_gib": 1.5, "precision": "bf16", "compile": "off", "start": "search", "loss": "token", "held_out": 2,
-    "optimizer": "sign", "patience": 3, "retries": 1, "last_block": "predictions", "label_weight": 0.3,
+    "optimizer": "rms", "patience": 3, "retries": 1, "last_block": "predictions", "label_weight": 0.3,
 }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def train(
         return distillation_loss(block(inputs), targets)
 
     stepper.start(OPTIONS.iterations)
-    distill(loss_of, quantizer, stepper, batches, micro_batch=1, on_step=lambda loss: None)
+    for _ in distill(loss_of, quantizer, stepper, batches, micro_batch=1):
+        pass
     return {name: parameter.detach() for name, parameter in quantizer.named_parameters()}
 
 

@@ -97,7 +97,8 @@ def train(
     if saved:
         stepper.restore(saved, steps.start)
     batches = [(inputs[mine], targets[mine]) for inputs, targets in make_batches(number)][steps]
-    distill(loss_of, quantizer, stepper, batches, 1, on_step=lambda loss: None)
+    for _ in distill(loss_of, quantizer, stepper, batches, 1):
+        pass
     linears = quantizer.folded(stepper.gathered)
     quantizer.serve(linears, lambda weight: weight)
     quantizer.release()

@@ -17,9 +17,9 @@ def ranks_of(world_size: int) -> Ranks:
     return Ranks(world_size - 1, world_size, torch.device("cpu"))
 
 
-def refused(engine: Engine, optimizer: str = "rms") -> list[str]:
+def refused(engine: Engine) -> list[str]:
     """The options that the engine does not take."""
-    return [option for holds, option, _, _ in engine.demands(optimizer) if not holds]
+    return [option for holds, option, _, _ in engine.demands() if not holds]
 
 
 @pytest.mark.parametrize(("world_size", "names"), [(1, ["local"]), (2, ["allreduce", "rows"])])
@@ -38,8 +38,6 @@ def test_each_engine_says_what_it_does_not_take(name: str, world_size: int, tmp_
     assert refused(engine_for(ParallelOptions(engine=name), ranks)) == number
     more = engine_for(ParallelOptions(engine=name, offload=True, deepspeed=str(file)), ranks)
     assert refused(more) == (number if is_zero else [*number, "parallel.offload", "parallel.deepspeed"])
-    adam8 = refused(engine_for(ParallelOptions(engine=name), ranks), "adam8")
-    assert adam8 == (["optimize.optimizer"] if is_zero else number)
 
 
 @pytest.mark.parametrize("name", ["local", "allreduce", "rows", *ZERO])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -169,15 +168,6 @@ class TestLedger:
     def test_missing_manifest_of_a_begun_run_is_named(self, output: Path):
         (output / "manifest.json").unlink()
         assert_refused(output, str(output / "manifest.json"), "missing; restore it")
-
-    def test_run_that_began_with_sha256_is_checked_and_goes_on_with_it(self, output: Path):
-        first = {"block": 0, "files": {"blocks/0.bin": hashlib.sha256(b"block 0").hexdigest()}}
-        (output / "ledger.jsonl").write_text(json.dumps(first) + "\n")
-        line = commit(output, 1, [output / "blocks" / "1.bin"])
-        assert line["files"] == {"blocks/1.bin": hashlib.sha256(b"block 1").hexdigest()}
-        assert [entry["block"] for entry in opened(output, MANIFEST, "auto")] == [0, 1]
-        write(output / "blocks" / "0.bin", "block !")
-        assert_refused(output, str(output / "blocks" / "0.bin"), "changed since it was finished")
 
     @pytest.mark.parametrize("kept_bytes", [1, 20, -2])
     def test_torn_last_line_is_dropped_and_cut_off(self, output: Path, kept_bytes: int):

@@ -163,7 +163,6 @@ class TestSavedBytes:
         ({"precision": "bf16"}, 16),
         ({"precision": "float32", "held_out": 4}, 17),
         ({"precision": "float32", "optimizer": "rms"}, 12),
-        ({"precision": "float32", "optimizer": "sign"}, 8),
     ],
     ids=str,
 )

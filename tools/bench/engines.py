@@ -168,17 +168,19 @@ def measure(arguments: argparse.Namespace, engine: Engine) -> dict:
     stepper.start(options.iterations)
     loss = compiled(block_loss, False)
 
-    def train(num_steps: int, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:
+    def train(num_steps: int) -> list[float]:
+        """The seconds at which each step ended."""
         batch = tuple(torch.randn(2, arguments.samples, tokens, shape.hidden))
-        distill(lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype)[0], quantizer, stepper,
-                [batch] * num_steps, 1, on_step, mean_over=1)  # fmt: skip
+        steps = distill(lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype)[0], quantizer,
+                        stepper, [batch] * num_steps, 1, mean_over=1)  # fmt: skip
+        return [time.perf_counter() for _ in steps]
 
     train(WARM_UP_STEPS)
     barrier(ranks)
     start_new_peak()
     times = [time.perf_counter()]
     with counted(ranks.world_size) as traffic:
-        train(arguments.iterations, lambda loss: times.append(time.perf_counter()))
+        times += train(arguments.iterations)
     resident = max_over_ranks(ranks, peak_rss_bytes())
     peak = max_over_ranks(ranks, peak_rss_bytes() - nothing)
     del ahead  # held until here

@@ -196,10 +196,11 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
 
     def train(count: int) -> None:
         stepper.start(count)
-        distill(
+        for _ in distill(
             lambda some, wanted: loss(block, some, wanted, (), kwargs, options.dtype)[0],
-            quantizer, stepper, batches(count), arguments.micro_batch or arguments.batch_size, lambda loss: None,
-        )  # fmt: skip
+            quantizer, stepper, batches(count), arguments.micro_batch or arguments.batch_size,
+        ):  # fmt: skip
+            pass
 
     start = time.perf_counter()
     train(2)
