@@ -23,7 +23,8 @@ from shardq.export.chosen import checkpoints_of
 from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
 from shardq.formats.shards import read_header, read_tensor
-from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
+from shardq.formats.source import stored_in
+from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.weights import stream_blocks
@@ -32,10 +33,11 @@ from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
-from shardq.rundir.block_output import rounding_to, stored_dtype, write_block_files, write_run_files
+from shardq.rundir.block_output import rounding_to, write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import QuantizeSummary
 from shardq.training import checkpoint
 from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.block import quantize_block
@@ -47,18 +49,13 @@ from shardq.training.tries import BlockResult
 from shardq.training.workshop import BlockJob, served_forward
 
 
-def quantize(config: QuantizeConfig, ranks: Ranks) -> dict:
+def quantize(config: QuantizeConfig, ranks: Ranks) -> QuantizeSummary:
     """Quantize a model, or go on where an interrupted run stopped.
-
-    Returns:
-        `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
-        `loss_after` (relative loss, mean over the blocks trained to their output), `divergence_before` and
-        `divergence_after` (KL divergence from the fp model in nats a token, where the last block was trained to that).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
     """
-    start, started = time.perf_counter(), seconds_since_process_start()
+    start, started = time.perf_counter(), ranks.start_up_seconds
     display = Display(ranks.rank)
     with ExitStack() as held:
         run = prepare(config, ranks, display, held)
@@ -104,7 +101,7 @@ def _finish(run: Run, events: Events) -> None:
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     length = run.tokens_NT.shape[1]
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, plan.blocks)
-    dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
+    dtype = written_dtype(run.skeleton, plan, config.export.dtype)
     engine = engine_for(config.parallel, ranks)
     job = BlockJob(
         run.skeleton, config.seed, config.quant.method, config.optimize, engine, run.tokens_NT,
@@ -161,7 +158,8 @@ def _agreed_blocks(run: Run, blocks: list[BlockPlan], events: Events) -> Iterato
     for block in blocks:
         with events.span("load", block=block.index):
             loaded = together(run.ranks, lambda: next(stream))
-            agree(run.skeleton, run.skeleton.block_tensors(block.index).values(), run.ranks)
+            stored = stored_in(run.skeleton.block_tensors(block.index).values())
+            agree(run.skeleton.source.digests, stored, run.ranks)
         yield loaded
         del loaded
 
@@ -204,8 +202,8 @@ def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tenso
     device, dtype = run.ranks.device, run.config.optimize.dtype
     written = read_header(run.output / run.plan.block_shard(block.index))
     for matrix in block.grids:
-        (stored,) = matrix.stored
-        yield matrix, read_tensor(written[stored]).to(device, dtype)
+        (name,) = matrix.sources
+        yield matrix, read_tensor(written[name]).to(device, dtype)
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
@@ -241,7 +239,7 @@ def _commit(
     for name, chosen in checkpoints_of(run.config.export).items():
         path = run.output / name / run.plan.block_shard(block.index)
         chosen.write_shard(run.output, run.skeleton, block.index, path)
-    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block.index)}
+    facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block.index)}
     line = ledger.commit(run.output, block.index, files, world_size=run.ranks.world_size, **facts)
     checkpoint.remove(run.output)
     return line

@@ -67,7 +67,7 @@ def _trained(at_hand: BlockAtHand, source: dict[str, Tensor], power: dict[str, T
         bench.quantizer.start(source, power, gathered)
         source.clear()  # the quantizers hold it, or their shard of it
         linears = bench.quantizer.folded(gathered)
-        bench.quantizer.serve(linears, job.stored)
+        bench.quantizer.serve(linears, job.as_written)
     with span("loss"):
         loss_before = agreed_loss(at_hand)
     if bench.stepper is None:

@@ -109,7 +109,7 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
         progress.best.offer(linears, loss_after)
         break
     best, gave_up = progress.best, progress.failed > job.optimize.retries
-    at_hand.bench.quantizer.serve(best.linears, job.stored)
+    at_hand.bench.quantizer.serve(best.linears, job.as_written)
     return BlockResult(best.linears, at_hand.objective.kind, loss_before, best.loss, progress.failed, gave_up)
 
 
@@ -134,11 +134,9 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
                 break
             if looks and best:
                 linears = bench.quantizer.folded(stepper.gathered)
-                bench.quantizer.serve(linears, job.stored)
+                bench.quantizer.serve(linears, job.as_written)
                 best.offer(linears, agreed_loss(at_hand))
                 del linears
-            if best and optimize.patience is not None and best.num_stale >= optimize.patience:
-                break
             if saves:
                 with job.events.waiting("checkpoint"):
                     checkpoint.save(job.checkpoints, purpose, at_hand.plan.index, progress, stepper.state())
@@ -148,7 +146,7 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
     stepper.rest()
     with span("fold"):
         linears = best.linears if best else bench.quantizer.folded(stepper.gathered)
-        bench.quantizer.serve(linears, job.stored)
+        bench.quantizer.serve(linears, job.as_written)
     with span("loss"):
         return linears, best.loss if best else agreed_loss(at_hand)
 
@@ -167,14 +165,13 @@ def _go_back(at_hand: BlockAtHand, progress: Progress, loss_before: float) -> No
     quantizer, gathered = at_hand.bench.quantizer, at_hand.bench.stepper.gathered
     try:
         last = quantizer.folded(gathered)
-        quantizer.serve(last, at_hand.job.stored)
+        quantizer.serve(last, at_hand.job.as_written)
         loss = agreed_loss(at_hand)
     except QuantizationError:
         last, loss = {}, math.inf
     quantizer.restart(gathered)
     progress.best = progress.best or BestIterate(quantizer.folded(gathered), loss_before)
     progress.best.offer(last, loss)
-    progress.best.num_stale = 0
     progress.failed, progress.done = progress.failed + 1, 0
 
 

@@ -45,9 +45,9 @@ class Bench:
 class BlockJob:
     """What quantizing a block needs beside the block, the same for all blocks of a run.
 
-    `tokens_NT` are the calibration samples. `encodings` says how activations get their grids. `benches` fills up as
-    kinds of blocks are met; its keys are the shared module and the grids of the
-    matrices quantized in it.
+    `tokens_NT` are the calibration samples. `as_written` rounds a float32 weight to what the output checkpoint holds of
+    it. `encodings` says how activations get their grids. `benches` fills up as kinds of blocks are met; its keys are
+    the shared module and the grids of the matrices quantized in it.
     """
 
     skeleton: Skeleton
@@ -56,7 +56,7 @@ class BlockJob:
     optimize: OptimizeOptions
     engine: Engine
     tokens_NT: Tensor
-    stored: Callable[[Tensor], Tensor]
+    as_written: Callable[[Tensor], Tensor]
     encodings: ActivationOptions
     activations: Activations
     ranks: Ranks
@@ -103,8 +103,8 @@ def bench_for(job: BlockJob, loaded: LoadedBlock) -> Bench:
 def _make_bench(job: BlockJob, loaded: LoadedBlock) -> Bench:
     optimize, grids = job.optimize, loaded.plan.grids
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
-    stored = (matrix.of(loaded.source).dtype for matrix in grids)
-    share = job.engine.share(next(stored, optimize.dtype))
+    dtypes = (matrix.of(loaded.source).dtype for matrix in grids)
+    share = job.engine.share(next(dtypes, optimize.dtype))
     quantizer = BlockQuantizer(loaded.module, grids, job.method, kernels, optimize.dtype, share)
     rounds = job.encodings.in_training
     inputs = RoundedInputs(loaded.module, grids if rounds else (), job.encodings)
