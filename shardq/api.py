@@ -8,13 +8,17 @@ command leaves, and the same call goes on from there.
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from shardq.arguments import Given, Setting, make_config, required
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.errors import ConfigError
 from shardq.summaries import EvaluateSummary, ExportSummary, QuantizeSummary, TuneSummary, VerifySummary
 from shardq.verbs import COMMANDS, Config, return_freed_tensors, running
+
+if TYPE_CHECKING:
+    from shardq.rundir.loaded import LoadedRun
 
 Location = str | os.PathLike[str]
 Recipes = Location | Iterable[Location]
@@ -86,6 +90,21 @@ def verify(run: Location | VerifyConfig) -> VerifySummary:
         ResumeError: the folder holds neither, or something in it is damaged; names what.
     """
     return cast(VerifySummary, _call("verify", run, (), {}))
+
+
+def load_run(run: Location) -> "LoadedRun":
+    """Read what a run has made so far: its blocks with their grids, losses and times; codes when they are asked for.
+
+    Args:
+        run: output folder of a run, finished or not.
+
+    Raises:
+        ResumeError: the folder holds no run, or its record is damaged.
+        CheckpointError: a block's file is missing or damaged.
+    """
+    from shardq.rundir import loaded
+
+    return loaded.load_run(Path(run))
 
 
 def _call(verb: str, first: Location | Config, recipes: Recipes, options: Mapping[str, object]) -> dict:

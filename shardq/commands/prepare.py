@@ -78,10 +78,11 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     Args:
         held: keeps other runs out of that folder until it is closed.
     """
+    grid = together(ranks, lambda: config.quant.grid)  # first: the output folder may be named after it
     output = output_folder(config)
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The grid as it is: a run that was begun with another default is another run.
-    quant = replace(config.quant, full_range=config.quant.spec.full_range)
+    quant = replace(config.quant, full_range=grid.full_range)
     config = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
@@ -102,7 +103,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)
-        manifest = make_manifest(chosen, skeleton.source.index, folder, digest(tokens_NT))
+        manifest = make_manifest(chosen, skeleton.source, digest(tokens_NT))
         record, line = take_folder(output, manifest, config.resume, redo, held, display)
         if line is None:
             skeleton.source.digests.update(record.source)

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 from shardq.formats.options import FormatName
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 from shardq.rundir.room import BlockBytes
 
-Grids = dict[str, QuantSpec]  # by full name of the linear
+Grids = dict[str, Grid]  # by full name of the linear
 
 
 class Format(ABC):
@@ -46,7 +46,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         """About what a block takes.
 
         Args:
@@ -67,5 +67,5 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def how_to_serve(self, spec: QuantSpec) -> str:
+    def how_to_serve(self, grid: Grid) -> str:
         """Markdown that says how a program loads it."""

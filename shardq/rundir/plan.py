@@ -13,7 +13,7 @@ from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, block_plans
 from shardq.model.choice import matrices_to_quantize
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 
 ENCODINGS: tuple[encodings.Version, ...] = ("1.0.0", "0.6.1")  # AIMET's default, and what its load_encodings reads
 REST_SHARD_BYTES = 1 << 30  # tensors outside the blocks are copied in files of about this size
@@ -40,9 +40,9 @@ class Plan:
         return len(self.blocks)
 
     @property
-    def grids(self) -> dict[str, QuantSpec]:
+    def grids(self) -> dict[str, Grid]:
         """Of every matrix that is quantized, by its name in the model."""
-        return {block.full_name(matrix): spec for block in self.blocks for matrix, spec in block.grids.items()}
+        return {block.full_name(matrix): grid for block in self.blocks for matrix, grid in block.grids.items()}
 
     @property
     def num_matrices(self) -> int:
@@ -89,17 +89,22 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions, target: str | None = None
         target: the program that is to serve the result, if it is known.
 
     Raises:
-        ConfigError: the group size does not divide a matrix' input size, or a pattern to ignore matches nothing.
+        ConfigError: the group size does not divide a matrix' input size, a pattern to ignore matches nothing, or the
+            grid cannot keep scales as the target does.
         UnsupportedModelError: no matrix would be quantized.
     """
     chosen = matrices_to_quantize(skeleton, quant.ignored)
     first = next(matrix for matrices in chosen for matrix in matrices)
-    spec = replace(quant.spec, scale_dtype=_scale_dtype(target, skeleton.source.tensors[first.sources[0]].dtype))
-    blocks = block_plans(skeleton, [dict.fromkeys(matrices, spec) for matrices in chosen])
+    scale_dtype = _scale_dtype(target, skeleton.source.tensors[first.sources[0]].dtype)
+    try:
+        grid = quant.grid.with_scales_in(scale_dtype)
+    except ValueError as error:
+        raise ConfigError(f"quant.{error}; {target} keeps them so, leave out one of the two") from error
+    blocks = block_plans(skeleton, [dict.fromkeys(matrices, grid) for matrices in chosen])
     for block in blocks:
         _check_group_sizes(block)
     rest = group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES)
-    return Plan(blocks=blocks, rest=rest, scale_dtype=spec.scale_dtype)
+    return Plan(blocks=blocks, rest=rest, scale_dtype=scale_dtype)
 
 
 def _scale_dtype(target: str | None, source_dtype: str) -> str | None:
@@ -117,9 +122,9 @@ def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
 
 
 def _check_group_sizes(block: BlockPlan) -> None:
-    for matrix, spec in block.grids.items():
-        if spec.group_size and matrix.shape[1] % spec.group_size:
+    for matrix, grid in block.grids.items():
+        if not grid.fits(matrix.shape[1]):
             raise ConfigError(
-                f"quant.group_size: {spec.group_size} does not divide the {matrix.shape[1]} input channels of "
+                f"quant.group_size: {grid.group_size} does not divide the {matrix.shape[1]} input channels of "
                 f"{block.full_name(matrix)}; choose a divisor, or -1 for per-channel"
             )

@@ -88,7 +88,7 @@ class BlockJob:
 
 def bench_for(job: BlockJob, loaded: LoadedBlock) -> Bench:
     """The bench for blocks of this kind; compiled if this is the first of them."""
-    key = (loaded.module, tuple((matrix.name, spec) for matrix, spec in loaded.plan.grids.items()))
+    key = (loaded.module, tuple((matrix.name, grid) for matrix, grid in loaded.plan.grids.items()))
     if key not in job.benches:
         start = time.perf_counter()
         if job.optimize.compile == "on" and not job.benches:

@@ -112,7 +112,7 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
         (
             ["--quant.group_size", 32, "--quant.decompressed_bits", 4],
             errors.ConfigError,
-            "above quant.bits (4), at most",
+            "above bits (4), at most",
         ),
         (["--quant.group_size", 32, "--quant.decompressed_bits", 17], errors.ConfigError, "decompressed_bits: 17"),
         (

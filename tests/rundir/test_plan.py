@@ -85,7 +85,7 @@ def test_scales_are_kept_in_the_dtype_that_the_target_keeps_them_in(tmp_path: Pa
     skeleton = open_skeleton(tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype)))
     for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
         plan = make_plan(skeleton, SOURCE, target)
-        assert {spec.scale_dtype for spec in plan.grids.values()} == {plan.scale_dtype} == {expected}
+        assert {grid.scale_dtype for grid in plan.grids.values()} == {plan.scale_dtype} == {expected}
 
 
 class TestFiles:
