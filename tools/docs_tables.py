@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Writes what docs/ says of options, formats, models and Python functions from the code: python tools/docs_tables.py
+"""Writes the tables of README and docs/ that come from the code and from results: python tools/docs_tables.py
 
 Each part stands between two comments of its page, `<!-- NAME: by tools/docs_tables.py -->` and `<!-- end of NAME -->`.
 tests/test_docs.py compares them.
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -123,6 +124,20 @@ def _require(holds: bool) -> None:
         raise ConfigError("not served")
 
 
+def demo_text() -> str:
+    """The demo's results as its commands printed them, kept in docs/results/demo.json."""
+    told = json.loads((ROOT / "docs/results/demo.json").read_text())
+    run, size = told["run"], [f"{told[name] / 1e6:.0f} MB" for name in ("source_bytes", "quantized_bytes")]
+    cost = f"{run['seconds']:.0f} s", f"{run['peak_rss_bytes'] / 2**20:.0f} MiB"
+    perplexity = {name: f"{told[name]['perplexity']:.3f}" for name in ("float", "rtn", "quantized")}
+    rows = [
+        ("float (bfloat16)", perplexity["float"], "", "", size[0]),
+        ("round-to-nearest, 4 bits", perplexity["rtn"], "", "", ""),
+        ("**shardq, 4 bits**", f"**{perplexity['quantized']}**", *cost, f"{size[1]}, of which 57 MB are embeddings"),
+    ]
+    return _table(("model", "perplexity", "quantizing", "peak memory a rank", "tensors"), rows)
+
+
 def models_text() -> str:
     """The families that the sweep has streamed, each with its forms."""
     lines = (ROOT / "tests/families/streamed.txt").read_text().splitlines()
@@ -174,6 +189,8 @@ def _cell(text: str) -> str:
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "results of the demo": ("README.md", demo_text),
+    "demo": ("docs/results.md", demo_text),
     "recipes": ("docs/options.md", recipes_text),
     "options": ("docs/options.md", options_text),
     "grids and programs": ("docs/formats.md", formats_text),

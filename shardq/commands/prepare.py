@@ -13,7 +13,7 @@ from shardq.compiling import why_not
 from shardq.config import QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
-from shardq.export.target import check_served
+from shardq.export.target import as_served, check_served
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
@@ -91,7 +91,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
         companions(folder)  # they are copied after the last block; one that must not be is refused now
         _check_length(skeleton, length)
-        plan = make_plan(skeleton, config.quant, config.target)
+        plan = as_served(config, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             plan = plan.with_arguments(record_arguments(skeleton, embed, length))
@@ -205,7 +205,7 @@ def _say_what_will_be_done(run: Run) -> None:
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
         f"block{more}"
     )
-    if config.quant.full_range:
+    if config.quant.grid.has_signed_scales:
         line(
             "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
             "--quant.full_range false for runtimes that ask for symmetric weights"

@@ -8,20 +8,34 @@ from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
-from shardq.export.chosen import check_installed, format_of, formats_of
+from shardq.export.chosen import check_installed, formats_of, served_as
 from shardq.formats import compressed_tensors, gptq
-from shardq.formats.options import FormatName
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
+from shardq.rundir.block_output import written_dtype
 from shardq.rundir.plan import Plan
 
-TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
 # activations) ask of a linear's sizes.
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
+
+
+def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
+    """The plan with scales that are kept as the target keeps them; the same plan where there is no target.
+
+    Raises:
+        ConfigError: its grids cannot keep them so.
+    """
+    if config.target is None:
+        return plan
+    dtype = served_as(config.target, config.export).scale_dtype(written_dtype(skeleton, plan, "source"))
+    try:
+        return plan.with_scales_in(str(dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise ConfigError(f"quant.{error}; {config.target} keeps them so, leave out one of the two") from error
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -33,8 +47,8 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     grid, export = config.quant.grid, config.export
     asked = formats_of(export)
     if config.target:  # what it is to serve must be there in the end, by this run or by an export
-        name = TARGETS[config.target]
-        asked |= {name: format_of(name, export)}
+        served = served_as(config.target, export)
+        asked |= {served.name: served}
     for chosen in asked.values():
         check_installed(chosen)
     if config.target == "vllm" and grid.bits not in compressed_tensors.BITS:
@@ -61,8 +75,11 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
             "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
             "leave it out"
         )
-    if "gptq" in config.export.asked and not gptq.is_served_by_vllm(grid):
-        raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
+    for chosen in formats_of(config.export).values():
+        if chosen.rounded_by == "vllm" and not chosen.is_served(grid):
+            raise ConfigError(
+                f"export.formats: vLLM takes {chosen.name} on symmetric grids with positive scales only; leave it out"
+            )
     fault_on = partial(_shape_fault, skeleton, plan, grid, VLLM_MULTIPLE[activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]

@@ -1,7 +1,6 @@
 """The tensors of a checkpoint under the names that a model asks for, however they are stored.
 
-No pass is made to know the files again: a digest of each stored tensor is taken as its bytes go by, and compared when
-they are read another time.
+The digest of a stored tensor is taken as its bytes go by, without a pass for it, and compared when they are read again.
 """
 
 import math
@@ -33,7 +32,7 @@ Rows = list[int] | None
 """Indices of a tensor's first dimension, ascending; None for all of it."""
 
 Decode = Callable[[Callable[[TensorInfo, Rows], Tensor], Rows], Tensor]
-"""Makes some rows of a tensor's values, or all: the first argument reads rows of a stored tensor, or all of it."""
+"""Makes a tensor's values, of some rows or of all. Its first argument reads some rows of a stored tensor, or all."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class SourceTensor:
     Attributes:
         dtype: of the values, as safetensors names it.
         shape: of the values.
-        stored: at least one; messages name the first one's file.
+        stored: at least one.
         decode: None where the values are those of the one stored tensor.
     """
 
@@ -55,7 +54,7 @@ class SourceTensor:
 
     @property
     def file(self) -> Path:
-        """Where to look first if something is wrong with it."""
+        """The file that messages name."""
         return self.stored[0].file
 
     @property
@@ -119,7 +118,7 @@ class WeightSource:
 
     def read_unchecked(self, tensor: SourceTensor) -> Tensor:
         """Read a tensor's values, which may not be finite, from bytes that may have changed; raises `read_tensor`'s."""
-        return _values(tensor, read_stored_rows)
+        return _values(tensor, _read_stored)
 
     def read_rows(self, tensor: SourceTensor, rows: list[int]) -> Tensor:
         """Read some rows of a floating-point tensor's values, which must be finite.
@@ -127,7 +126,7 @@ class WeightSource:
         Raises:
             CheckpointError: a NaN or an infinity is found, or a file ended early.
         """
-        values = _values(tensor, read_stored_rows, rows)
+        values = _values(tensor, _read_stored, rows)
         _check_finite(tensor, values, rows)
         return values
 
@@ -183,8 +182,7 @@ def open_source(folder: Path, decoder: Decoder = lambda index: ()) -> WeightSour
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
 
 
-def read_stored_rows(info: TensorInfo, rows: Rows) -> Tensor:
-    """Rows of a stored tensor, or all of it; raises `read_tensor`'s reasons."""
+def _read_stored(info: TensorInfo, rows: Rows) -> Tensor:
     return read_tensor(info) if rows is None else read_rows(info, rows)
 
 

@@ -179,7 +179,7 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
         "scale": folded.scale_OG
     }
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
-    if folded.grid.scale_dtype == "float16" and wrong in (["scale"], []) and not folded.has_valid_scales:
+    if folded.grid.kept_dtype is torch.float16 and wrong in (["scale"], []) and not folded.has_valid_scales:
         raise QuantizationError(
             f"{name}: its weights need a scale beyond what float16 holds, in which the target keeps scales; leave this "
             "linear as it is with --quant.ignore, or leave out --target"

@@ -64,6 +64,14 @@ class Plan:
         """Versions of AIMET encodings that the run writes: those whose file a program can be expected to load."""
         return [version for version in ENCODINGS if encodings.fits(version, self.num_scales)]
 
+    def with_scales_in(self, dtype: str) -> "Plan":
+        """The same, scales rounded to a dtype by name; raises the grids' ValueError where they cannot be."""
+        blocks = [
+            replace(block, grids={matrix: grid.with_scales_in(dtype) for matrix, grid in block.grids.items()})
+            for block in self.blocks
+        ]
+        return replace(self, blocks=blocks, scale_dtype=dtype)
+
     def with_arguments(self, arguments: Sequence[BlockArguments]) -> "Plan":
         """The same with what the model passes to each block."""
         pairs = zip(self.blocks, arguments, strict=True)
@@ -82,36 +90,18 @@ class Plan:
         return [shard_name(number, self.num_shards) for number in range(1, self.num_shards + 1)]
 
 
-def make_plan(skeleton: Skeleton, quant: QuantOptions, target: str | None = None) -> Plan:
+def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
     """Decide what is quantized, on which grids, and where it goes.
 
-    Args:
-        target: the program that is to serve the result, if it is known.
-
     Raises:
-        ConfigError: the group size does not divide a matrix' input size, a pattern to ignore matches nothing, or the
-            grid cannot keep scales as the target does.
+        ConfigError: the group size does not divide a matrix' input size, or a pattern to ignore matches nothing.
         UnsupportedModelError: no matrix would be quantized.
     """
     chosen = matrices_to_quantize(skeleton, quant.ignored)
-    first = next(matrix for matrices in chosen for matrix in matrices)
-    scale_dtype = _scale_dtype(target, skeleton.source.tensors[first.sources[0]].dtype)
-    try:
-        grid = quant.grid.with_scales_in(scale_dtype)
-    except ValueError as error:
-        raise ConfigError(f"quant.{error}; {target} keeps them so, leave out one of the two") from error
-    blocks = block_plans(skeleton, [dict.fromkeys(matrices, grid) for matrices in chosen])
+    blocks = block_plans(skeleton, [dict.fromkeys(matrices, quant.grid) for matrices in chosen])
     for block in blocks:
         _check_group_sizes(block)
-    rest = group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES)
-    return Plan(blocks=blocks, rest=rest, scale_dtype=scale_dtype)
-
-
-def _scale_dtype(target: str | None, source_dtype: str) -> str | None:
-    """Name of the dtype that a target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
-    if target is None:
-        return None
-    return "float16" if target == "gguf" or source_dtype == "F16" else "bfloat16"
+    return Plan(blocks=blocks, rest=group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES))
 
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:

@@ -224,7 +224,9 @@ def test_bad_option_ends_the_command_with_code_2_and_one_line(llama, token_file,
 
 
 def test_an_error_that_all_ranks_see_is_printed_once(llama, token_file, tmp_path):
-    lines = failing_launch(quantize_arguments(llama, token_file, tmp_path / "out", "--quant.group_size", 48))
+    lines = failing_launch(
+        quantize_arguments(llama, token_file, tmp_path / "out", "--quant.group_size", 48), tiny.torchrun
+    )
     assert len(lines) == 1 and "48 does not divide" in lines[0]
 
 

@@ -16,8 +16,8 @@ from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid, ActivationLevels
-from shardq.quant.options import ActivationOptions
 from shardq.quant.integer_grid import IntegerGrid
+from shardq.quant.options import ActivationOptions
 from shardq.rundir.plan import Plan
 from shardq.training.activation_grids import activation_grids, observed, plan_activations, simulated
 
