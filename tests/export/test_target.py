@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import DeepseekV3Config, OPTConfig
 
 import tiny
