@@ -15,6 +15,7 @@ from shardq.config import QuantOptions
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.shards import INDEX_FILE, Index, TensorInfo, open_index, read_tensor
 from shardq.formats.source import Rows, SourceTensor, WeightSource, open_source, stored_in
+from shardq.model.block import block_plans
 from shardq.model.ends import epilogue, prologue
 from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
@@ -126,9 +127,8 @@ class TestModel:
             open_skeleton(folders[0])
 
     def test_blocks_stream_as_those_that_store_the_values(self, encoded: Skeleton, plain: Skeleton):
-        for found, expected in zip(
-            stream_blocks(encoded, range(3), CPU), stream_blocks(plain, range(3), CPU), strict=True
-        ):
+        streams = (stream_blocks(skeleton, block_plans(skeleton), CPU) for skeleton in (encoded, plain))
+        for found, expected in zip(*streams, strict=True):
             assert found.source.keys() == expected.source.keys() and len(found.source) == 9
             assert [name for name, value in found.source.items() if not torch.equal(value, expected.source[name])] == []
         name = "model.layers.2.mlp.up_proj.weight"
@@ -144,7 +144,7 @@ class TestModel:
         assert torch.equal(*hidden) and torch.equal(*logits) and logits[0].shape == (1, 4, 300)
 
     def test_all_but_quantized_weights_is_copied_as_it_is_stored(self, encoded: Skeleton, tmp_path: Path):
-        plan = make_plan(encoded, QuantOptions(ignore=("*.q_proj",)))
+        plan = make_plan(encoded, QuantOptions(ignore=("re:.*([qkvo]|gate|up)_proj",)))
         outside = check_outside(encoded)
         assert outside.keys() == {
             "model.norm.weight",
@@ -155,14 +155,14 @@ class TestModel:
         linear = QuantizedLinear(
             weight_OI.to(torch.int8), torch.ones(64, 1), torch.zeros(64, 1), QuantOptions(symmetric=True).spec
         )
-        for number in range(3):
-            write_block_files(tmp_path, encoded, plan, number, {"mlp.down_proj": linear}, {}, torch.float32, CPU)
+        for block in plan.blocks:
+            write_block_files(tmp_path, encoded, plan, block, {"mlp.down_proj": linear}, {}, torch.float32, CPU)
         write_run_files(tmp_path, encoded, plan, torch.float32)
         stored, written = load_file(encoded.folder / "model.safetensors"), {}
         for shard in set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()):
             written |= load_file(tmp_path / shard)
-        for name in plan.names:
-            linear_name = f"{name}.mlp.down_proj.weight"
+        for block in plan.blocks:
+            linear_name = f"{block.name}.mlp.down_proj.weight"
             del stored[f"{linear_name}_codes"], stored[f"{linear_name}_scale"]
             assert torch.equal(written.pop(linear_name), weight_OI)
         assert written.keys() == stored.keys()
@@ -170,6 +170,6 @@ class TestModel:
 
     def test_digests_of_all_stored_parts_are_kept_with_the_block(self, encoded: Skeleton):
         check_outside(encoded)
-        next(stream_blocks(encoded, [0], CPU, ahead=False))
+        next(stream_blocks(encoded, block_plans(encoded), CPU, ahead=False))
         kept = noted(encoded.source.digests, encoded, 0)
         assert kept == encoded.source.digests and len(kept) == 3 + 2 + 7 * 2
