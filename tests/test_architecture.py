@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
 LAYERS = ["errors", "spelling", "shipped", "files", "background", "devices", "torch_internals", "compiling", "logs",
-          "liveness", "quant", "formats", "model", "calib", "cache", "optimize", "parallel", "config", "summaries",
-          "recipe", "arguments", "help", "checks", "rundir", "training", "export", "commands", "verbs", "api", "cli",
+          "liveness", "matrix", "quant", "formats", "model", "calib", "cache", "optimize", "parallel", "config",
+          "summaries", "recipe", "arguments", "help", "checks", "rundir", "training", "export", "commands", "verbs",
+          "api", "cli",
           "__init__"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},

@@ -3,6 +3,7 @@
 The digest of a stored tensor is taken as its bytes go by, without a pass for it, and compared when they are read again.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from shardq.errors import CheckpointError
+from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.files import storage_errors
 from shardq.formats.shards import (
     DTYPES,
     Index,
     TensorInfo,
+    inside,
     open_index,
     read_pieces,
     read_rows,
@@ -166,20 +169,50 @@ class WeightSource:
         _compare(info, xxhash.xxh3_128_hexdigest(content), self.digests)
 
 
-def open_source(folder: Path, decoder: Decoder = lambda index: ()) -> WeightSource:
-    """Open a checkpoint folder, whose shards' headers are read.
+def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
+    """Open a checkpoint folder: read config.json and the shards' headers.
 
     Args:
-        decoder: default: every tensor is stored as it is.
+        decoder: default: that of the storage scheme which config.json names.
 
     Raises:
-        CheckpointError: as `open_index`.
+        CheckpointError: as `open_index` and `read_config`.
+        UnsupportedModelError: there is no decoder for that scheme.
     """
-    index = open_index(folder)
-    decoded = list(decoder(index))
+    index, config = open_index(folder), read_config(folder)
+    decoded = list((decoder or _decoder_for(folder, config))(index))
     encoded = {info.name for info in stored_in(decoded)}
     plain = [as_stored(info) for info in index.values() if info.name not in encoded]
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
+
+
+def read_config(folder: Path) -> dict:
+    """A checkpoint's config.json.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = inside(folder, "config.json")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
+    try:
+        with storage_errors(path, "read"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error
+    return config
+
+
+def _decoder_for(folder: Path, config: dict) -> Decoder:
+    scheme = config.get("quantization_config")
+    if scheme:
+        method = scheme.get("quant_method", "unknown method") if isinstance(scheme, dict) else scheme
+        raise UnsupportedModelError(
+            f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
+        )
+    return lambda index: ()  # every tensor is stored as it is
 
 
 def _read_stored(info: TensorInfo, rows: Rows) -> Tensor:
