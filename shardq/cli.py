@@ -74,7 +74,7 @@ def parse(verb: str, arguments: list[str]) -> Config:
         if "version" in given.flags:
             print(f"shardq {__version__}")
             sys.exit(0)
-        config = make_config(config_class, given, verb)
+        config: Config = make_config(config_class, given, verb)
         if "print-config" in given.flags:
             print(as_recipe(config), end="")
             sys.exit(0)

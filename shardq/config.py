@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import MovedText, TextOptions
@@ -10,8 +10,10 @@ from shardq.errors import ConfigError
 from shardq.formats.options import AimetOptions, ExportOptions, FormatName
 from shardq.optimize.options import OptimizeOptions, TuneOptions
 from shardq.parallel.options import ParallelOptions
-from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.options import DEFAULT_IGNORE, ActivationOptions
+
+if TYPE_CHECKING:  # options are read before torch is imported, which takes seconds
+    from shardq.quant.integer_grid import IntegerGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +42,14 @@ class QuantOptions:
     brackets, as in `re:.*[.]1{1,2}[.].*`, belongs to the pattern. Embeddings and head are never quantized."""
 
     @property
-    def grid(self) -> IntegerGrid:
+    def grid(self) -> "IntegerGrid":
         """The grid that these options describe.
 
         Raises:
             ConfigError: there is none; names the option, its value and what is allowed.
         """
+        from shardq.quant.integer_grid import IntegerGrid
+
         # A multiplier is positive, so two-level scales are.
         by_default = self.bits <= 4 and self.symmetric and self.decompressed_bits is None
         try:
@@ -60,7 +64,7 @@ class QuantOptions:
             raise ConfigError(f"quant.{error}") from error
 
     @property
-    def spec(self) -> IntegerGrid:
+    def spec(self) -> "IntegerGrid":
         """The grid, under the name that is going away."""
         return self.grid
 

@@ -78,6 +78,11 @@ def test_python_calls_have_options_that_are_there():
             assert verb in shardq.__all__
 
 
+def test_settings_that_pages_show_are_yaml():
+    blocks = [block for text in PAGES.values() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert blocks and all(all(yaml.safe_load_all(block)) for block in blocks)
+
+
 def test_extras_that_pages_install_are_declared():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     shown = re.findall(r"pip install '(?:shardq|\.)\[([\w,]+)\]'", "\n".join(PAGES.values()))

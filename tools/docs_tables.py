@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""Writes what docs/ says of options, formats, models and Python functions from the code: python tools/docs_tables.py
+"""Writes the tables of README and docs/ that come from the code and from results: python tools/docs_tables.py
 
 Each part stands between two comments of its page, `<!-- NAME: by tools/docs_tables.py -->` and `<!-- end of NAME -->`.
 tests/test_docs.py compares them.
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,24 +51,41 @@ def options_text() -> str:
     """A table for each command and each group of its options."""
     parts = []
     for verb, command in COMMANDS.items():
-        for title, rows in _groups(command.config, "", ""):
+        for title, rows in _groups(command.config, None, "", ""):
             head = f"### {title}" if title else f"## `shardq {verb}`"
-            parts.append(f"{head}\n\n{_table(('option', 'meaning', 'default'), rows)}")
+            parts.append(f"{head}\n\n{_table(('option', 'meaning', 'values', 'default'), rows)}")
     return "\n".join(parts)
 
 
-def _groups(config_class: type, prefix: str, title: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+def _groups(config_class: type, start: object, prefix: str, title: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """The options of a class and of its sections; defaults are those of `start`, or else the fields' own."""
     hints, texts = get_type_hints(config_class), docstrings(config_class)
-    own = [each for each in fields(config_class) if not is_dataclass(hints[each.name])]
-    yield title, [(f"`--{prefix}{each.name}`", _cell(texts[each.name]), _default(each)) for each in own]
+    rows = []
+    for each in fields(config_class):
+        if not is_dataclass(hints[each.name]):
+            default = _default(each.default if start is None else getattr(start, each.name))
+            rows.append((f"`--{prefix}{each.name}`", _cell(texts[each.name]), _values(hints[each.name]), default))
+    yield title, rows
     for each in fields(config_class):
         section = hints[each.name]
         if is_dataclass(section):
-            yield from _groups(section, f"{prefix}{each.name}.", section.__doc__.removesuffix("."))
+            section_start = each.default_factory() if start is None else getattr(start, each.name)
+            yield from _groups(section, section_start, f"{prefix}{each.name}.", section.__doc__.removesuffix("."))
 
 
-def _default(field: Field) -> str:
-    value = field.default
+def _values(hint: object) -> str:
+    """What an option takes, where that is a choice or not plain text."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in parts)
+    if get_origin(hint) is tuple:
+        return _values(parts[0]) or "names"
+    if parts:
+        return next(filter(None, map(_values, parts)), "")
+    return {int: "a whole number", float: "a number", bool: "`true`, `false`"}.get(hint, "")
+
+
+def _default(value: object) -> str:
     if value is MISSING:
         return "required"
     if value in (None, ()):
@@ -123,6 +141,20 @@ def _require(holds: bool) -> None:
         raise ConfigError("not served")
 
 
+def demo_text() -> str:
+    """The demo's results as its commands printed them, kept in docs/results/demo.json."""
+    told = json.loads((ROOT / "docs/results/demo.json").read_text())
+    run, size = told["run"], [f"{told[name] / 1e6:.0f} MB" for name in ("source_bytes", "quantized_bytes")]
+    cost = f"{run['seconds']:.0f} s", f"{run['peak_rss_bytes'] / 2**20:.0f} MiB"
+    perplexity = {name: f"{told[name]['perplexity']:.3f}" for name in ("float", "rtn", "quantized")}
+    rows = [
+        ("float (bfloat16)", perplexity["float"], "", "", size[0]),
+        ("round-to-nearest, 4 bits", perplexity["rtn"], "", "", ""),
+        ("**shardq, 4 bits**", f"**{perplexity['quantized']}**", *cost, f"{size[1]}, of which 57 MB are embeddings"),
+    ]
+    return _table(("model", "perplexity", "quantizing", "peak memory a rank", "tensors"), rows)
+
+
 def models_text() -> str:
     """The families that the sweep has streamed, each with its forms."""
     lines = (ROOT / "tests/families/streamed.txt").read_text().splitlines()
@@ -174,6 +206,8 @@ def _cell(text: str) -> str:
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "results of the demo": ("README.md", demo_text),
+    "demo": ("docs/results.md", demo_text),
     "recipes": ("docs/options.md", recipes_text),
     "options": ("docs/options.md", options_text),
     "grids and programs": ("docs/formats.md", formats_text),

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
+
 from shardq.formats.options import FormatName
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
@@ -44,6 +46,14 @@ class Format(ABC):
             ConfigError: a grid or a size does not fit.
             UnsupportedModelError: the format has no place for the model.
         """
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What its target rounds scales to, in a model of some dtype."""
+        return dtype if dtype is torch.float16 else torch.bfloat16
+
+    def is_served(self, grid: Grid) -> bool:
+        """Whether its target's program takes it on a grid that `check` lets pass."""
+        return True
 
     @abstractmethod
     def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:

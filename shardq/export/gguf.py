@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from shardq.export.base import Format, Grids
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
@@ -22,6 +24,9 @@ class Gguf(Format):
         from shardq.export.gguf_file import check_gguf  # its package is an extra
 
         check_gguf(skeleton, grids)
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float16
 
     def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         return block.others + block.num_weights * (34 if grid.bits > 4 else 20) // 32

@@ -33,6 +33,9 @@ class Gptq(Checkpoint):
     def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
         return gptq.quantization_config(grid, ignored)
 
+    def is_served(self, grid: Grid) -> bool:
+        return gptq.is_served_by_vllm(grid)
+
     def how_to_serve(self, grid: Grid) -> str:
         loaded = in_transformers("gptqmodel optimum", LOAD_PLAIN)
-        return with_vllm(loaded) if gptq.is_served_by_vllm(grid) else f"W{loaded[1:]}"
+        return with_vllm(loaded) if self.is_served(grid) else f"W{loaded[1:]}"

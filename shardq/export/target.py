@@ -1,24 +1,21 @@
 """What the program that is to serve a run's result asks of it, checked before work starts."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
-import torch
 from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
-from shardq.export.chosen import check_installed, format_of, formats_of
+from shardq.export.chosen import check_installed, formats_of, served_as
 from shardq.formats import compressed_tensors, gptq
-from shardq.formats.options import FormatName
+from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
 from shardq.rundir.block_output import written_dtype
 from shardq.rundir.plan import Plan
 
-TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
 # activations) ask of a linear's sizes.
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
@@ -26,13 +23,19 @@ VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
 
 
-def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
-    """Name of the dtype that the target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
+def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
+    """The plan with scales that are kept as the target keeps them; the same plan where there is no target.
+
+    Raises:
+        ConfigError: its grids cannot keep them so.
+    """
     if config.target is None:
-        return None
-    return (
-        "float16" if config.target == "gguf" or written_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
-    )
+        return plan
+    dtype = served_as(config.target, config.export).scale_dtype(written_dtype(skeleton, plan, "source"))
+    try:
+        return plan.with_scales_in(str(dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise ConfigError(f"quant.{error}; {config.target} keeps them so, leave out one of the two") from error
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -44,29 +47,19 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     grid, export = config.quant.grid, config.export
     asked = formats_of(export)
     if config.target:  # what it is to serve must be there in the end, by this run or by an export
-        name = TARGETS[config.target]
-        asked |= {name: format_of(name, export)}
+        served = served_as(config.target, export)
+        asked |= {served.name: served}
     for chosen in asked.values():
         check_installed(chosen)
-    try:
-        grid.with_scales_in(scale_dtype(config, skeleton, plan))
-    except ValueError as error:
-        raise ConfigError(f"quant.{error}; {config.target} keeps them so, leave out one of the two") from error
     if config.target == "vllm" and grid.bits not in compressed_tensors.BITS:
         raise ConfigError(
             f"quant.bits: vLLM has no kernel for {grid.bits} bits, only for 4 and 8; choose one of them, or leave out "
             "target"
         )
     for chosen in asked.values():
-        chosen.check(skeleton, {name: grid for name, _ in _linears(skeleton, plan)})
+        chosen.check(skeleton, plan.grids)
     if config.target == "vllm":
         _check_vllm(config, skeleton, plan)
-
-
-def _linears(skeleton: Skeleton, plan: Plan) -> Iterator[tuple[str, nn.Linear]]:
-    """The linears to quantize, by full name."""
-    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
-        yield from ((f"{block_name}.{name}", block.get_submodule(name)) for name in names)
 
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -82,16 +75,19 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
             "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
             "leave it out"
         )
-    if "gptq" in config.export.asked and not gptq.is_served_by_vllm(grid):
-        raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
+    for chosen in formats_of(config.export).values():
+        if chosen.rounded_by == "vllm" and not chosen.is_served(grid):
+            raise ConfigError(
+                f"export.formats: vLLM takes {chosen.name} on symmetric grids with positive scales only; leave it out"
+            )
     fault_on = partial(_shape_fault, skeleton, plan, grid, VLLM_MULTIPLE[activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
-        fault = fault if served else fault_on(1)
+        fault = fault if served else fault_on(1) or fault
         advice = f"on {' or '.join(served)} it is served" if served else _how_to_ignore(skeleton, fault.name)
         raise ConfigError(f"target: {fault.reason}; {advice}")
-    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
-        _check_fused(block_name, block, names)
+    for block in plan.blocks:
+        _check_fused(block, skeleton.blocks[block.index])
 
 
 @dataclass(frozen=True)
@@ -118,11 +114,11 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, grid: Grid, multiple: int, degr
         return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
     if max(kv_heads, degree) % min(kv_heads, degree):
         return _Fault(f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated")
-    for name, linear in _linears(skeleton, plan):
+    for name, matrix in ((block.full_name(matrix), matrix) for block in plan.blocks for matrix in block.grids):
         way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
         over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
         parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
-        for kind, size in (("input", linear.in_features), ("output", linear.out_features)):
+        for kind, size in (("input", matrix.shape[1]), ("output", matrix.shape[0])):
             split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
             part = f"{name} has {size} {kind} channels{split}"
             if size % (parts[kind] * multiple):
@@ -154,12 +150,13 @@ def _last_parts(names: list[str], before: str = "", between: str = ", ") -> str:
     return between.join(before + name.rpartition(".")[2] for name in names)
 
 
-def _check_fused(block_name: str, block: nn.Module, names: list[str]) -> None:
+def _check_fused(block: BlockPlan, module: nn.Module) -> None:
+    names = [matrix.name for matrix in block.grids]
     for parent in sorted({name.rpartition(".")[0] for name in names}):
-        for together in _fused_groups(block, parent):
+        for together in _fused_groups(module, parent):
             left = [name for name in together if name not in names]
             if left and len(left) < len(together):
                 raise ConfigError(
-                    f"quant.ignore: vLLM fuses {_last_parts(together)} of {block_name}.{parent}, so all or none must "
+                    f"quant.ignore: vLLM fuses {_last_parts(together)} of {block.name}.{parent}, so all or none must "
                     f"be quantized; {left[0]} is not"
                 )

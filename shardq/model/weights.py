@@ -4,7 +4,6 @@ import copy
 import ctypes
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from types import NoneType
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
+from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.model.transformers_internals import initialise
@@ -23,23 +23,8 @@ from shardq.torch_internals import non_persistent_buffers
 COMPUTE_DTYPE = torch.float32
 
 
-@dataclass(frozen=True)
-class LoadedBlock:
-    """A block with its weights.
-
-    Attributes:
-        index: the block's place in the model.
-        module: computes in float32; the same module, with other weights, for all blocks that are built alike.
-        source: parameters and persistent buffers by name within the block, in the source's dtype.
-    """
-
-    index: int
-    module: nn.Module
-    source: dict[str, Tensor]
-
-
 def read_weights(
-    skeleton: Skeleton, block_index: int, device: torch.device, but: Container[str] = ()
+    skeleton: Skeleton, block: BlockPlan, device: torch.device, but: Container[str] = ()
 ) -> dict[str, Tensor]:
     """Read a block's parameters and persistent buffers, by name within it, in the source's dtype.
 
@@ -49,21 +34,22 @@ def read_weights(
     Raises:
         CheckpointError: as `WeightSource.read`.
     """
-    buffers, pinned = dict(skeleton.blocks[block_index].named_buffers()), device.type == "cuda"
+    buffers, pinned = dict(skeleton.blocks[block.index].named_buffers()), device.type == "cuda"
     return {
         name: to_device(skeleton.source.read(tensor, name in buffers, pinned), device)
-        for name, tensor in skeleton.block_tensors(block_index).items()
+        for name, tensor in skeleton.block_tensors(block.index).items()
         if name not in but
     }
 
 
 def stream_blocks(
     skeleton: Skeleton,
-    block_indices: Iterable[int],
+    blocks: Iterable[BlockPlan],
     device: torch.device,
+    dtype: torch.dtype = COMPUTE_DTYPE,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
     ahead: bool = True,
-    read: Callable[[int], dict[str, Tensor]] | None = None,
+    read: Callable[[BlockPlan], dict[str, Tensor]] | None = None,
 ) -> Iterator[LoadedBlock]:
     """Yield blocks with their weights on the device.
 
@@ -71,20 +57,21 @@ def stream_blocks(
     next is asked for.
 
     Args:
+        dtype: of the blocks' matrix multiplies.
         waiting: entered while the next block's weights are waited for.
         ahead: read the next block's weights meanwhile, which takes their memory; else when it is asked for.
         read: gives a block's tensors on the device, by name within it (default: those of the checkpoint).
     """
     slots: dict[tuple, nn.Module] = {}
     read = read or partial(read_weights, skeleton, device=device)
-    for block_index, source in (lookahead if ahead else one_by_one)(read, block_indices, waiting):
-        block = skeleton.blocks[block_index]
+    for plan, source in (lookahead if ahead else one_by_one)(read, blocks, waiting):
+        block = skeleton.blocks[plan.index]
         kind = _signature(block)
         if kind not in slots:
             slots[kind] = copy.deepcopy(block)
         _carry_attributes(block, slots[kind])
-        fill(_model_around(skeleton, skeleton.names[block_index]), slots[kind], dict(source), device)
-        yield LoadedBlock(block_index, slots[kind], source)
+        fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
+        yield LoadedBlock(plan=plan, module=slots[kind], source=source, dtype=dtype)
         del source
         _return_freed_memory()
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from shardq.errors import ResumeError
 from shardq.formats.block_file import read_block, read_grids
 from shardq.logs import Event
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.record import RunRecord
 
@@ -36,7 +36,7 @@ class FinishedBlock:
 
     index: int
     name: str
-    grids: dict[str, QuantSpec]
+    grids: dict[str, Grid]
     facts: dict[str, Any]
     seconds: dict[str, float]
     num_bytes: int
@@ -86,20 +86,19 @@ def load_run(output: Path) -> LoadedRun:
     record, folder = RunRecord.read(output), RunFolder(output)
     if not folder.manifest.exists():
         raise ResumeError(record.why_unfinished())
-    events, entries = record.events(), record.entries
-    numbers = sorted(number for number in entries if number is not None)
-    grids = {number: read_grids(folder.block(number)) for number in numbers}
+    events = record.events()
+    grids = {number: read_grids(folder.block(number)) for number in record.blocks}
     blocks = [
         FinishedBlock(
             index=number,
             name=_block_name(grids, number),
             grids=grids[number],
-            facts={name: value for name, value in entries[number].items() if name not in OF_FILES},
+            facts={name: value for name, value in entry.items() if name not in OF_FILES},
             seconds=_seconds(events, number),
-            num_bytes=sum(entries[number]["bytes"].values()),
+            num_bytes=sum(entry["bytes"].values()),
             path=folder.block(number),
         )
-        for number in numbers
+        for number, entry in record.blocks.items()
     ]
     return LoadedRun(
         output=output,
@@ -110,7 +109,7 @@ def load_run(output: Path) -> LoadedRun:
     )
 
 
-def _block_name(grids: dict[int, dict[str, QuantSpec]], index: int) -> str:
+def _block_name(grids: dict[int, dict[str, Grid]], index: int) -> str:
     """A block's name: that of the list of blocks, which every matrix's name begins with, and the block's number."""
     for number, names in grids.items():
         for name in names:

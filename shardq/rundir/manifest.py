@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from shardq import __version__
 from shardq.config import QuantizeConfig, listed
@@ -48,7 +49,8 @@ def model_of(source: WeightSource) -> dict:
     What differs elsewhere is found as it is read, by the digests that the ledger keeps.
     """
     path = source.folder / "config.json"
-    weights, files = hashlib.sha256(), defaultdict(hashlib.sha256)
+    weights = hashlib.sha256()
+    files: dict[str, Any] = defaultdict(hashlib.sha256)
     for info in source.index.values():
         place = repr((info.name, info.file.name, info.dtype, info.shape, info.offset)).encode()
         for part in (place, read_sample(info)):

@@ -45,6 +45,12 @@ class RunRecord:
         return finished(self.lines)
 
     @property
+    def blocks(self) -> dict[int, dict]:
+        """The entries of the blocks that are done, by their numbers in rising order."""
+        entries = self.entries
+        return {number: entries[number] for number in sorted(number for number in entries if number is not None)}
+
+    @property
     def is_finished(self) -> bool:
         """Whether all blocks are done, and what completes them."""
         return None in self.entries
@@ -57,7 +63,7 @@ class RunRecord:
     @property
     def num_done(self) -> int:
         """Number of blocks that are done."""
-        return len(self.entries.keys() - {None})
+        return len(self.blocks)
 
     @property
     def num_redos(self) -> int:
@@ -72,8 +78,7 @@ class RunRecord:
     @property
     def blocks_digest(self) -> str:
         """What tells the blocks of a finished run from others: a digest of their files' digests."""
-        entries = self.entries
-        digests = [entries[block]["files"] for block in sorted(entries.keys() - {None})]
+        digests = [entry["files"] for entry in self.blocks.values()]
         return xxhash.xxh3_128_hexdigest(json.dumps(digests, sort_keys=True).encode())
 
     def events(self) -> list[Event]:

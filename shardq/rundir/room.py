@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,16 +57,17 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, SourceTensor], linears: Iterable[str], grid: Grid) -> BlockBytes:
-    """What a block takes whose linears, by name within it, have codes on a grid."""
-    quantized = [tensors[f"{name}.weight"] for name in linears]
-    shapes = [tensor.shape for tensor in quantized]
-    scales = sum(grid.num_scales(rows, width) for rows, width in shapes)
-    codes = sum(rows * packed_width(width, grid.bits) for rows, width in shapes)
-    codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES * len(quantized)
-    others = sum(tensor.stored_bytes + HEADER_BYTES for tensor in tensors.values())
-    others -= sum(tensor.stored_bytes for tensor in quantized)
-    return BlockBytes(others, codes, sum(rows * width for rows, width in shapes), scales)
+def block_bytes(tensors: dict[str, SourceTensor], grids: dict[str, Grid]) -> BlockBytes:
+    """What a block takes of whose tensors, by name within it, some have codes on a grid."""
+    codes = num_weights = num_scales = 0
+    for name, grid in grids.items():
+        num_outputs, num_inputs = tensors[name].shape
+        scales = grid.num_scales(num_outputs, num_inputs)
+        codes += num_outputs * packed_width(num_inputs, grid.bits)
+        codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES
+        num_weights, num_scales = num_weights + num_outputs * num_inputs, num_scales + scales
+    others = sum(HEADER_BYTES + tensor.stored_bytes * (name not in grids) for name, tensor in tensors.items())
+    return BlockBytes(others, codes, num_weights, num_scales)
 
 
 def bytes_there(path: Path) -> int:

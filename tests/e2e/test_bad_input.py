@@ -147,7 +147,7 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
         (
             ["--parallel.engine", "zero2", "--parallel.deepspeed", "absent.json"],
             errors.ConfigError,
-            "absent.json is no",
+            "absent.json: cannot be read",
         ),
         (["--calib.samples", 9], errors.CalibrationError, "gives 8 sequences"),
         (["--calib.sequence_length", 65], errors.CalibrationError, "sequences of 64 tokens are shorter"),

@@ -103,7 +103,9 @@ def test_name_that_is_no_repositorys_is_refused_before_work(hub, name: str):
     check_push(REPOSITORY)
 
 
-def test_missing_token_is_said_before_work(monkeypatch):
-    monkeypatch.setattr("shardq.export.push.get_token", lambda: None)
+def test_missing_token_is_said_before_work(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(ConfigError, match="there is no token for the hub; set HF_TOKEN"):
         check_push(REPOSITORY)

@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config, OPTConfig
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
 from shardq.errors import ConfigError
-from shardq.export.target import check_served, scale_dtype
+from shardq.export.target import as_served, check_served
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir.plan import make_plan
 
@@ -24,7 +24,7 @@ def check(
         model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
     )
     skeleton = open_skeleton(folder)
-    check_served(config, skeleton, make_plan(skeleton, config.quant))
+    check_served(config, skeleton, as_served(config, skeleton, make_plan(skeleton, config.quant)))
 
 
 @pytest.mark.parametrize("quant", [{"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 4, "symmetric": False}])
@@ -174,9 +174,8 @@ def test_a_format_that_cannot_hold_the_grid_is_refused_without_a_target_too(llam
 
 
 @pytest.mark.parametrize("dtype, name", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
-def test_scales_are_kept_in_the_models_dtype(tmp_path: Path, dtype: str, name: str):
-    folder = tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype))
-    skeleton = open_skeleton(folder)
-    plan = make_plan(skeleton, QuantOptions())
-    assert scale_dtype(QuantizeConfig(model="", target="vllm"), skeleton, plan) == name
-    assert scale_dtype(QuantizeConfig(model=""), skeleton, plan) is None
+def test_scales_are_kept_in_the_targets_dtype(tmp_path: Path, dtype: str, name: str):
+    skeleton = open_skeleton(tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype)))
+    for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
+        plan = as_served(QuantizeConfig(model="", target=target), skeleton, make_plan(skeleton, QuantOptions()))
+        assert {grid.scale_dtype for grid in plan.grids.values()} == {plan.scale_dtype} == {expected}

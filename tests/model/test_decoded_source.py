@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shardq.config import QuantOptions
-from shardq.errors import CheckpointError
+from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.shards import INDEX_FILE, Index, TensorInfo, open_index, read_tensor
 from shardq.formats.source import Rows, SourceTensor, WeightSource, open_source, stored_in
+from shardq.model.block import block_plans
 from shardq.model.ends import epilogue, prologue
 from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
@@ -46,6 +47,7 @@ class TestWeightSource:
     def source(self, tmp_path: Path) -> WeightSource:
         tensors = {"norm": torch.ones(3), "w_codes": self.CODES, "w_scale": self.SCALE}
         save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
         return open_source(tmp_path, int8_with_scales)
 
     def test_one_name_stands_for_several_stored_tensors(self, source: WeightSource):
@@ -82,6 +84,7 @@ class TestWeightSource:
     def test_decoded_value_that_is_not_finite_is_named(self, tmp_path: Path, read: Callable):
         scale = self.SCALE.index_fill(0, torch.tensor(3), torch.nan)
         save_file({"w_codes": self.CODES, "w_scale": scale}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
         source = open_source(tmp_path, int8_with_scales)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor w holds nan at \[3, 0\]"):
             read(source, source.tensors["w"])
@@ -105,6 +108,8 @@ def folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     for kind, tensors in {"encoded": encoded, "plain": plain}.items():
         shutil.copytree(llama, made / kind, ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
         save_file(tensors, made / kind / "model.safetensors")
+    config = json.loads((llama / "config.json").read_text()) | {"quantization_config": {"quant_method": "int8 rows"}}
+    (made / "encoded" / "config.json").write_text(json.dumps(config))
     return made / "encoded", made / "plain"
 
 
@@ -118,13 +123,12 @@ class TestModel:
         return open_skeleton(folders[1])
 
     def test_without_its_decoder_it_is_refused(self, folders: tuple[Path, Path]):
-        with pytest.raises(CheckpointError, match=r"tensor model\.embed_tokens\.weight is missing although config"):
+        with pytest.raises(UnsupportedModelError, match=r"encoded: already quantized \(int8 rows\); pass the unquant"):
             open_skeleton(folders[0])
 
     def test_blocks_stream_as_those_that_store_the_values(self, encoded: Skeleton, plain: Skeleton):
-        for found, expected in zip(
-            stream_blocks(encoded, range(3), CPU), stream_blocks(plain, range(3), CPU), strict=True
-        ):
+        streams = (stream_blocks(skeleton, block_plans(skeleton), CPU) for skeleton in (encoded, plain))
+        for found, expected in zip(*streams, strict=True):
             assert found.source.keys() == expected.source.keys() and len(found.source) == 9
             assert [name for name, value in found.source.items() if not torch.equal(value, expected.source[name])] == []
         name = "model.layers.2.mlp.up_proj.weight"
@@ -140,7 +144,7 @@ class TestModel:
         assert torch.equal(*hidden) and torch.equal(*logits) and logits[0].shape == (1, 4, 300)
 
     def test_all_but_quantized_weights_is_copied_as_it_is_stored(self, encoded: Skeleton, tmp_path: Path):
-        plan = make_plan(encoded, QuantOptions(ignore=("*.q_proj",)))
+        plan = make_plan(encoded, QuantOptions(ignore=("re:.*([qkvo]|gate|up)_proj",)))
         outside = check_outside(encoded)
         assert outside.keys() == {
             "model.norm.weight",
@@ -151,14 +155,14 @@ class TestModel:
         linear = QuantizedLinear(
             weight_OI.to(torch.int8), torch.ones(64, 1), torch.zeros(64, 1), QuantOptions(symmetric=True).spec
         )
-        for number in range(3):
-            write_block_files(tmp_path, encoded, plan, number, {"mlp.down_proj": linear}, {}, torch.float32, CPU)
+        for block in plan.blocks:
+            write_block_files(tmp_path, encoded, plan, block, {"mlp.down_proj": linear}, {}, torch.float32, CPU)
         write_run_files(tmp_path, encoded, plan, torch.float32)
         stored, written = load_file(encoded.folder / "model.safetensors"), {}
         for shard in set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()):
             written |= load_file(tmp_path / shard)
-        for name in plan.names:
-            linear_name = f"{name}.mlp.down_proj.weight"
+        for block in plan.blocks:
+            linear_name = f"{block.name}.mlp.down_proj.weight"
             del stored[f"{linear_name}_codes"], stored[f"{linear_name}_scale"]
             assert torch.equal(written.pop(linear_name), weight_OI)
         assert written.keys() == stored.keys()
@@ -166,6 +170,6 @@ class TestModel:
 
     def test_digests_of_all_stored_parts_are_kept_with_the_block(self, encoded: Skeleton):
         check_outside(encoded)
-        next(stream_blocks(encoded, [0], CPU, ahead=False))
+        next(stream_blocks(encoded, block_plans(encoded), CPU, ahead=False))
         kept = noted(encoded.source.digests, encoded, 0)
         assert kept == encoded.source.digests and len(kept) == 3 + 2 + 7 * 2

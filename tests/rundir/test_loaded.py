@@ -12,12 +12,12 @@ from shardq.errors import ResumeError
 from shardq.files import write_json
 from shardq.formats.block_file import write_block
 from shardq.logs import Event, Events
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit, complete
 from shardq.rundir.record import RunRecord
 
-SPEC = QuantSpec(bits=4, group_size=8)
+SPEC = IntegerGrid(bits=4, group_size=8)
 OPTIONS = {"seed": 3, "quant": {"bits": 4, "group_size": 8}}
 
 
