@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
-LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "quant",
-          "formats", "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help", "checks",
-          "rundir", "training", "export", "commands", "cli"]  # fmt: skip
+LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "matrix",
+          "quant", "formats", "model", "calib", "cache", "optimize", "parallel", "config", "arguments", "help",
+          "checks", "rundir", "training", "export", "commands", "cli"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},
     {"training", "export"},

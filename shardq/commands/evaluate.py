@@ -17,11 +17,12 @@ from shardq.checks import check_evaluate
 from shardq.config import EvaluateConfig
 from shardq.errors import ConfigError
 from shardq.logs import Display, peak_rss_bytes
-from shardq.model.ends import block_forward, epilogue, prologue
+from shardq.model.block import LoadedBlock, block_plans
+from shardq.model.ends import epilogue, prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.model.weights import stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.loss import LOGITS_TOKENS
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, sum_over_ranks, together
@@ -56,11 +57,12 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
     scratch = Path(config.cache.folder or "", f"shardq-{uuid4().hex}")
     store = open_store(config.cache, scratch, ranks.device)
     activations = Activations(store, samples, tokens_NT.shape[1], ranks.device, pace=ranks.pace)
-    activations = together(ranks, lambda: _embedded(skeleton, tokens_NT, activations))
-    grids = together(ranks, lambda: _activation_grids(skeleton, config))
+    plan = together(ranks, lambda: _embedded(skeleton, plan, tokens_NT, activations))
+    activations = replace(activations, blocks=plan.blocks)
+    grids = together(ranks, lambda: _activation_grids(skeleton, plan, config))
     num_checked_of = config.self_check * len(samples) * tokens_NT.shape[1]
     with self_check(skeleton, tokens_NT, activations, ranks, torch.float32, num_checked_of) as check:
-        together(ranks, lambda: _through_blocks(config, skeleton, plan, grids, activations, check, display))
+        together(ranks, lambda: _through_blocks(skeleton, plan, grids, activations, check, display))
     loss = together(ranks, lambda: _summed_loss(skeleton, tokens_NT, activations, plan.num_blocks))
     shutil.rmtree(scratch, ignore_errors=True)
     num_tokens = len(tokens_NT) * (tokens_NT.shape[1] - 1)
@@ -75,26 +77,24 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
 def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
     skeleton = open_skeleton(folder)
     if config.quant.method == "none":
-        return skeleton, Plan(skeleton.names, [[] for _ in skeleton.names], [], 0)
+        return skeleton, Plan(blocks=block_plans(skeleton), rest=[])
     return skeleton, make_plan(skeleton, config.quant)
 
 
-def _embedded(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations) -> Activations:
-    """Write generation 0; give the activations with what blocks are passed."""
+def _embedded(skeleton: Skeleton, plan: Plan, tokens_NT: Tensor, activations: Activations) -> Plan:
+    """Write generation 0; give the plan with what blocks are passed."""
     with prologue(skeleton, activations.device) as embed:
-        arguments = record_arguments(skeleton, embed, tokens_NT.shape[1])
-        activations = replace(activations, arguments=arguments)
-        embed_samples(activations, tokens_NT, skeleton, embed)
-    return activations
+        plan = plan.with_arguments(record_arguments(skeleton, embed, tokens_NT.shape[1]))
+        embed_samples(replace(activations, blocks=plan.blocks), tokens_NT, skeleton, embed)
+    return plan
 
 
-def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[str, ActivationGrid]]:
+def _activation_grids(skeleton: Skeleton, plan: Plan, config: EvaluateConfig) -> list[dict[str, ActivationGrid]]:
     """For each block the grids that its activations are rounded to, by name within the block."""
     if config.activations == "float":
-        return [{} for _ in skeleton.names]
-    numbered = list(enumerate(skeleton.names))
-    is_run = all(RunFolder(skeleton.folder).block(number).is_file() for number, _ in numbered)
-    grids = [written_grids(skeleton.folder, name, number) for number, name in numbered] if is_run else []
+        return [{} for _ in plan.blocks]
+    is_run = all(RunFolder(skeleton.folder).block(block.index).is_file() for block in plan.blocks)
+    grids = [written_grids(skeleton.folder, block) for block in plan.blocks] if is_run else []
     if not any(grids):
         raise ConfigError(
             f"activations: {skeleton.folder} holds no grids of activations to simulate; quantize with "
@@ -104,7 +104,6 @@ def _activation_grids(skeleton: Skeleton, config: EvaluateConfig) -> list[dict[s
 
 
 def _through_blocks(
-    config: EvaluateConfig,
     skeleton: Skeleton,
     plan: Plan,
     grids: list[dict[str, ActivationGrid]],
@@ -113,19 +112,18 @@ def _through_blocks(
     display: Display,
 ) -> None:
     with display.bars(plan.num_blocks, 0):
-        for loaded in stream_blocks(skeleton, range(plan.num_blocks), activations.device):
-            _round_to_nearest(loaded, plan.linears[loaded.index], config)
-            forward = block_forward(loaded.module, activations.arguments[loaded.index], torch.float32)
+        for loaded in stream_blocks(skeleton, plan.blocks, activations.device):
+            _round_to_nearest(loaded)
             with simulated(loaded.module, grids[loaded.index]):
-                advance(activations, "fp", loaded.index, forward)
-            check(loaded, forward if grids[loaded.index] else None)
+                advance(activations, "fp", loaded.index, loaded)
+            check(loaded, loaded if grids[loaded.index] else None)
             activations.drop(loaded.index)
             display.advance_block()
-            del loaded, forward  # its source must not stay in memory while the block after the next is read
+            del loaded  # its source must not stay in memory while the block after the next is read
 
 
-def _round_to_nearest(loaded: LoadedBlock, linear_names: list[str], config: EvaluateConfig) -> None:
-    quantizer = BlockQuantizer(loaded.module, linear_names, config.quant.spec, "rtn", Kernels(), torch.float32)
+def _round_to_nearest(loaded: LoadedBlock) -> None:
+    quantizer = BlockQuantizer(loaded.module, loaded.plan.grids, "rtn", Kernels(), torch.float32)
     quantizer.start(loaded.source)
     quantizer.serve(quantizer.folded(), stored=lambda weight: weight)
 

@@ -18,7 +18,6 @@ from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
 from shardq.logs import Display
-from shardq.model.arguments import BlockArguments
 from shardq.model.ends import prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
@@ -53,7 +52,6 @@ class Run:
     """A run that has passed all checks, on one rank; `begin` has it take its folder.
 
     Attributes:
-        activations: the bits of those that get a grid, by name within each block.
         manifest: what it is.
         record: what its folder holds of it, the line that begins a redo included.
         begins_redo: whether that line has still to be written.
@@ -64,8 +62,6 @@ class Run:
     output: Path
     skeleton: Skeleton
     plan: Plan
-    arguments: list[BlockArguments]
-    activations: list[dict[str, int]]
     largest: LargestBlock
     tokens_NT: Tensor
     manifest: dict
@@ -90,15 +86,15 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     together(ranks, lambda: check_quantize(config, ranks))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
 
-    def open_and_plan() -> tuple[Skeleton, Plan, list[BlockArguments], list[dict[str, int]]]:
+    def open_and_plan() -> tuple[Skeleton, Plan]:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
         companions(folder)  # they are copied after the last block; one that must not be is refused now
         _check_length(skeleton, length)
-        plan = make_plan(skeleton, config.quant)
+        plan = make_plan(skeleton, config.quant, config.target)
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
-            arguments = record_arguments(skeleton, embed, length)
-        return skeleton, plan, arguments, plan_activations(skeleton, plan, arguments, length, config.activations)
+            plan = plan.with_arguments(record_arguments(skeleton, embed, length))
+        return skeleton, plan_activations(skeleton, plan, length, config.activations)
 
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
@@ -113,9 +109,9 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
             mend(record, skeleton, plan, manifest, display)
         return tokens_NT, manifest, (record, line), chosen
 
-    skeleton, plan, arguments, activations = together(ranks, open_and_plan)
+    skeleton, plan = together(ranks, open_and_plan)
     length = config.calib.sequence_length
-    largest = together(ranks, lambda: largest_block(skeleton, plan, arguments, length, config.optimize))
+    largest = together(ranks, lambda: largest_block(skeleton, plan, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
     tokens_NT, manifest, (record, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
@@ -126,7 +122,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     if redo:
         record.lines.append(redo)
     run = Run(
-        config, output, skeleton, plan, arguments, activations, largest, tokens_NT, manifest, record,
+        config, output, skeleton, plan, largest, tokens_NT, manifest, record,
         redo is not None, ahead, ranks, display,
     )  # fmt: skip
     _say_what_will_be_done(run)
@@ -199,7 +195,7 @@ def _fitted(
 def _say_what_will_be_done(run: Run) -> None:
     config, optimize, line = run.config, run.config.optimize, run.display.line
     line(
-        f"{config.model}: {run.plan.num_blocks} blocks, {sum(map(len, run.plan.linears))} linears to quantize "
+        f"{config.model}: {run.plan.num_blocks} blocks, {run.plan.num_matrices} linears to quantize "
         f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
     )
     more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +20,13 @@ from shardq.compiling import compiler, eager
 from shardq.config import ExportConfig, QuantizeConfig
 from shardq.errors import located
 from shardq.export.chosen import checkpoints_of
-from shardq.export.target import scale_dtype
 from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
 from shardq.formats.shards import read_header, read_tensor
 from shardq.logs import Display, Events, peak_device_bytes, peak_rss_bytes, seconds_since_process_start
-from shardq.model.arguments import BlockArguments
-from shardq.model.ends import block_forward
-from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.matrix import Matrix
+from shardq.model.block import BlockPlan, LoadedBlock
+from shardq.model.weights import stream_blocks
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
@@ -105,12 +103,11 @@ def _finish(run: Run, events: Events) -> None:
     store = open_store(config.cache, cache, ranks.device)
     samples = owned_samples(len(run.tokens_NT), ranks.rank, ranks.world_size)
     length = run.tokens_NT.shape[1]
-    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, run.arguments)
+    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, plan.blocks)
     dtype = stored_dtype(run.skeleton, plan, config.export.dtype)
-    spec = replace(config.quant.spec, scale_dtype=scale_dtype(config, run.skeleton, plan))
     engine = engine_for(config.parallel, ranks)
     job = BlockJob(
-        run.skeleton, config.seed, config.quant.method, spec, config.optimize, engine, run.tokens_NT,
+        run.skeleton, config.seed, config.quant.method, config.optimize, engine, run.tokens_NT,
         rounding_to(dtype), config.activations, activations, ranks, events, run.display,
         compiler(ranks.device, run.display.line) if config.optimize.compile == "on" else eager,
         Checkpoints(run.output, config.checkpoint.every_iterations, engine),
@@ -143,7 +140,7 @@ def _blocks_to_do(run: Run, cache: Path, job: BlockJob) -> Iterator[tuple[Loaded
             _prepare_activations(run, cache, job, todo.start)
         with self_check(run.skeleton, run.tokens_NT, job.activations, run.ranks, run.config.optimize.dtype,
                         _tokens_through_block(run), todo.start) as check:  # fmt: skip
-            for loaded in _agreed_blocks(run, todo, job.events):
+            for loaded in _agreed_blocks(run, run.plan.blocks[todo.start : todo.stop], job.events):
                 yield loaded, check
                 del loaded
         if not run.record.blocks_to_do(run.plan.num_blocks):
@@ -157,15 +154,14 @@ def _tokens_through_block(run: Run) -> int:
     return run.config.self_check * length * (2 * num_samples + trained) // run.ranks.world_size
 
 
-def _agreed_blocks(run: Run, indices: range, events: Events) -> Iterator[LoadedBlock]:
+def _agreed_blocks(run: Run, blocks: list[BlockPlan], events: Events) -> Iterator[LoadedBlock]:
     """Blocks as they are streamed; a rank that cannot read one, or reads another, stops all with its message."""
-    blocks = stream_blocks(
-        run.skeleton, indices, run.ranks.device, partial(events.waiting, "input"), ahead=run.reads_ahead
-    )
-    for block_index in indices:
-        with events.span("load", block=block_index):
-            loaded = together(run.ranks, lambda: next(blocks))
-            agree(run.skeleton, run.skeleton.block_tensors(block_index).values(), run.ranks)
+    stream = stream_blocks(run.skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
+                           partial(events.waiting, "input"), ahead=run.reads_ahead)  # fmt: skip
+    for block in blocks:
+        with events.span("load", block=block.index):
+            loaded = together(run.ranks, lambda: next(stream))
+            agree(run.skeleton, run.skeleton.block_tensors(block.index).values(), run.ranks)
         yield loaded
         del loaded
 
@@ -189,71 +185,64 @@ def _prepare_activations(run: Run, cache: Path, job: BlockJob, first: int) -> No
             f"{cost if num_without else 'nothing is done again'}"
         )
 
-    def forwards(loaded: LoadedBlock) -> tuple[Forward, Forward]:
+    def served(loaded: LoadedBlock) -> Forward:
         run.display.start_part("activations again, block", loaded.index, first)
-        own = block_forward(loaded.module, run.arguments[loaded.index], run.config.optimize.dtype)
-        return own, served_forward(job, loaded, *_asked(run, loaded.index))
+        return served_forward(job, loaded)
 
     def compute() -> None:
         if first and are_there:
             activations.drop(first - 1)  # a kill right after a commit leaves it
         if not are_there:
-            replay(activations, run.tokens_NT, run.skeleton, first, forwards, partial(_written_weights, run),
-                   partial(_rounding, run))  # fmt: skip
+            replay(activations, run.tokens_NT, run.skeleton, run.plan.blocks[:first], run.config.optimize.dtype,
+                   served, partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
 
     together(run.ranks, compute)
 
 
-def _written_weights(run: Run, block_index: int) -> Iterator[tuple[str, Tensor]]:
-    """A finished block's quantized weights as they are served and computed with, by their linear's name."""
+def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tensor]]:
+    """A finished block's quantized weights as they are served and computed with."""
     device, dtype = run.ranks.device, run.config.optimize.dtype
-    written = read_header(run.output / run.plan.block_shard(block_index))
-    for name in run.plan.linears[block_index]:
-        info = written[run.skeleton.stored(f"{run.plan.names[block_index]}.{name}.weight").name]
-        yield name, read_tensor(info).to(device, dtype)
+    written = read_header(run.output / run.plan.block_shard(block.index))
+    for matrix in block.grids:
+        (stored,) = matrix.stored
+        yield matrix, read_tensor(written[stored]).to(device, dtype)
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
     """Round a finished block's activations as it did when the quantized stream moved on through it."""
     if not run.config.activations.in_training:
         return nullcontext()
-    return simulated(loaded.module, written_grids(run.output, run.plan.names[loaded.index], loaded.index))
+    return simulated(loaded.module, written_grids(run.output, loaded.plan))
 
 
 def _quantize_and_commit(run: Run, job: BlockJob, loaded: LoadedBlock, dtype: torch.dtype, check: Check) -> None:
     """Quantize one block, write its files, make them count, drop what only this block needed; add its ledger line."""
-    start, block_index = time.perf_counter(), loaded.index
-    name, is_last = run.plan.names[block_index], block_index == run.plan.num_blocks - 1
-    job.display.start_block(name)
-    with located(f"block {block_index} {name}"):
-        result, grids = quantize_block(job, loaded, *_asked(run, block_index), is_last, check)
-    with job.events.span("commit", block=block_index):
+    start, block = time.perf_counter(), loaded.plan
+    job.display.start_block(block.name)
+    with located(f"block {block.index} {block.name}"):
+        result, grids = quantize_block(job, loaded, check)
+    with job.events.span("commit", block=block.index):
         barrier(run.ranks)  # every rank's next generation is on disk
-        run.record.lines.append(on_rank_zero(run.ranks, lambda: _commit(run, block_index, result, grids, dtype)))
-        job.activations.drop(block_index)
+        run.record.lines.append(on_rank_zero(run.ranks, lambda: _commit(run, block, result, grids, dtype)))
+        job.activations.drop(block.index)
     job.display.line(
-        f"block {block_index} {name}, {run.record.num_done} of {run.plan.num_blocks} done: "
+        f"block {block.index} {block.name}, {run.record.num_done} of {run.plan.num_blocks} done: "
         f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
         f"{time.perf_counter() - start:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
         + (f"; {not_finite(result.facts)}" if result.failed_tries else "")
     )
 
 
-def _asked(run: Run, block_index: int) -> tuple[list[str], dict[str, int], BlockArguments]:
-    """A block's linears to quantize, its activations that get a grid, and what the model passes it."""
-    return run.plan.linears[block_index], run.activations[block_index], run.arguments[block_index]
-
-
 def _commit(
-    run: Run, block_index: int, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
+    run: Run, block: BlockPlan, result: BlockResult, grids: dict[str, ActivationGrid], dtype: torch.dtype
 ) -> dict:
-    files = write_block_files(run.output, run.skeleton, run.plan, block_index, result.linears, grids, dtype,
+    files = write_block_files(run.output, run.skeleton, run.plan, block, result.linears, grids, dtype,
                               run.ranks.device)  # fmt: skip
     for name, chosen in checkpoints_of(run.config.export).items():
-        path = run.output / name / run.plan.block_shard(block_index)
-        chosen.write_shard(run.output, run.skeleton, block_index, path)
-    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block_index)}
-    line = ledger.commit(run.output, block_index, files, world_size=run.ranks.world_size, **facts)
+        path = run.output / name / run.plan.block_shard(block.index)
+        chosen.write_shard(run.output, run.skeleton, block.index, path)
+    facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block.index)}
+    line = ledger.commit(run.output, block.index, files, world_size=run.ranks.world_size, **facts)
     checkpoint.remove(run.output)
     return line
 

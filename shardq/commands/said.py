@@ -21,9 +21,9 @@ def say_what_is_where(run: Run, summary: dict, blocks: list[dict]) -> None:
     ]
     cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
     display.line(f"done: mean {', '.join(losses)}, {cost}")
-    for name, entry in zip(run.plan.names, blocks, strict=True):
+    for block, entry in zip(run.plan.blocks, blocks, strict=True):
         if entry.get("failed_tries"):
-            display.line(f"  {name}: {not_finite(entry)}")
+            display.line(f"  {block.name}: {not_finite(entry)}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:

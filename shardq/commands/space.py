@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shardq.calib.partition import owned_samples
 from shardq.commands.prepare import Run
-from shardq.config import QuantOptions, TuneConfig
+from shardq.config import TuneConfig
 from shardq.export.chosen import checkpoints_of, formats_of
 from shardq.formats import encodings
 from shardq.formats.options import ExportOptions
@@ -36,8 +36,7 @@ def needed(run: Run) -> list[Need]:
     """What this host's ranks have still to write; rank 0 writes all but the activations."""
     needs = []
     if run.ranks.rank == 0:
-        quant, finished = run.config.quant, run.record.entries
-        files = dict(_files(run.output, run.skeleton, run.plan, quant, run.config.export, finished))
+        files = dict(_files(run.output, run.skeleton, run.plan, run.config.export, run.record.entries))
         needs.append(Need("weights and encodings", run.output, _growth(files)))
         if run.config.checkpoint.every_iterations:
             # The newest of s2 and its moments stands beside its predecessor.
@@ -68,9 +67,8 @@ def check_space_for_tuning(
     """
     output, needs = config.folder, []
     if ranks.rank == 0:
-        options = manifest["options"]
-        quant, export = QuantOptions(**options["quant"]), ExportOptions(dtype=options["export"]["dtype"])
-        files = dict(_files(output, skeleton, plan, quant, export, record.entries))
+        export = ExportOptions(dtype=manifest["options"]["export"]["dtype"])
+        files = dict(_files(output, skeleton, plan, export, record.entries))
         state = 2 * 8 * plan.num_scales  # the newest stands beside its predecessor
         needs.append(Need("weights, encodings and state", output, _growth(files) + state))
     if config.cache.placement == "disk" and (config.cache.folder or ranks.rank == 0):
@@ -94,9 +92,10 @@ def cache_bytes(run: Run) -> int:
     """
     num_samples, length = run.tokens_NT.shape
     held = _held(num_samples, run.ranks, run.config.cache.folder is None)
-    hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, run.arguments[0].width)
-    own = sum(passed.own_bytes for passed in run.arguments)  # all written at the start
-    carried = 4 * max(passed.carried_bytes for passed in run.arguments)
+    arguments = [block.arguments for block in run.plan.blocks]
+    hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, arguments[0].width)
+    own = sum(passed.own_bytes for passed in arguments)  # all written at the start
+    carried = 4 * max(passed.carried_bytes for passed in arguments)
     return held * (hidden + own + carried)
 
 
@@ -123,30 +122,29 @@ def _files(
     output: Path,
     skeleton: Skeleton,
     plan: Plan,
-    quant: QuantOptions,
     export: ExportOptions,
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
-    spec, itemsize = quant.spec, stored_dtype(skeleton, plan, export.dtype).itemsize
+    spec, itemsize = next(iter(plan.grids.values())), stored_dtype(skeleton, plan, export.dtype).itemsize
     source_itemsize = stored_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
-    all_scales, in_others = 0, dict.fromkeys(formats, 0)
-    for block_index in range(plan.num_blocks):
-        block = block_bytes(skeleton.block_tensors(block_index), plan.linears[block_index], spec)
-        if block_index not in finished:
-            yield output / plan.block_shard(block_index), block.others + block.num_weights * itemsize
-            yield RunFolder(output).block(block_index), block.codes
+    in_others = dict.fromkeys(formats, 0)
+    for block in plan.blocks:
+        grids = {matrix.tensor: spec for matrix, spec in block.grids.items()}
+        sizes = block_bytes(skeleton.block_tensors(block.index), grids)
+        if block.index not in finished:
+            yield output / plan.block_shard(block.index), sizes.others + sizes.num_weights * itemsize
+            yield RunFolder(output).block(block.index), sizes.codes
             for version in plan.encoding_versions:
-                path = RunFolder(output).encodings(version, block_index)
-                yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
+                path = RunFolder(output).encodings(version, block.index)
+                yield path, encodings.BYTES_A_SCALE[version] * sizes.num_scales
         for name, chosen in formats.items():
-            num_bytes = chosen.block_bytes(block, spec, source_itemsize)
+            num_bytes = chosen.block_bytes(sizes, spec, source_itemsize)
             in_others[name] += num_bytes
-            path = output / name / plan.block_shard(block_index)
-            if name in checkpoints and (block_index not in finished or not path.exists()):
+            path = output / name / plan.block_shard(block.index)
+            if name in checkpoints and (block.index not in finished or not path.exists()):
                 yield path, num_bytes
-        all_scales += block.num_scales
     for number, infos in enumerate(plan.rest):
         rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
         for name, chosen in formats.items():
@@ -154,5 +152,5 @@ def _files(
         for folder in ("", *checkpoints):
             yield output / folder / plan.rest_shard(number), rest
     for version in plan.encoding_versions:
-        yield RunFolder(output).encodings(version), encodings.BYTES_A_SCALE[version] * all_scales
+        yield RunFolder(output).encodings(version), encodings.BYTES_A_SCALE[version] * plan.num_scales
     yield from ((output / name, num_bytes) for name, num_bytes in in_others.items() if name not in checkpoints)

@@ -3,7 +3,7 @@
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -171,9 +171,10 @@ def _finish(
     if steps_left:
         display.line(f"the float model's predictions come first, through {plan.num_blocks} blocks")
         with events.span("prepare activations"):
-            target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks, found.options.dtype,
-                             config.self_check)  # fmt: skip
-            activations = together(ranks, target)
+            target = partial(embed_and_target, skeleton, plan, found.tokens_NT, activations, ranks,
+                             found.options.dtype, config.self_check)  # fmt: skip
+            plan = together(ranks, target)
+            activations = replace(activations, blocks=plan.blocks)
             agree(skeleton, skeleton.index.values(), ranks)
     tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
                     events, display)  # fmt: skip
@@ -187,9 +188,9 @@ def _finish(
 def _tuners(run: Path, plan: Plan, options: TuneOptions) -> list[ScaleTuner]:
     """One for each block, at its start."""
     tuners = []
-    for block_index, names in enumerate(plan.linears):
-        of_linears = read_scale_shapes(RunFolder(run).block(block_index))
-        shapes = {name: of_linears[f"{plan.names[block_index]}.{name}"] for name in names}
+    for block in plan.blocks:
+        of_linears = read_scale_shapes(RunFolder(run).block(block.index))
+        shapes = {matrix.name: of_linears[block.full_name(matrix)] for matrix in block.grids}
         tuners.append(ScaleTuner(shapes, options.learning_rate))
     return tuners
 
@@ -241,13 +242,11 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
     """Write the blocks that are not there yet, and what completes the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
     dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
-    for block_index in range(plan.num_blocks):
-        if block_index not in found.record.entries:
-            grids = written_grids(tuning.run, plan.names[block_index], block_index)
-            linears = tuning.linears(block_index)
-            files = write_block_files(output, skeleton, plan, block_index, linears, grids, dtype,
-                                      tuning.ranks.device)  # fmt: skip
-            source = noted(found.source, skeleton, block_index)
-            ledger.commit(output, block_index, files, world_size=tuning.ranks.world_size, source=source)
+    for block in plan.blocks:
+        if block.index not in found.record.entries:
+            grids, linears = written_grids(tuning.run, block), tuning.linears(block)
+            files = write_block_files(output, skeleton, plan, block, linears, grids, dtype, tuning.ranks.device)
+            source = noted(found.source, skeleton, block.index)
+            ledger.commit(output, block.index, files, world_size=tuning.ranks.world_size, source=source)
     ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
     remove(RunFolder(output).tuning_state)

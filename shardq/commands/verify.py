@@ -132,14 +132,14 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         faults["ledger"].append(f"{output}: the ledger has {record.num_done} blocks, the model {plan.num_blocks}")
     faults |= {check: [] for check in CHECKS if check not in faults}
     all_encodings = _Encodings(output, plan.encoding_versions)
-    for block_index in range(plan.num_blocks):
-        names = [f"{plan.names[block_index]}.{name}" for name in plan.linears[block_index]]
-        linears = _check_block(skeleton, RunFolder(output).block(block_index), names, faults)
-        faults["encodings"] += all_encodings.faults_of(block_index, names, linears)
+    for block in plan.blocks:
+        names = [block.full_name(matrix) for matrix in block.grids]
+        linears = _check_block(skeleton, RunFolder(output).block(block.index), names, faults)
+        faults["encodings"] += all_encodings.faults_of(block.index, names, linears)
     faults["encodings"] += all_encodings.left_over()
     faults["encodings"] += _activation_faults(output, plan)
     faults["finite"] += _infinite(skeleton, plan)
-    return faults, plan.num_blocks, sum(map(len, plan.linears))
+    return faults, plan.num_blocks, plan.num_matrices
 
 
 def _index_faults(skeleton: Skeleton, record: RunRecord) -> Iterator[str]:
@@ -191,10 +191,10 @@ def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
     """Parameters beside the quantized weights that have a value which is not finite."""
     outside = [skeleton.stored(name) for name, _ in skeleton.model.named_parameters()]
     in_blocks = [
-        skeleton.stored(f"{plan.names[number]}.{name}")
-        for number, block in enumerate(skeleton.blocks)
-        for name, _ in block.named_parameters()
-        if name.removesuffix(".weight") not in plan.linears[number]
+        skeleton.stored(f"{block.name}.{name}")
+        for block in plan.blocks
+        for name, _ in skeleton.blocks[block.index].named_parameters()
+        if name not in {matrix.tensor for matrix in block.grids}
     ]
     for info in dict.fromkeys((*outside, *in_blocks)):
         try:

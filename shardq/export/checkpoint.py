@@ -18,6 +18,7 @@ from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.logs import Display
+from shardq.matrix import is_linear
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -161,7 +162,7 @@ def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
     modules = dict(skeleton.model.named_modules())
     for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
-    left = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized}
+    left = {name for name, module in modules.items() if is_linear(module) and name not in quantized}
     others = {
         skeleton.stored(f"{name}.weight").name
         for name, module in modules.items()

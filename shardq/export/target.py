@@ -1,11 +1,9 @@
 """What the program that is to serve a run's result asks of it, checked before work starts."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
-import torch
 from torch import nn
 
 from shardq.config import QuantizeConfig
@@ -13,9 +11,9 @@ from shardq.errors import ConfigError
 from shardq.export.chosen import check_installed, format_of, formats_of
 from shardq.formats import compressed_tensors, gptq
 from shardq.formats.options import FormatName
+from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.spec import QuantSpec
-from shardq.rundir.block_output import stored_dtype
 from shardq.rundir.plan import Plan
 
 TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
@@ -24,15 +22,6 @@ TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"} 
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
-
-
-def scale_dtype(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str | None:
-    """Name of the dtype that the target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
-    if config.target is None:
-        return None
-    return (
-        "float16" if config.target == "gguf" or stored_dtype(skeleton, plan, "source") is torch.float16 else "bfloat16"
-    )
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -50,8 +39,8 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
         check_installed(chosen)
     if config.target and spec.decompressed_bits:
         raise ConfigError(
-            f"quant.decompressed_bits: {config.target} keeps scales in {scale_dtype(config, skeleton, plan)}, in which "
-            "they are no whole multiples; leave out quant.decompressed_bits or target"
+            f"quant.decompressed_bits: {config.target} keeps scales in {plan.scale_dtype}, in which they are no whole "
+            "multiples; leave out quant.decompressed_bits or target"
         )
     if config.target == "vllm" and spec.bits not in compressed_tensors.BITS:
         raise ConfigError(
@@ -59,15 +48,9 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
             "target"
         )
     for chosen in asked.values():
-        chosen.check(skeleton, {name: spec for name, _ in _linears(skeleton, plan)})
+        chosen.check(skeleton, plan.grids)
     if config.target == "vllm":
         _check_vllm(config, skeleton, plan)
-
-
-def _linears(skeleton: Skeleton, plan: Plan) -> Iterator[tuple[str, nn.Linear]]:
-    """The linears to quantize, by full name."""
-    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
-        yield from ((f"{block_name}.{name}", block.get_submodule(name)) for name in names)
 
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -91,8 +74,8 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
         fault = fault if served else fault_on(1)
         advice = f"on {' or '.join(served)} it is served" if served else _how_to_ignore(skeleton, fault.name)
         raise ConfigError(f"target: {fault.reason}; {advice}")
-    for block_name, block, names in zip(skeleton.names, skeleton.blocks, plan.linears, strict=True):
-        _check_fused(block_name, block, names)
+    for block in plan.blocks:
+        _check_fused(block, skeleton.blocks[block.index])
 
 
 @dataclass(frozen=True)
@@ -119,11 +102,11 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int,
         return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
     if max(kv_heads, degree) % min(kv_heads, degree):
         return _Fault(f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated")
-    for name, linear in _linears(skeleton, plan):
+    for name, matrix in ((block.full_name(matrix), matrix) for block in plan.blocks for matrix in block.grids):
         way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
         over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
         parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
-        for kind, size in (("input", linear.in_features), ("output", linear.out_features)):
+        for kind, size in (("input", matrix.shape[1]), ("output", matrix.shape[0])):
             split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
             part = f"{name} has {size} {kind} channels{split}"
             if size % (parts[kind] * multiple):
@@ -155,12 +138,13 @@ def _last_parts(names: list[str], before: str = "", between: str = ", ") -> str:
     return between.join(before + name.rpartition(".")[2] for name in names)
 
 
-def _check_fused(block_name: str, block: nn.Module, names: list[str]) -> None:
+def _check_fused(block: BlockPlan, module: nn.Module) -> None:
+    names = [matrix.name for matrix in block.grids]
     for parent in sorted({name.rpartition(".")[0] for name in names}):
-        for together in _fused_groups(block, parent):
+        for together in _fused_groups(module, parent):
             left = [name for name in together if name not in names]
             if left and len(left) < len(together):
                 raise ConfigError(
-                    f"quant.ignore: vLLM fuses {_last_parts(together)} of {block_name}.{parent}, so all or none must "
+                    f"quant.ignore: vLLM fuses {_last_parts(together)} of {block.name}.{parent}, so all or none must "
                     f"be quantized; {left[0]} is not"
                 )

@@ -103,8 +103,8 @@ def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
     left = dict(skeleton.index)
     for number, block_name in enumerate(skeleton.names):
         tensors = skeleton.block_tensors(number)
-        linears = [name.removesuffix(".weight") for name in tensors]
-        block = block_bytes(tensors, [name for name in linears if f"{block_name}.{name}" in grids], spec)
+        names = {name: f"{block_name}.{name}".removesuffix(".weight") for name in tensors}
+        block = block_bytes(tensors, {name: grids[full] for name, full in names.items() if full in grids})
         total += chosen.block_bytes(block, spec, itemsize)
         for info in tensors.values():
             left.pop(info.name, None)

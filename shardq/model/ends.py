@@ -5,50 +5,19 @@ final norms and logit caps are the model's, whatever its architecture.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from shardq.formats.shards import TensorInfo, read_weight_rows
-from shardq.model.arguments import BlockArguments, Entering
+from shardq.model.block import multiplying_in
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE, materialised, read_source
 
 HEAD_SLICE_BYTES = 256 << 20  # float32 rows of the head in memory at once
-
-
-def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
-    """Hidden states [N, T, D] that leave a block, float32.
-
-    Args:
-        args, kwargs: what the model passes beside the hidden states.
-        dtype: of the matrix multiplies; norms, softmax and the residual stream stay in float32.
-    """
-    with multiplying_in(dtype, hidden_NTD.device):
-        output = block(hidden_NTD, *args, **kwargs)
-    return (output[0] if isinstance(output, tuple | list) else output).float()
-
-
-def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Where matrix multiplies are in a dtype."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def block_forward(
-    block: nn.Module, arguments: BlockArguments, dtype: torch.dtype
-) -> Callable[[Tensor | Entering], Tensor | Entering]:
-    """Function from what enters a block to what leaves it: hidden states [N, T, D], float32, and what it carries."""
-    if arguments.is_fixed:
-        return partial(run_block, block, args=arguments.args, kwargs=arguments.kwargs, dtype=dtype)
-
-    def forward(entering: Tensor | Entering) -> Tensor | Entering:
-        call = arguments.bound(entering)
-        return arguments.leaving(run_block(block, *call, dtype), call)
-
-    return forward
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardq.errors import UnsupportedModelError
-from shardq.model.ends import prologue, run_block
+from shardq.model.block import run_block
+from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised

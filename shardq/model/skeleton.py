@@ -3,8 +3,6 @@
 What the checkpoint stores under which name is checked against it before any weight is read.
 """
 
-import fnmatch
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.shards import Digests, Index, TensorInfo, open_index
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.own_code import own_code
@@ -23,7 +21,6 @@ from shardq.model.transformers_internals import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from shardq.quant.spec import DEFAULT_IGNORE
 from shardq.torch_internals import tree_map_only
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -228,62 +225,3 @@ def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f", of a convolution ({type(owner).__name__})"
     return ", of fused experts" if "expert" in f"{inner} {type(owner).__name__}".lower() else ""
-
-
-def linears_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[str]]:
-    """Names, within each block, of the linears that are to be quantized.
-
-    Args:
-        ignore: full names, names within a block, or last parts of a name; shell patterns (`*.down_proj`) or, after
-            `re:`, regular expressions.
-
-    Raises:
-        ConfigError: a pattern is no regular expression, or one that is not a default matches no linear of the model.
-        UnsupportedModelError: no linear would be quantized.
-    """
-    _check_expressions(ignore)
-    used: set[str] = set()
-    chosen = []
-    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
-        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-        matches = {name: _matching(f"{block_name}.{name}", name, ignore) for name in linears}
-        used.update(*matches.values())
-        chosen.append([name for name in linears if not matches[name]])
-    unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
-    if unused:
-        raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
-                          f"{skeleton.names[0]}.{linears[0] if linears else 'mlp.down_proj'}")  # fmt: skip
-    if not any(chosen):
-        raise UnsupportedModelError(f"{type(skeleton.model).__name__}: no linear would be quantized: "
-                                    f"{_why_none(skeleton, ignore)}")  # fmt: skip
-    return chosen
-
-
-def _why_none(skeleton: Skeleton, ignore: tuple[str, ...]) -> str:
-    modules = [module for block in skeleton.blocks for module in block.modules()]
-    if any(isinstance(module, nn.Linear) for module in modules):
-        return f"quant.ignore leaves out all of them ({', '.join(ignore)})"
-    kinds = sorted({type(module).__name__ for module in modules if any(p.dim() > 1 for p in module.parameters(False))})
-    return f"the matrices of its blocks are in modules of other kinds ({', '.join(kinds)}), which are not supported yet"
-
-
-def _check_expressions(patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern[3:] if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise ConfigError(f"quant.ignore: {pattern!r} is no regular expression ({error})") from error
-
-
-def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
-    candidates = (full_name, name, name.rpartition(".")[2])
-    return {
-        pattern
-        for pattern in patterns
-        if any(
-            re.fullmatch(pattern[3:], candidate)
-            if pattern.startswith("re:")
-            else fnmatch.fnmatchcase(candidate, pattern)
-            for candidate in candidates
-        )
-    }

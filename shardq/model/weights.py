@@ -4,7 +4,6 @@ import copy
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from types import NoneType
 
@@ -16,27 +15,13 @@ from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
 from shardq.formats.shards import TensorInfo, check_same, read_weight
+from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.model.transformers_internals import initialise
 from shardq.torch_internals import non_persistent_buffers
 
 COMPUTE_DTYPE = torch.float32
-
-
-@dataclass(frozen=True)
-class LoadedBlock:
-    """A block with its weights.
-
-    Attributes:
-        index: the block's place in the model.
-        module: computes in float32; the same module, with other weights, for all blocks that are built alike.
-        source: parameters and persistent buffers by name within the block, in their stored dtype.
-    """
-
-    index: int
-    module: nn.Module
-    source: dict[str, Tensor]
 
 
 def read_source(skeleton: Skeleton, info: TensorInfo, is_buffer: bool, pinned: bool = False) -> Tensor:
@@ -50,11 +35,12 @@ def read_source(skeleton: Skeleton, info: TensorInfo, is_buffer: bool, pinned: b
 
 def stream_blocks(
     skeleton: Skeleton,
-    block_indices: Iterable[int],
+    blocks: Iterable[BlockPlan],
     device: torch.device,
+    dtype: torch.dtype = COMPUTE_DTYPE,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
     ahead: bool = True,
-    read: Callable[[int], dict[str, Tensor]] | None = None,
+    read: Callable[[BlockPlan], dict[str, Tensor]] | None = None,
 ) -> Iterator[LoadedBlock]:
     """Yield blocks with their weights on the device.
 
@@ -62,25 +48,26 @@ def stream_blocks(
     next is asked for.
 
     Args:
+        dtype: of the blocks' matrix multiplies.
         waiting: entered while the next block's weights are waited for.
         ahead: read the next block's weights meanwhile, which takes their memory; else when it is asked for.
         read: gives a block's tensors on the device, by name within it (default: those of the checkpoint).
     """
     slots: dict[tuple, nn.Module] = {}
 
-    def read_all(block_index: int) -> dict[str, Tensor]:
-        infos, buffers = skeleton.block_tensors(block_index), dict(skeleton.blocks[block_index].named_buffers())
+    def read_all(plan: BlockPlan) -> dict[str, Tensor]:
+        infos, buffers = skeleton.block_tensors(plan.index), dict(skeleton.blocks[plan.index].named_buffers())
         read = partial(read_source, skeleton, pinned=device.type == "cuda")
         return {name: to_device(read(info, name in buffers), device) for name, info in infos.items()}
 
-    for block_index, source in (lookahead if ahead else one_by_one)(read or read_all, block_indices, waiting):
-        block = skeleton.blocks[block_index]
+    for plan, source in (lookahead if ahead else one_by_one)(read or read_all, blocks, waiting):
+        block = skeleton.blocks[plan.index]
         kind = _signature(block)
         if kind not in slots:
             slots[kind] = copy.deepcopy(block)
         _carry_attributes(block, slots[kind])
-        fill(_model_around(skeleton, skeleton.names[block_index]), slots[kind], dict(source), device)
-        yield LoadedBlock(block_index, slots[kind], source)
+        fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
+        yield LoadedBlock(plan=plan, module=slots[kind], source=source, dtype=dtype)
         del source
         _return_freed_memory()
 

@@ -1,16 +1,15 @@
-"""The quantizers of a block's linears, and how their weights get into the block and out of it."""
+"""The quantizers of a block's matrices, and how weights get into the block and out of it."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from shardq.errors import QuantizationError
+from shardq.matrix import Matrix
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
+from shardq.optimize.place import Collect, Place, leaving
 from shardq.optimize.share import Everything, Share
 from shardq.quant.adascale import Kernels
 from shardq.quant.affine import row_chunks
@@ -26,41 +25,41 @@ def whole(module: nn.Module, changed: bool = False) -> AbstractContextManager:
 
 
 class BlockQuantizer(nn.Module):
-    """One LinearQuantizer for each named linear of a block; made once, started anew for each block's weights.
+    """One LinearQuantizer for each matrix of a block; made once, started anew for each block's weights.
 
-    The block stays what it is: its linears' weights are overwritten, first with fake-quantized ones that collect
-    gradients, in the end with the ones that are served. Thereby a forward and a backward through the block are the
-    model's own, the same compiled code for every block, and the weights are quantized once per optimizer step however
-    many micro-batches go through.
+    The block stays what it is: its matrices are overwritten, first with fake-quantized ones that collect gradients, in
+    the end with the ones that are served. So a forward and a backward through the block are the model's own, the same
+    compiled code for every block, and the weights are quantized once per optimizer step however many micro-batches go
+    through.
     """
 
     def __init__(
         self,
         block: nn.Module,
-        linear_names: list[str],
-        spec: QuantSpec,
+        grids: dict[Matrix, QuantSpec],
         method: Method,
         kernels: Kernels,
         dtype: torch.dtype,
         share: Share | None = None,
     ):
-        """Allocate for the named linears of a block, whose weights leave it and will be in `dtype` from here on.
+        """Allocate for matrices of a block, which leave it and will be in `dtype` from here on.
 
         Args:
+            grids: of each matrix; of a fused parameter all experts are among them.
             share: the outputs that are quantized here (default: all).
         """
         super().__init__()
-        self.names = linear_names
-        # In a tuple: not submodules, whose parameters would be counted as trainable.
-        self._linears = tuple(block.get_submodule(name) for name in linear_names)
-        self._num_outputs = [linear.weight.shape[0] for linear in self._linears]
-        self._kernels, self._dtype, self._share = kernels, dtype, share or Everything()
+        self.matrices = list(grids)
+        self._dtype, self._kernels, self._share = dtype, kernels, share or Everything()
+        self._num_outputs = [matrix.shape[0] for matrix in grids]
         self._collecting: list[Tensor] = []
-        for linear in self._linears:  # to make room; the weights that it will have here come by `load` and `serve`
-            linear.weight.data = _placeholder(linear.weight, dtype)
+        parameters = {matrix.tensor: matrix.parameter_in(block) for matrix in grids}
+        # To make room; the weights that the block will compute with come by `load` and `serve`.
+        self._places = {name: Place(parameter, dtype) for name, parameter in parameters.items()}
         self.quantizers = nn.ModuleList()
-        for linear, num in zip(self._linears, self._num_outputs, strict=True):
-            self.quantizers.append(LinearQuantizer(linear.weight[self._share.outputs(num)], spec, method))
+        for matrix, spec in grids.items():
+            like_OI = matrix.part_of(parameters[matrix.tensor])[self._share.outputs(matrix.shape[0])]
+            self.quantizers.append(LinearQuantizer(like_OI, spec, method))
             self._share.made(self.quantizers[-1])
 
     def start(
@@ -69,19 +68,20 @@ class BlockQuantizer(nn.Module):
         importance: dict[str, Tensor] | None = None,
         gathered: Gathered = whole,
     ) -> None:
-        """Go to the start, round-to-nearest, for the weights `NAME.weight` in `source`, of any float dtype.
+        """Go to the start, round-to-nearest, for the matrices in `source`, of any float dtype.
 
         Args:
-            importance: by linear's name, of its input channels [I]; the start grid of those named is searched with it.
+            source: the block's tensors, by name within it.
+            importance: by matrix' name, of its input channels [I]; the start grid of those named is searched with it.
             gathered: the stepper's, where there is one.
         """
-        for name, quantizer in zip(self.names, self.quantizers, strict=True):
-            weight_OI = source[f"{name}.weight"]
+        for matrix, quantizer in zip(self.matrices, self.quantizers, strict=True):
+            weight_OI = matrix.of(source)
             part_OI = weight_OI[self._share.outputs(len(weight_OI))]
             if len(part_OI) < len(weight_OI):
                 part_OI = part_OI.clone()  # a view would keep the whole in memory
             with gathered(quantizer, True):
-                quantizer.start(part_OI, (importance or {}).get(name))
+                quantizer.start(part_OI, (importance or {}).get(matrix.name))
 
     def restart(self, gathered: Gathered = whole) -> None:
         """Go back to the start for the weights at hand.
@@ -94,7 +94,7 @@ class BlockQuantizer(nn.Module):
                 quantizer.restart()
 
     def forward(self) -> list[Tensor]:
-        """The fake-quantized weights [O, I], in the order of the names; differentiable."""
+        """The fake-quantized weights [O, I], in the order of the matrices; differentiable."""
         parts = (quantizer(self._dtype, self._kernels) for quantizer in self.quantizers)
         return self._share.joined(parts, self._num_outputs)
 
@@ -104,43 +104,20 @@ class BlockQuantizer(nn.Module):
         Args:
             adding_up: several backward passes will come, whose gradients add up in float32.
         """
-        self._collecting = [_Collect.apply(*pair) for pair in zip(quantized, self._linears, strict=True)]
-        for linear, weight_OI in zip(self._linears, quantized, strict=True):
-            linear.weight.data = weight_OI.detach()
-            linear.weight.requires_grad_(True)
-            linear.weight.grad = None
-            linear.weight.grad_dtype = None  # any: what is added to a float32 sum need not be float32 itself
-            if adding_up:
-                linear.weight.grad = torch.zeros_like(linear.weight, dtype=torch.float32)
+        loaded = list(zip(self.matrices, quantized, strict=True))
+        for name, place in self._places.items():
+            place.load({matrix.expert: weight_OI for matrix, weight_OI in loaded if matrix.tensor == name}, adding_up)
+        self._collecting = [
+            Collect.apply(weight_OI, self._places[matrix.tensor], matrix.expert) for matrix, weight_OI in loaded
+        ]
 
-    @contextmanager
-    def leaving(self) -> Iterator[None]:
-        """Have each weight leave the block as the backward pass of what is computed in the body comes past it.
+    def leaving(self) -> AbstractContextManager:
+        """Have each parameter leave the block as the backward pass of what is computed in the body comes past it.
 
         So its gradient takes its place, instead of one beside it. Nothing is computed with the block after that until
         the next `load`.
         """
-        places = {linear.weight.untyped_storage().data_ptr(): linear for linear in self._linears}
-        uses: Counter[nn.Linear] = Counter()
-
-        def keep(tensor: Tensor) -> Tensor | _Use:
-            linear = places.get(tensor.untyped_storage().data_ptr()) if tensor.untyped_storage().nbytes() else None
-            if linear is None:
-                return tensor
-            uses[linear] += 1
-            return _Use(linear, (tensor.size(), tensor.stride(), tensor.storage_offset()))
-
-        def give(kept: Tensor | _Use) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
-            weight = kept.linear.weight.data
-            uses[kept.linear] -= 1
-            if not uses[kept.linear]:
-                kept.linear.weight.data = _placeholder(weight)
-            return weight.as_strided(*kept.view)
-
-        with saved_tensors_hooks(keep, give):
-            yield
+        return leaving(self._places.values())
 
     def collected(self) -> Tensor:
         """A zero whose backward pass takes what was collected since the last `load` on to what was loaded.
@@ -163,13 +140,13 @@ class BlockQuantizer(nn.Module):
 
         def fold() -> list[QuantizedLinear]:
             parts = []
-            for name, quantizer in zip(self.names, self.quantizers, strict=True):
+            for matrix, quantizer in zip(self.matrices, self.quantizers, strict=True):
                 with gathered(quantizer):
-                    parts.append(_checked(name, quantizer))
+                    parts.append(_checked(matrix.name, quantizer))
             return parts
 
-        parts = zip(self._share.agreed(fold), self._num_outputs, strict=True)
-        return dict(zip(self.names, (self._whole(part, num) for part, num in parts), strict=True))
+        parts = zip(self.matrices, self._share.agreed(fold), strict=True)
+        return {matrix.name: self._whole(part, matrix.shape[0]) for matrix, part in parts}
 
     @torch.no_grad()
     def serve(self, linears: dict[str, QuantizedLinear], stored: Callable[[Tensor], Tensor]) -> None:
@@ -180,13 +157,12 @@ class BlockQuantizer(nn.Module):
                 weights are then rounded to that.
         """
         self._collecting = []
-        for name, linear in zip(self.names, self._linears, strict=True):
-            linear.weight.requires_grad_(False)
-            linear.weight.grad = None
-            if not linear.weight.is_contiguous():  # a placeholder
-                linear.weight.data = linear.weight.new_empty(linear.weight.shape)
-            for outputs in row_chunks(linear.weight):
-                linear.weight[outputs] = stored(linears[name].of(outputs).dequantized())
+        for place in self._places.values():
+            place.be_served()
+        for matrix in self.matrices:
+            weight_OI = matrix.part_of(self._places[matrix.tensor].parameter)
+            for outputs in row_chunks(weight_OI):
+                weight_OI[outputs] = stored(linears[matrix.name].of(outputs).dequantized())
 
     def release(self) -> None:
         """Let go of the source."""
@@ -196,38 +172,6 @@ class BlockQuantizer(nn.Module):
     def _whole(self, part: QuantizedLinear, num_outputs: int) -> QuantizedLinear:
         tensors = self._share.joined((part.codes_OI, part.scale_OG, part.zero_point_OG), [num_outputs] * 3)
         return QuantizedLinear(*tensors, part.spec)
-
-
-class _Use(NamedTuple):
-    """A view of a linear's weight that a backward pass will ask for: size, stride and offset."""
-
-    linear: nn.Linear
-    view: tuple[torch.Size, tuple[int, ...], int]
-
-
-def _placeholder(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the same shape, of another dtype if one is given, that takes no memory."""
-    return weight.new_zeros((), dtype=dtype).expand(weight.shape)
-
-
-class _Collect(torch.autograd.Function):
-    """Zero, whose gradient in a fake-quantized weight is the one that the block's linear has collected by then."""
-
-    @staticmethod
-    def forward(ctx, weight_OI, linear):
-        """Return the zero."""
-        ctx.linear = linear
-        return weight_OI.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, _):
-        """The linear's gradient [O, I], which the linear gives away, its weight too; rounded to the weight's dtype."""
-        weight = ctx.linear.weight
-        # A linear that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
-        gradient_OI = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        weight.grad = None
-        weight.data = _placeholder(weight)
-        return gradient_OI.to(weight.dtype), None
 
 
 def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:

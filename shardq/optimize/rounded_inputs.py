@@ -1,53 +1,52 @@
-"""What enters a block's linears, rounded to its grid while the block is trained."""
+"""What enters a block's matrices, rounded to its grid while the block is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from shardq.matrix import Matrix, hooked
 from shardq.quant.activation import ActivationGrid, RoundThrough, token_grid
 from shardq.quant.options import ActivationOptions
 from shardq.quant.spec import QuantSpec
 
 
 class RoundedInputs:
-    """Rounds what enters the named linears of a block; made once, for each block's grids in turn.
+    """Rounds what enters some matrices of a block; made once, for each block's grids in turn.
 
     Static grids are tensors that are overwritten in place, and the hooks are the same for all blocks: what was compiled
     with them goes on to hold.
     """
 
-    def __init__(self, block: nn.Module, linear_names: list[str], options: ActivationOptions):
-        """Allocate for the named linears of a block, on its device; none where activations stay as they are."""
+    def __init__(self, block: nn.Module, matrices: Iterable[Matrix], options: ActivationOptions):
+        """Allocate for some matrices of a block, on its device; none where activations stay as they are."""
         self._spec = QuantSpec(bits=options.bits, symmetric=options.symmetric)
-        self._linears = {name: block.get_submodule(name) for name in linear_names}
-        self._grids: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, linear in self._linears.items():
-            if options.granularity == "tensor":
-                self._grids[name] = torch.ones((), device=linear.weight.device), torch.zeros_like(linear.weight[0, 0])
-        self._hooks = {name: self._hook(self._grids.get(name)) for name in linear_names}
+        self._block = block
+        self._grids: dict[Matrix, tuple[Tensor, Tensor] | None] = {}
+        for matrix in matrices:
+            like = matrix.parameter_in(block)
+            is_static = options.granularity == "tensor"
+            self._grids[matrix] = (torch.ones((), device=like.device), like.new_zeros(())) if is_static else None
+        self._hooks = {matrix: self._hook(grid) for matrix, grid in self._grids.items()}
 
     @contextmanager
     def active(self, grids: dict[str, ActivationGrid]) -> Iterator[None]:
         """Round while the body runs.
 
         Args:
-            grids: by name of the activation, `NAME.input`; of those not named, the last block's, or a token's own.
+            grids: by name of the activation; of those not named, the last block's, or a token's own.
         """
-        for name, (scale, zero_point) in self._grids.items():
-            if f"{name}.input" in grids:
-                scale.fill_(grids[f"{name}.input"].scale)
-                zero_point.fill_(grids[f"{name}.input"].zero_point)
-        handles = [linear.register_forward_pre_hook(self._hooks[name]) for name, linear in self._linears.items()]
-        try:
+        for matrix, static in self._grids.items():
+            if static and matrix.input in grids:
+                scale, zero_point = static
+                scale.fill_(grids[matrix.input].scale)
+                zero_point.fill_(grids[matrix.input].zero_point)
+        with hooked(self._block, self._hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, static: tuple[Tensor, Tensor] | None) -> Callable:
-        def round_input(linear: nn.Module, inputs: tuple) -> Tensor:
+        def round_input(module: nn.Module, inputs: tuple) -> Tensor:
             (values,) = inputs
             grid = static or token_grid(values.detach().float(), self._spec)
             return RoundThrough.apply(values, *grid, self._spec)

@@ -13,6 +13,7 @@ from shardq.formats.block_file import write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, TensorInfo, check_same, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -22,12 +23,11 @@ from shardq.rundir.plan import Plan
 
 
 def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
-    """Dtype of the quantized linears' weights in the output checkpoint."""
+    """Dtype of the quantized weights in the output checkpoint."""
     if option == "float32":
         return torch.float32
-    block_index = next(number for number, names in enumerate(plan.linears) if names)
-    name = f"{plan.names[block_index]}.{plan.linears[block_index][0]}.weight"
-    return DTYPES[skeleton.stored(name).dtype]
+    first = next(matrix for block in plan.blocks for matrix in block.grids)
+    return DTYPES[skeleton.index[first.stored[0]].dtype]
 
 
 def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -39,7 +39,7 @@ def write_block_files(
     output: Path,
     skeleton: Skeleton,
     plan: Plan,
-    block_index: int,
+    block: BlockPlan,
     linears: dict[str, QuantizedLinear],
     activations: dict[str, ActivationGrid],
     dtype: torch.dtype,
@@ -54,26 +54,25 @@ def write_block_files(
     Returns:
         The files.
     """
-    prefix = plan.names[block_index]
-    full = {f"{prefix}.{name}": linear for name, linear in linears.items()}
-    grids = {f"{prefix}.{name}": grid for name, grid in activations.items()}
+    full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
+    grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
+    quantized = {matrix.tensor: linears[matrix.name] for matrix in block.grids}
 
     def write_weights(path: Path) -> None:
         weights = {}
-        for name, info in skeleton.block_tensors(block_index).items():
-            linear = linears.get(name.removesuffix(".weight"))
-            is_codes = linear is not None and name.endswith(".weight")
-            weights[info.name] = linear.dequantized(dtype) if is_codes else _copied(skeleton, info)
-            if is_codes:
+        for name, info in skeleton.block_tensors(block.index).items():
+            linear = quantized.get(name)
+            weights[info.name] = linear.dequantized(dtype) if linear else _copied(skeleton, info)
+            if linear:
                 check_finite(path, {info.name: weights[info.name]})
         write_tensors(path, weights, {"format": "pt"})
 
     folder = RunFolder(output)
-    writers = {folder.block(block_index): lambda path: write_block(path, full, grids)}
+    writers = {folder.block(block.index): lambda path: write_block(path, full, grids)}
     for version in plan.encoding_versions:
-        path = folder.encodings(version, block_index)
+        path = folder.encodings(version, block.index)
         writers[path] = lambda path, version=version: encodings.write(path, version, full, grids)
-    writers[output / plan.block_shard(block_index)] = write_weights
+    writers[output / plan.block_shard(block.index)] = write_weights
     # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
     return [path for path, _ in at_once(lambda path: writers[path](path), writers)]

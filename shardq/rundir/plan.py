@@ -1,38 +1,56 @@
 """What a run will do, checked against the model before any work."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
 from shardq.formats import encodings
 from shardq.formats.checkpoint import group_by_size, shard_name
 from shardq.formats.shards import TensorInfo
-from shardq.model.skeleton import Skeleton, linears_to_quantize
+from shardq.model.arguments import BlockArguments
+from shardq.model.block import BlockPlan, block_plans
+from shardq.model.choice import matrices_to_quantize
+from shardq.model.skeleton import Skeleton
+from shardq.quant.spec import QuantSpec
 
 ENCODINGS: tuple[encodings.Version, ...] = ("1.0.0", "0.6.1")  # AIMET's default, and what its load_encodings reads
 REST_SHARD_BYTES = 1 << 30  # tensors outside the blocks are copied in files of about this size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The blocks, what is quantized in each, and the files that come out.
 
     Attributes:
-        names: each block's name in the checkpoint.
-        linears: for each block, names within it of the linears to quantize.
+        blocks: in their order.
         rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
-        num_scales: of all linears together.
+        scale_dtype: name of the dtype that the target keeps scales in, as the grids have it; None: float32.
     """
 
-    names: list[str]
-    linears: list[list[str]]
+    blocks: list[BlockPlan]
     rest: list[list[TensorInfo]]
-    num_scales: int
+    scale_dtype: str | None = None
 
     @property
     def num_blocks(self) -> int:
         """Decoder blocks of the model."""
-        return len(self.names)
+        return len(self.blocks)
+
+    @property
+    def grids(self) -> dict[str, QuantSpec]:
+        """Of every matrix that is quantized, by its name in the model."""
+        return {block.full_name(matrix): spec for block in self.blocks for matrix, spec in block.grids.items()}
+
+    @property
+    def num_matrices(self) -> int:
+        """How many matrices are quantized."""
+        return sum(len(block.grids) for block in self.blocks)
+
+    @property
+    def num_scales(self) -> int:
+        """Of all matrices together."""
+        return sum(block.num_scales for block in self.blocks)
 
     @property
     def num_shards(self) -> int:
@@ -43,6 +61,11 @@ class Plan:
     def encoding_versions(self) -> list[encodings.Version]:
         """Versions of AIMET encodings that the run writes: those whose file a program can be expected to load."""
         return [version for version in ENCODINGS if encodings.fits(version, self.num_scales)]
+
+    def with_arguments(self, arguments: Sequence[BlockArguments]) -> "Plan":
+        """The same with what the model passes to each block."""
+        pairs = zip(self.blocks, arguments, strict=True)
+        return replace(self, blocks=[replace(block, arguments=passed) for block, passed in pairs])
 
     def block_shard(self, block_index: int) -> str:
         """File name of a block's weights."""
@@ -57,21 +80,31 @@ class Plan:
         return [shard_name(number, self.num_shards) for number in range(1, self.num_shards + 1)]
 
 
-def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
-    """Decide what is quantized and where it goes.
+def make_plan(skeleton: Skeleton, quant: QuantOptions, target: str | None = None) -> Plan:
+    """Decide what is quantized, on which grids, and where it goes.
+
+    Args:
+        target: the program that is to serve the result, if it is known.
 
     Raises:
-        ConfigError: the group size does not divide a linear's input size, or a pattern to ignore matches nothing.
-        UnsupportedModelError: no linear would be quantized.
+        ConfigError: the group size does not divide a matrix' input size, or a pattern to ignore matches nothing.
+        UnsupportedModelError: no matrix would be quantized.
     """
-    linears = linears_to_quantize(skeleton, quant.ignored)
-    _check_group_size(skeleton, linears, quant.spec.group_size)
-    num_scales = sum(
-        linear.out_features * (linear.in_features // (quant.spec.group_size or linear.in_features))
-        for block, names in zip(skeleton.blocks, linears, strict=True)
-        for linear in map(block.get_submodule, names)
-    )
-    return Plan(skeleton.names, linears, group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES), num_scales)
+    chosen = matrices_to_quantize(skeleton, quant.ignored)
+    first = next(matrix for matrices in chosen for matrix in matrices)
+    spec = replace(quant.spec, scale_dtype=_scale_dtype(target, skeleton.index[first.stored[0]].dtype))
+    blocks = block_plans(skeleton, [dict.fromkeys(matrices, spec) for matrices in chosen])
+    for block in blocks:
+        _check_group_sizes(block)
+    rest = group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES)
+    return Plan(blocks=blocks, rest=rest, scale_dtype=spec.scale_dtype)
+
+
+def _scale_dtype(target: str | None, source_dtype: str) -> str | None:
+    """Name of the dtype that a target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
+    if target is None:
+        return None
+    return "float16" if target == "gguf" or source_dtype == "F16" else "bfloat16"
 
 
 def outside_blocks(skeleton: Skeleton) -> list[TensorInfo]:
@@ -81,14 +114,10 @@ def outside_blocks(skeleton: Skeleton) -> list[TensorInfo]:
     return [info for name, info in skeleton.index.items() if name not in in_blocks]
 
 
-def _check_group_size(skeleton: Skeleton, linears: list[list[str]], group_size: int | None) -> None:
-    if group_size is None:
-        return
-    for block_name, block, names in zip(skeleton.names, skeleton.blocks, linears, strict=True):
-        for name in names:
-            in_features = block.get_submodule(name).in_features
-            if in_features % group_size:
-                raise ConfigError(
-                    f"quant.group_size: {group_size} does not divide the {in_features} input channels of "
-                    f"{block_name}.{name}; choose a divisor, or -1 for per-channel"
-                )
+def _check_group_sizes(block: BlockPlan) -> None:
+    for matrix, spec in block.grids.items():
+        if spec.group_size and matrix.shape[1] % spec.group_size:
+            raise ConfigError(
+                f"quant.group_size: {spec.group_size} does not divide the {matrix.shape[1]} input channels of "
+                f"{block.full_name(matrix)}; choose a divisor, or -1 for per-channel"
+            )

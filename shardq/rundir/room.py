@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,15 +57,17 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, TensorInfo], linears: Iterable[str], spec: QuantSpec) -> BlockBytes:
-    """What a block takes whose linears, by name within it, have codes on a grid."""
-    quantized = [tensors[f"{name}.weight"] for name in linears]
-    scales = sum(info.shape[0] * (info.shape[1] // (spec.group_size or info.shape[1])) for info in quantized)
-    codes = sum(info.shape[0] * packed_width(info.shape[1], spec.bits) for info in quantized)
-    codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES * len(quantized)
-    others = sum(info.num_bytes + HEADER_BYTES for info in tensors.values())
-    others -= sum(info.num_bytes for info in quantized)
-    return BlockBytes(others, codes, sum(info.shape[0] * info.shape[1] for info in quantized), scales)
+def block_bytes(tensors: dict[str, TensorInfo], grids: dict[str, QuantSpec]) -> BlockBytes:
+    """What a block takes of whose tensors, by name within it, some have codes on a grid."""
+    codes = num_weights = num_scales = 0
+    for name, spec in grids.items():
+        num_outputs, num_inputs = tensors[name].shape
+        scales = num_outputs * (num_inputs // (spec.group_size or num_inputs))
+        codes += num_outputs * packed_width(num_inputs, spec.bits)
+        codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES
+        num_weights, num_scales = num_weights + num_outputs * num_inputs, num_scales + scales
+    others = sum(HEADER_BYTES + info.num_bytes * (name not in grids) for name, info in tensors.items())
+    return BlockBytes(others, codes, num_weights, num_scales)
 
 
 def bytes_there(path: Path) -> int:

@@ -4,9 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from shardq.model.arguments import BlockArguments
-from shardq.model.ends import block_forward
-from shardq.model.weights import LoadedBlock
+from shardq.model.block import LoadedBlock
 from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.block_quantizer import whole
 from shardq.optimize.channel_power import channel_power
@@ -20,59 +18,49 @@ from shardq.training.tries import BlockAtHand, BlockResult, agreed_loss, train
 from shardq.training.workshop import BlockJob, bench_for, served_forward
 
 
-def quantize_block(
-    job: BlockJob,
-    loaded: LoadedBlock,
-    linear_names: list[str],
-    activation_bits: dict[str, int],
-    arguments: BlockArguments,
-    is_last: bool,
-    check: Check,
-) -> tuple[BlockResult, dict[str, ActivationGrid]]:
+def quantize_block(job: BlockJob, loaded: LoadedBlock, check: Check) -> tuple[BlockResult, dict[str, ActivationGrid]]:
     """Quantize one block in place; its next generation of both streams is in the store afterwards.
 
     The quantized stream is not taken through the last block, whose output nothing reads, but for its activations.
 
     Args:
-        activation_bits: of the activations that get a grid, by name within the block.
         check: compares the block's output with the model's own.
 
     Returns:
-        what training gave, and those grids.
+        what training gave, and the grids of the activations that are to have one, by name within the block.
 
     Raises:
         QuantizationError: the loss at the start, or an activation, is not finite.
     """
-    block_index, activations, encodings = loaded.index, job.activations, job.encodings
-    span = partial(job.events.span, block=block_index)
+    plan, activations, encodings = loaded.plan, job.activations, job.encodings
+    span = partial(job.events.span, block=plan.index)
     # 1. The fp stream moves on: its output is the target now and the next block's input.
-    searched = linear_names if job.optimize.start == "search" else []
-    early, late = (activation_bits, {}) if encodings.in_training else ({}, activation_bits)
+    searched = plan.grids if job.optimize.start == "search" else ()
+    early, late = (plan.activations, {}) if encodings.in_training else ({}, plan.activations)
     with span("fp pass"), channel_power(loaded.module, searched) as power:
         with observed(loaded.module, early, encodings) as statistics:
-            advance(activations, "fp", block_index, block_forward(loaded.module, arguments, job.optimize.dtype))
+            advance(activations, "fp", plan.index, loaded)
         reduce_over_ranks(job.ranks, list(power.values()))
     with span("self-check"):
         together(job.ranks, lambda: check(loaded))
-    grids = activation_grids(statistics, early, encodings, job.spec.scale_dtype, job.ranks)
-    bench = bench_for(job, loaded, linear_names, arguments)
-    forward = served_forward(job, loaded, linear_names, activation_bits, arguments)
+    grids = activation_grids(statistics, early, encodings, job.ranks)
+    bench, forward = bench_for(job, loaded), served_forward(job, loaded)
     with bench.inputs.active(grids):
-        with objective_of(job, bench, loaded, arguments, is_last) as objective:
-            at_hand = BlockAtHand(job, bench, block_index, forward, objective)
+        with objective_of(job, bench, loaded) as objective:
+            at_hand = BlockAtHand(job, bench, plan, forward, objective)
             result = _trained(at_hand, loaded.source, power)
         # 4. The quantized stream moves on through the weights as they are served; its activations are looked at.
-        if late or not is_last:
+        if late or not plan.is_last:
             with span("quant pass"), observed(loaded.module, late, encodings) as statistics:
-                advance(activations, "quant", block_index, forward)
-            grids |= activation_grids(statistics, late, encodings, job.spec.scale_dtype, job.ranks)
+                advance(activations, "quant", plan.index, forward)
+            grids |= activation_grids(statistics, late, encodings, job.ranks)
     return result, grids
 
 
 def _trained(at_hand: BlockAtHand, source: dict[str, Tensor], power: dict[str, Tensor]) -> BlockResult:
     """Quantize the block's weights, which are taken out of `source`; the block computes with the result."""
     job, bench = at_hand.job, at_hand.bench
-    span = partial(job.events.span, block=at_hand.index)
+    span = partial(job.events.span, block=at_hand.plan.index)
     # 2. The block starts as round-to-nearest; how far is it off?
     with span("start"):
         gathered = bench.stepper.gathered if bench.stepper else whole

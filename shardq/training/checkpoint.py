@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.formats.tensor_file import read_checked, write_checked
+from shardq.matrix import Matrix
 from shardq.optimize.best_iterate import BestIterate
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.engine import Engine
@@ -111,12 +112,12 @@ def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress
 
 
 def load(
-    checkpoints: Checkpoints, purpose: dict, spec: QuantSpec, say: Callable[[str], None]
+    checkpoints: Checkpoints, purpose: dict, grids: dict[Matrix, QuantSpec], say: Callable[[str], None]
 ) -> tuple[Progress, dict[str, Tensor]] | None:
     """The newest checkpoint that serves the purpose, and the stepper's state in it; None if there is none.
 
     Args:
-        spec: the grid of the best iterate's linears.
+        grids: of the block's matrices.
         say: is given a line about each one that does not.
     """
     ranks = checkpoints.engine.ranks
@@ -128,7 +129,7 @@ def load(
     for name in on_rank_zero(ranks, found):
         folder = _folder(checkpoints) / name
         try:
-            return together(ranks, lambda folder=folder: _read(folder, checkpoints, purpose, spec))
+            return together(ranks, lambda folder=folder: _read(folder, checkpoints, purpose, grids))
         except CheckpointError as error:
             where = f" ({error.where})" if error.where else ""
             say(f"{folder}: not used: {str(error).partition(';')[0]}{where}")
@@ -144,13 +145,16 @@ def _folder(checkpoints: Checkpoints) -> Path:
     return RunFolder(checkpoints.output).checkpoint
 
 
-def _read(folder: Path, checkpoints: Checkpoints, purpose: dict, spec: QuantSpec) -> tuple[Progress, dict[str, Tensor]]:
+def _read(
+    folder: Path, checkpoints: Checkpoints, purpose: dict, grids: dict[Matrix, QuantSpec]
+) -> tuple[Progress, dict[str, Tensor]]:
     state, about = read_checked(folder / checkpoints.state_file)
     made_for = (about or {}).get("purpose", {})
     differing = [name for name, value in purpose.items() if made_for.get(name) != value]
     if differing:
         raise CheckpointError(f"made for another {', another '.join(differing)}")
-    best = _best_of(*read_checked(folder / BEST), spec, checkpoints.engine.ranks.device) if about["has_best"] else None
+    device = checkpoints.engine.ranks.device
+    best = _best_of(*read_checked(folder / BEST), grids, device) if about["has_best"] else None
     return Progress(about["failed"], about["done"], best), state
 
 
@@ -162,9 +166,11 @@ def _tensors_of(best: BestIterate) -> dict[str, Tensor]:
     return tensors
 
 
-def _best_of(tensors: dict[str, Tensor], about: dict, spec: QuantSpec, device: torch.device) -> BestIterate:
-    linears = {}
+def _best_of(
+    tensors: dict[str, Tensor], about: dict, grids: dict[Matrix, QuantSpec], device: torch.device
+) -> BestIterate:
+    linears, specs = {}, {matrix.name: spec for matrix, spec in grids.items()}
     for name in about["linears"]:  # in their order, which the tensors of a file do not keep
         parts = (tensors[f"{name}.{kind}"].to(device) for kind in ("codes", "scale", "zero_point"))
-        linears[name] = QuantizedLinear(*parts, spec)
+        linears[name] = QuantizedLinear(*parts, specs[name])
     return BestIterate(linears, about["loss"], about["num_stale"])

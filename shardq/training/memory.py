@@ -12,7 +12,7 @@ from shardq.calib.partition import largest_part
 from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.arguments import BlockArguments
-from shardq.model.ends import run_block
+from shardq.model.block import BlockPlan, run_block
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.loss import LOGITS_TOKENS
@@ -44,20 +44,18 @@ class LargestBlock:
     head_bytes: int = 0
 
 
-def largest_block(
-    skeleton: Skeleton, plan: Plan, arguments: list[BlockArguments], sequence_length: int, options: OptimizeOptions
-) -> LargestBlock:
+def largest_block(skeleton: Skeleton, plan: Plan, sequence_length: int, options: OptimizeOptions) -> LargestBlock:
     """The first block with the most weights to train; it is taken for the last, which may have the head beside it.
 
     Args:
+        plan: with the blocks' arguments.
         options: resolved but for the micro-batch.
     """
-    sizes = [block_size(skeleton, plan, number) for number in range(plan.num_blocks)]
-    largest = max(range(plan.num_blocks), key=lambda number: sizes[number].num_weights)
-    hidden_shape = (1, sequence_length, arguments[largest].width)
-    sample = saved_bytes(skeleton.blocks[largest], arguments[largest], hidden_shape)
+    largest = max(plan.blocks, key=lambda block: block.num_weights)
+    hidden_shape = (1, sequence_length, largest.arguments.width)
+    sample = saved_bytes(skeleton.blocks[largest.index], largest.arguments, hidden_shape)
     head = head_bytes(skeleton, options.dtype) if options.last_block == "predictions" else 0
-    return LargestBlock(plan.names[largest], sizes[largest], sample, head)
+    return LargestBlock(largest.name, block_size(skeleton, largest), sample, head)
 
 
 def choose_micro_batch(block: LargestBlock, options: OptimizeOptions, engine: Engine, limit: int) -> int:
@@ -126,12 +124,10 @@ def reads_ahead(block: LargestBlock, options: OptimizeOptions, engine: Engine, l
     return needed + block.size.source <= limit
 
 
-def block_size(skeleton: Skeleton, plan: Plan, block_index: int) -> BlockSize:
+def block_size(skeleton: Skeleton, block: BlockPlan) -> BlockSize:
     """Size of one of the model's blocks."""
-    source = sum(info.num_bytes for info in skeleton.block_tensors(block_index).values())
-    block = skeleton.blocks[block_index]
-    linears = [block.get_submodule(name).weight.numel() for name in plan.linears[block_index]]
-    return BlockSize(source, sum(linears), max(linears, default=0))
+    source = sum(info.num_bytes for info in skeleton.block_tensors(block.index).values())
+    return BlockSize(source, block.num_weights, max((matrix.num_weights for matrix in block.grids), default=0))
 
 
 def training_bytes(block: LargestBlock, options: OptimizeOptions, engine: Engine, micro_batch: int) -> int:

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardq.model.arguments import BlockArguments
+from shardq.model.block import LoadedBlock
 from shardq.model.ends import whole_epilogue
-from shardq.model.weights import LoadedBlock
 from shardq.optimize.loss import (
     ErrorSums,
     ToLogits,
@@ -52,17 +51,15 @@ class Objective:
 
 
 @contextmanager
-def objective_of(
-    job: BlockJob, bench: Bench, loaded: LoadedBlock, arguments: BlockArguments, is_last: bool
-) -> Iterator[Objective]:
+def objective_of(job: BlockJob, bench: Bench, loaded: LoadedBlock) -> Iterator[Objective]:
     """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
     iterations = job.optimize.iterations
-    if not (is_last and bench.stepper is not None and job.optimize.last_block == "predictions"):
-        of_output = loss_of(job, bench, loaded, arguments, job.optimize.loss)
+    if not (loaded.plan.is_last and bench.stepper is not None and job.optimize.last_block == "predictions"):
+        of_output = loss_of(job, bench, loaded, job.optimize.loss)
         errors = partial(error_sums, kind=job.optimize.loss)
         yield Objective("loss", iterations, lambda inputs, targets, labels: of_output(inputs, targets)[0], errors)
         return
-    of_output = loss_of(job, bench, loaded, arguments, "token")
+    of_output = loss_of(job, bench, loaded, "token")
     kernel, label_weight = job.compiled(prediction_error, False), job.optimize.label_weight
     with whole_epilogue(job.skeleton, job.activations.device, job.optimize.dtype) as of_tokens:
         to_logits = of_tokens(None)

@@ -13,10 +13,12 @@ from shardq.cache.store import STREAMS, ActivationStore, Stream
 from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, storage_threads, to_device, to_host
 from shardq.liveness.stall import Pace
-from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
+from shardq.matrix import Matrix
+from shardq.model.arguments import Call, Entering, hidden_of
+from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.ends import prologue
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import LoadedBlock, stream_blocks
+from shardq.model.weights import stream_blocks
 from shardq.optimize.loss import ErrorSums
 
 Forward = Callable[[Tensor | Entering], Tensor | Entering]
@@ -28,7 +30,7 @@ class Activations:
     """This rank's samples, where their activations are kept, and the device that computes.
 
     `waiting`, given `input` or `output`, is entered while the computation waits for the store; `pace` hears of steps.
-    `arguments` says for each block what else enters it; left out where nothing does.
+    `blocks` say what else enters each; left out where nothing does.
     """
 
     store: ActivationStore
@@ -37,7 +39,7 @@ class Activations:
     device: torch.device
     waiting: Callable[[str], AbstractContextManager] = nullcontext
     pace: Pace = field(default_factory=Pace)
-    arguments: Sequence[BlockArguments] = ()
+    blocks: Sequence[BlockPlan] = ()
 
     def load(self, stream: Stream, generation: int, samples: list[int]) -> Tensor:
         """Hidden states [N, T, D] of some samples, on the device."""
@@ -52,11 +54,11 @@ class Activations:
 
     def _own(self, generation: int) -> tuple[Stream, ...]:
         """Names of the arguments of a block that are kept for each sample."""
-        return self.arguments[generation].own_names if generation < len(self.arguments) else ()
+        return self.blocks[generation].arguments.own_names if generation < len(self.blocks) else ()
 
     def _carried(self, stream: Stream, generation: int) -> tuple[Stream, ...]:
         """Names of what earlier blocks have left in a stream for this one and later ones."""
-        names = self.arguments[generation].carried_names if generation < len(self.arguments) else ()
+        names = self.blocks[generation].arguments.carried_names if generation < len(self.blocks) else ()
         return tuple(f"{stream}-{name}" for name in names)
 
     def _streams(self, generation: int) -> tuple[Stream, ...]:
@@ -93,7 +95,7 @@ class Activations:
     def keep_own(self, block_index: int, samples: list[int], call: Call) -> None:
         """Write the arguments of a block that follow the sample, from the model's call with these samples."""
         names = self._own(block_index)
-        own = self.arguments[block_index].own_of(call) if names else ()
+        own = self.blocks[block_index].arguments.own_of(call) if names else ()
         for name, values_N in zip(names, own, strict=True):
             for sample, value in zip(samples, values_N.cpu(), strict=True):
                 self.store.write(name, block_index, sample, value.contiguous())
@@ -104,7 +106,7 @@ class Activations:
 
     def holds(self, generation: int) -> bool:
         """Whether both streams of all samples are there, and all that later blocks need of them."""
-        later = range(generation + 1, len(self.arguments))
+        later = range(generation + 1, len(self.blocks))
         return all(
             self.store.holds(generation, sample, self._streams(generation))
             and all(self.store.holds(block_index, sample, self._own(block_index)) for block_index in later)
@@ -147,29 +149,32 @@ def replay(
     activations: Activations,
     tokens_NT: Tensor,
     skeleton: Skeleton,
-    num_blocks: int,
-    forwards: Callable[[LoadedBlock], tuple[Forward, Forward]],
-    written: Callable[[int], Iterable[tuple[str, Tensor]]],
+    blocks: Sequence[BlockPlan],
+    dtype: torch.dtype,
+    served: Callable[[LoadedBlock], Forward],
+    written: Callable[[BlockPlan], Iterable[tuple[Matrix, Tensor]]],
     rounding: Callable[[LoadedBlock], AbstractContextManager],
 ) -> None:
-    """Compute what enters block `num_blocks`: the embeddings, then both streams through the blocks before it.
+    """Compute what enters the block after `blocks`: the embeddings, then both streams through these.
 
     Args:
-        forwards: gives what computes a block with its own weights, and what does once the quantized ones are there.
-        written: gives these on the device, in the dtype that they are computed with, by their linear's name.
+        blocks: all before it.
+        dtype: of their matrix multiplies.
+        served: gives what computes a block once the quantized weights are in it.
+        written: gives these on the device, in the dtype that they are computed with.
         rounding: rounds a block's activations where the quantized stream moves on through rounded ones.
     """
     with prologue(skeleton, activations.device) as embed:
         embed_samples(activations, tokens_NT, skeleton, embed)
-    for loaded in stream_blocks(skeleton, range(num_blocks), activations.device):
-        forward, served_forward = forwards(loaded)
-        advance(activations, "fp", loaded.index, forward)
-        for name, weight in written(loaded.index):
-            loaded.module.get_submodule(name).weight.data = weight
+    for loaded in stream_blocks(skeleton, blocks, activations.device, dtype):
+        served_forward = served(loaded)
+        advance(activations, "fp", loaded.index, loaded)
+        for matrix, weight_OI in written(loaded.plan):
+            matrix.put(loaded.module, weight_OI)
         with rounding(loaded):
             advance(activations, "quant", loaded.index, served_forward)
         activations.drop(loaded.index)
-        del loaded, forward, served_forward  # its source must not stay in memory while the block after the next is read
+        del loaded, served_forward  # its source must not stay in memory while the block after the next is read
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """One step of tuning a run's scales: samples through all blocks, forward and back, in the memory of one block."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from shardq.errors import QuantizationError, UnsupportedModelError
 from shardq.formats.block_file import read_block
 from shardq.logs import Display, Events
 from shardq.model.arguments import Entering, hidden_of, with_hidden
-from shardq.model.ends import block_forward, prologue, whole_epilogue
+from shardq.model.block import BlockPlan, LoadedBlock
+from shardq.model.ends import prologue, whole_epilogue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import LoadedBlock, read_source, stream_blocks
+from shardq.model.weights import read_source, stream_blocks
 from shardq.optimize.loss import ToLogits, prediction_loss
 from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
@@ -55,38 +56,40 @@ class Tuning:
     events: Events
     display: Display
 
-    def linears(self, block_index: int) -> dict[str, QuantizedLinear]:
+    def linears(self, block: BlockPlan) -> dict[str, QuantizedLinear]:
         """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
-        prefix, stored = self.plan.names[block_index], read_block(RunFolder(self.run).block(block_index))
-        linears = {name: stored[f"{prefix}.{name}"] for name in self.plan.linears[block_index]}
-        return self.tuners[block_index].rescaled(linears)
+        stored = read_block(RunFolder(self.run).block(block.index))
+        linears = {matrix.name: stored[block.full_name(matrix)] for matrix in block.grids}
+        return self.tuners[block.index].rescaled(linears)
 
-    def blocks(self, indices: Iterable[int]) -> Iterator[LoadedBlock]:
+    def loaded(self, blocks: Iterable[BlockPlan]) -> Iterator[LoadedBlock]:
         """Blocks with dequantized weights, in the dtype of the matrix multiplies: codes alone go to the device."""
         device, dtype = self.activations.device, self.options.dtype
 
-        def read(block_index: int) -> dict[str, Tensor]:
-            linears = self.linears(block_index)
-            infos = self.skeleton.block_tensors(block_index)
-            kept = {name: info for name, info in infos.items() if name.removesuffix(".weight") not in linears}
-            buffers = dict(self.skeleton.blocks[block_index].named_buffers())
+        def read(block: BlockPlan) -> dict[str, Tensor]:
+            linears, infos = self.linears(block), self.skeleton.block_tensors(block.index)
+            quantized = {matrix.tensor for matrix in block.grids}
+            kept = {name: info for name, info in infos.items() if name not in quantized}
+            buffers = dict(self.skeleton.blocks[block.index].named_buffers())
             source = {
                 name: to_device(read_source(self.skeleton, info, name in buffers), device)
                 for name, info in kept.items()
             }
-            for name, linear in linears.items():
+            for matrix in block.grids:
+                linear = linears[matrix.name]
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
                 on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
-                source[f"{name}.weight"] = on_device.dequantized(dtype)
+                source[matrix.tensor] = on_device.dequantized(dtype)
             return source
 
-        return stream_blocks(self.skeleton, indices, device, partial(self.events.waiting, "input"), read=read)
+        return stream_blocks(self.skeleton, blocks, device, dtype, partial(self.events.waiting, "input"), read=read)
 
 
 def embed_and_target(
-    skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype, checks: bool
-) -> Activations:
-    """Fill generation 0 and the fp stream's last, the target; give the activations with the blocks' arguments.
+    skeleton: Skeleton, plan: Plan, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype,
+    checks: bool,
+) -> Plan:  # fmt: skip
+    """Fill generation 0 and the fp stream's last, the target; give the plan with the blocks' arguments.
 
     An error is the caller's to share with other ranks.
 
@@ -97,22 +100,22 @@ def embed_and_target(
         UnsupportedModelError: blocks leave something for later ones, whose gradient would be missing.
     """
     with prologue(skeleton, activations.device) as embed:
-        arguments = record_arguments(skeleton, embed, activations.sequence_length)
-        if any(passed.carried_names for passed in arguments):
+        plan = plan.with_arguments(record_arguments(skeleton, embed, activations.sequence_length))
+        if any(block.arguments.carried_names for block in plan.blocks):
             raise UnsupportedModelError(
                 f"{type(skeleton.model).__name__}: its blocks hand keys and values to later blocks, through which "
                 "scales cannot be tuned; the run itself can be evaluated, exported and served"
             )
-        activations = replace(activations, arguments=arguments)
+        activations = replace(activations, blocks=plan.blocks)
         embed_samples(activations, tokens_NT, skeleton, embed)
     num_tokens = checks * len(activations.samples) * activations.sequence_length
     with self_check(skeleton, tokens_NT, activations, ranks, dtype, num_tokens) as check:
-        for loaded in stream_blocks(skeleton, range(len(arguments)), activations.device):
-            advance(activations, "fp", loaded.index, block_forward(loaded.module, arguments[loaded.index], dtype))
+        for loaded in stream_blocks(skeleton, plan.blocks, activations.device, dtype):
+            advance(activations, "fp", loaded.index, loaded)
             check(loaded)
             _forget(activations, loaded.index)
             del loaded  # its source must not stay in memory while the block after the next is read
-    return activations
+    return plan
 
 
 def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
@@ -124,27 +127,22 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
     Raises:
         QuantizationError: the loss is not finite; the same on every rank.
     """
-    last = tuning.plan.num_blocks - 1
     part = replace(tuning.activations, samples=samples)
     with tuning.events.span("forward", step=step):
-        for loaded in tuning.blocks(range(last)):
-            advance(part, "quant", loaded.index, _forward(tuning, loaded))
+        for loaded in tuning.loaded(tuning.plan.blocks[:-1]):
+            advance(part, "quant", loaded.index, training_forward(loaded))
             tuning.display.advance_iteration()
             del loaded
     with tuning.events.span("backward", step=step):
         gradients, loss = [], 0.0
-        for loaded in tuning.blocks(reversed(range(last + 1))):
-            if loaded.index == last:
+        for loaded in tuning.loaded(reversed(tuning.plan.blocks)):
+            if loaded.plan.is_last:
                 loss, gradients = _at_the_end(tuning, loaded, samples)
             _back_through(tuning, loaded, samples, gradients, step)
             _forget(part, loaded.index)
             tuning.display.advance_iteration()
             del loaded
     return loss
-
-
-def _forward(tuning: Tuning, loaded: LoadedBlock) -> Callable[[Tensor], Tensor]:
-    return training_forward(loaded.module, tuning.activations.arguments[loaded.index], tuning.options.dtype)
 
 
 def _forget(activations: Activations, generation: int) -> None:
@@ -157,7 +155,7 @@ def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tupl
     """The batch's loss, and its gradient in each sample's [1, T, D] output of the last block."""
     options, device = tuning.options, tuning.activations.device
     gradients, total = [], 0.0
-    forward = _forward(tuning, loaded)
+    forward = training_forward(loaded)
     with whole_epilogue(tuning.skeleton, device, options.dtype) as of_tokens:
         to_logits = of_tokens(None)
         for sample in samples:
@@ -185,8 +183,8 @@ def _loss(tuning: Tuning, output_1TD: Tensor, sample: int, labels_1T: Tensor, to
 
 def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradients: list[Tensor], step: int) -> None:
     """Take the samples' gradients from a block's output to its input, in place, and step the block's scales."""
-    forward, tuner = _forward(tuning, loaded), tuning.tuners[loaded.index]
-    weights = {name: loaded.module.get_submodule(name).weight for name in tuning.plan.linears[loaded.index]}
+    forward, tuner = training_forward(loaded), tuning.tuners[loaded.index]
+    weights = {matrix.name: matrix.parameter_in(loaded.module) for matrix in loaded.plan.grids}
 
     def load(sample: int) -> Tensor | Entering:
         return tuning.activations.entering("quant", loaded.index, [sample])

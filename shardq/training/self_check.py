@@ -13,10 +13,10 @@ from torch import Tensor
 from shardq.errors import UnsupportedModelError
 from shardq.logs import Display
 from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
+from shardq.model.block import LoadedBlock
 from shardq.model.compared import differing
 from shardq.model.own_forward import OwnForward, computed, own_forward
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import LoadedBlock
 from shardq.parallel.ranks import Ranks
 from shardq.training.passes import Activations, Forward
 
@@ -60,7 +60,7 @@ def self_check(
 
         def check(loaded: LoadedBlock, unrounded: Forward | None = None) -> None:
             if not under_way:  # here, where an error is the caller's to share with other ranks
-                begin(_checked_length(whole, num_tokens, activations.arguments[first], first), first)
+                begin(_checked_length(whole, num_tokens, activations.blocks[first].arguments, first), first)
             try:
                 under_way[0].check(loaded, unrounded)
             except _Different as different:
@@ -119,7 +119,7 @@ class _Checked:
         entering = self._activations.entering("fp", index, self._samples)
         entering_NTD = self._cut(hidden_of(entering))
         left_NTD = self._cut(self._activations.load("fp", index + 1, self._samples))
-        name = f"{type(skeleton.model).__name__}: {skeleton.names[index]}"
+        name = f"{type(skeleton.model).__name__}: {loaded.plan.name}"
 
         def respond(number: int, call: Call) -> object:
             if number != index:
@@ -134,7 +134,7 @@ class _Checked:
             streamed_NTD = self._cut(hidden_of(unrounded(entering))) if unrounded else left_NTD
             fault = self._fault("its output", own_NTD.float(), streamed_NTD, entering_NTD, self._dtype)
             if fault:
-                names = differing(skeleton, index, call, self._activations.arguments[index].bound(entering))
+                names = differing(skeleton, index, call, loaded.plan.arguments.bound(entering))
                 arguments = f" (arguments that differ: {', '.join(names)})" if names else ""
                 raise _Different(f"{name}: {fault}{arguments}")
             return (left_NTD, *returned[1:]) if isinstance(returned, tuple | list) else left_NTD
@@ -148,7 +148,7 @@ class _Checked:
 
     def _taken_up(self, entering: Tensor | Entering, call: Call) -> Call:
         """The call of the first block that is checked, where blocks before it were left out."""
-        passed = self._activations.arguments[self._first]
+        passed = self._activations.blocks[self._first].arguments
         if isinstance(entering, Entering) and entering.carried:
             passed.shared_in(call).update(passed.shared.mapping(entering.carried))
         return call._replace(hidden=self._cut(hidden_of(entering)))

@@ -14,6 +14,7 @@ from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError
 from shardq.model.arguments import Entering, hidden_of, with_hidden
+from shardq.model.block import BlockPlan
 from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.distill import distill
 from shardq.optimize.inputs import generator_for, mixed
@@ -38,14 +39,13 @@ class BlockAtHand:
 
     Attributes:
         bench: trains blocks of this kind.
-        index: the block's place in the model.
         forward: from what enters the block to its output, computed as the quantized model will compute it.
         objective: what is trained, what is reported, and for how many steps.
     """
 
     job: BlockJob
     bench: Bench
-    index: int
+    plan: BlockPlan
     forward: Callable[[Tensor], Tensor]
     objective: Objective
 
@@ -87,10 +87,10 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
     """
     job, stepper = at_hand.job, at_hand.bench.stepper
     purpose = checkpoint.purpose_of(job.checkpoints)
-    saved = checkpoint.load(job.checkpoints, purpose, job.spec, job.display.line)
+    saved = checkpoint.load(job.checkpoints, purpose, at_hand.plan.grids, job.display.line)
     progress, state = saved or (Progress(best=best), None)
     if saved:
-        job.display.line(f"block {at_hand.index}: training goes on after {progress.done} iterations")
+        job.display.line(f"block {at_hand.plan.index}: training goes on after {progress.done} iterations")
     del saved, best
     while progress.failed <= job.optimize.retries:
         stepper.start(at_hand.objective.iterations, RETRY_RATE**progress.failed)
@@ -102,7 +102,7 @@ def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) ->
             linears, loss_after = _try(at_hand, progress, purpose)
         except QuantizationError as error:
             _go_back(at_hand, progress, loss_before)
-            job.display.line(f"block {at_hand.index}: {_reason(error)}; {_what_follows(job, progress)}")
+            job.display.line(f"block {at_hand.plan.index}: {_reason(error)}; {_what_follows(job, progress)}")
             continue
         if not progress.failed:
             return BlockResult(linears, at_hand.objective.kind, loss_before, loss_after)
@@ -120,7 +120,7 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
         QuantizationError: a loss, a gradient, a parameter or a scale is not finite; the same on all ranks.
     """
     job, bench, stepper, optimize = at_hand.job, at_hand.bench, at_hand.bench.stepper, at_hand.job.optimize
-    span = partial(job.events.span, block=at_hand.index)
+    span = partial(job.events.span, block=at_hand.plan.index)
     best, first = progress.best if optimize.held_out else None, progress.done
     iterations, every = at_hand.objective.iterations, job.checkpoints.every
     with span("train") as facts:
@@ -141,7 +141,7 @@ def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linea
                 break
             if saves:
                 with job.events.waiting("checkpoint"):
-                    checkpoint.save(job.checkpoints, purpose, at_hand.index, progress, stepper.state())
+                    checkpoint.save(job.checkpoints, purpose, at_hand.plan.index, progress, stepper.state())
         facts["iterations"] = progress.done - first
     if not stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
@@ -193,7 +193,7 @@ def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor | Enteri
 
     Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
     """
-    job, block_index = at_hand.job, at_hand.index
+    job, block_index = at_hand.job, at_hand.plan.index
     activations, optimize = job.activations, job.optimize
     labels_NT = next_tokens(job.tokens_NT)
 
@@ -225,7 +225,7 @@ def agreed_loss(at_hand: BlockAtHand) -> float:
     Raises:
         QuantizationError: it is not finite.
     """
-    job, block_index = at_hand.job, at_hand.index
+    job, block_index = at_hand.job, at_hand.plan.index
     samples = watched_samples(job.num_samples, job.optimize.held_out, job.ranks.rank, job.ranks.world_size)
     sums = compare(job.activations, block_index, samples, at_hand.forward, at_hand.objective.errors)
     total = ErrorSums(*sum_over_ranks(job.ranks, [sums.error, sums.weight]))

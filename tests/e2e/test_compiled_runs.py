@@ -1,6 +1,7 @@
 """Runs whose training step is compiled: blocks after the first of a kind compile nothing and take no memory."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from transformers import Gemma2Config
 
 import tiny
 from runs import LAUNCH, last_json, quantize_arguments, run_quantize
+from shardq.commands import quantize as run
 from shardq.compiling import why_not
 from shardq.logs import Display
+from shardq.model.block import LoadedBlock
 from shardq.training import block as block_pass
 from shardq.training import workshop as bench
 
@@ -103,10 +106,17 @@ def test_compiled_training_ends_where_uncompiled_training_does(llama, token_file
 def test_served_block_is_computed_by_training_code_and_in_a_replay_to_the_same_bytes(
     llama, token_file, tmp_path, monkeypatch
 ):
-    def refuse(hidden):
-        raise AssertionError("a served block was computed uncompiled")
+    class Refusing(LoadedBlock):
+        def __call__(self, entering):
+            raise AssertionError("a served block was computed uncompiled")
 
-    monkeypatch.setattr(bench, "block_forward", lambda *_: refuse)
+    served = bench.served_forward
+
+    def given(job, loaded):
+        return served(job, Refusing(plan=loaded.plan, module=loaded.module, source={}, dtype=loaded.dtype))
+
+    for user in (block_pass, run):
+        monkeypatch.setattr(user, "served_forward", given)
     output, written = tmp_path / "out", []
     for more in ([], ["--redo", 2]):
         quantize_compiled(llama, token_file, output, "--optimize.batch_size", 1, *more)
@@ -121,8 +131,8 @@ def test_served_blocks_compile_nothing_of_their_own(llama, token_file, tmp_path,
         notes = Notes(monkeypatch)
         served = bench.served_forward
 
-        def given(job, loaded, linear_names, _, arguments, served=served, bits=bits):
-            return served(job, loaded, linear_names, bits, arguments)
+        def given(job, loaded, served=served, bits=bits):
+            return served(job, replace(loaded, plan=replace(loaded.plan, activations=bits)))
 
         monkeypatch.setattr(block_pass, "served_forward", given)
         forget_what_was_compiled()

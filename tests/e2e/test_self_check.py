@@ -18,10 +18,12 @@ from shardq.commands import evaluate
 from shardq.errors import Stopped, UnsupportedModelError
 from shardq.model import weights
 from shardq.model.arguments import BlockArguments
-from shardq.model.ends import block_forward, prologue
+from shardq.model.block import BlockPlan, block_plans
+from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import open_skeleton
+from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
+from shardq.rundir.plan import Plan
 from shardq.training.passes import Activations, Forward, advance, embed_samples
 from shardq.training.self_check import self_check
 
@@ -106,18 +108,22 @@ def test_a_block_that_is_not_the_one_at_hand_stops_the_run(tmp_path: Path, token
         run_evaluate(folder, tokens)
 
 
+def planned(skeleton: Skeleton, arguments: list[BlockArguments]) -> list[BlockPlan]:
+    """Blocks with what the model passes them."""
+    return Plan(blocks=block_plans(skeleton), rest=[]).with_arguments(arguments).blocks
+
+
 def checked(folder: Path, dtype: torch.dtype, disturb: float = 0.0, length: int = 24, num_tokens: int = 1 << 20) -> int:
     """Stream a model; a block's output may be disturbed by a share of what it adds. Gives the blocks checked."""
     skeleton, done = open_skeleton(folder), 0
     tokens_NT = torch.randint(3, 200, (3, length), generator=torch.Generator().manual_seed(1))
     activations = Activations(MemoryStore(), range(3), length, CPU)
     with prologue(skeleton, CPU) as embed:
-        activations = replace(activations, arguments=record_arguments(skeleton, embed, length))
+        activations = replace(activations, blocks=planned(skeleton, record_arguments(skeleton, embed, length)))
         embed_samples(activations, tokens_NT, skeleton, embed)
     with self_check(skeleton, tokens_NT, activations, ONE_RANK, dtype, num_tokens) as check:
-        for loaded in stream_blocks(skeleton, range(len(skeleton.blocks)), CPU):
-            forward = block_forward(loaded.module, activations.arguments[loaded.index], dtype)
-            advance(activations, "fp", loaded.index, partial(disturbed, forward, disturb))
+        for loaded in stream_blocks(skeleton, activations.blocks, CPU, dtype):
+            advance(activations, "fp", loaded.index, partial(disturbed, loaded, disturb))
             check(loaded)
             done += 1
     return done
@@ -153,18 +159,17 @@ def test_hidden_states_that_do_not_come_from_the_block_before_stop_the_run(llama
     skeleton, tokens_NT = open_skeleton(llama), torch.randint(3, 100, (2, 16))
     activations = Activations(store, range(2), 16, CPU)
     with prologue(skeleton, CPU) as embed:
-        activations = replace(activations, arguments=record_arguments(skeleton, embed, 16))
+        activations = replace(activations, blocks=planned(skeleton, record_arguments(skeleton, embed, 16)))
         embed_samples(activations, tokens_NT, skeleton, embed)
     with (
         pytest.raises(UnsupportedModelError, match=r"model\.layers\.1: what enters it is not that"),
         self_check(skeleton, tokens_NT, activations, ONE_RANK, torch.float32, 1 << 20) as check,
     ):
-        for loaded in stream_blocks(skeleton, range(3), CPU):
-            forward = block_forward(loaded.module, activations.arguments[loaded.index], torch.float32)
+        for loaded in stream_blocks(skeleton, activations.blocks, CPU):
             if loaded.index == 1:  # as if another pass had written there
                 for sample in range(2):
                     store.write("fp", 1, sample, store.read("fp", 1, sample) * 1.5)
-            advance(activations, "fp", loaded.index, forward)
+            advance(activations, "fp", loaded.index, loaded)
             check(loaded)
 
 

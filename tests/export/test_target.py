@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import DeepseekV3Config, OPTConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
 from shardq.errors import ConfigError
-from shardq.export.target import check_served, scale_dtype
+from shardq.export.target import check_served
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir.plan import make_plan
 
@@ -24,7 +23,7 @@ def check(
         model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
     )
     skeleton = open_skeleton(folder)
-    check_served(config, skeleton, make_plan(skeleton, config.quant))
+    check_served(config, skeleton, make_plan(skeleton, config.quant, config.target))
 
 
 @pytest.mark.parametrize("quant", [{"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 4, "symmetric": False}])
@@ -171,12 +170,3 @@ def test_a_format_that_cannot_hold_the_grid_is_refused_without_a_target_too(llam
     with pytest.raises(ConfigError, match="3 bits"):
         check(llama, target=None, bits=3, formats="compressed-tensors")
     check(llama, target=None, bits=3, formats="hf")
-
-
-@pytest.mark.parametrize("dtype, name", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
-def test_scales_are_kept_in_the_models_dtype(tmp_path: Path, dtype: str, name: str):
-    folder = tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype))
-    skeleton = open_skeleton(folder)
-    plan = make_plan(skeleton, QuantOptions())
-    assert scale_dtype(QuantizeConfig(model="", target="vllm"), skeleton, plan) == name
-    assert scale_dtype(QuantizeConfig(model=""), skeleton, plan) is None

@@ -10,7 +10,8 @@ from transformers import Gemma2Config, MistralConfig
 import tiny
 from shardq.model import attention
 from shardq.model.attention import NAME, PIECE_TOKENS, attend, causal_attention
-from shardq.model.ends import prologue, run_block
+from shardq.model.block import block_plans, run_block
+from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.model.weights import stream_blocks
@@ -92,7 +93,7 @@ def test_a_block_takes_pieces_in_bf16_alone_and_comes_out_the_same(tmp_path: Pat
     assert skeleton.model.config._attn_implementation == NAME
     with prologue(skeleton, CPU) as embed:
         arguments, hidden = record_arguments(skeleton, embed, 40)[0], embed(torch.arange(80).view(2, 40))
-    block = next(iter(stream_blocks(skeleton, [0], CPU))).module
+    block = next(iter(stream_blocks(skeleton, block_plans(skeleton), CPU))).module
     in_float32 = run_block(block, hidden, arguments.args, arguments.kwargs, torch.float32)
     assert not pieces
     in_pieces = run_block(block, hidden, arguments.args, arguments.kwargs, BF16)
@@ -110,6 +111,6 @@ def test_masks_that_are_more_than_causal_are_kept(kind: str, tmp_path: Path, pie
     assert skeleton.model.config._attn_implementation == ("eager" if kind == "eager" else NAME)
     with prologue(skeleton, CPU) as embed:
         arguments, hidden = record_arguments(skeleton, embed, 20)[0], embed(torch.arange(20)[None])
-    block = next(iter(stream_blocks(skeleton, [0], CPU))).module
+    block = next(iter(stream_blocks(skeleton, block_plans(skeleton), CPU))).module
     run_block(block, hidden, arguments.args, arguments.kwargs, BF16)
     assert not pieces

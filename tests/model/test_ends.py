@@ -2,12 +2,13 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BioGptConfig,
@@ -44,7 +45,8 @@ import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.model import ends
 from shardq.model.arguments import Call, hidden_of
-from shardq.model.ends import block_forward, epilogue, prologue, run_block
+from shardq.model.block import block_plans
+from shardq.model.ends import epilogue, prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
@@ -152,9 +154,9 @@ def streamed_hidden(skeleton: Skeleton, tokens_NT: Tensor) -> Tensor:
         left = embed(tokens_NT)
         calls = [Call(*stand_in.seen) for stand_in in skeleton.stand_ins]
         own = [passed.own_of(call) for passed, call in zip(arguments, calls, strict=True)]
-    for loaded in stream_blocks(skeleton, range(len(skeleton.blocks)), CPU):
-        passed = arguments[loaded.index]
-        left = block_forward(loaded.module, passed, torch.float32)(passed.entering(left, own[loaded.index]))
+    plans = [replace(plan, arguments=passed) for plan, passed in zip(block_plans(skeleton), arguments, strict=True)]
+    for loaded in stream_blocks(skeleton, plans, CPU):
+        left = loaded(loaded.plan.arguments.entering(left, own[loaded.index]))
     return hidden_of(left)
 
 
@@ -429,39 +431,6 @@ def test_tokens_may_be_embedded_in_parts(folder: Path):
     tokens_NT = random_tokens(3)
     with prologue(open_skeleton(folder), CPU) as embed:
         assert torch.equal(torch.cat([embed(tokens_NT[:1]), embed(tokens_NT[1:])]), embed(tokens_NT))
-
-
-class TestRunBlock:
-    def test_block_that_returns_more_than_hidden_states_gives_only_those(self):
-        class Talkative(nn.Module):
-            def forward(self, hidden: Tensor, factor: int) -> tuple[Tensor, str]:
-                return hidden * factor, "attention weights"
-
-        given = torch.ones(1, 2, 3)
-        assert torch.equal(run_block(Talkative(), given, (), {"factor": 3}, torch.float32), given * 3)
-        assert torch.equal(run_block(Talkative(), given, (4,), {}, torch.float32), given * 4)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_matrix_multiplies_alone_are_in_the_dtype(self, dtype: torch.dtype):
-        class Block(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
-
-            def forward(self, hidden: Tensor) -> Tensor:
-                self.multiplied = self.linear(hidden)
-                self.normed = self.norm(hidden)
-                return self.multiplied + hidden
-
-        block, hidden_NTD = Block(), torch.randn(2, 4, 8)
-        output_NTD = run_block(block, hidden_NTD, (), {}, dtype)
-        product = hidden_NTD.to(dtype) @ block.linear.weight.to(dtype).T + block.linear.bias.to(dtype)
-        assert (block.multiplied.dtype, block.normed.dtype, output_NTD.dtype) == (dtype, torch.float32, torch.float32)
-        torch.testing.assert_close(output_NTD, product.float() + hidden_NTD, rtol=1e-2, atol=1e-2)
-
-    def test_output_of_a_block_that_leaves_in_bfloat16_is_float32(self):
-        output_NTD = run_block(nn.Linear(8, 8), torch.randn(1, 2, 8), (), {}, torch.bfloat16)
-        assert output_NTD.dtype == torch.float32
 
 
 def test_head_stored_beside_the_embedding_is_not_tied_although_the_config_says_so(tmp_path: Path):

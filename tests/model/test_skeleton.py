@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     Gemma3Config,
-    GPT2Config,
     GptOssConfig,
     HrmTextConfig,
     JetMoeConfig,
@@ -26,13 +25,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import tiny
-from shardq.errors import CheckpointError, ConfigError, ShardQError, UnsupportedModelError
-from shardq.model.skeleton import DEFAULT_IGNORE, linears_to_quantize, open_skeleton
+from shardq.errors import CheckpointError, ShardQError, UnsupportedModelError
+from shardq.model.skeleton import open_skeleton
 
-LINEARS = [
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-]  # fmt: skip
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -239,57 +234,3 @@ class TestRefusedTensors:
     )
     def test_other_tensors_are_called_what_they_are(self, tmp_path: Path, config: PreTrainedConfig, parts: list[str]):
         assert_refused(tiny.save_model(tmp_path, config, max_shard_size="1GB"), UnsupportedModelError, *parts)
-
-
-class TestIgnore:
-    """Expected choices are written out by hand from the names of a Llama block's linears."""
-
-    @pytest.mark.parametrize(
-        ("patterns", "left_out"),
-        [
-            ((), []),
-            (("mlp.down_proj",), ["mlp.down_proj"]),
-            (("down_proj",), ["mlp.down_proj"]),
-            (("*.down_proj",), ["mlp.down_proj"]),
-            (("mlp.*",), ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
-            (("[qk]_proj",), ["self_attn.q_proj", "self_attn.k_proj"]),
-            (("re:.*(gate|up)_proj",), ["mlp.gate_proj", "mlp.up_proj"]),
-            (("o_proj", "re:self_attn[.]v.*"), ["self_attn.v_proj", "self_attn.o_proj"]),
-        ],
-    )
-    def test_pattern_holds_in_every_block(self, llama: Path, patterns: tuple[str, ...], left_out: list[str]):
-        chosen = linears_to_quantize(open_skeleton(llama), (*DEFAULT_IGNORE, *patterns))
-        assert chosen == [[name for name in LINEARS if name not in left_out]] * 3
-
-    @pytest.mark.parametrize("pattern", ["model.layers.1.mlp.up_proj", "*.1.mlp.up_proj", r"re:.*\.1\.mlp\.up_proj"])
-    def test_full_name_holds_in_its_block_alone(self, llama: Path, pattern: str):
-        without = [name for name in LINEARS if name != "mlp.up_proj"]
-        assert linears_to_quantize(open_skeleton(llama), (pattern,)) == [LINEARS, without, LINEARS]
-
-    def test_block_may_be_left_out_whole(self, llama: Path):
-        assert linears_to_quantize(open_skeleton(llama), ("model.layers.0.*",)) == [[], LINEARS, LINEARS]
-
-    @pytest.mark.parametrize("pattern", ["donw_proj", "proj", "re:down", "DOWN_PROJ", "layers.1.mlp.up_proj"])
-    def test_pattern_that_matches_nothing_is_refused(self, llama: Path, pattern: str):
-        with pytest.raises(ConfigError) as caught:
-            linears_to_quantize(open_skeleton(llama), ("down_proj", pattern))
-        message = str(caught.value)
-        assert f"quant.ignore: {pattern!r} matches no linear" in message and "\n" not in message
-        assert "model.layers.0.self_attn.q_proj" in message, "an example of a name is missing"
-
-    def test_nothing_left_to_quantize_is_refused(self, llama: Path):
-        with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: no linear .*quant.ignore.*[*]_proj"):
-            linears_to_quantize(open_skeleton(llama), ("*_proj",))
-
-    def test_blocks_without_linears_are_refused(self, tmp_path: Path):
-        config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-        skeleton = open_skeleton(tiny.save_model(tmp_path, config))
-        with pytest.raises(UnsupportedModelError) as caught:
-            linears_to_quantize(skeleton, DEFAULT_IGNORE)
-        message = str(caught.value)
-        assert "GPT2LMHeadModel: no linear would be quantized" in message and "other kinds (Conv1D)" in message
-        assert "\n" not in message
-
-    def test_pattern_that_is_no_regular_expression_is_refused(self, llama: Path):
-        with pytest.raises(ConfigError, match=r"^quant.ignore: 're:\('"):
-            linears_to_quantize(open_skeleton(llama), ("re:(",))

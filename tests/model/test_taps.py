@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import tiny
 from shardq.model.arguments import BlockArguments
 from shardq.model.attention import NAME
+from shardq.model.block import block_plans
 from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
@@ -50,7 +51,7 @@ def opened(folder: Path) -> tuple[Skeleton, list[BlockArguments], Tensor]:
 
 
 def first_block(skeleton: Skeleton) -> torch.nn.Module:
-    return next(iter(stream_blocks(skeleton, [0], torch.device("cpu")))).module
+    return next(iter(stream_blocks(skeleton, block_plans(skeleton), torch.device("cpu")))).module
 
 
 def run(block: torch.nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:

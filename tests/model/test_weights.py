@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats import shards
 from shardq.formats.shards import INDEX_FILE, TensorInfo, read_weight
 from shardq.model import weights
+from shardq.model.block import LoadedBlock, block_plans
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.model.weights import LoadedBlock, fill, materialised, stream_blocks
+from shardq.model.weights import fill, materialised, stream_blocks
 from shardq.rundir.source import check_outside
 
 CPU = torch.device("cpu")
@@ -44,9 +45,15 @@ def copied(llama: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama, tmp_path / "model")
 
 
+def streamed_blocks(skeleton: Skeleton, indices: Iterable[int], **options: object) -> Iterator[LoadedBlock]:
+    """Some blocks of a model, none of which is to be quantized."""
+    plans = block_plans(skeleton)
+    return stream_blocks(skeleton, [plans[index] for index in indices], CPU, **options)
+
+
 def streamed(skeleton: Skeleton, block_indices: range) -> Iterator[tuple[LoadedBlock, dict[str, Tensor]]]:
     """Each block with a copy of what its module holds, which lasts beyond the next block."""
-    for loaded in stream_blocks(skeleton, block_indices, CPU):
+    for loaded in streamed_blocks(skeleton, block_indices):
         yield loaded, {name: tensor.clone() for name, tensor in loaded.module.state_dict().items()}
 
 
@@ -63,7 +70,7 @@ class TestStreamBlocks:
 
     def test_source_is_what_is_stored_in_its_dtype(self, llama: Path):
         stored = {name: tensor for file in llama.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU):
+        for loaded in streamed_blocks(open_skeleton(llama), range(3)):
             prefix = f"model.layers.{loaded.index}."
             assert {prefix + name for name in loaded.source} == {name for name in stored if name.startswith(prefix)}
             for name, tensor in loaded.source.items():
@@ -71,15 +78,15 @@ class TestStreamBlocks:
 
     @pytest.mark.parametrize("ahead", [True, False])
     def test_only_the_asked_blocks_come_in_the_asked_order(self, llama: Path, ahead: bool):
-        assert [loaded.index for loaded in stream_blocks(open_skeleton(llama), [2, 0], CPU, ahead=ahead)] == [2, 0]
+        assert [loaded.index for loaded in streamed_blocks(open_skeleton(llama), [2, 0], ahead=ahead)] == [2, 0]
 
     def test_weights_are_frozen(self, llama: Path):
-        for loaded in stream_blocks(open_skeleton(llama), range(2), CPU):
+        for loaded in streamed_blocks(open_skeleton(llama), range(2)):
             assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
 
     def test_blocks_that_are_alike_share_one_module_and_its_storage(self, llama: Path):
         modules, storages = [], []
-        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU):
+        for loaded in streamed_blocks(open_skeleton(llama), range(3)):
             modules.append(loaded.module)
             storages.append({name: tensor.data_ptr() for name, tensor in loaded.module.named_parameters()})
         assert modules[0] is modules[1] is modules[2]
@@ -87,18 +94,18 @@ class TestStreamBlocks:
 
     def test_shared_module_has_the_attributes_of_the_block_that_it_is(self, llama: Path):
         skeleton = open_skeleton(llama)
-        for loaded in stream_blocks(skeleton, [2, 0, 1], CPU):
+        for loaded in streamed_blocks(skeleton, [2, 0, 1]):
             assert loaded.module.self_attn.layer_idx == loaded.index
         assert [block.self_attn.layer_idx for block in skeleton.blocks] == [0, 1, 2]
 
     def test_skeletons_own_blocks_stay_without_weights(self, llama: Path):
         skeleton = open_skeleton(llama)
-        for _ in stream_blocks(skeleton, range(3), CPU):
+        for _ in streamed_blocks(skeleton, range(3)):
             assert all(is_on_meta(block) for block in skeleton.blocks)
 
     def test_what_was_done_to_a_block_is_gone_in_the_next(self, llama: Path):
         expected = [state for _, state in streamed(open_skeleton(llama), range(3))]
-        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU):
+        for loaded in streamed_blocks(open_skeleton(llama), range(3)):
             state = loaded.module.state_dict()
             assert [name for name in state if not torch.equal(state[name], expected[loaded.index][name])] == []
             for parameter in loaded.module.parameters():
@@ -113,7 +120,7 @@ class TestStreamBlocks:
             left.append(sum(reference() is not None for reference in used))
             yield
 
-        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU, waiting):
+        for loaded in streamed_blocks(open_skeleton(llama), range(3), waiting=waiting):
             used += [weakref.ref(tensor) for tensor in loaded.source.values()]
             del loaded
         assert len(used) == 27 and left == [0, 0, 0]
@@ -121,7 +128,7 @@ class TestStreamBlocks:
     def test_blocks_of_other_shapes_have_a_module_of_their_own(self, tmp_path: Path):
         skeleton = open_skeleton(tiny.save_model(tmp_path, TWO_KINDS))
         modules, channels = [], []
-        for loaded in stream_blocks(skeleton, range(4), CPU):
+        for loaded in streamed_blocks(skeleton, range(4)):
             modules.append(loaded.module)
             channels.append(loaded.module.self_attn.q_proj.out_features)
             stored = {name: read_weight(info).float() for name, info in skeleton.block_tensors(loaded.index).items()}
@@ -139,7 +146,7 @@ class TestStreamBlocks:
             entered.append(len(entered))
             yield
 
-        for loaded in stream_blocks(open_skeleton(llama), range(3), CPU, waiting):
+        for loaded in streamed_blocks(open_skeleton(llama), range(3), waiting=waiting):
             assert entered == list(range(loaded.index + 1))
 
     def test_next_block_is_read_while_one_is_in_use(self, llama: Path, monkeypatch: pytest.MonkeyPatch):
@@ -156,7 +163,7 @@ class TestStreamBlocks:
             return tensor
 
         monkeypatch.setattr(weights, "read_weight", noted)
-        blocks = stream_blocks(skeleton, range(3), CPU)
+        blocks = streamed_blocks(skeleton, range(3))
         next(blocks)
         assert second_is_read.wait(timeout=10), "block 1 was not read while block 0 was in use"
         assert not any(name.startswith("model.layers.2.") for name in started), "more than one block was read ahead"
@@ -167,7 +174,7 @@ class TestStreamBlocks:
         info = skeleton.block_tensors(2)["mlp.down_proj.weight"]
         with open(info.file, "r+b") as file:
             file.truncate(info.offset + 10)
-        blocks = stream_blocks(skeleton, range(3), CPU)
+        blocks = streamed_blocks(skeleton, range(3))
         assert [next(blocks).index, next(blocks).index] == [0, 1]
         with pytest.raises(CheckpointError) as caught:
             next(blocks)
@@ -180,7 +187,7 @@ class TestStreamBlocks:
         tensors = load_file(info.file)
         tensors[info.name][5, 7] = value
         save_file(tensors, info.file)
-        blocks = stream_blocks(open_skeleton(copied), range(3), CPU)
+        blocks = streamed_blocks(open_skeleton(copied), range(3))
         next(blocks)
         with pytest.raises(CheckpointError) as caught:
             next(blocks)
@@ -208,17 +215,17 @@ class TestReadSource:
 
     def test_bytes_are_those_of_the_first_time(self, copied: Path):
         skeleton = open_skeleton(copied)
-        for _ in stream_blocks(skeleton, [0, 1], CPU):
+        for _ in streamed_blocks(skeleton, [0, 1]):
             pass
         info = skeleton.index["model.layers.1.mlp.up_proj.weight"]
         with open(info.file, "r+b") as file:
             file.seek(info.offset)
             file.write(b"\x01")
-        blocks = stream_blocks(skeleton, [0, 1], CPU)
+        blocks = streamed_blocks(skeleton, [0, 1])
         assert next(blocks).index == 0
         with pytest.raises(CheckpointError, match=f"{info.file}: tensor {info.name} is not what it was"):
             next(blocks)
-        assert len(list(stream_blocks(open_skeleton(copied), [0, 1], CPU))) == 2
+        assert len(list(streamed_blocks(open_skeleton(copied), [0, 1]))) == 2
 
 
 class TestMaterialised:
@@ -269,7 +276,7 @@ class TestBuffers:
 
         def limit() -> Tensor:
             if in_block:
-                return next(stream_blocks(limited, [0], CPU)).module.limit
+                return next(streamed_blocks(limited, [0])).module.limit
             with materialised(limited, limited.model.model, "model", CPU):
                 return limited.model.model.limit
 

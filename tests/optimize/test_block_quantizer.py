@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import QuantizationError
+from shardq.matrix import Matrix, matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.linear_quantizer import Method
 from shardq.quant.adascale import Kernels
@@ -35,10 +36,15 @@ class Block(nn.Module):
         return hidden + self.out(self.mlp.down(nn.functional.silu(self.mlp.up(self.norm(hidden)))))
 
 
+def grids_of(block: nn.Module, spec: QuantSpec) -> dict[Matrix, QuantSpec]:
+    """The named matrices of the block, all on one grid."""
+    return {matrix: spec for matrix in matrices_in(block) if matrix.name in NAMES}
+
+
 def started(block: Block, spec: QuantSpec, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
     """Quantizers of the block's named linears, at the start for its weights."""
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    quantizer = BlockQuantizer(block, NAMES, spec, method, Kernels(), dtype)
+    quantizer = BlockQuantizer(block, grids_of(block, spec), method, Kernels(), dtype)
     quantizer.start(source)
     return quantizer
 
@@ -302,7 +308,7 @@ def test_start_is_searched_where_importance_is_given():
     spec, importance = QuantSpec(bits=3, group_size=8), {"mlp.up": torch.rand(16), "mlp.down": torch.rand(32)}
     block = Block()
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    quantizer = BlockQuantizer(block, NAMES, spec, "adascale", Kernels(), torch.float32)
+    quantizer = BlockQuantizer(block, grids_of(block, spec), "adascale", Kernels(), torch.float32)
 
     def errors() -> dict[str, Tensor]:
         folded = quantizer.folded()

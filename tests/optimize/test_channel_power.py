@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
+from shardq.matrix import matrices_in
 from shardq.optimize.channel_power import channel_power
 
 
 def test_power_is_the_sum_of_squares_over_all_calls_and_positions():
     block = nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3)).requires_grad_(False)
     first, second = torch.randn(2, 5, 6), torch.randn(1, 5, 6)
-    with channel_power(block, ["0", "2"]) as power:
+    with channel_power(block, matrices_in(block)) as power:
         block(first)
         block(second)
     block(first)  # after the body: not counted
@@ -20,6 +21,6 @@ def test_power_is_the_sum_of_squares_over_all_calls_and_positions():
 
 def test_linear_that_nothing_reached_has_no_power():
     block = nn.ModuleDict({"used": nn.Linear(3, 3), "idle": nn.Linear(5, 2)})
-    with torch.no_grad(), channel_power(block, ["used", "idle"]) as power:
+    with torch.no_grad(), channel_power(block, matrices_in(block)) as power:
         block["used"](torch.ones(2, 3))
     assert power["used"].tolist() == [2, 2, 2] and power["idle"].tolist() == [0] * 5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardq.matrix import matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import accumulate, distill
 from shardq.optimize.linear_quantizer import Method
@@ -107,7 +108,7 @@ class Trainer:
 
     def __init__(self, block: nn.Module, spec: QuantSpec, method: Method, kernels: Kernels = PLAIN):
         self.block = block
-        self.quantizer = BlockQuantizer(block, NAMES, spec, method, kernels, torch.float32)
+        self.quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), spec), method, kernels, torch.float32)
         self.stepper = LocalStepper(self.quantizer, OPTIONS)
         self.stepper.start(OPTIONS.iterations)
 
@@ -236,7 +237,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
     block = make_block()
     inputs, source = torch.randn(4, 32, 16), weights_of(block)
     targets = block(inputs)
-    quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=2), method, PLAIN, dtype)
+    quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), QuantSpec(bits=2)), method, PLAIN, dtype)
     stepper = LocalStepper(quantizer, OptimizeOptions(grid_lr=5e-3, weight_lr=5e-3, optimizer="rms"))
     stepper.start(100)
 
@@ -338,7 +339,9 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
 
     block = Block()
     source = weights_of(block)
-    quantizer = BlockQuantizer(block, ["used", "idle"], QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
+    quantizer = BlockQuantizer(
+        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), "adascale", Kernels(), torch.float32
+    )
     quantizer.start(source)
     stepper = LocalStepper(quantizer, OptimizeOptions(grid_lr=1e-3, weight_lr=1e-3, optimizer="rms"))
     stepper.start(3)
@@ -405,7 +408,9 @@ def test_s3_gradient_shows_whether_s2_has_one_that_is_not_finite():
     for method in ("adascale", "flexround"):
         block = make_block()
         source = weights_of(block)
-        quantizer = BlockQuantizer(block, NAMES, QuantSpec(bits=4), method, PLAIN, torch.float32)
+        quantizer = BlockQuantizer(
+            block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), method, PLAIN, torch.float32
+        )
         quantizer.start(source)
         weights = quantizer()
         gradients = [torch.ones_like(weight) for weight in weights]

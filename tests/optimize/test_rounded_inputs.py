@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from shardq.matrix import matrices_in
 from shardq.optimize.rounded_inputs import RoundedInputs
 from shardq.quant.activation import ActivationGrid, rounded
 from shardq.quant.options import ActivationOptions
@@ -24,7 +25,7 @@ def by_hand(block: nn.Sequential, values: torch.Tensor, grids: list[ActivationGr
 def test_inputs_are_rounded_while_it_is_active(granularity: str):
     block, values = make_block(), torch.randn(2, 7, 6)
     options = ActivationOptions(bits=4, symmetric=False, granularity=granularity)
-    inputs = RoundedInputs(block, ["0", "2"], options)
+    inputs = RoundedInputs(block, matrices_in(block), options)
     grids = GRIDS if granularity == "tensor" else dict.fromkeys(GRIDS, ActivationGrid(4, False))
     with torch.no_grad():
         plain = block(values)
@@ -45,7 +46,7 @@ def test_gradients_pass_through_but_for_clipped_values():
     linear = nn.Linear(3, 1, bias=False).requires_grad_(False)
     block = nn.Sequential(linear)
     values = torch.tensor([[0.1, -0.9, 5.0], [-5.0, 0.74, 0.76]], requires_grad=True)
-    inputs = RoundedInputs(block, ["0"], ActivationOptions(bits=4))
+    inputs = RoundedInputs(block, matrices_in(block), ActivationOptions(bits=4))
     with inputs.active({"0.input": ActivationGrid(4, True, 0.125, 0)}):  # from -1 to 0.875
         block(values).sum().backward()
     weight = linear.weight[0]
@@ -55,6 +56,6 @@ def test_gradients_pass_through_but_for_clipped_values():
 
 def test_dtype_stays():
     block = make_block().bfloat16()
-    inputs = RoundedInputs(block, ["0", "2"], ActivationOptions(bits=8, granularity="token"))
+    inputs = RoundedInputs(block, matrices_in(block), ActivationOptions(bits=8, granularity="token"))
     with torch.no_grad(), inputs.active({}):
         assert block(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16

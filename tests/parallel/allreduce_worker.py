@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rank_process import end_apart, run_and_leave
 from shardq.errors import RankError
+from shardq.matrix import matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
@@ -33,7 +34,9 @@ def make_block(kernels: Kernels) -> tuple[nn.Sequential, BlockQuantizer]:
     block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, INNER), nn.GELU(),
                           nn.Linear(INNER, WIDTH)).requires_grad_(False)  # fmt: skip
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    quantizer = BlockQuantizer(block, ["0", "2", "4"], QuantSpec(bits=3), "adascale", kernels, torch.float32)
+    quantizer = BlockQuantizer(
+        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=3)), "adascale", kernels, torch.float32
+    )
     quantizer.start(source)
     return block, quantizer
 

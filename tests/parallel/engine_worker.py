@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rank_process import run_and_leave
+from shardq.matrix import matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
 from shardq.optimize.loss import distillation_loss
@@ -47,7 +48,9 @@ def make_quantizer(share: Share | None = None) -> tuple[nn.Sequential, BlockQuan
     block = nn.Sequential(
         nn.Linear(WIDTH, WIDTH, bias=False), nn.GELU(), nn.Linear(WIDTH, 16, bias=False)
     ).requires_grad_(False)
-    return block, BlockQuantizer(block, ["0", "2"], QuantSpec(bits=3), "adascale", Kernels(), torch.float32, share)
+    return block, BlockQuantizer(
+        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=3)), "adascale", Kernels(), torch.float32, share
+    )
 
 
 def make_source(block: nn.Module, number: int) -> dict[str, Tensor]:

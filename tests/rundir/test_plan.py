@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
+from shardq.model.block import BlockPlan
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir import plan as plan_module
 from shardq.rundir.folder import RunFolder
@@ -52,7 +53,7 @@ class TestGroupSize:
     @pytest.mark.parametrize("group_size", [None, -1, 2, 32, 64])
     def test_divisor_of_every_input_size_is_accepted(self, llama: Path, group_size: int | None):
         plan = make_plan(open_skeleton(llama), QuantOptions(group_size=group_size))
-        assert [len(names) for names in plan.linears] == [7, 7, 7]
+        assert [len(block.grids) for block in plan.blocks] == [7, 7, 7]
 
     @pytest.mark.parametrize(
         ("group_size", "channels", "name"),
@@ -75,7 +76,16 @@ class TestGroupSize:
     def test_ignored_linear_need_not_be_divisible(self, tmp_path: Path):
         folder = tiny.save_llama(tmp_path, num_blocks=1, intermediate_size=96)
         plan = make_plan(open_skeleton(folder), QuantOptions(group_size=64, ignore="down_proj"))
-        assert len(plan.linears[0]) == 6 and "mlp.down_proj" not in plan.linears[0]
+        names = [matrix.name for matrix in plan.blocks[0].grids]
+        assert len(names) == 6 and "mlp.down_proj" not in names
+
+
+@pytest.mark.parametrize("dtype, name", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_scales_are_kept_in_the_dtype_that_the_target_keeps_them_in(tmp_path: Path, dtype: str, name: str):
+    skeleton = open_skeleton(tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype)))
+    for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
+        plan = make_plan(skeleton, SOURCE, target)
+        assert {spec.scale_dtype for spec in plan.grids.values()} == {plan.scale_dtype} == {expected}
 
 
 class TestFiles:
@@ -86,7 +96,8 @@ class TestFiles:
         assert [plan.block_shard(number) for number in range(3)] + [plan.rest_shard(0)] == expected
 
     def test_names_stay_in_order_beyond_ten_thousand(self):
-        plan = Plan(names=["x"] * 10_000, linears=[[]] * 10_000, rest=[[], []], num_scales=0)
+        blocks = [BlockPlan(index=number, name="x", is_last=False) for number in range(10_000)]
+        plan = Plan(blocks=blocks, rest=[[], []])
         assert plan.block_shard(9_999) == "model-10000-of-10002.safetensors"
         assert plan.rest_shard(1) == "model-10002-of-10002.safetensors" == plan.shards()[-1]
         assert sorted(plan.shards()) == plan.shards()

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from shardq.matrix import matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
@@ -54,7 +55,9 @@ def test_shape_that_makes_no_block_is_refused(text: str):
 def test_weight_and_scales_are_what_is_saved():
     shape = step.parse_shape("64x128x4x2")
     block, source, _ = step.make_block(shape, 8, torch.device("cpu"))
-    quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", Kernels(), torch.float32)
+    quantizer = BlockQuantizer(
+        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), "adascale", Kernels(), torch.float32
+    )
     quantizer.start(source)
     saved = step.saved_bytes(quantizer, shape)
     assert saved["saved_bytes_per_weight"] == 6  # bfloat16 weight, float32 s2

@@ -9,12 +9,15 @@ from transformers import FalconConfig
 
 import tiny
 from shardq.errors import QuantizationError, UnsupportedModelError
+from shardq.matrix import matrices_in
+from shardq.model.block import block_plans
 from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.options import ActivationOptions
+from shardq.quant.spec import QuantSpec
 from shardq.rundir.plan import Plan
 from shardq.training.activation_grids import activation_grids, observed, plan_activations, simulated
 
@@ -23,10 +26,17 @@ LINEARS = [["self_attn.q_proj", "mlp.down_proj"], ["mlp.up_proj"], []]
 
 
 def planned(folder: Path, options: ActivationOptions, linears: list[list[str]] = LINEARS) -> list[dict[str, int]]:
+    """Bits of the activations that get a grid, by name within each block, where some linears are quantized."""
     skeleton = open_skeleton(folder)
     with prologue(skeleton, torch.device("cpu")) as embed:
         arguments = record_arguments(skeleton, embed, 8)
-    return plan_activations(skeleton, Plan(skeleton.names, linears, [], num_scales=0), arguments, 8, options)
+    grids = [
+        {matrix: QuantSpec(bits=4) for matrix in matrices_in(block) if matrix.name in names}
+        for block, names in zip(skeleton.blocks, linears, strict=True)
+    ]
+    plan = Plan(blocks=block_plans(skeleton, grids), rest=[]).with_arguments(arguments)
+    plan = plan_activations(skeleton, plan, 8, options)
+    return [{name: spec.bits for name, spec in block.activations.items()} for block in plan.blocks]
 
 
 def test_by_default_no_activation_gets_a_grid(llama: Path):
@@ -75,7 +85,8 @@ def observe(options: ActivationOptions, *calls: tuple) -> dict[str, ActivationGr
     with torch.no_grad(), observed(block, BITS, options) as statistics:
         for call in calls:
             block(*call)
-    return activation_grids(statistics, BITS, options, None, ONE_RANK)
+    asked = {name: QuantSpec(bits=bits, symmetric=options.symmetric) for name, bits in BITS.items()}
+    return activation_grids(statistics, asked, options, ONE_RANK)
 
 
 def test_grids_cover_all_calls_with_the_bits_of_each():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardq.matrix import Matrix
 from shardq.optimize.best_iterate import BestIterate
 from shardq.parallel.engines import engine_for
 from shardq.parallel.options import ParallelOptions
@@ -26,11 +27,14 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(tmp_path, 3, engine_for(ParallelOptions(engine="local"), ranks))
 
 
+NAMES = ("mlp.up", "attn.q", "mlp.down")  # in an order that is not theirs by name
+GRIDS = {Matrix(name=name, module=name, shape=(3, 8), stored=(name,)): SPEC for name in NAMES}
+
+
 def make_best(loss: float = 0.25) -> BestIterate:
-    """Linears in an order that is not their names'."""
     linears = {
         name: QuantizedLinear(torch.randint(-4, 4, (3, 8)).to(torch.int8), torch.rand(3, 2), torch.ones(3, 2), SPEC)
-        for name in ("mlp.up", "attn.q", "mlp.down")
+        for name in NAMES
     }
     return BestIterate(linears, loss, num_stale=2)
 
@@ -42,7 +46,7 @@ def save_one(checkpoints: Checkpoints, progress: Progress) -> None:
 def load_one(checkpoints: Checkpoints) -> tuple:
     """What is loaded, and the lines that are said."""
     lines: list[str] = []
-    return load(checkpoints, purpose_of(checkpoints), SPEC, lines.append), lines
+    return load(checkpoints, purpose_of(checkpoints), GRIDS, lines.append), lines
 
 
 def names(checkpoints: Checkpoints) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Gemma2Config, Gemma4TextConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
@@ -13,8 +13,8 @@ from transformers import Gemma2Config, Gemma4TextConfig, GPTNeoXConfig, LlamaCon
 import tiny
 from shardq.config import QuantOptions
 from shardq.errors import ConfigError
-from shardq.model.arguments import BlockArguments
-from shardq.model.ends import prologue, run_block
+from shardq.model.block import LoadedBlock
+from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
@@ -62,14 +62,13 @@ class Model:
 
     skeleton: Skeleton
     plan: Plan
-    arguments: list[BlockArguments]
 
     @property
     def largest(self) -> LargestBlock:
         return self.largest_with(OptimizeOptions(last_block="output", precision="float32"))
 
     def largest_with(self, options: OptimizeOptions) -> LargestBlock:
-        return largest_block(self.skeleton, self.plan, self.arguments, LENGTH, options)
+        return largest_block(self.skeleton, self.plan, LENGTH, options)
 
     def choose(self, options: OptimizeOptions, spare_bytes: int, world_size: int = 1) -> int:
         limit = limit_of(options, spare_bytes)
@@ -99,7 +98,7 @@ def opened(folder: Path, config: PretrainedConfig, length: int = LENGTH, ignore:
     skeleton = open_skeleton(tiny.save_model(folder, config))
     with prologue(skeleton, CPU) as embed:
         arguments = record_arguments(skeleton, embed, length)
-    return Model(skeleton, make_plan(skeleton, QuantOptions(ignore=ignore)), arguments)
+    return Model(skeleton, make_plan(skeleton, QuantOptions(ignore=ignore)).with_arguments(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def options_for(batch_size: int, memory_gib: float | None = None, precision: str
     return OptimizeOptions(batch_size=batch_size, memory_gib=memory_gib, precision=precision, optimizer="adam")
 
 
-def really_saved(block: nn.Module, arguments: BlockArguments, hidden_NTD: Tensor) -> int:
+def really_saved(loaded: LoadedBlock, hidden_NTD: Tensor) -> int:
     """Bytes that autograd keeps, beside the weights, while a block with real weights computes."""
     kept: dict[int, Tensor] = {}
 
@@ -119,10 +118,10 @@ def really_saved(block: nn.Module, arguments: BlockArguments, hidden_NTD: Tensor
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    block.requires_grad_(True)
+    loaded.module.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), saved_tensors_hooks(count, lambda tensor: tensor):
-        run_block(block, hidden_NTD, arguments.args, arguments.kwargs, torch.float32)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        loaded(hidden_NTD)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in loaded.module.parameters()}
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
 
 
@@ -145,16 +144,16 @@ class TestSavedBytes:
     def test_count_without_computing_is_what_autograd_keeps(self, tmp_path: Path, kind: str, length: int, num: int):
         model = opened(tmp_path, KINDS[kind], length)
         shape = (num, length, HIDDEN)
-        counted = saved_bytes(model.skeleton.blocks[1], model.arguments[1], shape)
-        [loaded] = stream_blocks(model.skeleton, [1], CPU)
-        kept = really_saved(loaded.module, model.arguments[1], torch.randn(shape))
+        counted = saved_bytes(model.skeleton.blocks[1], model.plan.blocks[1].arguments, shape)
+        [loaded] = stream_blocks(model.skeleton, [model.plan.blocks[1]], CPU)
+        kept = really_saved(loaded, torch.randn(shape))
         assert kept <= counted <= 1.05 * kept
 
     def test_block_stays_as_it_was(self, llama_model: Model):
-        block = llama_model.skeleton.blocks[0]
-        saved_bytes(block, llama_model.arguments[0], (2, LENGTH, HIDDEN))
+        block, arguments = llama_model.skeleton.blocks[0], llama_model.plan.blocks[0].arguments
+        saved_bytes(block, arguments, (2, LENGTH, HIDDEN))
         assert all(parameter.is_meta and not parameter.requires_grad for parameter in block.parameters())
-        assert not llama_model.arguments[0].kwargs["position_embeddings"][0].is_meta
+        assert not arguments.kwargs["position_embeddings"][0].is_meta
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_state_is_counted_by_the_weight(llama_model: Model, chosen: dict, bytes_
     Where gradients of several micro-batches add up, there are the weight, the next gradient and the float32 sum.
     """
     options = OptimizeOptions(**{"optimizer": "adam"} | chosen)
-    size = block_size(llama_model.skeleton, llama_model.plan, 1)
+    size = block_size(llama_model.skeleton, llama_model.plan.blocks[1])
     counted, adding_up = (state_bytes(size, options, engine_of(2), several) for several in (False, True))
     assert counted == SOURCE + bytes_a_weight * NUM_WEIGHTS + 4 * LARGEST
     width = 2 if chosen["precision"] == "bf16" else 4
@@ -199,7 +198,9 @@ def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offl
     largest linear's gradient too, a copy and a shard of the bucket, and s2 and weights gathered.
     """
     options = options_for(4, precision="bf16")
-    counted = state_bytes(block_size(llama_model.skeleton, llama_model.plan, 1), options, engine_of(4, engine, offload))
+    counted = state_bytes(
+        block_size(llama_model.skeleton, llama_model.plan.blocks[1]), options, engine_of(4, engine, offload)
+    )
     held = SOURCE // 4 if engine in ("rows", "zero3") else SOURCE
     moved = {
         "rows": 0,
@@ -212,7 +213,7 @@ def test_engines_share_state_between_ranks(llama_model: Model, engine: str, offl
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_zero_on_one_rank_has_a_place_for_all_gradients_beside_the_quantized_weight(llama_model: Model, engine: str):
-    size, options = block_size(llama_model.skeleton, llama_model.plan, 1), options_for(1, precision="bf16")
+    size, options = block_size(llama_model.skeleton, llama_model.plan.blocks[1]), options_for(1, precision="bf16")
     counted = state_bytes(size, options, engine_of(1, engine))
     copied = 0 if engine == "zero2" else 4 * LARGEST  # a gradient, but where it is collected in its place
     assert counted == SOURCE + (4 + 8 + 2 + 4) * NUM_WEIGHTS + copied + 4 * LARGEST
@@ -223,7 +224,7 @@ class TestEngine:
         assert llama_model.engine(1, 1) == ("local", "one rank")
 
     def test_ranks_hold_everything_where_that_fits_else_their_rows(self, llama_model: Model):
-        size = block_size(llama_model.skeleton, llama_model.plan, 0)
+        size = block_size(llama_model.skeleton, llama_model.plan.blocks[0])
         sample = llama_model.largest.sample_bytes
         whole, rows = (
             sample + state_bytes(size, options_for(4), engine_of(4, engine)) for engine in ("allreduce", "rows")
@@ -251,7 +252,7 @@ class TestEngine:
 
 def test_next_block_is_read_ahead_where_there_is_room_for_it(llama_model: Model):
     options = replace(options_for(1), micro_batch=1)
-    size = block_size(llama_model.skeleton, llama_model.plan, 0)
+    size = block_size(llama_model.skeleton, llama_model.plan.blocks[0])
     sample = llama_model.largest.sample_bytes
     needed = state_bytes(size, options, engine_of(1)) + sample + SOURCE
     for limit, expected in ((needed, True), (needed - 1, False)):
@@ -260,7 +261,7 @@ def test_next_block_is_read_ahead_where_there_is_room_for_it(llama_model: Model)
 
 def test_linears_that_are_not_trained_have_no_state(tmp_path: Path):
     model = opened(tmp_path, KINDS["llama"], ignore="mlp.*")
-    size = block_size(model.skeleton, model.plan, 0)
+    size = block_size(model.skeleton, model.plan.blocks[0])
     assert state_bytes(size, options_for(1), engine_of(2)) == SOURCE + 16 * ATTENTION + 4 * 48 * 48
 
 
@@ -268,8 +269,12 @@ class TestChoice:
     @staticmethod
     def bytes_for(model: Model, num_samples: float, block_index: int = 0) -> int:
         """Memory for a block's training with some of a batch's samples at once."""
-        state = state_bytes(block_size(model.skeleton, model.plan, block_index), options_for(1), engine_of(1), True)
-        sample = saved_bytes(model.skeleton.blocks[block_index], model.arguments[block_index], (1, LENGTH, HIDDEN))
+        state = state_bytes(
+            block_size(model.skeleton, model.plan.blocks[block_index]), options_for(1), engine_of(1), True
+        )
+        sample = saved_bytes(
+            model.skeleton.blocks[block_index], model.plan.blocks[block_index].arguments, (1, LENGTH, HIDDEN)
+        )
         return int(state + num_samples * sample)
 
     @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from shardq.cli import return_freed_tensors
 from shardq.compiling import compiler, eager, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_rss_bytes
+from shardq.matrix import matrices_in
 from shardq.model.arguments import BlockArguments
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
@@ -158,7 +159,9 @@ def measure(arguments: argparse.Namespace, engine: Engine) -> dict:
     compiled = eager if arguments.compile == "off" or why_not(CPU) else compiler(CPU, lambda text: None)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
     share = engine.share(next(iter(source.values())).dtype)
-    quantizer = BlockQuantizer(block, list(shape.linears), QuantSpec(bits=4), "adascale", kernels, options.dtype, share)
+    quantizer = BlockQuantizer(
+        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), "adascale", kernels, options.dtype, share
+    )
     stepper = engine.stepper(quantizer, options)
     quantizer.start(source, None, stepper.gathered)
     source.clear()

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from shardq.compiling import compiler, eager, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_device_bytes
+from shardq.matrix import matrices_in
 from shardq.model.attention import NAME
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.distill import distill
@@ -178,7 +179,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     block, source, kwargs = make_block(shape, tokens, device)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
     spec = QuantSpec(bits=arguments.bits, group_size=None if arguments.group_size == -1 else arguments.group_size)
-    quantizer = BlockQuantizer(block, list(shape.linears), spec, "adascale", kernels, options.dtype)
+    quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), spec), "adascale", kernels, options.dtype)
     stepper = LocalStepper(quantizer, options)
     quantizer.start(source)
     inputs, targets = torch.randn(2, arguments.batch_size, tokens, shape.hidden, device=device)

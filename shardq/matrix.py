@@ -1,0 +1,100 @@
+"""One weight to quantize: where it lives in a block, and how its values and its input are reached there."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from shardq.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One weight [O, I] of a block that can be quantized; it knows nothing of grids.
+
+    Attributes:
+        name: within the block, under which codes, encodings and files have it, such as `mlp.down_proj`.
+        module: name within the block of the module that has the parameter.
+        parameter: the parameter's name in that module.
+        expert: the matrix's place in the first dimension of a fused parameter [E, O, I]; None: it is the parameter.
+        shape: outputs and inputs.
+        stored: names in the checkpoint of the tensors that it is read from.
+    """
+
+    name: str
+    module: str
+    parameter: str = "weight"
+    expert: int | None = None
+    shape: tuple[int, int]
+    stored: tuple[str, ...]
+
+    @property
+    def tensor(self) -> str:
+        """Name within the block of the parameter that it is, or is part of."""
+        return f"{self.module}.{self.parameter}".removeprefix(".")
+
+    @property
+    def input(self) -> str:
+        """Name within the block of the activation that it is multiplied with."""
+        return f"{self.name}.input"
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in it."""
+        return self.shape[0] * self.shape[1]
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Its values [O, I] among a block's tensors by name; a view."""
+        return self.part_of(tensors[self.tensor])
+
+    def part_of(self, parameter: Tensor) -> Tensor:
+        """Its part [O, I] of its parameter, or of a tensor of that shape; a view."""
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def parameter_in(self, block: nn.Module) -> nn.Parameter:
+        """The parameter of a block that it is, or is part of."""
+        return block.get_submodule(self.module).get_parameter(self.parameter)
+
+    def put(self, block: nn.Module, weight_OI: Tensor) -> None:
+        """Have a block compute with a weight: with this very tensor, but for an expert's, which is copied."""
+        parameter = self.parameter_in(block)
+        if self.expert is None:
+            parameter.data = weight_OI
+        else:
+            parameter.data[self.expert] = weight_OI
+
+
+@contextmanager
+def hooked(block: nn.Module, hooks: Mapping[Matrix, Callable]) -> Iterator[None]:
+    """While the body runs, have torch call `hook(module, (input,))` before the block multiplies an input with a matrix.
+
+    What a hook returns, unless it is None, is multiplied in place of the input [..., I].
+
+    Raises:
+        UnsupportedModelError: one of several fused experts, for which their module picks positions of its own input.
+    """
+    with ExitStack() as stack:
+        for matrix, hook in hooks.items():
+            if matrix.expert is not None:
+                raise UnsupportedModelError(f"{matrix.name}: what enters one of several fused experts cannot be seen")
+            stack.callback(block.get_submodule(matrix.module).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def matrices_in(block: nn.Module, stored: Callable[[str], str] = str) -> list[Matrix]:
+    """The matrices of a block that can be quantized, in the order of its modules: the weights of its linears.
+
+    Args:
+        stored: from a parameter's name within the block to its name in the checkpoint (default: the same).
+    """
+    return [
+        Matrix(name=name, module=name, shape=tuple(module.weight.shape), stored=(stored(f"{name}.weight"),))
+        for name, module in block.named_modules()
+        if is_linear(module)
+    ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies what enters it with its `weight` [O, I], and does nothing else but add a bias."""
+    return isinstance(module, nn.Linear)

@@ -1,0 +1,68 @@
+"""Which matrices of a model's blocks are quantized."""
+
+import fnmatch
+import re
+
+from shardq.errors import ConfigError, UnsupportedModelError
+from shardq.matrix import Matrix, matrices_in
+from shardq.model.skeleton import Skeleton
+from shardq.quant.spec import DEFAULT_IGNORE
+
+
+def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[Matrix]]:
+    """The matrices of each block that are to be quantized.
+
+    Args:
+        ignore: full names, names within a block, or last parts of a name; shell patterns (`*.down_proj`) or, after
+            `re:`, regular expressions.
+
+    Raises:
+        ConfigError: a pattern is no regular expression, or one that is not a default matches no linear of the model.
+        UnsupportedModelError: no linear would be quantized.
+    """
+    _check_expressions(ignore)
+    used: set[str] = set()
+    chosen = []
+    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
+        matrices = matrices_in(block, lambda tensor, prefix=block_name: skeleton.stored(f"{prefix}.{tensor}").name)
+        matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
+        used.update(*matches.values())
+        chosen.append([matrix for matrix in matrices if not matches[matrix]])
+    unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
+    if unused:
+        raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
+                          f"{skeleton.names[0]}.{matrices[0].name if matrices else 'mlp.down_proj'}")  # fmt: skip
+    if not any(chosen):
+        raise UnsupportedModelError(f"{type(skeleton.model).__name__}: no linear would be quantized: "
+                                    f"{_why_none(skeleton, ignore)}")  # fmt: skip
+    return chosen
+
+
+def _why_none(skeleton: Skeleton, ignore: tuple[str, ...]) -> str:
+    if any(matrices_in(block) for block in skeleton.blocks):
+        return f"quant.ignore leaves out all of them ({', '.join(ignore)})"
+    modules = [module for block in skeleton.blocks for module in block.modules()]
+    kinds = sorted({type(module).__name__ for module in modules if any(p.dim() > 1 for p in module.parameters(False))})
+    return f"the matrices of its blocks are in modules of other kinds ({', '.join(kinds)}), which are not supported yet"
+
+
+def _check_expressions(patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern[3:] if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ConfigError(f"quant.ignore: {pattern!r} is no regular expression ({error})") from error
+
+
+def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+    candidates = (full_name, name, name.rpartition(".")[2])
+    return {
+        pattern
+        for pattern in patterns
+        if any(
+            re.fullmatch(pattern[3:], candidate)
+            if pattern.startswith("re:")
+            else fnmatch.fnmatchcase(candidate, pattern)
+            for candidate in candidates
+        )
+    }

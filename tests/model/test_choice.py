@@ -1,0 +1,85 @@
+"""Which matrices of the blocks are quantized, and what is said of patterns that choose none."""
+
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config
+
+import tiny
+from shardq.errors import ConfigError, UnsupportedModelError
+from shardq.model.choice import matrices_to_quantize
+from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.quant.spec import DEFAULT_IGNORE
+
+LINEARS = [
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+]  # fmt: skip
+
+
+def chosen(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[str]]:
+    """Names of the matrices chosen in each block."""
+    return [[matrix.name for matrix in matrices] for matrices in matrices_to_quantize(skeleton, ignore)]
+
+
+def test_matrices_know_their_shape_and_the_tensors_that_they_come_from(llama: Path):
+    skeleton = open_skeleton(llama)
+    for number, matrices in enumerate(matrices_to_quantize(skeleton, DEFAULT_IGNORE)):
+        for matrix in matrices:
+            (stored,) = matrix.stored
+            assert stored == f"model.layers.{number}.{matrix.name}.weight"
+            assert matrix.shape == skeleton.index[stored].shape
+
+
+class TestIgnore:
+    """Expected choices are written out by hand from the names of a Llama block's linears."""
+
+    @pytest.mark.parametrize(
+        ("patterns", "left_out"),
+        [
+            ((), []),
+            (("mlp.down_proj",), ["mlp.down_proj"]),
+            (("down_proj",), ["mlp.down_proj"]),
+            (("*.down_proj",), ["mlp.down_proj"]),
+            (("mlp.*",), ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+            (("[qk]_proj",), ["self_attn.q_proj", "self_attn.k_proj"]),
+            (("re:.*(gate|up)_proj",), ["mlp.gate_proj", "mlp.up_proj"]),
+            (("o_proj", "re:self_attn[.]v.*"), ["self_attn.v_proj", "self_attn.o_proj"]),
+        ],
+    )
+    def test_pattern_holds_in_every_block(self, llama: Path, patterns: tuple[str, ...], left_out: list[str]):
+        found = chosen(open_skeleton(llama), (*DEFAULT_IGNORE, *patterns))
+        assert found == [[name for name in LINEARS if name not in left_out]] * 3
+
+    @pytest.mark.parametrize("pattern", ["model.layers.1.mlp.up_proj", "*.1.mlp.up_proj", r"re:.*\.1\.mlp\.up_proj"])
+    def test_full_name_holds_in_its_block_alone(self, llama: Path, pattern: str):
+        without = [name for name in LINEARS if name != "mlp.up_proj"]
+        assert chosen(open_skeleton(llama), (pattern,)) == [LINEARS, without, LINEARS]
+
+    def test_block_may_be_left_out_whole(self, llama: Path):
+        assert chosen(open_skeleton(llama), ("model.layers.0.*",)) == [[], LINEARS, LINEARS]
+
+    @pytest.mark.parametrize("pattern", ["donw_proj", "proj", "re:down", "DOWN_PROJ", "layers.1.mlp.up_proj"])
+    def test_pattern_that_matches_nothing_is_refused(self, llama: Path, pattern: str):
+        with pytest.raises(ConfigError) as caught:
+            chosen(open_skeleton(llama), ("down_proj", pattern))
+        message = str(caught.value)
+        assert f"quant.ignore: {pattern!r} matches no linear" in message and "\n" not in message
+        assert "model.layers.0.self_attn.q_proj" in message, "an example of a name is missing"
+
+    def test_nothing_left_to_quantize_is_refused(self, llama: Path):
+        with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: no linear .*quant.ignore.*[*]_proj"):
+            chosen(open_skeleton(llama), ("*_proj",))
+
+    def test_blocks_without_linears_are_refused(self, tmp_path: Path):
+        config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+        with pytest.raises(UnsupportedModelError) as caught:
+            chosen(skeleton, DEFAULT_IGNORE)
+        message = str(caught.value)
+        assert "GPT2LMHeadModel: no linear would be quantized" in message and "other kinds (Conv1D)" in message
+        assert "\n" not in message
+
+    def test_pattern_that_is_no_regular_expression_is_refused(self, llama: Path):
+        with pytest.raises(ConfigError, match=r"^quant.ignore: 're:\('"):
+            chosen(open_skeleton(llama), ("re:(",))
