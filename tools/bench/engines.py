@@ -49,7 +49,7 @@ from shardq.parallel.zero import Zero
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 from shardq.training.memory import LargestBlock, saved_bytes, training_bytes
-from shardq.training.workshop import block_loss
+from shardq.training.trainer import block_loss
 
 WARM_UP_STEPS = 2  # the first makes the moments
 COLLECTIVES = [
