@@ -209,7 +209,7 @@ def _warm_up(job: Job, trainer: BlockTrainer, loaded: LoadedBlock) -> None:
         for _ in distill(lambda inputs, targets: loss(inputs, targets)[0], trainer.quantizer, trainer.stepper,
                          [(entering, hidden_of(entering))], len(samples)):  # fmt: skip
             pass
-    trainer.stepper.rest()
+    trainer.stepper.release()
 
 
 def served_forward(job: Job, loaded: LoadedBlock) -> Forward:

@@ -144,7 +144,7 @@ def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Lin
     iterations, every = block.objective.iterations, job.checkpoints.every
     with span("train") as facts:
         for progress.done, loss in _steps(block, first):
-            job.activations.pace.rest()  # looks, checkpoints and a terminal that is stopped take any time
+            job.activations.pace.end_step()  # looks, checkpoints and a terminal that is stopped take any time
             job.display.advance_iteration(loss)
             is_last = progress.done == iterations
             looks = is_last or progress.done % math.ceil(iterations / LOOKS) == 0
@@ -161,7 +161,7 @@ def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Lin
         facts["iterations"] = progress.done - first
     if not trainer.stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
-    trainer.stepper.rest()
+    trainer.stepper.release()
     with span("fold"):
         linears = best.linears if best else trainer.folded()
         trainer.serve(linears)
@@ -199,7 +199,7 @@ def _reason(error: QuantizationError) -> str:
 def _what_follows(job: Job, progress: Progress) -> str:
     if progress.failed > job.recipe.optimize.retries:
         return f"it is left at its best finite iterate, loss {progress.best.loss:.3e}"
-    return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
+    return f"trained again from its start, learning rates times {RETRY_RATE**progress.failed:g}"
 
 
 def _batches(block: BlockInTraining, first: int) -> Iterator[tuple[Tensor | Entering, Tensor, Tensor]]:
