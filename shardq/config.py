@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import MovedText, TextOptions
@@ -31,9 +31,9 @@ class QuantOptions:
     """Two-level scales (LPBQ; AIMET's decompressed_bw) of a symmetric grid in groups: each a whole multiple, at most
     2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it; 8
     beside 4 bits (default: each group has a float scale of its own)."""
-    method: Literal["adascale", "flexround", "lwc", "rtn", "none"] = "adascale"
+    method: Literal["adascale", "flexround", "lwc", "rtn"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
-    nothing (round to nearest on the start grid); `none` leaves the model as it is (evaluate only)."""
+    nothing (round to nearest on the start grid)."""
     ignore: tuple[str, ...] | str | None = DEFAULT_IGNORE
     """Linears to leave as they are: names or patterns (`*.down_proj`, `re:...`), separated by commas. A comma within
     brackets, as in `re:.*[.]1{1,2}[.].*`, belongs to the pattern. Embeddings and head are never quantized."""
@@ -57,6 +57,14 @@ class QuantOptions:
         """Patterns to ignore, always with the defaults."""
         given = listed(self.ignore) if isinstance(self.ignore, str) else self.ignore or ()
         return tuple(dict.fromkeys((*DEFAULT_IGNORE, *given)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingOptions(QuantOptions):
+    """Weight quantization before an evaluation."""
+
+    method: Literal["none", "rtn"] = "none"
+    """`none` leaves the model as it is, `rtn` rounds its linears to nearest on the start grid."""
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -135,7 +143,7 @@ class EvaluateConfig:
     """Where blocks are computed."""
     activations: Literal["float", "simulated"] = "float"
     """`simulated`: round activations to the grids that a finished run has for them, as the model runs."""
-    quant: QuantOptions = field(default_factory=lambda: QuantOptions(method="none"))
+    quant: RoundingOptions = field(default_factory=RoundingOptions)
     eval: TextOptions = field(default_factory=lambda: EVALUATION_TEXT)
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(placement="cpu"))
 
@@ -184,7 +192,6 @@ class ExportConfig:
     activation_bits: Literal[8, 16] = 16
     """Of `compressed-tensors`: as --export.activation_bits of quantize."""
     aimet: AimetOptions = field(default_factory=AimetOptions)
-    device: ClassVar[str] = "cpu"
 
     @property
     def folder(self) -> Path:
@@ -198,7 +205,6 @@ class VerifyConfig:
 
     run: str
     """Output folder of a finished run, or of an export."""
-    device: ClassVar[str] = "cpu"
 
 
 EVALUATION_TEXT = TextOptions(

@@ -41,13 +41,15 @@ def help_text(verb: str, description: str, config_class: type) -> str:
 
 
 def docstrings(config_class: type) -> dict[str, str]:
-    """The text below each field of a class."""
+    """The text below each field of a class, or of a class that it is built on."""
+    inherited = [docstrings(base) for base in config_class.__bases__ if is_dataclass(base)]
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
-    return {
+    own = {
         field.target.id: " ".join(text.value.value.split())
         for field, text in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
+    return {name: text for texts in (*inherited, own) for name, text in texts.items()}
 
 
 def _section(section: type, start: object, prefix: str) -> Iterator[str]:

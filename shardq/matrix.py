@@ -19,7 +19,7 @@ class Matrix:
         parameter: the parameter's name in that module.
         expert: the matrix's place in the first dimension of a fused parameter [E, O, I]; None: it is the parameter.
         shape: outputs and inputs.
-        stored: names in the checkpoint of the tensors that it is read from.
+        sources: names of the source's tensors that its values come from.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Matrix:
     parameter: str = "weight"
     expert: int | None = None
     shape: tuple[int, int]
-    stored: tuple[str, ...]
+    sources: tuple[str, ...]
 
     @property
     def tensor(self) -> str:
@@ -82,14 +82,14 @@ def hooked(block: nn.Module, hooks: Mapping[Matrix, Callable]) -> Iterator[None]
         yield
 
 
-def matrices_in(block: nn.Module, stored: Callable[[str], str] = str) -> list[Matrix]:
+def matrices_in(block: nn.Module, source_name: Callable[[str], str] = str) -> list[Matrix]:
     """The matrices of a block that can be quantized, in the order of its modules: the weights of its linears.
 
     Args:
-        stored: from a parameter's name within the block to its name in the checkpoint (default: the same).
+        source_name: from a parameter's name within the block to the source's name of it (default: the same).
     """
     return [
-        Matrix(name=name, module=name, shape=tuple(module.weight.shape), stored=(stored(f"{name}.weight"),))
+        Matrix(name=name, module=name, shape=tuple(module.weight.shape), sources=(source_name(f"{name}.weight"),))
         for name, module in block.named_modules()
         if is_linear(module)
     ]

@@ -38,7 +38,7 @@ def commit_block(
         for name, chosen in checkpoints_of(run.config.export).items():
             path = run.output / name / run.plan.block_shard(block.index)
             chosen.write_shard(run.output, run.skeleton, block.index, path)
-        facts = result.facts | {"source": noted(run.skeleton.digests, run.skeleton, block.index)}
+        facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block.index)}
         on_commit(block.index)
         line = ledger.commit(run.output, block.index, files, world_size=run.ranks.world_size, **facts)
         checkpoint.remove(run.output)

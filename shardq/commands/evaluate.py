@@ -31,17 +31,14 @@ from shardq.quant.activation import ActivationGrid
 from shardq.quant.adascale import Kernels
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan, make_plan
+from shardq.summaries import EvaluateSummary
 from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.passes import Activations, advance, embed_samples
 from shardq.training.self_check import Check, say_if_unchecked, self_check
 
 
-def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict:
-    """Perplexity over non-overlapping sequences, each token predicted from those before it in its sequence.
-
-    Returns:
-        `perplexity`, `tokens` (predicted), `seconds`, `peak_rss_bytes` (of the largest rank).
-    """
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
+    """Perplexity over non-overlapping sequences, each token predicted from those before it in its sequence."""
     start = time.perf_counter()
     display = Display(ranks.rank)
     together(ranks, lambda: check_evaluate(config))
@@ -125,7 +122,7 @@ def _through_blocks(
 def _round_to_nearest(loaded: LoadedBlock) -> None:
     quantizer = BlockQuantizer(loaded.module, loaded.plan.grids, "rtn", Kernels(), torch.float32)
     quantizer.start(loaded.source)
-    quantizer.serve(quantizer.folded(), stored=lambda weight: weight)
+    quantizer.serve(quantizer.folded(), as_written=lambda weight: weight)
 
 
 def _summed_loss(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, num_blocks: int) -> float:

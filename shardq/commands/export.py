@@ -15,14 +15,11 @@ from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.lock import only_run
 from shardq.rundir.record import RunRecord
+from shardq.summaries import ExportSummary
 
 
-def export(config: ExportConfig, ranks: Ranks) -> dict:
+def export(config: ExportConfig, ranks: Ranks) -> ExportSummary:
     """Convert a finished run for other programs, in the memory of one block; rank 0 does it.
-
-    Returns:
-        `output`, `format`, `bytes` (of the files), `seconds`, `scale_change` (the largest relative change of a scale by
-        rounding it to the dtype that the format keeps it in).
 
     One that is finished is left as it is; one that was cut short, or is of a run that has changed since, is written
     anew.

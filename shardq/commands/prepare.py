@@ -84,10 +84,10 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         held: keeps other runs out of that folder until it is closed.
     """
     output = output_folder(config)
-    stored = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
+    former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The grid as it is: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=config.quant.spec.full_range)
-    config = replace(config, optimize=_resolved(config, stored, ranks), quant=quant)
+    config = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
 
@@ -106,11 +106,11 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = _fitted(config, stored, largest, limit, ranks, display)
-        manifest = make_manifest(chosen, skeleton.index, folder, digest(tokens_NT))
+        chosen = _fitted(config, former, largest, limit, ranks, display)
+        manifest = make_manifest(chosen, skeleton.source.index, folder, digest(tokens_NT))
         record, line = take_folder(output, manifest, config.resume, redo, held, display)
         if line is None:
-            skeleton.digests.update(record.source)
+            skeleton.source.digests.update(record.source)
             mend(record, skeleton, plan, manifest, display)
         return tokens_NT, manifest, (record, line), chosen
 
@@ -160,18 +160,18 @@ def begin(run: Run) -> None:
         begin_redo(run.output, former, run.record.lines[-1], asked, run.ranks, run.display)
 
 
-def _resolved(config: QuantizeConfig, stored: dict, ranks: Ranks) -> OptimizeOptions:
+def _resolved(config: QuantizeConfig, former: dict, ranks: Ranks) -> OptimizeOptions:
     """Options with every value filled in that does not depend on the model."""
     optimize = config.optimize
     if optimize.batch_size is None:
         # A run that goes on keeps its batches, on however many ranks: an iteration means the same in all its blocks.
-        optimize = replace(optimize, batch_size=stored.get("batch_size"))
+        optimize = replace(optimize, batch_size=former.get("batch_size"))
     return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
 
 
 def _fitted(
     config: QuantizeConfig,
-    stored: dict,
+    former: dict,
     largest: LargestBlock,
     limit: int,
     ranks: Ranks,
@@ -184,8 +184,8 @@ def _fitted(
         display.line(f"parallel.engine: {engine.options.engine} ({reason})")
     if optimize.micro_batch is None:
         # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
-        micro_batch = stored.get("micro_batch")
-        if micro_batch is None or stored.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
+        micro_batch = former.get("micro_batch")
+        if micro_batch is None or former.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
             micro_batch = choose_micro_batch(largest, optimize, engine, limit)
         optimize = replace(optimize, micro_batch=micro_batch)
     if optimize.compile == "off" or config.quant.method == "rtn":

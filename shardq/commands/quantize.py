@@ -15,13 +15,14 @@ from shardq.commands.summary import say_block_done, say_what_is_where, summary_o
 from shardq.compiling import compiler, eager
 from shardq.config import QuantizeConfig
 from shardq.errors import located
-from shardq.logs import Display, Events, seconds_since_process_start
+from shardq.logs import Display, Events
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.block_output import stored_dtype
+from shardq.rundir.block_output import written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import QuantizeSummary
 from shardq.training.block import float_pass, in_training, quantized_pass, start_at_nearest
 from shardq.training.checkpoint import Checkpoints
 from shardq.training.passes import Activations
@@ -29,24 +30,19 @@ from shardq.training.trainer import Job, Recipe
 from shardq.training.tries import train
 
 
-def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda block: None) -> dict:
+def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda block: None) -> QuantizeSummary:
     """Quantize a model, or go on where an interrupted run stopped.
-
-    Returns:
-        `output`, `blocks`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_before` and
-        `loss_after` (relative loss, mean over the blocks trained to their output), `divergence_before` and
-        `divergence_after` (KL divergence from the fp model in nats a token, where the last block was trained to that).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
     """
-    begun, before = time.perf_counter(), seconds_since_process_start()
+    begun = time.perf_counter()
     with ExitStack() as folder_lock:
         run = prepare(config, ranks, Display(ranks.rank), folder_lock)
         check_space(run)
         begin(run)
         if not run.record.is_finished:
-            with _under_way(run, begun, before) as job:
+            with _under_way(run, begun) as job:
                 for loaded, check in blocks_to_do(run, job):
                     block, block_begun = loaded.plan, time.perf_counter()
                     with located(f"block {block.index} {block.name}"):
@@ -67,22 +63,21 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
 
 
 @contextmanager
-def _under_way(run: Run, begun: float, before: float) -> Iterator[Job]:
+def _under_way(run: Run, begun: float) -> Iterator[Job]:
     """Yield the job of an unfinished run, which can be asked to stop meanwhile, and whose time is noted.
 
     Args:
         begun: when `quantize` was called, on the performance counter.
-        before: seconds that the process had run for by then.
     """
     # No file to write to before the checks have passed.
     events = Events(RunFolder(run.output).log(run.ranks), run.ranks.rank)
-    events.record("start-up", before)
+    events.record("start-up", run.ranks.start_up_seconds)
     events.record("prepare", time.perf_counter() - begun)
     with stoppable(run.output, run.ranks):
         job = _job_of(run, events)
         on_rank_zero(run.ranks, lambda: remove_what_completes(run.output, run.config.export.asked, run.display))
         yield job
-    events.record("run", before + time.perf_counter() - begun)
+    events.record("run", run.ranks.start_up_seconds + time.perf_counter() - begun)
 
 
 def _job_of(run: Run, events: Events) -> Job:
@@ -93,7 +88,7 @@ def _job_of(run: Run, events: Events) -> Job:
             method=config.quant.method,
             optimize=config.optimize,
             activations=config.activations,
-            written_dtype=stored_dtype(run.skeleton, run.plan, config.export.dtype),
+            written_dtype=written_dtype(run.skeleton, run.plan, config.export.dtype),
         ),
         skeleton=run.skeleton,
         tokens_NT=run.tokens_NT,

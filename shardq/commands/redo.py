@@ -15,7 +15,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import stored_dtype, write_run_files
+from shardq.rundir.block_output import write_run_files, written_dtype
 from shardq.rundir.digests import changed_files
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import ENCODINGS, Plan
@@ -103,7 +103,7 @@ def mend(record: RunRecord, skeleton: Skeleton, plan: Plan, manifest: dict, disp
     for fault in damaged.values():
         display.line(f"{fault}; written again")
     names = {output / name for name in entry["files"]}
-    dtype = stored_dtype(skeleton, plan, manifest["options"]["export"]["dtype"])
+    dtype = written_dtype(skeleton, plan, manifest["options"]["export"]["dtype"])
     write_run_files(output, skeleton, plan, dtype, kept=names - damaged.keys())
     for path, _ in changed_files(output, entry, is_quick=True):
         raise ResumeError(f"{path}: does not come out as it was; restore it, or do it again with --redo end")

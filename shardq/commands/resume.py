@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shardq.commands.prepare import Run
 from shardq.formats.shards import read_header, read_tensor
+from shardq.formats.source import stored_in
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.weights import stream_blocks
@@ -55,7 +56,8 @@ def _agreed_blocks(run: Run, job: Job, blocks: list[BlockPlan]) -> Iterator[Load
     for block in blocks:
         with job.events.span("load", block=block.index):
             loaded = together(run.ranks, lambda: next(stream))
-            agree(run.skeleton, run.skeleton.block_tensors(block.index).values(), run.ranks)
+            stored = stored_in(run.skeleton.block_tensors(block.index).values())
+            agree(run.skeleton.source.digests, stored, run.ranks)
         yield loaded
         del loaded
 
@@ -98,8 +100,8 @@ def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tenso
     device, dtype = run.ranks.device, run.config.optimize.dtype
     written = read_header(run.output / run.plan.block_shard(block.index))
     for matrix in block.grids:
-        (stored,) = matrix.stored
-        yield matrix, read_tensor(written[stored]).to(device, dtype)
+        (name,) = matrix.sources
+        yield matrix, read_tensor(written[name]).to(device, dtype)
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:

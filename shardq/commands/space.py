@@ -13,7 +13,7 @@ from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE
 from shardq.parallel.collectives import together
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.block_output import stored_dtype
+from shardq.rundir.block_output import written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import Entries
 from shardq.rundir.plan import Plan
@@ -126,8 +126,8 @@ def _files(
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
-    spec, itemsize = next(iter(plan.grids.values())), stored_dtype(skeleton, plan, export.dtype).itemsize
-    source_itemsize = stored_dtype(skeleton, plan, "source").itemsize
+    spec, itemsize = next(iter(plan.grids.values())), written_dtype(skeleton, plan, export.dtype).itemsize
+    source_itemsize = written_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
     in_others = dict.fromkeys(formats, 0)
     for block in plan.blocks:

@@ -5,6 +5,7 @@ from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
 from shardq.parallel.collectives import max_over_ranks
 from shardq.rundir.folder import RunFolder
+from shardq.summaries import QuantizeSummary
 from shardq.training.objective import LOSSES
 from shardq.training.tries import BlockResult
 
@@ -27,11 +28,11 @@ def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int,
         run.display.line(f"block {block.index} has come out otherwise; all after it are done again")
 
 
-def summary_of(run: Run, seconds: float) -> dict:
+def summary_of(run: Run, seconds: float) -> QuantizeSummary:
     """The facts of a finished run that `quantize` returns, those of all ranks together.
 
     Args:
-        seconds: that this process took.
+        seconds: that this call took.
     """
     entries = _block_entries(run)
     means = {f"{kind}_{when}": _mean(entries, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")}
@@ -43,7 +44,7 @@ def summary_of(run: Run, seconds: float) -> dict:
     } | means
 
 
-def say_what_is_where(run: Run, summary: dict) -> None:
+def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
     """Say what came of a finished run, what its files are, and what to do next."""
     display, output = run.display, run.output
     losses = [

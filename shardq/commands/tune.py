@@ -25,7 +25,7 @@ from shardq.errors import CalibrationError, CheckpointError, ConfigError, Resume
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
 from shardq.formats.checkpoint import companions
-from shardq.formats.shards import Digests
+from shardq.formats.source import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
 from shardq.model.hub import local_folder
@@ -35,13 +35,14 @@ from shardq.optimize.scale_tuner import ScaleTuner
 from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import stored_dtype, write_block_files, write_run_files
+from shardq.rundir.block_output import write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, model_of
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
 from shardq.rundir.source import agree, begin_with, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
+from shardq.summaries import TuneSummary
 from shardq.training.activation_grids import written_grids
 from shardq.training.passes import Activations
 from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
@@ -51,21 +52,22 @@ STEPS_A_STATE = 4  # from one to the next: it is as large as the scales, and a s
 
 
 class Found(NamedTuple):
-    """What is tuned, and how far the output folder is: `record` is that folder's, `source` the run's."""
+    """What is tuned, and how far the output folder is.
+
+    Attributes:
+        manifest, record: of the output folder.
+        digests: of the model's stored tensors, as the run has read them.
+    """
 
     manifest: dict
     options: TuneOptions
     tokens_NT: Tensor
     record: RunRecord
-    source: Digests
+    digests: Digests
 
 
-def tune(config: TuneConfig, ranks: Ranks) -> dict:
+def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
     """Tune a finished run's scales, or go on where an interrupted tuning stopped.
-
-    Returns:
-        `output`, `steps`, `seconds` (of this process), `peak_rss_bytes` (of the largest rank), `loss_first` and
-        `loss_last` (of the first and the last step of this process that was taken, before it; nats a token).
 
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
@@ -86,10 +88,10 @@ def tune(config: TuneConfig, ranks: Ranks) -> dict:
             display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
             check_space_for_tuning(config, skeleton, plan, found.manifest, found.record, ranks, found.tokens_NT.shape)
-            begin_with(skeleton, found.source, ranks, display.line)
+            begin_with(skeleton, found.digests, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
             losses = _finish(config, skeleton, plan, found, ranks, display)
-    summary = {
+    summary: TuneSummary = {
         "output": str(output),
         "steps": found.options.steps,
         "seconds": round(time.perf_counter() - start, 3),
@@ -110,40 +112,40 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     """
     run, output = Path(config.run), config.folder
     companions(skeleton.folder)  # one that must not be copied is refused now
-    of_run = RunRecord.read(run)
-    of_run.check_finished()
-    source = of_run.manifest()
-    others = differences({"model": source["model"]}, {"model": model_of(skeleton.index, skeleton.folder)})
+    quantized = RunRecord.read(run)
+    quantized.check_finished()
+    former = quantized.manifest()
+    others = differences({"model": former["model"]}, {"model": model_of(skeleton.source.index, skeleton.folder)})
     if others:
         raise ConfigError(
             f"model: {config.model} is not the model that {run} has quantized; "
             f"different: {'; '.join(others.values())}; give that one"
         )
     display.line("calibration: reading the run's text again")
-    tokens_NT = _tokens(config, source, skeleton)
+    tokens_NT = _tokens(config, former, skeleton)
     if len(tokens_NT) < ranks.world_size:
         raise ConfigError(f"{run}: its {len(tokens_NT)} samples are fewer than {ranks.world_size} ranks; take fewer")
     options = resolved_tuning(config.tune, len(tokens_NT), multiplies_bf16(ranks.device))
     if options.batch_size > len(tokens_NT):
         most = f"at most the run's {len(tokens_NT)} samples"
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
-    manifest = source | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
+    manifest = former | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
     record, _ = take_folder(output, manifest, "auto", None, held, display)
-    skeleton.digests.update(of_run.source)
+    skeleton.source.digests.update(quantized.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
     mend(record, skeleton, plan, manifest, display)
-    return Found(manifest, options, tokens_NT, record, of_run.source)
+    return Found(manifest, options, tokens_NT, record, quantized.source)
 
 
-def _tokens(config: TuneConfig, source: dict, skeleton: Skeleton) -> Tensor:
-    """The token ids [N, T] that the run was calibrated on, from where its text is now."""
-    text = config.calib.instead_of(TextOptions(**source["options"]["calib"]))
+def _tokens(config: TuneConfig, former: dict, skeleton: Skeleton) -> Tensor:
+    """The token ids [N, T] that the run, of the manifest `former`, was calibrated on, from where its text is now."""
+    text = config.calib.instead_of(TextOptions(**former["options"]["calib"]))
     advice = "or say with --calib.dataset where that text is now"
     try:
         tokens_NT = load_tokens(text, skeleton.folder, skeleton.model.get_input_embeddings().num_embeddings)
     except CalibrationError as error:
         raise CalibrationError(f"{error}; {config.run} was calibrated on it: restore it, {advice}") from error
-    if digest(tokens_NT) != source["calibration_tokens"]:
+    if digest(tokens_NT) != former["calibration_tokens"]:
         raise ConfigError(
             f"{text.dataset}: gives other tokens than those that {config.run} was calibrated on; "
             f"restore that text, {advice}"
@@ -161,11 +163,12 @@ def _finish(
     done = together(ranks, lambda: _restore(state, tuners))
     if found.record.entries and done < found.options.steps:
         raise ResumeError(f"{config.folder}: {state.name}, from which its blocks were made, is gone; delete the folder")
-    samples = owned_samples(len(found.tokens_NT), ranks.rank, ranks.world_size)
     cache = RunFolder(config.folder).cache(config.cache)
     shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
     barrier(ranks)
-    store, length = open_store(config.cache, cache, ranks.device), found.tokens_NT.shape[1]
+    num_samples, length = found.tokens_NT.shape
+    samples = owned_samples(num_samples, ranks.rank, ranks.world_size)
+    store = open_store(config.cache, cache, ranks.device)
     activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
     steps_left = done < found.options.steps
     if steps_left:
@@ -175,9 +178,19 @@ def _finish(
                              found.options.dtype, config.self_check)  # fmt: skip
             plan = together(ranks, target)
             activations = replace(activations, blocks=plan.blocks)
-            agree(skeleton, skeleton.index.values(), ranks)
-    tuning = Tuning(Path(config.run), skeleton, plan, found.options, found.tokens_NT, tuners, activations, ranks,
-                    events, display)  # fmt: skip
+            agree(skeleton.source.digests, skeleton.source.index.values(), ranks)
+    tuning = Tuning(
+        run=Path(config.run),
+        skeleton=skeleton,
+        plan=plan,
+        options=found.options,
+        tokens_NT=found.tokens_NT,
+        tuners=tuners,
+        activations=activations,
+        ranks=ranks,
+        events=events,
+        display=display,
+    )
     losses = _take_steps(tuning, config.folder, done) if steps_left else []
     shutil.rmtree(cache, ignore_errors=True)
     with events.span("write"):
@@ -241,12 +254,12 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 def _write(output: Path, tuning: Tuning, found: Found) -> None:
     """Write the blocks that are not there yet, and what completes the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
-    dtype = stored_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
+    dtype = written_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
     for block in plan.blocks:
         if block.index not in found.record.entries:
             grids, linears = written_grids(tuning.run, block), tuning.linears(block)
             files = write_block_files(output, skeleton, plan, block, linears, grids, dtype, tuning.ranks.device)
-            source = noted(found.source, skeleton, block.index)
+            source = noted(found.digests, skeleton, block.index)
             ledger.commit(output, block.index, files, world_size=tuning.ranks.world_size, source=source)
     ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
     remove(RunFolder(output).tuning_state)

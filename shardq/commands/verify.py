@@ -13,7 +13,7 @@ from shardq.export import contents
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.checkpoint import index_of
-from shardq.formats.shards import INDEX_FILE, read_tensor, read_weight
+from shardq.formats.shards import INDEX_FILE
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.parallel.collectives import on_rank_zero
@@ -24,6 +24,7 @@ from shardq.rundir.folder import MANIFEST, RunFolder
 from shardq.rundir.ledger import read_json
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
+from shardq.summaries import VerifySummary
 
 CHECKS = {
     "ledger": "the run is finished; every file has the digest that it was finished with",
@@ -43,11 +44,8 @@ SHOWN = 5  # faults of a check that the table names
 Faults = dict[str, list[str]]
 
 
-def verify(config: VerifyConfig, ranks: Ranks) -> dict:
+def verify(config: VerifyConfig, ranks: Ranks) -> VerifySummary:
     """Check all files of a finished run, in the memory of one block, or of an export; print a table of the checks.
-
-    Returns:
-        `output`; of a run `blocks`, `linears`, of an export `format`, `files`: how many of them are whole.
 
     Raises:
         ResumeError: the folder holds neither, or something in it is damaged; names what.
@@ -146,13 +144,13 @@ def _index_faults(skeleton: Skeleton, record: RunRecord) -> Iterator[str]:
     folder = skeleton.folder
     files = (name for entry in record.entries.values() for name in entry["files"])
     shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
-    expected, stored = index_of(folder, shards), read_json(folder / INDEX_FILE)
-    for name in sorted(expected["weight_map"].keys() | stored["weight_map"].keys()):
-        is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], stored["weight_map"]))
+    expected, said = index_of(folder, shards), read_json(folder / INDEX_FILE)
+    for name in sorted(expected["weight_map"].keys() | said["weight_map"].keys()):
+        is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], said["weight_map"]))
         if is_in != is_said:
             yield f"{folder / INDEX_FILE}: {name} is in {is_in or 'no shard'}, the index says {is_said or 'nothing'}"
-    if stored.get("metadata") != expected["metadata"]:
-        yield f"{folder / INDEX_FILE}: metadata is {stored.get('metadata')}, not {expected['metadata']}"
+    if said.get("metadata") != expected["metadata"]:
+        yield f"{folder / INDEX_FILE}: metadata is {said.get('metadata')}, not {expected['metadata']}"
 
 
 def _check_block(skeleton: Skeleton, path: Path, names: list[str], faults: Faults) -> dict[str, QuantizedLinear]:
@@ -170,35 +168,36 @@ def _check_block(skeleton: Skeleton, path: Path, names: list[str], faults: Fault
 
 
 def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLinear, faults: Faults) -> None:
-    spec, zero_point_OG, info = linear.spec, linear.zero_point_OG, skeleton.stored(f"{name}.weight")
-    if linear.codes_OI.shape != info.shape:
-        faults["codes"].append(f"{path}: {name} has codes {list(linear.codes_OI.shape)}, its weight {list(info.shape)}")
+    spec, zero_point_OG, tensor = linear.spec, linear.zero_point_OG, skeleton.tensor(f"{name}.weight")
+    if linear.codes_OI.shape != tensor.shape:
+        shapes = f"codes {list(linear.codes_OI.shape)}, its weight {list(tensor.shape)}"
+        faults["codes"].append(f"{path}: {name} has {shapes}")
         return
     if ((zero_point_OG < spec.qmin) | (zero_point_OG > spec.qmax)).any():
         faults["codes"].append(f"{path}: {name} has a zero point beyond the codes {spec.qmin} to {spec.qmax}")
     if not linear.has_valid_scales:
         faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")
-    weight_OI = read_tensor(info)
+    weight_OI = skeleton.source.read_unchecked(tensor)
     if not weight_OI.isfinite().all():
-        faults["finite"].append(f"{info.file}: {info.name} has a value that is not finite")
+        faults["finite"].append(f"{tensor.file}: {tensor.name} has a value that is not finite")
     is_off_OI = weight_OI != linear.dequantized(weight_OI.dtype)
     if is_off_OI.any():
         where = torch.nonzero(is_off_OI)[0].tolist()
-        faults["weights"].append(f"{info.file}: {info.name} is off its grid at {where}")
+        faults["weights"].append(f"{tensor.file}: {tensor.name} is off its grid at {where}")
 
 
 def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
     """Parameters beside the quantized weights that have a value which is not finite."""
-    outside = [skeleton.stored(name) for name, _ in skeleton.model.named_parameters()]
+    outside = [skeleton.tensor(name) for name, _ in skeleton.model.named_parameters()]
     in_blocks = [
-        skeleton.stored(f"{block.name}.{name}")
+        skeleton.tensor(f"{block.name}.{name}")
         for block in plan.blocks
         for name, _ in skeleton.blocks[block.index].named_parameters()
         if name not in {matrix.tensor for matrix in block.grids}
     ]
-    for info in dict.fromkeys((*outside, *in_blocks)):
+    for tensor in dict.fromkeys((*outside, *in_blocks)):
         try:
-            read_weight(info)
+            skeleton.source.read(tensor)
         except ShardQError as error:
             yield str(error).partition(";")[0]
 

@@ -34,7 +34,7 @@ class Aimet(Format):
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         num_scales = 0
         for name, spec in grids.items():
-            num_outputs, num_inputs = skeleton.stored(f"{name}.weight").shape
+            num_outputs, num_inputs = skeleton.tensor(f"{name}.weight").shape
             num_scales += num_outputs * (num_inputs // (spec.group_size or num_inputs))
         encodings.check_size(self.version, num_scales)
 

@@ -74,7 +74,7 @@ class Checkpoint(Format):
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
         codes = read_block(RunFolder(run).block(block_index))
-        linears = {skeleton.stored(f"{name}.weight").name: linear for name, linear in codes.items()}
+        linears = {skeleton.tensor(f"{name}.weight").name: linear for name, linear in codes.items()}
         inputs = input_grids(self, run, skeleton, block_index)
         tensors: dict[str, Tensor] = {}
         for name, info in read_header(run / path.name).items():
@@ -93,7 +93,7 @@ class Checkpoint(Format):
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         spec = next(iter(grids.values()))
         described = self.described(skeleton, spec, _linears_left(skeleton, grids))
-        shards = sorted({info.file.name for info in skeleton.index.values()})
+        shards = sorted({info.file.name for info in skeleton.source.index.values()})
         for number, shard in enumerate(shards):
             if is_begun and (folder / shard).exists():
                 continue
@@ -137,7 +137,7 @@ def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int)
                 f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
                 "quantize with --activations.bits 8, or export with --activation_bits 16"
             )
-        grids[skeleton.stored(f"{name}.weight").name.removesuffix(".weight")] = grid
+        grids[skeleton.tensor(f"{name}.weight").name.removesuffix(".weight")] = grid
     return grids
 
 
@@ -164,11 +164,13 @@ def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
     left = {name for name, module in modules.items() if is_linear(module) and name not in quantized}
     others = {
-        skeleton.stored(f"{name}.weight").name
+        skeleton.tensor(f"{name}.weight").name
         for name, module in modules.items()
         if name in quantized or isinstance(module, nn.Embedding)
     }
-    matrices = {name for name, info in skeleton.index.items() if name.endswith(".weight") and len(info.shape) == 2}
+    matrices = {
+        name for name, tensor in skeleton.source.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2
+    }
     return left | {name.removesuffix(".weight") for name in matrices - others}
 
 
@@ -178,4 +180,4 @@ def model_dtype(skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
         return getattr(torch, spec.scale_dtype)
     table = skeleton.model.get_input_embeddings()
     name = next(name for name, module in skeleton.model.named_modules() if module is table)
-    return DTYPES[skeleton.stored(f"{name}.weight").dtype]
+    return DTYPES[skeleton.tensor(f"{name}.weight").dtype]

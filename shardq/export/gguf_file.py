@@ -16,7 +16,8 @@ from shardq.files import write_whole
 from shardq.formats import gguf_tensors
 from shardq.formats.block_file import read_block
 from shardq.formats.gguf_tokenizer import add_tokenizer
-from shardq.formats.shards import DTYPES, TensorInfo, read_tensor
+from shardq.formats.shards import DTYPES
+from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import materialised
 from shardq.quant.quantized import QuantizedLinear
@@ -65,7 +66,7 @@ def check_gguf(skeleton: Skeleton, grids: dict[str, QuantSpec]) -> None:
     add_tokenizer(gguf.GGUFWriter(None, "llama"), skeleton.folder, config.vocab_size)
     for name, spec in grids.items():
         gguf_tensors.block_type(spec)
-        gguf_tensors.check_width(name, skeleton.stored(f"{name}.weight").shape[1])
+        gguf_tensors.check_width(name, skeleton.tensor(f"{name}.weight").shape[1])
 
 
 def write_gguf(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec]) -> float:
@@ -131,7 +132,7 @@ def _entries(skeleton: Skeleton, grids: dict[str, QuantSpec], changes: list[floa
     if config.rope_parameters["rope_type"] != "default":
         yield _Entry("rope_freqs.weight", (_head_dim(config) // 2,), BlockType.F32, partial(_rope_divisors, skeleton))
     for name, block_index in _names(skeleton):
-        info, linear = skeleton.stored(name), name.removesuffix(".weight")
+        tensor, linear = skeleton.tensor(name), name.removesuffix(".weight")
         gguf_name = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise UnsupportedModelError(f"{skeleton.folder}: GGUF has no name for {name}; export hf instead")
@@ -141,19 +142,19 @@ def _entries(skeleton: Skeleton, grids: dict[str, QuantSpec], changes: list[floa
             read = partial(_packed, codes_of, path, linear, changes)
         else:
             # llama.cpp computes norms and biases in float32 alone.
-            kind = STORED.get(DTYPES[info.dtype], BlockType.F32) if len(info.shape) > 1 else BlockType.F32
-            read = partial(_plain, info, kind)
+            kind = STORED.get(DTYPES[tensor.dtype], BlockType.F32) if len(tensor.shape) > 1 else BlockType.F32
+            read = partial(_plain, skeleton.source, tensor, kind)
         heads = next((heads for part, heads in rotated.items() if part in gguf_name), None)
         if heads is not None:
             read = partial(_for_rope, read, heads)
-        yield _Entry(gguf_name, info.shape, kind, read)
+        yield _Entry(gguf_name, tensor.shape, kind, read)
 
 
 def _names(skeleton: Skeleton) -> Iterator[tuple[str, int | None]]:
     """Parameters, with the block that each is of; of tied ones the first alone."""
     ends: dict[str, str] = {}
     for name in skeleton.model.state_dict():
-        ends.setdefault(skeleton.stored(name).name, name)
+        ends.setdefault(skeleton.tensor(name).name, name)
     yield from ((name, None) for name in ends.values())
     for number, block_name in enumerate(skeleton.names):
         yield from ((f"{block_name}.{name}", number) for name in skeleton.block_tensors(number))
@@ -168,9 +169,9 @@ def _packed(
     return packed_OX
 
 
-def _plain(info: TensorInfo, kind: BlockType) -> Tensor:
-    tensor = read_tensor(info)
-    return tensor.float() if kind == BlockType.F32 else tensor
+def _plain(source: WeightSource, tensor: SourceTensor, kind: BlockType) -> Tensor:
+    values = source.read_unchecked(tensor)
+    return values.float() if kind == BlockType.F32 else values
 
 
 def _for_rope(read: Callable[[], Tensor], num_heads: int) -> Tensor:

@@ -23,7 +23,7 @@ class Gptq(Checkpoint):
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         for name, spec in grids.items():
             gptq.check_grid(spec)
-            gptq.check_shape(name, *skeleton.stored(f"{name}.weight").shape)
+            gptq.check_shape(name, *skeleton.tensor(f"{name}.weight").shape)
 
     def linear_tensors(
         self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None

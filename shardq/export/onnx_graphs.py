@@ -7,7 +7,6 @@ import onnx_ir as ir
 
 from shardq.formats import onnx_graph
 from shardq.formats.block_file import read_block
-from shardq.formats.shards import read_tensor
 from shardq.logs import Display
 from shardq.model.graph import traced_parts
 from shardq.model.skeleton import Skeleton
@@ -46,18 +45,19 @@ def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec], di
 
 def _write_ends(skeleton: Skeleton, folder: Path) -> dict[str, ir.ExternalTensor]:
     """Weights outside the blocks, tied ones stored once."""
-    infos = {name: skeleton.stored(name) for name in skeleton.model.state_dict()}
-    tensors = (onnx_graph.plain_tensor(info.name, read_tensor(info)) for info in dict.fromkeys(infos.values()))
-    placed = onnx_graph.write_data(folder / "ends.data", tensors)
-    return {name: placed[info.name] for name, info in infos.items()}
+    tensors = {name: skeleton.tensor(name) for name in skeleton.model.state_dict()}
+    read = skeleton.source.read_unchecked
+    once = (onnx_graph.plain_tensor(tensor.name, read(tensor)) for tensor in dict.fromkeys(tensors.values()))
+    placed = onnx_graph.write_data(folder / "ends.data", once)
+    return {name: placed[tensor.name] for name, tensor in tensors.items()}
 
 
 def _block_weights(skeleton: Skeleton, block_index: int) -> Iterator[ir.TensorProtocol]:
     linears = read_block(RunFolder(skeleton.folder).block(block_index))
-    for name, info in skeleton.block_tensors(block_index).items():
+    for name, tensor in skeleton.block_tensors(block_index).items():
         full_name = f"{skeleton.names[block_index]}.{name}"
         linear = full_name.removesuffix(".weight")
         if linear in linears and name.endswith(".weight"):
             yield from onnx_graph.linear_tensors(linear, linears.pop(linear))
         else:
-            yield onnx_graph.plain_tensor(full_name, read_tensor(info))
+            yield onnx_graph.plain_tensor(full_name, skeleton.source.read_unchecked(tensor))

@@ -13,6 +13,7 @@ from shardq.export.model_card import model_card
 from shardq.files import remove_folder, write_text
 from shardq.formats.block_file import read_grids
 from shardq.formats.checkpoint import companions
+from shardq.formats.source import stored_in
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.rundir.folder import RunFolder
@@ -100,12 +101,12 @@ def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
     """About what an export of a run takes."""
     spec, total = next(iter(grids.values())), 0
     itemsize = model_dtype(skeleton, spec).itemsize
-    left = dict(skeleton.index)
+    left = dict(skeleton.source.index)
     for number, block_name in enumerate(skeleton.names):
         tensors = skeleton.block_tensors(number)
         names = {name: f"{block_name}.{name}".removesuffix(".weight") for name in tensors}
         block = block_bytes(tensors, {name: grids[full] for name, full in names.items() if full in grids})
         total += chosen.block_bytes(block, spec, itemsize)
-        for info in tensors.values():
+        for info in stored_in(tensors.values()):
             left.pop(info.name, None)
     return total + chosen.holds_weights * sum(info.num_bytes + HEADER_BYTES for info in left.values())

@@ -1,16 +1,16 @@
-"""Source weights: which tensor lies in which safetensors shard, and reading just its bytes.
+"""Which tensor lies in which safetensors shard, and reading just its bytes.
 
 Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, a JSON header, then the tensors' bytes.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,8 +49,6 @@ class TensorInfo:
 
 
 Index = dict[str, TensorInfo]
-Digests = dict[str, str]
-"""XXH3-128 of all bytes of tensors, 32 hex digits, by the tensor's name."""
 
 
 def open_index(folder: Path) -> Index:
@@ -186,69 +184,27 @@ def _read_into(raw: Tensor, file: FileIO, info: TensorInfo, start: int) -> None:
         done += count
 
 
-def read_weight(info: TensorInfo, pinned: bool = False, is_buffer: bool = False) -> Tensor:
-    """Read one tensor and check that every value is finite.
-
-    Args:
-        is_buffer: it is no parameter; such a one may be infinite, as a limit that is not there, but hold no NaN.
+def read_pieces(info: TensorInfo) -> Iterator[Tensor]:
+    """Read one tensor piece by piece: flat tensors of its dtype, in order.
 
     Raises:
-        CheckpointError: a NaN or an infinity is found.
-    """
-    tensor = read_tensor(info, pinned)
-    _check_finite(info, tensor, is_buffer=is_buffer)
-    return tensor
-
-
-def check_weight(info: TensorInfo, digests: Digests, is_buffer: bool = False) -> None:
-    """Read one tensor piece by piece, and check it as `read_weight` and `check_same` do.
-
-    Raises:
-        CheckpointError: as `read_weight` and `check_same`.
+        CheckpointError: as `read_tensor`.
     """
     _check_dtype(info)
-    whole = xxhash.xxh3_128()
     with storage_errors(info.file), open(info.file, "rb", buffering=0) as file:
         for start in range(0, info.num_bytes, PIECE_BYTES):
             raw = torch.empty(min(PIECE_BYTES, info.num_bytes - start), dtype=torch.uint8)
             _read_into(raw, file, info, start)
-            if not _is_finite(raw.view(DTYPES[info.dtype]), is_buffer):
-                read_weight(info, is_buffer=is_buffer)  # says where
-            whole.update(raw.numpy().data)
-    _compare(info, whole.hexdigest(), digests)
+            yield raw.view(DTYPES[info.dtype])
 
 
-def check_same(info: TensorInfo, tensor: Tensor, digests: Digests, samples: Digests) -> Tensor:
-    """Check that a tensor, as it was just read, has the bytes that it had before; give it back.
-
-    Args:
-        digests: of what was read before, to which that of a new tensor is added.
-        samples: of what was not, as `sample_digest` gives them; may be empty.
+def read_rows(info: TensorInfo, rows: list[int]) -> Tensor:
+    """Read some rows (indices of the first dimension, ascending) of a tensor.
 
     Raises:
-        CheckpointError: it has others.
+        CheckpointError: as `read_tensor`.
     """
-    raw = tensor.reshape(-1).view(torch.uint8).numpy().data
-    if info.name in samples:
-        _compare(info, xxhash.xxh3_128_hexdigest(raw[_sampled(info, SAMPLE_BYTES)]), samples)
-    _compare(info, xxhash.xxh3_128_hexdigest(raw), digests)
-    return tensor
-
-
-def _compare(info: TensorInfo, found: str, digests: Digests) -> None:
-    if digests.setdefault(info.name, found) != found:
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name} is not what it was when the run began; restore that file, or "
-            "begin in another --output"
-        )
-
-
-def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
-    """Read some rows (indices of the first dimension, ascending) of a floating-point tensor, finite values only.
-
-    Raises:
-        CheckpointError: a NaN or an infinity is found, or the file ended early.
-    """
+    _check_dtype(info)
     row_bytes = info.num_bytes // info.shape[0]
     raw = torch.empty(len(rows) * row_bytes, dtype=torch.uint8)
     with storage_errors(info.file, "read"), open(info.file, "rb", buffering=0) as file:
@@ -257,43 +213,19 @@ def read_weight_rows(info: TensorInfo, rows: list[int]) -> Tensor:
             places = list(run)
             (first, row), (last, _) = places[0], places[-1]
             _read_into(raw[first * row_bytes : (last + 1) * row_bytes], file, info, row * row_bytes)
-    tensor = raw.view(DTYPES[info.dtype]).reshape(len(rows), *info.shape[1:])
-    _check_finite(info, tensor, rows)
-    return tensor
+    return raw.view(DTYPES[info.dtype]).reshape(len(rows), *info.shape[1:])
 
 
-def _check_finite(info: TensorInfo, tensor: Tensor, rows: list[int] | None = None, is_buffer: bool = False) -> None:
-    """Raise if a value is not finite; `rows` says which rows of the stored tensor these are, if not all."""
-    if not _is_finite(tensor, is_buffer):
-        where = (tensor.isnan() if is_buffer else ~torch.isfinite(tensor)).nonzero()[0].tolist()
-        value = tensor[tuple(where)].item()
-        where = where if rows is None else [rows[where[0]], *where[1:]]
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name} holds {value} at {where}; "
-            "the checkpoint is damaged, download it again or retrain"
-        )
-
-
-def _is_finite(tensor: Tensor, is_buffer: bool) -> bool:
-    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
-    ends = tensor.aminmax() if tensor.numel() else ()
-    return not any(end.isnan() if is_buffer else not end.isfinite() for end in ends)
-
-
-def sample_digest(info: TensorInfo) -> str:
-    """Digest of what `read_sample` reads of a tensor."""
-    return xxhash.xxh3_128_hexdigest(read_sample(info, SAMPLE_BYTES))
-
-
-def read_sample(info: TensorInfo, num_bytes: int = SAMPLE_BYTES) -> bytes:
+def read_sample(info: TensorInfo) -> bytes:
     """Bytes from the middle of a tensor, cheap evidence of its content before it is read."""
-    place = _sampled(info, num_bytes)
+    place = sample_place(info)
     with storage_errors(info.file, "read"), open(info.file, "rb") as file:
         file.seek(info.offset + place.start)
         return file.read(place.stop - place.start)
 
 
-def _sampled(info: TensorInfo, num_bytes: int) -> slice:
-    length = min(num_bytes, info.num_bytes)
+def sample_place(info: TensorInfo) -> slice:
+    """Which of a tensor's bytes `read_sample` reads."""
+    length = min(SAMPLE_BYTES, info.num_bytes)
     start = (info.num_bytes - length) // 2
     return slice(start, start + length)

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from shardq.formats.shards import TensorInfo, read_weight_rows
+from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.block import multiplying_in
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import COMPUTE_DTYPE, materialised, read_source
+from shardq.model.weights import COMPUTE_DTYPE, materialised
 
 HEAD_SLICE_BYTES = 256 << 20  # float32 rows of the head in memory at once
 
@@ -29,12 +29,13 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
     """
     base = skeleton.model.get_submodule(skeleton.base_name)
     tables = _token_tables(skeleton)
-    blank = {table: _frozen(torch.tensor(torch.nan).expand(stored.shape), device) for table, stored in tables.items()}
-    hooks = [table.register_forward_pre_hook(_reading_rows(stored, device)) for table, stored in tables.items()]
+    blank = {table: _frozen(torch.tensor(torch.nan).expand(tensor.shape), device) for table, tensor in tables.items()}
+    read_rows = partial(_reading_rows, skeleton.source, device)
+    hooks = [table.register_forward_pre_hook(read_rows(tensor)) for table, tensor in tables.items()]
     hooks += [table.register_forward_hook(partial(_blank, blank[table])) for table in tables]
-    unread = frozenset(stored.name for stored in tables.values())
+    unread = frozenset(tensor.name for tensor in tables.values())
     if base is skeleton.model:
-        unread |= {skeleton.stored(name).name for name in _head_parameters(skeleton)}
+        unread |= {skeleton.tensor(name).name for name in _head_parameters(skeleton)}
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
@@ -53,22 +54,24 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
         _forget(skeleton)
 
 
-def _token_tables(skeleton: Skeleton) -> dict[nn.Embedding, TensorInfo]:
-    """The embeddings that tokens index, the model's own and others made like it, and where their rows are stored."""
+def _token_tables(skeleton: Skeleton) -> dict[nn.Embedding, SourceTensor]:
+    """The embeddings that tokens index, the model's own and others made like it, and the tensors of their rows."""
     own = skeleton.model.get_input_embeddings()
     return {
-        module: skeleton.stored(f"{name}.weight")
+        module: skeleton.tensor(f"{name}.weight")
         for name, module in skeleton.model.named_modules()
         if type(module) is type(own) and module.num_embeddings == own.num_embeddings
     }
 
 
-def _reading_rows(stored: TensorInfo, device: torch.device) -> Callable[[nn.Embedding, tuple], tuple]:
+def _reading_rows(
+    source: WeightSource, device: torch.device, tensor: SourceTensor
+) -> Callable[[nn.Embedding, tuple], tuple]:
     """A hook that gives a table the rows for the tokens it is called with alone, and renumbers these."""
 
     def read_rows(table: nn.Embedding, inputs: tuple) -> tuple:
         used, renumbered_NT = inputs[0].unique(return_inverse=True)
-        table.weight = _frozen(read_weight_rows(stored, used.tolist()), device)
+        table.weight = _frozen(source.read_rows(tensor, used.tolist()), device)
         table.padding_idx = None  # torch would check it against the smaller table; it is for training alone
         return (renumbered_NT,)
 
@@ -104,13 +107,13 @@ def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tupl
     """
     head = skeleton.model.get_output_embeddings()
     rows_a_slice = max(1, HEAD_SLICE_BYTES // (4 * head.in_features))
-    with _last_layers(skeleton, device) as (infos, to_logits):
+    with _last_layers(skeleton, device) as (tensors, to_logits):
 
         def slices() -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
             for first in range(0, head.out_features, rows_a_slice):
                 rows = list(range(first, min(first + rows_a_slice, head.out_features)))
-                for name, info in infos.items():
-                    setattr(head, name, _frozen(read_weight_rows(info, rows), device))
+                for name, tensor in tensors.items():
+                    setattr(head, name, _frozen(skeleton.source.read_rows(tensor, rows), device))
                 yield first, torch.no_grad()(to_logits)
 
         yield slices()
@@ -129,8 +132,9 @@ def whole_epilogue(
         dtype: of the head, which is held whole, of its rows for some tokens, a copy, and of its matrix multiply.
     """
     head = skeleton.model.get_output_embeddings()
-    with _last_layers(skeleton, device) as (infos, to_logits):
-        whole = {name: _frozen(read_source(skeleton, info, False), device, dtype) for name, info in infos.items()}
+    with _last_layers(skeleton, device) as (tensors, to_logits):
+        read = skeleton.source.read
+        whole = {name: _frozen(read(tensor), device, dtype) for name, tensor in tensors.items()}
 
         def of_tokens(tokens_V: Tensor | None) -> Callable[[Tensor], Tensor]:
             rows = whole
@@ -151,12 +155,12 @@ def whole_epilogue(
 @contextmanager
 def _last_layers(
     skeleton: Skeleton, device: torch.device
-) -> Iterator[tuple[dict[str, TensorInfo], Callable[[Tensor], Tensor]]]:
-    """Yield where the head's parameters lie, by name, and what computes logits once the head has some."""
+) -> Iterator[tuple[dict[str, SourceTensor], Callable[[Tensor], Tensor]]]:
+    """Yield the head's parameters in the source, by name, and what computes logits once the head has some."""
     model, last = skeleton.model, skeleton.stand_ins[-1]
     head = model.get_output_embeddings()
     prefix = _name_of(skeleton, head)
-    infos = {name: skeleton.stored(f"{prefix}.{name}") for name, _ in head.named_parameters()}
+    tensors = {name: skeleton.tensor(f"{prefix}.{name}") for name, _ in head.named_parameters()}
 
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
@@ -166,10 +170,10 @@ def _last_layers(
 
     # What the epilogue looks up in the embeddings is ignored, and the head is read by its users.
     tables = _token_tables(skeleton).values()
-    unread = frozenset(info.name for info in (*tables, *infos.values()))
+    unread = frozenset(tensor.name for tensor in (*tables, *tensors.values()))
     try:
         with materialised(skeleton, model, "", device, unread=unread):
-            yield infos, to_logits
+            yield tensors, to_logits
     finally:
         last.injected = None
         _forget(skeleton)

@@ -60,13 +60,13 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
 
     Inputs are `attention_mask` int64 [N, T] and `input_ids` int64 [N, T] or `hidden_states` float32 [N, T, D], the
     output is `hidden_states_out` or `logits`. Weights are initializers without a value, by the name that
-    `skeleton.stored` takes.
+    `skeleton.tensor` takes.
 
     Raises:
         UnsupportedModelError: the exporter cannot take the model.
     """
     _check_arguments(skeleton)
-    unread = frozenset(info.name for info in skeleton.index.values())
+    unread = frozenset(skeleton.source.tensors)
     with materialised(skeleton, skeleton.model, "", CPU, unread):
         ones_NT = torch.ones(BATCH, LENGTH, dtype=torch.long)
         # Where nothing is padded and no window reached, some models pass None in place of masks that differ later.

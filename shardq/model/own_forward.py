@@ -7,7 +7,6 @@ block. The forward runs in a thread of its own; blocks are computed by whoever a
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
@@ -17,7 +16,7 @@ from shardq.model.arguments import Call
 from shardq.model.attention import torchs_own
 from shardq.model.ends import multiplying_in, prologue
 from shardq.model.own_code import own_code
-from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.skeleton import Skeleton, skeleton_of
 
 
 class _Ended(BaseException):
@@ -76,12 +75,12 @@ class OwnForward:
 
 @contextmanager
 def own_forward(skeleton: Skeleton, tokens_NT: Tensor, device: torch.device, first: int = 0) -> Iterator[OwnForward]:
-    """Yield the forward of a checkpoint, opened anew, on tokens [N, T]; it is over with the body.
+    """Yield the forward of a checkpoint, of a model of its own, on tokens [N, T]; it is over with the body.
 
     Args:
         first: the first block that is waited for.
     """
-    own = replace(open_skeleton(skeleton.folder), digests=skeleton.digests, samples=skeleton.samples)
+    own = skeleton_of(skeleton.source)
     with prologue(own, device) as embed:
         forward = OwnForward(own, embed, tokens_NT, first)
         try:

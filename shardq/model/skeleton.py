@@ -4,7 +4,7 @@ What the checkpoint stores under which name is checked against it before any wei
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.shards import Digests, Index, TensorInfo, open_index
+from shardq.formats.source import SourceTensor, WeightSource, open_source
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import (
@@ -87,23 +87,23 @@ class Skeleton:
     """A checkpoint opened for streaming.
 
     Attributes:
-        folder: the checkpoint's folder.
-        index: where every stored tensor lies.
+        source: the checkpoint's tensors.
         model: the transformers model on the meta device, a StandIn in each block's place.
         blocks: the decoder blocks, on the meta device, in order.
         names: each block's name in the checkpoint, such as `model.layers.0`.
-        aliases: names of tied parameters -> the name under which the checkpoint stores them.
-        digests, samples: of stored tensors that have been read whole; of parts of those that had not as the run began.
+        aliases: names of tied parameters -> the source's name of the tensor.
     """
 
-    folder: Path
-    index: Index
+    source: WeightSource
     model: nn.Module
     blocks: list[nn.Module]
     names: list[str]
     aliases: dict[str, str]
-    digests: Digests = field(default_factory=dict)
-    samples: Digests = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.source.folder
 
     @property
     def stand_ins(self) -> nn.ModuleList:
@@ -116,24 +116,24 @@ class Skeleton:
         list_name = self.names[0].rpartition(".")[0]
         return list_name.partition(".")[0] if "." in list_name else ""
 
-    def stored(self, name: str) -> TensorInfo:
-        """Where the parameter or buffer `name` is stored.
+    def tensor(self, name: str) -> SourceTensor:
+        """The source's tensor for the parameter or buffer `name`.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor.
         """
-        stored_name = self.aliases.get(name, name)
-        if stored_name not in self.index:
+        source_name = self.aliases.get(name, name)
+        if source_name not in self.source.tensors:
             raise CheckpointError(
-                f"{self.folder}: tensor {stored_name} is missing although config.json asks for it; "
+                f"{self.folder}: tensor {source_name} is missing although config.json asks for it; "
                 "the checkpoint is incomplete or in another layout"
             )
-        return self.index[stored_name]
+        return self.source.tensors[source_name]
 
-    def block_tensors(self, block_index: int) -> dict[str, TensorInfo]:
-        """Where block `block_index`'s parameters and persistent buffers are stored, by name within the block."""
+    def block_tensors(self, block_index: int) -> dict[str, SourceTensor]:
+        """The source's tensors for a block's parameters and persistent buffers, by name within the block."""
         return {
-            name: self.stored(f"{self.names[block_index]}.{name}") for name in self.blocks[block_index].state_dict()
+            name: self.tensor(f"{self.names[block_index]}.{name}") for name in self.blocks[block_index].state_dict()
         }
 
 
@@ -144,39 +144,43 @@ def open_skeleton(folder: Path) -> Skeleton:
         CheckpointError: files are missing or do not fit config.json.
         UnsupportedModelError: a kind of model that cannot be quantized block by block.
     """
-    index = open_index(folder)
-    model = build_on_meta(folder)
-    aliases = _aliases(folder, index, model)
+    return skeleton_of(open_source(folder))
+
+
+def skeleton_of(source: WeightSource) -> Skeleton:
+    """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
+    model = build_on_meta(source.folder)
+    aliases = _aliases(source, model)
     list_name, block_list = find_blocks(model)
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
     names = [f"{list_name}.{number}" for number in range(len(blocks))]
-    skeleton = Skeleton(folder, index, model, blocks, names, aliases)
+    skeleton = Skeleton(source, model, blocks, names, aliases)
     _check_tensors(skeleton)
     return skeleton
 
 
-def _aliases(folder: Path, index: Index, model: nn.Module) -> dict[str, str]:
-    """Names of tied parameters, and of those that transformers renames as it loads -> names in the checkpoint."""
+def _aliases(source: WeightSource, model: nn.Module) -> dict[str, str]:
+    """Names of tied parameters, and of those that transformers renames as it loads -> the source's names."""
     with own_code(type(model).__name__, "transformers does not tell under which names it is stored"):
         transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     expected, renamed = model.state_dict(), {}
-    for stored in index:
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+    for source_name in source.tensors:
+        name, pattern = rename_source_key(source_name, renamings, converters, model.base_model_prefix, expected)
         if pattern is not None and name in expected:
             converter = next(converter for converter in converters if pattern in converter.source_patterns)
             raise UnsupportedModelError(
-                f"{folder}: tensor {stored} {_conversion(converter, name)} as {type(model).__name__} loads it; such "
-                "blocks are not supported yet"
+                f"{source.folder}: tensor {source_name} {_conversion(converter, name)} as {type(model).__name__} loads "
+                "it; such blocks are not supported yet"
             )
-        if name != stored and name in expected:
-            renamed[name] = stored
+        if name != source_name and name in expected:
+            renamed[name] = source_name
     # A head that is stored beside the embedding is a matrix of its own, whatever the config says.
-    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in index}
-    return {name: renamed.get(source, source) for name, source in tied.items()} | renamed
+    tied = {name: other for name, other in model.all_tied_weights_keys.items() if name not in source.tensors}
+    return {name: renamed.get(other, other) for name, other in tied.items()} | renamed
 
 
 def _conversion(converter: WeightConverter, name: str) -> str:
@@ -199,16 +203,16 @@ def _check_tensors(skeleton: Skeleton) -> None:
         for inner, tensor in block.state_dict().items()
     ]
     for name, tensor in [*skeleton.model.state_dict().items(), *expected]:
-        info = skeleton.stored(name)
-        if info.shape != tuple(tensor.shape):
+        found = skeleton.tensor(name)
+        if found.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{info.file}: tensor {info.name} has shape {list(info.shape)}, config.json asks for "
+                f"{found.file}: tensor {found.name} has shape {list(found.shape)}, config.json asks for "
                 f"{list(tensor.shape)}; config.json and weights belong to different models"
             )
-        if tensor.is_floating_point() and info.dtype not in FLOAT_DTYPES:
+        if tensor.is_floating_point() and found.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
-                f"{info.file}: tensor {info.name} has dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)}; "
-                "convert the checkpoint to bfloat16 first"
+                f"{found.file}: tensor {found.name} has dtype {found.dtype}, supported are "
+                f"{', '.join(FLOAT_DTYPES)}; convert the checkpoint to bfloat16 first"
             )
         if tensor.dim() > 2 and (name, tensor) in expected:
             raise UnsupportedModelError(

@@ -2,7 +2,7 @@
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import NoneType
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
-from shardq.formats.shards import TensorInfo, check_same, read_weight
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
@@ -24,13 +23,23 @@ from shardq.torch_internals import non_persistent_buffers
 COMPUTE_DTYPE = torch.float32
 
 
-def read_source(skeleton: Skeleton, info: TensorInfo, is_buffer: bool, pinned: bool = False) -> Tensor:
-    """Read one tensor of a checkpoint, as `read_weight`; whenever it is read again it must have the same bytes.
+def read_weights(
+    skeleton: Skeleton, block: BlockPlan, device: torch.device, but: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Read a block's parameters and persistent buffers, by name within it, in the source's dtype.
+
+    Args:
+        but: those to leave out.
 
     Raises:
-        CheckpointError: it has others, or one of `read_weight`'s reasons.
+        CheckpointError: as `WeightSource.read`.
     """
-    return check_same(info, read_weight(info, pinned, is_buffer), skeleton.digests, skeleton.samples)
+    buffers, pinned = dict(skeleton.blocks[block.index].named_buffers()), device.type == "cuda"
+    return {
+        name: to_device(skeleton.source.read(tensor, name in buffers, pinned), device)
+        for name, tensor in skeleton.block_tensors(block.index).items()
+        if name not in but
+    }
 
 
 def stream_blocks(
@@ -54,13 +63,8 @@ def stream_blocks(
         read: gives a block's tensors on the device, by name within it (default: those of the checkpoint).
     """
     slots: dict[tuple, nn.Module] = {}
-
-    def read_all(plan: BlockPlan) -> dict[str, Tensor]:
-        infos, buffers = skeleton.block_tensors(plan.index), dict(skeleton.blocks[plan.index].named_buffers())
-        read = partial(read_source, skeleton, pinned=device.type == "cuda")
-        return {name: to_device(read(info, name in buffers), device) for name, info in infos.items()}
-
-    for plan, source in (lookahead if ahead else one_by_one)(read or read_all, blocks, waiting):
+    read = read or partial(read_weights, skeleton, device=device)
+    for plan, source in (lookahead if ahead else one_by_one)(read, blocks, waiting):
         block = skeleton.blocks[plan.index]
         kind = _signature(block)
         if kind not in slots:
@@ -190,22 +194,21 @@ def materialised(
 
     Args:
         prefix: the module's name in the model, "" for the model itself.
-        unread: stored names whose values do not matter; they become zeros that take no memory.
+        unread: names of the source's tensors whose values do not matter; they become zeros that take no memory.
     """
     buffers, beside = dict(module.named_buffers()), _models_beside(skeleton, module)
     tensors: dict[str, Tensor] = {}
-    by_storage: dict[str, Tensor] = {}
+    by_source: dict[str, Tensor] = {}
     for name in module.state_dict():
         if name.startswith(beside):
             continue
-        info = skeleton.stored(f"{prefix}.{name}" if prefix else name)
-        if info.name not in by_storage:  # a tied tensor is read, and held, once
-            zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(info.shape)
-            is_read = info.name not in unread
-            read = read_source(skeleton, info, name in buffers) if is_read else zeros
-            by_storage[info.name] = _computed(read, device)
-        tensors[name] = by_storage[info.name]
-    by_storage.clear()
+        tensor = skeleton.tensor(f"{prefix}.{name}" if prefix else name)
+        if tensor.name not in by_source:  # a tied tensor is read, and held, once
+            zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(tensor.shape)
+            read = zeros if tensor.name in unread else skeleton.source.read(tensor, name in buffers)
+            by_source[tensor.name] = _computed(read, device)
+        tensors[name] = by_source[tensor.name]
+    by_source.clear()
     fill(_model_around(skeleton, prefix), module, tensors, device)
     try:
         yield

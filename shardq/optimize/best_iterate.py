@@ -12,16 +12,12 @@ class BestIterate:
     Attributes:
         linears: by name; the codes as they would be written, a byte a weight.
         loss: the loss of these codes on the held-out samples.
-        num_stale: how many iterates in a row have been no better.
     """
 
     linears: dict[str, QuantizedLinear]
     loss: float
-    num_stale: int = 0
 
     def offer(self, linears: dict[str, QuantizedLinear], loss: float) -> None:
         """Keep these quantized linears if their loss is lower than the lowest so far."""
         if loss < self.loss:
-            self.linears, self.loss, self.num_stale = linears, loss, 0
-        else:
-            self.num_stale += 1
+            self.linears, self.loss = linears, loss

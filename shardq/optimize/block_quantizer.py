@@ -149,12 +149,12 @@ class BlockQuantizer(nn.Module):
         return {matrix.name: self._whole(part, matrix.shape[0]) for matrix, part in parts}
 
     @torch.no_grad()
-    def serve(self, linears: dict[str, QuantizedLinear], stored: Callable[[Tensor], Tensor]) -> None:
+    def serve(self, linears: dict[str, QuantizedLinear], as_written: Callable[[Tensor], Tensor]) -> None:
         """Write quantized weights into the block, as they will be served.
 
         Args:
-            stored: rounds a dequantized weight to what the output checkpoint stores; with bf16 matrix multiplies the
-                weights are then rounded to that.
+            as_written: rounds a dequantized weight to what the output checkpoint holds of it; with bf16 matrix
+                multiplies the weights are then rounded to that.
         """
         self._collecting = []
         for place in self._places.values():
@@ -162,7 +162,7 @@ class BlockQuantizer(nn.Module):
         for matrix in self.matrices:
             weight_OI = matrix.part_of(self._places[matrix.tensor].parameter)
             for outputs in row_chunks(weight_OI):
-                weight_OI[outputs] = stored(linears[matrix.name].of(outputs).dequantized())
+                weight_OI[outputs] = as_written(linears[matrix.name].of(outputs).dequantized())
 
     def release(self) -> None:
         """Let go of the source."""

@@ -18,7 +18,7 @@ class LinearQuantizer(nn.Module):
 
     The method chooses what is trained: `adascale` beta, gamma, s2, s3; `flexround` s2, s3 and `step`, one logarithm
     for both ends of the grid; `lwc` beta and gamma; `rtn` nothing. Parameters are float32. The frozen weight is held
-    in its stored dtype, and only between `start` and `release`.
+    in the source's dtype, and only between `start` and `release`.
     """
 
     def __init__(self, weight_OI: Tensor, spec: QuantSpec, method: Method):

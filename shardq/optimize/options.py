@@ -50,10 +50,7 @@ class OptimizeOptions:
     weight more (presets: rms, aimet adam)."""
     held_out: int = 0
     """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
-    included. 0: the last iterate is kept."""
-    patience: int | None = None
-    """Stop a block once so many looks at the held-out samples in a row, ten in all, have found nothing better
-    (default: never)."""
+    included; it is looked for ten times a block. 0: the last iterate is kept."""
     grid_lr: float | None = None
     """Learning rate of the grid's parameters, beta and gamma or the step (presets: 5e-3, aimet 1e-3)."""
     weight_lr: float | None = None

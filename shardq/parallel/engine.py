@@ -46,8 +46,8 @@ class Engine:
         yield not offload, "parallel.offload", offload, f"false {without} (zero1, zero2, zero3)"
         yield file is None, "parallel.deepspeed", file, f"left out {without} (zero1, zero2, zero3)"
 
-    def share(self, stored: torch.dtype) -> Share:
-        """What a rank quantizes of linears whose weights are stored in a dtype."""
+    def share(self, dtype: torch.dtype) -> Share:
+        """What a rank quantizes of linears whose weights the source has in a dtype."""
         return Everything()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> Stepper:

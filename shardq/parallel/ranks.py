@@ -15,6 +15,7 @@ from shardq.errors import ConfigError, RankError
 from shardq.liveness.meeting import meeting_store
 from shardq.liveness.stall import Pace
 from shardq.liveness.watch import ended_together
+from shardq.logs import seconds_since_process_start
 
 # Rank 0 may download a model or tokenize a large dataset while the others wait. A rank that is gone or stopped is found
 # by the watch long before.
@@ -26,7 +27,8 @@ class Ranks:
     """This process among those that torchrun started; a plain python process is rank 0 of 1.
 
     `local_world_size` is the number of ranks on this host, which share its memory; `local_rank` is this one's number
-    among them. Whoever takes the main thread through steps says so to `pace`.
+    among them. Whoever takes the main thread through steps says so to `pace`. `start_up_seconds` is the process's age
+    when it joined, where the command is all that the process is for.
     """
 
     rank: int
@@ -35,6 +37,7 @@ class Ranks:
     local_world_size: int = 1
     local_rank: int = 0
     pace: Pace = field(default_factory=Pace)
+    start_up_seconds: float = 0.0
 
     @property
     def first_on_host(self) -> int:
@@ -62,26 +65,76 @@ def started(device: str) -> Iterator[Ranks]:
         RankError: the other ranks do not come or cannot be reached.
     """
     rank, world_size, local_rank, local_world_size = _place()
+    age = seconds_since_process_start()
     if world_size == 1:
-        yield Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
+        yield Ranks(rank, world_size, _device(device, local_rank), start_up_seconds=age)
         return
     store = meeting_store(rank, world_size)
     with ended_together(this_rank(), rank, world_size, store) as pace:
-        ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
+        chosen = _device(device, local_rank)
+        ranks = Ranks(rank, world_size, chosen, local_world_size, local_rank, start_up_seconds=age)
         if ranks.device.type == "cpu":  # on a GPU a step that waits for other ranks looks like one that computes
             ranks = replace(ranks, pace=pace)
-        with contact("meeting it"):
-            dist.init_process_group(
-                backend_for(ranks.device),
-                store=dist.PrefixStore("group", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=COLLECTIVE_TIMEOUT,
-            )
+        _init_process_group(ranks, dist.PrefixStore("group", store))
         _leave_after_tracebacks()
         yield ranks
         # Not in a `finally`: after an error the other ranks may be gone, and leaving in order could wait for them.
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """As `started`, but for a body after which this process goes on, whatever becomes of the body.
+
+    A process group that is there is used and left as it is; one that is missing is made, and ended after the body. No
+    rank watches the others: one that fails is found by the next collective, or ended by torchrun with all others.
+
+    Raises:
+        ConfigError: as `started`; or a process group is there that lacks what the ranks need.
+        RankError: as `started`.
+    """
+    rank, world_size, local_rank, local_world_size = _place()
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        _check_process_group(world_size)
+    ranks = Ranks(rank, world_size, _device(device, local_rank), local_world_size, local_rank)
+    if world_size == 1 or dist.is_initialized():
+        yield ranks
+        return
+    store, show = meeting_store(rank, world_size), sys.excepthook
+    calls = store.add(f"calls-{rank}", 1)  # a former call's group has left its addresses in the store
+    try:
+        _init_process_group(ranks, dist.PrefixStore(f"group-{calls}", store))
+        yield ranks
+    finally:
+        sys.excepthook = show  # torch has put its own there
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _init_process_group(ranks: Ranks, store: dist.Store) -> None:
+    with contact("meeting it"):
+        dist.init_process_group(
+            backend_for(ranks.device),
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+
+
+def _check_process_group(world_size: int) -> None:
+    """Check that a process group of the program's own can do what ours does."""
+    if world_size > 1 and "cpu:" not in dist.get_backend_config():
+        raise ConfigError(
+            f"process group: {dist.get_backend()} has no backend for CPU tensors; "
+            "make it with init_process_group('cpu:gloo,cuda:nccl'), or leave it to shardq"
+        )
+    if world_size > 1 and not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        raise ConfigError(
+            "process group: LOCAL_RANK and LOCAL_WORLD_SIZE, which say what shares a host, are not in the environment; "
+            "start with torchrun, or set them"
+        )
 
 
 def backend_for(device: torch.device) -> str:

@@ -27,7 +27,7 @@ from shardq.quant.affine import row_chunks
 class Rows(Engine):
     """The engine of ranks that each hold their part of every linear's outputs."""
 
-    def share(self, stored: torch.dtype) -> "RowShare":
+    def share(self, dtype: torch.dtype) -> "RowShare":
         """The rank's rows."""
         return RowShare(self.ranks, self.options.dtype)
 

@@ -82,9 +82,9 @@ class Zero(Engine):
         _ = self.settings  # reads it
         yield from ()
 
-    def share(self, stored: torch.dtype) -> Everything:
+    def share(self, dtype: torch.dtype) -> Everything:
         """Everything, sharded in stage 3."""
-        return ZeroShare(self, stored) if self.stage == 3 else Everything()
+        return ZeroShare(self, dtype) if self.stage == 3 else Everything()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "DeepSpeedStepper":
         """Each rank steps its shard."""
@@ -131,12 +131,12 @@ class Zero(Engine):
 class ZeroShare(Everything):
     """All of every linear's outputs, each quantizer sharded by ZeRO 3 as soon as it is made."""
 
-    def __init__(self, engine: Zero, stored: torch.dtype):
-        self._zero, self._settings, self._stored = _imported(engine.ranks).zero, engine.settings, stored
+    def __init__(self, engine: Zero, dtype: torch.dtype):
+        self._zero, self._settings, self._dtype = _imported(engine.ranks).zero, engine.settings, dtype
 
     def made(self, quantizer: LinearQuantizer) -> None:
         """Its parameters, the frozen weight among them, are empty from here on but while they are gathered."""
-        quantizer.make_shardable(self._stored)
+        quantizer.make_shardable(self._dtype)
         self._zero.Init(quantizer, config_dict_or_path=self._settings, dtype=torch.float32)
 
 

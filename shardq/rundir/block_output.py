@@ -11,7 +11,7 @@ from shardq.background import lookahead, one_by_one
 from shardq.formats import encodings
 from shardq.formats.block_file import write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
-from shardq.formats.shards import DTYPES, TensorInfo, check_same, read_tensor
+from shardq.formats.shards import DTYPES
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
@@ -22,12 +22,12 @@ from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
 
-def stored_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
+def written_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
     """Dtype of the quantized weights in the output checkpoint."""
     if option == "float32":
         return torch.float32
     first = next(matrix for block in plan.blocks for matrix in block.grids)
-    return DTYPES[skeleton.index[first.stored[0]].dtype]
+    return DTYPES[skeleton.source.tensors[first.sources[0]].dtype]
 
 
 def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -60,11 +60,13 @@ def write_block_files(
 
     def write_weights(path: Path) -> None:
         weights = {}
-        for name, info in skeleton.block_tensors(block.index).items():
+        for name, tensor in skeleton.block_tensors(block.index).items():
             linear = quantized.get(name)
-            weights[info.name] = linear.dequantized(dtype) if linear else _copied(skeleton, info)
-            if linear:
-                check_finite(path, {info.name: weights[info.name]})
+            if linear is None:
+                weights |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
+                continue
+            weights[tensor.name] = linear.dequantized(dtype)
+            check_finite(path, {tensor.name: weights[tensor.name]})
         write_tensors(path, weights, {"format": "pt"})
 
     folder = RunFolder(output)
@@ -76,11 +78,6 @@ def write_block_files(
     # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
     return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
-
-
-def _copied(skeleton: Skeleton, info: TensorInfo) -> Tensor:
-    """A tensor of the source, which has been read and checked before, as it is."""
-    return check_same(info, read_tensor(info), skeleton.digests, skeleton.samples)
 
 
 def write_run_files(
@@ -98,7 +95,7 @@ def write_run_files(
     rest = {output / plan.rest_shard(number): infos for number, infos in enumerate(plan.rest)}
     for path, infos in rest.items():
         if path not in kept:
-            write_tensors(path, {info.name: _copied(skeleton, info) for info in infos}, {"format": "pt"})
+            write_tensors(path, {info.name: skeleton.source.read_stored(info) for info in infos}, {"format": "pt"})
     merged = {folder.encodings(version): version for version in plan.encoding_versions}
     for path, version in merged.items():
         if path not in kept:

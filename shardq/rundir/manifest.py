@@ -70,13 +70,13 @@ def _settings(path: Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def differences(stored: dict, current: dict) -> dict[str, str]:
+def differences(former: dict, current: dict) -> dict[str, str]:
     """What differs between two manifests, but for what decides nothing: both values by dotted name.
 
     Where the tokens are the same it does not matter which text they are from, and where the settings are, how
     config.json is written; of a run that was begun before there were settings, the file must be the same.
     """
-    found = _differences(stored, current)
+    found = _differences(former, current)
     same_tokens, same_settings = "calibration_tokens" not in found, "model.settings" not in found
     files = [name.removeprefix("model.files.") for name in found if name.startswith("model.files.")]
     if files:
@@ -89,16 +89,16 @@ def differences(stored: dict, current: dict) -> dict[str, str]:
     return {name: text for name, text in found.items() if not name.startswith(told)}
 
 
-def _differences(stored: object, current: object, path: str = "") -> dict[str, str]:
-    if isinstance(stored, dict) and isinstance(current, dict):
+def _differences(former: object, current: object, path: str = "") -> dict[str, str]:
+    if isinstance(former, dict) and isinstance(current, dict):
         found: dict[str, str] = {}
-        for name in sorted(stored.keys() | current.keys()):
-            found |= _differences(stored.get(name), current.get(name), f"{path}.{name}" if path else name)
+        for name in sorted(former.keys() | current.keys()):
+            found |= _differences(former.get(name), current.get(name), f"{path}.{name}" if path else name)
         return found
     name = path.removeprefix("options.")
-    if name == "quant.ignore" and isinstance(stored, str):
-        stored = list(listed(stored))  # a run that was begun when text was kept as it was typed
-    return {} if stored == current else {name: f"{name} (was {_short(stored)}, is {_short(current)})"}
+    if name == "quant.ignore" and isinstance(former, str):
+        former = list(listed(former))  # a run that was begun when text was kept as it was typed
+    return {} if former == current else {name: f"{name} (was {_short(former)}, is {_short(current)})"}
 
 
 def _short(value: object) -> str:

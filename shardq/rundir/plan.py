@@ -8,6 +8,7 @@ from shardq.errors import ConfigError
 from shardq.formats import encodings
 from shardq.formats.checkpoint import group_by_size, shard_name
 from shardq.formats.shards import TensorInfo
+from shardq.formats.source import SourceTensor, stored_in
 from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, block_plans
 from shardq.model.choice import matrices_to_quantize
@@ -24,7 +25,8 @@ class Plan:
 
     Attributes:
         blocks: in their order.
-        rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
+        rest: the stored tensors outside the blocks, and those of a block that its code does not use, in groups of one
+            file.
         scale_dtype: name of the dtype that the target keeps scales in, as the grids have it; None: float32.
     """
 
@@ -92,11 +94,11 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions, target: str | None = None
     """
     chosen = matrices_to_quantize(skeleton, quant.ignored)
     first = next(matrix for matrices in chosen for matrix in matrices)
-    spec = replace(quant.spec, scale_dtype=_scale_dtype(target, skeleton.index[first.stored[0]].dtype))
+    spec = replace(quant.spec, scale_dtype=_scale_dtype(target, skeleton.source.tensors[first.sources[0]].dtype))
     blocks = block_plans(skeleton, [dict.fromkeys(matrices, spec) for matrices in chosen])
     for block in blocks:
         _check_group_sizes(block)
-    rest = group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES)
+    rest = group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES)
     return Plan(blocks=blocks, rest=rest, scale_dtype=spec.scale_dtype)
 
 
@@ -107,11 +109,11 @@ def _scale_dtype(target: str | None, source_dtype: str) -> str | None:
     return "float16" if target == "gguf" or source_dtype == "F16" else "bfloat16"
 
 
-def outside_blocks(skeleton: Skeleton) -> list[TensorInfo]:
-    """The stored tensors that are copied as they are: those of no block, or that a block's code does not use."""
+def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
+    """The source's tensors that are only copied: those of no block, or that a block's code does not use."""
     numbers = range(len(skeleton.blocks))
-    in_blocks = {info.name for number in numbers for info in skeleton.block_tensors(number).values()}
-    return [info for name, info in skeleton.index.items() if name not in in_blocks]
+    in_blocks = {tensor.name for number in numbers for tensor in skeleton.block_tensors(number).values()}
+    return [tensor for name, tensor in skeleton.source.tensors.items() if name not in in_blocks]
 
 
 def _check_group_sizes(block: BlockPlan) -> None:

@@ -10,7 +10,7 @@ import xxhash
 
 from shardq.errors import ResumeError
 from shardq.files import ASIDE, json_text, write_text, xxh128_of
-from shardq.formats.shards import Digests
+from shardq.formats.source import Digests
 from shardq.parallel.collectives import TOKEN
 from shardq.rundir.digests import changed_files, cut_torn_line
 from shardq.rundir.folder import LOCK, MANIFEST, RunFolder

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
-from shardq.formats.shards import TensorInfo
+from shardq.formats.source import SourceTensor
 from shardq.quant.packing import packed_width
 from shardq.quant.spec import QuantSpec
 
@@ -57,7 +57,7 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, TensorInfo], grids: dict[str, QuantSpec]) -> BlockBytes:
+def block_bytes(tensors: dict[str, SourceTensor], grids: dict[str, QuantSpec]) -> BlockBytes:
     """What a block takes of whose tensors, by name within it, some have codes on a grid."""
     codes = num_weights = num_scales = 0
     for name, spec in grids.items():
@@ -66,7 +66,7 @@ def block_bytes(tensors: dict[str, TensorInfo], grids: dict[str, QuantSpec]) -> 
         codes += num_outputs * packed_width(num_inputs, spec.bits)
         codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES
         num_weights, num_scales = num_weights + num_outputs * num_inputs, num_scales + scales
-    others = sum(HEADER_BYTES + info.num_bytes * (name not in grids) for name, info in tensors.items())
+    others = sum(HEADER_BYTES + tensor.stored_bytes * (name not in grids) for name, tensor in tensors.items())
     return BlockBytes(others, codes, num_weights, num_scales)
 
 

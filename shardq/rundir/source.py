@@ -8,7 +8,8 @@ noted then, so that files which are exchanged while the run is under way are fou
 from collections.abc import Callable, Collection
 
 from shardq.errors import CheckpointError
-from shardq.formats.shards import Digests, TensorInfo, check_weight, sample_digest
+from shardq.formats.shards import TensorInfo
+from shardq.formats.source import Digests, stored_in
 from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_every_host, on_rank_zero, together
 from shardq.parallel.ranks import Ranks
@@ -23,11 +24,11 @@ def check_outside(skeleton: Skeleton) -> Digests:
     Raises:
         CheckpointError: a value is not finite, or a tensor is not what it was.
     """
-    infos = outside_blocks(skeleton)
+    source, tensors = skeleton.source, outside_blocks(skeleton)
     buffers = {skeleton.aliases.get(name, name) for name, _ in skeleton.model.named_buffers()}
-    for info in infos:
-        check_weight(info, skeleton.digests, info.name in buffers)
-    return {info.name: skeleton.digests[info.name] for info in infos}
+    for tensor in tensors:
+        source.check(tensor, tensor.name in buffers)
+    return {info.name: source.digests[info.name] for info in stored_in(tensors)}
 
 
 def begin_with(skeleton: Skeleton, former: Digests, ranks: Ranks, say: Callable[[str], None]) -> None:
@@ -40,18 +41,21 @@ def begin_with(skeleton: Skeleton, former: Digests, ranks: Ranks, say: Callable[
     Raises:
         CheckpointError: as `check_outside` and `agree`.
     """
-    skeleton.digests.update(former)
-    num_bytes = sum(info.num_bytes for info in outside_blocks(skeleton))
+    source, outside = skeleton.source, stored_in(outside_blocks(skeleton))
+    source.digests.update(former)
+    num_bytes = sum(info.num_bytes for info in outside)
     if num_bytes > LARGE_BYTES:
         say(f"reading what lies outside the blocks, to check it: {num_bytes / 1e9:.1f} GB")
-    skeleton.digests.update(on_every_host(ranks, lambda: check_outside(skeleton)))
-    unread = [info for name, info in skeleton.index.items() if name not in skeleton.digests]
-    on_rank_zero(ranks, lambda: skeleton.samples.update({info.name: sample_digest(info) for info in unread}))
-    agree(skeleton, outside_blocks(skeleton), ranks)
+    source.digests.update(on_every_host(ranks, lambda: check_outside(skeleton)))
+    on_rank_zero(ranks, source.note_samples)
+    agree(source.digests, outside, ranks)
 
 
-def agree(skeleton: Skeleton, infos: Collection[TensorInfo], ranks: Ranks) -> None:
-    """Check that some tensors, which every rank has read, are the same on all: hosts may have copies of their own.
+def agree(digests: Digests, infos: Collection[TensorInfo], ranks: Ranks) -> None:
+    """Check that stored tensors, which every rank has read, are the same on all: hosts may have copies of their own.
+
+    Args:
+        digests: of at least these tensors, as this rank has read them.
 
     Raises:
         CheckpointError: naming a tensor that is not; the same on every rank.
@@ -59,17 +63,17 @@ def agree(skeleton: Skeleton, infos: Collection[TensorInfo], ranks: Ranks) -> No
 
     def compare() -> None:
         for info in infos:
-            if skeleton.digests[info.name] != of_rank_zero[info.name]:
+            if digests[info.name] != of_rank_zero[info.name]:
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name} is not what rank 0 reads; give every host the same files"
                 )
 
     if ranks.world_size > 1:
-        of_rank_zero = on_rank_zero(ranks, lambda: {info.name: skeleton.digests[info.name] for info in infos})
+        of_rank_zero = on_rank_zero(ranks, lambda: {info.name: digests[info.name] for info in infos})
         together(ranks, compare)
 
 
 def noted(digests: Digests, skeleton: Skeleton, block_index: int) -> Digests:
     """Those that a block's ledger line keeps: of its own tensors, and with the first block's of those outside all."""
-    infos = [*skeleton.block_tensors(block_index).values(), *(outside_blocks(skeleton) if block_index == 0 else ())]
-    return {info.name: digests[info.name] for info in infos if info.name in digests}
+    tensors = [*skeleton.block_tensors(block_index).values(), *(outside_blocks(skeleton) if block_index == 0 else ())]
+    return {info.name: digests[info.name] for info in stored_in(tensors) if info.name in digests}

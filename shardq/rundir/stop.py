@@ -1,6 +1,7 @@
 """Ending a run after the block at hand, where it is asked to: by a file `stop` in its folder, or by SIGUSR1."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,13 +15,18 @@ from shardq.rundir.folder import RunFolder
 
 @contextmanager
 def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
-    """During the body SIGUSR1, to any rank, leaves the file; one from before, or that comes too late, is removed."""
+    """During the body SIGUSR1, to any rank, leaves the file; one from before, or that comes too late, is removed.
+
+    Outside the main thread the signal does what it did before.
+    """
     on_rank_zero(ranks, lambda: _taken_away(output))
-    former = signal.signal(signal.SIGUSR1, lambda number, frame: RunFolder(output).stop.touch())
+    hears = threading.current_thread() is threading.main_thread()  # no other may choose what a signal does
+    former = hears and signal.signal(signal.SIGUSR1, lambda number, frame: RunFolder(output).stop.touch())
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, former)
+        if hears:
+            signal.signal(signal.SIGUSR1, former)
         if ranks.rank == 0:
             with suppress(StorageError):  # what has failed is said already
                 _taken_away(output)

@@ -99,7 +99,7 @@ def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress
         if checkpoints.engine.writer == ranks.rank:
             write_checked(folder / checkpoints.state_file, state, about)
         if best and ranks.rank == 0:
-            facts = {"linears": list(best.linears), "loss": best.loss, "num_stale": best.num_stale}
+            facts = {"linears": list(best.linears), "loss": best.loss}
             write_checked(folder / BEST, _tensors_of(best), facts)
 
     def remove_others() -> None:
@@ -173,4 +173,4 @@ def _best_of(
     for name in about["linears"]:  # in their order, which the tensors of a file do not keep
         parts = (tensors[f"{name}.{kind}"].to(device) for kind in ("codes", "scale", "zero_point"))
         linears[name] = QuantizedLinear(*parts, specs[name])
-    return BestIterate(linears, about["loss"], about["num_stale"])
+    return BestIterate(linears, about["loss"])

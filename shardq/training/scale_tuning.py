@@ -20,7 +20,7 @@ from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.ends import prologue, whole_epilogue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import read_source, stream_blocks
+from shardq.model.weights import read_weights, stream_blocks
 from shardq.optimize.loss import ToLogits, prediction_loss
 from shardq.optimize.options import TuneOptions
 from shardq.optimize.scale_tuner import ScaleTuner
@@ -34,7 +34,7 @@ from shardq.training.self_check import self_check
 from shardq.training.trainer import collecting, training_output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """What tuning needs, the same in every step.
 
@@ -58,8 +58,8 @@ class Tuning:
 
     def linears(self, block: BlockPlan) -> dict[str, QuantizedLinear]:
         """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
-        stored = read_block(RunFolder(self.run).block(block.index))
-        linears = {matrix.name: stored[block.full_name(matrix)] for matrix in block.grids}
+        codes = read_block(RunFolder(self.run).block(block.index))
+        linears = {matrix.name: codes[block.full_name(matrix)] for matrix in block.grids}
         return self.tuners[block.index].rescaled(linears)
 
     def loaded(self, blocks: Iterable[BlockPlan]) -> Iterator[LoadedBlock]:
@@ -67,14 +67,8 @@ class Tuning:
         device, dtype = self.activations.device, self.options.dtype
 
         def read(block: BlockPlan) -> dict[str, Tensor]:
-            linears, infos = self.linears(block), self.skeleton.block_tensors(block.index)
-            quantized = {matrix.tensor for matrix in block.grids}
-            kept = {name: info for name, info in infos.items() if name not in quantized}
-            buffers = dict(self.skeleton.blocks[block.index].named_buffers())
-            source = {
-                name: to_device(read_source(self.skeleton, info, name in buffers), device)
-                for name, info in kept.items()
-            }
+            linears = self.linears(block)
+            source = read_weights(self.skeleton, block, device, {matrix.tensor for matrix in block.grids})
             for matrix in block.grids:
                 linear = linears[matrix.name]
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)

@@ -153,8 +153,6 @@ def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Lin
                 break
             if looks and best:
                 best.offer(trainer.served(), agreed_loss(block))
-            if best and optimize.patience is not None and best.num_stale >= optimize.patience:
-                break
             if saves:
                 with job.events.waiting("checkpoint"):
                     checkpoint.save(job.checkpoints, purpose, block.index, progress, trainer.stepper.state())
@@ -188,7 +186,6 @@ def _go_back(block: BlockInTraining, progress: Progress, loss_before: float) -> 
     trainer.restart()
     progress.best = progress.best or BestIterate(trainer.folded(), loss_before)
     progress.best.offer(last, loss)
-    progress.best.num_stale = 0
     progress.failed, progress.done = progress.failed + 1, 0
 
 

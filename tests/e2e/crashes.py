@@ -31,7 +31,7 @@ from shardq.cache.store import DiskStore
 from shardq.commands import quantize as run
 from shardq.export.checkpoint import Checkpoint
 from shardq.formats import tensor_file
-from shardq.model import weights
+from shardq.formats.source import WeightSource
 from shardq.optimize.stepper import LocalStepper
 from shardq.rundir import ledger
 from shardq.training import checkpoint
@@ -55,7 +55,7 @@ POINTS = {  # name: where the function is looked up when it is called
     "read activations": (DiskStore, "read"),
     "write activations": (DiskStore, "write"),
     "drop activations": (DiskStore, "drop"),
-    "read weights": (weights, "read_weight"),
+    "read weights": (WeightSource, "read"),
     "finish": (run, "write_run_files"),
     "delete cache": (shutil, "rmtree"),
 }

@@ -139,7 +139,6 @@ def test_damaged_models_are_refused(model, token_file, tmp_path, damage, kind, n
         (["--optimize.memory_gib", 1e-4], errors.ConfigError, "optimize.memory_gib: 0.0001 is too little"),
         (["--optimize.held_out", 8], errors.ConfigError, "optimize.held_out: 8"),
         (["--optimize.held_out", 7], errors.ConfigError, "optimize.batch_size: 2 is not allowed, it must be at most"),
-        (["--optimize.patience", 1], errors.ConfigError, "optimize.patience: 1"),
         (["--optimize.fp_mix", 1.5], errors.ConfigError, "optimize.fp_mix: 1.5"),
         (["--optimize.label_weight", -0.1], errors.ConfigError, "optimize.label_weight: -0.1"),
         (["--parallel.engine", "allreduce"], errors.ConfigError, "parallel.engine: allreduce"),

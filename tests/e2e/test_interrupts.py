@@ -104,6 +104,7 @@ def test_main_thread_that_does_not_come_to_its_end_is_ended(what):
 
 WRITING = """
 import os, signal, sys, threading, time
+from dataclasses import replace
 from pathlib import Path
 from shardq import cli
 from shardq.background import THREADS, behind
@@ -123,7 +124,7 @@ def work(config, ranks):
         write_later(Path(sys.argv[1]) / "file")
 
 plain_start, threading.Thread.start = threading.Thread.start, start
-cli.COMMANDS["verify"] = (cli.COMMANDS["verify"][0], work, "")
+cli.COMMANDS["verify"] = replace(cli.COMMANDS["verify"], run=work)
 cli.run_command("verify", [sys.argv[1]])
 """
 

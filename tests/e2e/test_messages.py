@@ -192,7 +192,7 @@ def _stopped(model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFac
 
 def refusal(verb: str, arguments: list[str]) -> ShardQError:
     with pytest.raises(ShardQError) as refused:
-        COMMANDS[verb][1](parse(verb, arguments), ONE_RANK)
+        COMMANDS[verb].run(parse(verb, arguments), ONE_RANK)
     return refused.value
 
 

@@ -17,8 +17,8 @@ from shardq.commands import quantize as run
 from shardq.commands.export import export
 from shardq.commands.tune import tune
 from shardq.errors import CheckpointError, ConfigError, ResumeError, ShardQError, Stopped
-from shardq.formats import shards
 from shardq.formats.shards import open_index
+from shardq.formats.source import stored_in
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir import source
 
@@ -241,7 +241,7 @@ def test_run_of_an_earlier_version_whose_head_is_not_finite_goes_nowhere(
     output, fault = tmp_path / "out", "tensor lm_head.weight holds nan"
     put(model, "lm_head.weight", float("nan"))
     with monkeypatch.context() as unseeing:
-        unseeing.setattr(shards, "_is_finite", lambda *_: True)
+        unseeing.setattr("shardq.formats.source._is_finite", lambda *_: True)
         run_quantize(model, token_file, output, *RTN)
     for kind in ("hf", "compressed-tensors", "gptq", "gguf", "onnx"):
         with pytest.raises(CheckpointError, match=fault):
@@ -259,11 +259,11 @@ def test_ranks_that_read_other_bytes_are_told_apart(untied: Path, monkeypatch: p
     theirs = source.check_outside(skeleton)
     monkeypatch.setattr(source, "on_rank_zero", lambda ranks, work: theirs)
     monkeypatch.setattr(source, "together", lambda ranks, work: work())
-    infos = source.outside_blocks(skeleton)
-    source.agree(skeleton, infos, replace(ONE_RANK, world_size=2))
-    skeleton.digests["lm_head.weight"] = "0" * 32
+    infos, digests = stored_in(source.outside_blocks(skeleton)), skeleton.source.digests
+    source.agree(digests, infos, replace(ONE_RANK, world_size=2))
+    digests["lm_head.weight"] = "0" * 32
     with pytest.raises(CheckpointError, match="tensor lm_head.weight is not what rank 0 reads; give every host the sa"):
-        source.agree(skeleton, infos, replace(ONE_RANK, world_size=2))
+        source.agree(digests, infos, replace(ONE_RANK, world_size=2))
 
 
 def test_long_reading_is_said_beforehand(untied: Path, monkeypatch: pytest.MonkeyPatch, capsys):

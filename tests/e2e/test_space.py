@@ -20,6 +20,7 @@ from shardq.commands.export import export
 from shardq.commands.prepare import Run, prepare
 from shardq.commands.quantize import quantize
 from shardq.errors import Stopped, StorageError
+from shardq.export import write
 from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
 from shardq.optimize.stepper import OPTIMIZERS
@@ -139,7 +140,7 @@ def finished(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_export_that_will_not_fit_is_refused_before_it_begins(finished, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr("shardq.export.write.check_room", lambda needs: counted.extend(needs))
+    monkeypatch.setattr(write, "check_room", lambda needs: counted.extend(needs))
     export(parse("export", [str(finished), "--format", "hf", "--output", str(tmp_path / "hf")]), ONE_RANK)
     assert 0.85 * bytes_there(tmp_path / "hf") < counted[0].num_bytes < 1.05 * bytes_there(tmp_path / "hf")
     monkeypatch.undo()

@@ -26,9 +26,9 @@ def test_matrices_know_their_shape_and_the_tensors_that_they_come_from(llama: Pa
     skeleton = open_skeleton(llama)
     for number, matrices in enumerate(matrices_to_quantize(skeleton, DEFAULT_IGNORE)):
         for matrix in matrices:
-            (stored,) = matrix.stored
-            assert stored == f"model.layers.{number}.{matrix.name}.weight"
-            assert matrix.shape == skeleton.index[stored].shape
+            (source,) = matrix.sources
+            assert source == f"model.layers.{number}.{matrix.name}.weight"
+            assert matrix.shape == skeleton.source.tensors[source].shape
 
 
 class TestIgnore:

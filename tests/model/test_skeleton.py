@@ -81,12 +81,12 @@ class TestOpening:
         assert skeleton.names == ["model.layers.0", "model.layers.1", "model.layers.2"]
         assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.parameters())
         stored = {info.name for number in range(3) for info in skeleton.block_tensors(number).values()}
-        assert stored == {name for name in skeleton.index if ".layers." in name}
+        assert stored == {name for name in skeleton.source.index if ".layers." in name}
 
     def test_tied_head_is_found_under_the_embedding(self, llama: Path):
         skeleton = open_skeleton(llama)
-        assert "lm_head.weight" not in skeleton.index
-        assert skeleton.stored("lm_head.weight").name == "model.embed_tokens.weight"
+        assert "lm_head.weight" not in skeleton.source.index
+        assert skeleton.tensor("lm_head.weight").name == "model.embed_tokens.weight"
 
     def test_blocks_of_a_model_with_a_vision_tower_are_those_of_its_text_decoder(self, tmp_path: Path):
         """Both have 2 layers, the tower's come first, and `_no_split_modules` names either."""
@@ -95,7 +95,7 @@ class TestOpening:
         assert skeleton.names == ["model.language_model.layers.0", "model.language_model.layers.1"]
         assert {type(block).__name__ for block in skeleton.blocks} == {"Gemma3DecoderLayer"}
         # The published names: the head is tied to the embedding, which is renamed as it is loaded.
-        assert skeleton.stored("lm_head.weight").name == "language_model.model.embed_tokens.weight"
+        assert skeleton.tensor("lm_head.weight").name == "language_model.model.embed_tokens.weight"
 
     def test_blocks_that_the_model_does_not_declare_are_found(self, tmp_path: Path):
         config = OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -114,7 +114,7 @@ class TestOpening:
         shard = folder / "model.safetensors"
         save_file(load_file(shard) | {name: torch.ones(4, 4) for name in names}, shard)
         skeleton = open_skeleton(folder)
-        assert skeleton.names == ["model.layers.0", "model.layers.1"] and set(skeleton.index) > set(names)
+        assert skeleton.names == ["model.layers.0", "model.layers.1"] and set(skeleton.source.index) > set(names)
 
     def test_transformers_is_as_talkative_afterwards_as_before(self, llama: Path):
         before = transformers_logging.get_verbosity()

@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,11 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats import shards
-from shardq.formats.shards import INDEX_FILE, TensorInfo, read_weight
-from shardq.model import weights
+from shardq.formats.shards import INDEX_FILE
+from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.block import LoadedBlock, block_plans
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.model.weights import fill, materialised, stream_blocks
+from shardq.model.weights import fill, materialised, read_weights, stream_blocks
 from shardq.rundir.source import check_outside
 
 CPU = torch.device("cpu")
@@ -131,7 +129,7 @@ class TestStreamBlocks:
         for loaded in streamed_blocks(skeleton, range(4)):
             modules.append(loaded.module)
             channels.append(loaded.module.self_attn.q_proj.out_features)
-            stored = {name: read_weight(info).float() for name, info in skeleton.block_tensors(loaded.index).items()}
+            stored = {name: tensor.float() for name, tensor in read_weights(skeleton, loaded.plan, CPU).items()}
             state = loaded.module.state_dict()
             assert state.keys() == stored.keys()
             assert [name for name in stored if not torch.equal(state[name], stored[name])] == []
@@ -155,14 +153,15 @@ class TestStreamBlocks:
         second_is_read = threading.Event()
         last_of_second = list(skeleton.block_tensors(1).values())[-1].name
 
-        def noted(info: TensorInfo, *pinned: bool) -> torch.Tensor:
-            started.append(info.name)
-            tensor = read_weight(info, *pinned)
-            if info.name == last_of_second:
+        def noted(source: WeightSource, tensor: SourceTensor, *how: bool) -> Tensor:
+            started.append(tensor.name)
+            values = read(source, tensor, *how)
+            if tensor.name == last_of_second:
                 second_is_read.set()
-            return tensor
+            return values
 
-        monkeypatch.setattr(weights, "read_weight", noted)
+        read = WeightSource.read
+        monkeypatch.setattr(WeightSource, "read", noted)
         blocks = streamed_blocks(skeleton, range(3))
         next(blocks)
         assert second_is_read.wait(timeout=10), "block 1 was not read while block 0 was in use"
@@ -171,7 +170,7 @@ class TestStreamBlocks:
 
     def test_damaged_block_stops_the_stream_only_when_it_is_reached(self, copied: Path):
         skeleton = open_skeleton(copied)
-        info = skeleton.block_tensors(2)["mlp.down_proj.weight"]
+        [info] = skeleton.block_tensors(2)["mlp.down_proj.weight"].stored
         with open(info.file, "r+b") as file:
             file.truncate(info.offset + 10)
         blocks = streamed_blocks(skeleton, range(3))
@@ -183,7 +182,7 @@ class TestStreamBlocks:
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
     def test_value_that_is_not_finite_is_named_with_its_place(self, copied: Path, value: float):
-        info = open_skeleton(copied).index["model.layers.1.self_attn.v_proj.weight"]
+        info = open_skeleton(copied).source.index["model.layers.1.self_attn.v_proj.weight"]
         tensors = load_file(info.file)
         tensors[info.name][5, 7] = value
         save_file(tensors, info.file)
@@ -197,7 +196,7 @@ class TestStreamBlocks:
 
 class TestReadSource:
     def test_what_is_no_parameter_may_be_infinite(self, copied: Path):
-        info = open_skeleton(copied).index["model.norm.weight"]
+        info = open_skeleton(copied).source.index["model.norm.weight"]
         tensors = load_file(info.file)
         save_file({**tensors, "model.limit": torch.full((2,), -torch.inf)}, info.file)
         listed = json.loads((copied / INDEX_FILE).read_text())
@@ -217,7 +216,7 @@ class TestReadSource:
         skeleton = open_skeleton(copied)
         for _ in streamed_blocks(skeleton, [0, 1]):
             pass
-        info = skeleton.index["model.layers.1.mlp.up_proj.weight"]
+        info = skeleton.source.index["model.layers.1.mlp.up_proj.weight"]
         with open(info.file, "r+b") as file:
             file.seek(info.offset)
             file.write(b"\x01")
@@ -233,7 +232,7 @@ class TestMaterialised:
         skeleton = open_skeleton(llama)
         with materialised(skeleton, skeleton.model, "", CPU):
             head, embedding = skeleton.model.lm_head.weight, skeleton.model.model.embed_tokens.weight
-            stored = load_file(skeleton.stored("lm_head.weight").file)["model.embed_tokens.weight"]
+            stored = load_file(skeleton.tensor("lm_head.weight").file)["model.embed_tokens.weight"]
             assert torch.equal(head, stored.float())
             assert head.data_ptr() == embedding.data_ptr()
         assert is_on_meta(skeleton.model)
@@ -256,23 +255,23 @@ class TestMaterialised:
 class TestBuffers:
     """Limits that are not there are stored as infinite; a parameter that is infinite, or any NaN, is damage."""
 
-    @pytest.fixture
-    def limited(self, llama: Path) -> Skeleton:
-        skeleton = open_skeleton(llama)
-        stored = skeleton.index["model.layers.0.input_layernorm.weight"]
-        for owner, prefix in ((skeleton.model.model, "model"), (skeleton.blocks[0], "model.layers.0")):
+    @staticmethod
+    def limited(folder: Path, value: float) -> Skeleton:
+        """A skeleton with a buffer that the checkpoint stores, in the model and in its first block."""
+        names = ("model.limit", "model.layers.0.limit")
+        listed = json.loads((folder / INDEX_FILE).read_text())
+        listed["weight_map"] |= dict.fromkeys(names, "limits.safetensors")
+        (folder / INDEX_FILE).write_text(json.dumps(listed))
+        save_file({name: torch.full((64,), value) for name in names}, folder / "limits.safetensors")
+        skeleton = open_skeleton(folder)
+        for owner in (skeleton.model.model, skeleton.blocks[0]):
             owner.register_buffer("limit", torch.zeros(64, device="meta"))
-            skeleton.index[f"{prefix}.limit"] = replace(stored, name=f"{prefix}.limit", file=llama / "limit")
         return skeleton
 
     @pytest.mark.parametrize("in_block", [True, False])
     @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-    def test_buffer_may_be_infinite(
-        self, limited: Skeleton, monkeypatch: pytest.MonkeyPatch, value: float, in_block: bool
-    ):
-        read = shards.read_tensor
-        given = lambda info, *pinned: torch.full((64,), value) if info.file.name == "limit" else read(info, *pinned)  # noqa: E731
-        monkeypatch.setattr(shards, "read_tensor", given)
+    def test_buffer_may_be_infinite(self, copied: Path, value: float, in_block: bool):
+        limited = self.limited(copied, value)
 
         def limit() -> Tensor:
             if in_block:
@@ -290,15 +289,13 @@ class TestBuffers:
 class TestFill:
     def test_tensors_are_handed_over(self, llama: Path):
         skeleton = open_skeleton(llama)
-        tensors = {name: read_weight(info) for name, info in skeleton.block_tensors(0).items()}
+        tensors = read_weights(skeleton, block_plans(skeleton)[0], CPU)
         fill(skeleton.model, skeleton.blocks[0], tensors, CPU)
         assert tensors == {} and not is_on_meta(skeleton.blocks[0])
 
     def test_storage_that_is_there_is_overwritten_in_place(self, llama: Path):
         skeleton = open_skeleton(llama)
-        first, second = (
-            {name: read_weight(info) for name, info in skeleton.block_tensors(number).items()} for number in (0, 1)
-        )
+        first, second = (read_weights(skeleton, block, CPU) for block in block_plans(skeleton)[:2])
         fill(skeleton.model, skeleton.blocks[0], first, CPU)
         before = {name: tensor.data_ptr() for name, tensor in skeleton.blocks[0].named_parameters()}
         expected = {name: tensor.float() for name, tensor in second.items()}

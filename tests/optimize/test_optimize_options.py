@@ -11,14 +11,14 @@ from shardq.optimize.options import PRESETS, OptimizeOptions, resolved
 # AIMET's own defaults for AdaScale, one sample a rank, and what a device without bfloat16 computes in.
 AIMET = {
     "iterations": 1500, "grid_lr": 1e-3, "weight_lr": 5e-4, "fp_mix": 0.5, "batch_size": 1, "precision": "float32",
-    "start": "minmax", "loss": "squared", "held_out": 0, "optimizer": "adam", "patience": None, "retries": 2,
+    "start": "minmax", "loss": "squared", "held_out": 0, "optimizer": "adam", "retries": 2,
     "last_block": "output", "label_weight": 0.0,
 }  # fmt: skip
 OPEN = {"micro_batch": None, "memory_gib": None, "compile": "auto"}  # decided where model and machine are known
 GIVEN = {
     "iterations": 7, "grid_lr": 0.5, "weight_lr": 0.25, "fp_mix": 0.0, "batch_size": 6, "micro_batch": 3,
     "memory_gib": 1.5, "precision": "bf16", "compile": "off", "start": "search", "loss": "token", "held_out": 2,
-    "optimizer": "rms", "patience": 3, "retries": 1, "last_block": "predictions", "label_weight": 0.3,
+    "optimizer": "rms", "retries": 1, "last_block": "predictions", "label_weight": 0.3,
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_preset_fills_in_everything_that_is_missing():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_leaves_open_only_what_the_machine_decides(preset: str):
     filled = values(resolved(OptimizeOptions(preset=preset), bits=4, world_size=2, has_bf16=False))
-    assert {name for name, value in filled.items() if value is None} == {"micro_batch", "memory_gib", "patience"}
+    assert {name for name, value in filled.items() if value is None} == {"micro_batch", "memory_gib"}
 
 
 def test_presets_are_those_that_can_be_asked_for():

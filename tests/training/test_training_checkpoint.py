@@ -28,7 +28,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 
 NAMES = ("mlp.up", "attn.q", "mlp.down")  # in an order that is not theirs by name
-GRIDS = {Matrix(name=name, module=name, shape=(3, 8), stored=(name,)): SPEC for name in NAMES}
+GRIDS = {Matrix(name=name, module=name, shape=(3, 8), sources=(name,)): SPEC for name in NAMES}
 
 
 def make_best(loss: float = 0.25) -> BestIterate:
@@ -36,7 +36,7 @@ def make_best(loss: float = 0.25) -> BestIterate:
         name: QuantizedLinear(torch.randint(-4, 4, (3, 8)).to(torch.int8), torch.rand(3, 2), torch.ones(3, 2), SPEC)
         for name in NAMES
     }
-    return BestIterate(linears, loss, num_stale=2)
+    return BestIterate(linears, loss)
 
 
 def save_one(checkpoints: Checkpoints, progress: Progress) -> None:
@@ -59,7 +59,7 @@ def test_state_and_progress_come_back_as_they_were(checkpoints):
     (progress, state), lines = load_one(checkpoints)
     assert (progress.failed, progress.done, lines) == (1, 6, [])
     assert state.keys() == STATE.keys() and all(torch.equal(state[name], STATE[name]) for name in STATE)
-    assert (progress.best.loss, progress.best.num_stale) == (0.25, 2)
+    assert progress.best.loss == 0.25
     assert list(progress.best.linears) == list(best.linears)
     for name, linear in best.linears.items():
         found = progress.best.linears[name]

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from peers_truncate import truncate  # noqa: E402
 from run import read_spans  # noqa: E402
 
-from shardq.cli import parse, return_freed_tensors  # noqa: E402  the checkout comes first on the path
+from shardq.cli import parse  # noqa: E402  the checkout comes first on the path
 from shardq.commands.quantize import quantize  # noqa: E402
 from shardq.formats import tensor_file  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
+from shardq.verbs import return_freed_tensors  # noqa: E402
 
 COSTS = {"sync": (os, "fsync"), "digest": (hashlib, "file_digest"), "checksum": (tensor_file, "_checksum")}
 

@@ -30,7 +30,6 @@ import torch.distributed as dist
 from step import make_block, parse_shape
 from torch import Tensor
 
-from shardq.cli import return_freed_tensors
 from shardq.compiling import compiler, eager, why_not
 from shardq.devices import multiplies_bf16
 from shardq.logs import peak_rss_bytes
@@ -50,6 +49,7 @@ from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 from shardq.training.memory import LargestBlock, saved_bytes, training_bytes
 from shardq.training.trainer import block_loss
+from shardq.verbs import return_freed_tensors
 
 WARM_UP_STEPS = 2  # the first makes the moments
 COLLECTIVES = [

@@ -1,0 +1,222 @@
+"""The tensors of a checkpoint under the names that a model asks for, however they are stored.
+
+No pass is made to know the files again: a digest of each stored tensor is taken as its bytes go by, and compared when
+they are read another time.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shardq.errors import CheckpointError
+from shardq.formats.shards import (
+    DTYPES,
+    Index,
+    TensorInfo,
+    open_index,
+    read_pieces,
+    read_rows,
+    read_sample,
+    read_tensor,
+    sample_place,
+)
+
+Digests = dict[str, str]
+"""XXH3-128 of all bytes of stored tensors, 32 hex digits, by the tensor's name."""
+
+Rows = list[int] | None
+"""Indices of a tensor's first dimension, ascending; None for all of it."""
+
+Decode = Callable[[Callable[[TensorInfo, Rows], Tensor], Rows], Tensor]
+"""Makes some rows of a tensor's values, or all: the first argument reads rows of a stored tensor, or all of it."""
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor that a model asks for, and the stored tensors that its values are made of.
+
+    Attributes:
+        dtype: of the values, as safetensors names it.
+        shape: of the values.
+        stored: at least one; messages name the first one's file.
+        decode: None where the values are those of the one stored tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: tuple[TensorInfo, ...]
+    decode: Decode | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where to look first if something is wrong with it."""
+        return self.stored[0].file
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values in memory."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.decode else self.stored_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(info.num_bytes for info in self.stored)
+
+
+Decoder = Callable[[Index], Iterable[SourceTensor]]
+"""Finds the tensors of a checkpoint that one storage scheme encodes; the others are taken as they are stored."""
+
+
+def as_stored(info: TensorInfo) -> SourceTensor:
+    """A tensor whose values are stored as they are."""
+    return SourceTensor(info.name, info.dtype, info.shape, (info,))
+
+
+def stored_in(tensors: Iterable[SourceTensor]) -> list[TensorInfo]:
+    """The stored tensors that some tensors are made of, each once, in order."""
+    return list({info.name: info for tensor in tensors for info in tensor.stored}.values())
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """The tensors of a checkpoint folder.
+
+    Attributes:
+        index: where every stored tensor lies.
+        tensors: what the stored tensors stand for, by name; every stored tensor is part of one.
+        digests: of the stored tensors that have been read whole.
+        samples: digests of parts of stored tensors that had not been read when `note_samples` was called.
+    """
+
+    folder: Path
+    index: Index
+    tensors: dict[str, SourceTensor]
+    digests: Digests = field(default_factory=dict)
+    samples: Digests = field(default_factory=dict)
+
+    def read(self, tensor: SourceTensor, is_buffer: bool = False, pinned: bool = False) -> Tensor:
+        """Read a tensor's values into CPU memory; its bytes must be those of the first time, its values finite.
+
+        Args:
+            is_buffer: it is no parameter; such a one may be infinite, as a limit that is not there, but hold no NaN.
+            pinned: in memory that a GPU takes them from, where they are stored as they are.
+
+        Raises:
+            CheckpointError: a NaN or an infinity is found, the bytes are others, or `read_tensor`'s reasons.
+        """
+        whole = {info.name: read_tensor(info, pinned and tensor.decode is None) for info in tensor.stored}
+        values = _values(tensor, lambda info, rows: whole[info.name] if rows is None else whole[info.name][rows])
+        _check_finite(tensor, values, is_buffer=is_buffer)
+        for info in tensor.stored:
+            self._check_same(info, whole[info.name])
+        return values
+
+    def read_unchecked(self, tensor: SourceTensor) -> Tensor:
+        """Read a tensor's values, which may not be finite, from bytes that may have changed; raises `read_tensor`'s."""
+        return _values(tensor, read_stored_rows)
+
+    def read_rows(self, tensor: SourceTensor, rows: list[int]) -> Tensor:
+        """Read some rows of a floating-point tensor's values, which must be finite.
+
+        Raises:
+            CheckpointError: a NaN or an infinity is found, or a file ended early.
+        """
+        values = _values(tensor, read_stored_rows, rows)
+        _check_finite(tensor, values, rows)
+        return values
+
+    def read_stored(self, info: TensorInfo) -> Tensor:
+        """Read a stored tensor as it is, to copy it; its bytes must be those of the first time.
+
+        Raises:
+            CheckpointError: the bytes are others, or `read_tensor`'s reasons.
+        """
+        raw = read_tensor(info)
+        self._check_same(info, raw)
+        return raw
+
+    def check(self, tensor: SourceTensor, is_buffer: bool = False) -> None:
+        """Check a tensor as `read` does, and raise as it does; piece by piece where it is stored as it is."""
+        if tensor.decode is not None:
+            self.read(tensor, is_buffer)
+            return
+        [info] = tensor.stored
+        whole = xxhash.xxh3_128()
+        for piece in read_pieces(info):
+            if not _is_finite(piece, is_buffer):
+                self.read(tensor, is_buffer)  # says where
+            whole.update(_bytes_of(piece))
+        _compare(info, whole.hexdigest(), self.digests)
+
+    def note_samples(self) -> None:
+        """Note a part of each stored tensor that has not been read: files may be exchanged before it is."""
+        unread = [info for name, info in self.index.items() if name not in self.digests]
+        self.samples.update({info.name: xxhash.xxh3_128_hexdigest(read_sample(info)) for info in unread})
+
+    def _check_same(self, info: TensorInfo, raw: Tensor) -> None:
+        """Check a stored tensor, as it was just read, against what is known of it, and note what was not known."""
+        content = _bytes_of(raw)
+        if info.name in self.samples:
+            _compare(info, xxhash.xxh3_128_hexdigest(content[sample_place(info)]), self.samples)
+        _compare(info, xxhash.xxh3_128_hexdigest(content), self.digests)
+
+
+def open_source(folder: Path, decoder: Decoder = lambda index: ()) -> WeightSource:
+    """Open a checkpoint folder, whose shards' headers are read.
+
+    Args:
+        decoder: default: every tensor is stored as it is.
+
+    Raises:
+        CheckpointError: as `open_index`.
+    """
+    index = open_index(folder)
+    decoded = list(decoder(index))
+    encoded = {info.name for info in stored_in(decoded)}
+    plain = [as_stored(info) for info in index.values() if info.name not in encoded]
+    return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
+
+
+def read_stored_rows(info: TensorInfo, rows: Rows) -> Tensor:
+    """Rows of a stored tensor, or all of it; raises `read_tensor`'s reasons."""
+    return read_tensor(info) if rows is None else read_rows(info, rows)
+
+
+def _values(tensor: SourceTensor, read: Callable[[TensorInfo, Rows], Tensor], rows: Rows = None) -> Tensor:
+    return tensor.decode(read, rows) if tensor.decode else read(tensor.stored[0], rows)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _compare(info: TensorInfo, found: str, digests: Digests) -> None:
+    if digests.setdefault(info.name, found) != found:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} is not what it was when the run began; restore that file, or "
+            "begin in another --output"
+        )
+
+
+def _check_finite(tensor: SourceTensor, values: Tensor, rows: Rows = None, is_buffer: bool = False) -> None:
+    """Raise if a value is not finite; `rows` says which rows of the tensor these are, if not all."""
+    if not _is_finite(values, is_buffer):
+        where = (values.isnan() if is_buffer else ~torch.isfinite(values)).nonzero()[0].tolist()
+        value = values[tuple(where)].item()
+        where = where if rows is None else [rows[where[0]], *where[1:]]
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} holds {value} at {where}; "
+            "the checkpoint is damaged, download it again or retrain"
+        )
+
+
+def _is_finite(tensor: Tensor, is_buffer: bool) -> bool:
+    # One pass that makes nothing: a NaN comes through it, an infinity is the least value or the greatest.
+    ends = tensor.aminmax() if tensor.numel() else ()
+    return not any(end.isnan() if is_buffer else not end.isfinite() for end in ends)

@@ -1,0 +1,85 @@
+"""What each verb gives at its end: the last line that a command prints, and what its Python function returns."""
+
+from typing import NotRequired, TypedDict
+
+
+class QuantizeSummary(TypedDict):
+    """Of a run, the part before an interruption included."""
+
+    output: str
+    """Folder of the run."""
+    blocks: int
+    """Decoder blocks of the model."""
+    seconds: float
+    """Time that this call took."""
+    peak_rss_bytes: int
+    """Largest resident memory of a rank's process so far."""
+    loss_before: float | None
+    """Relative loss before training, mean over the blocks that were trained to their output; null if none was."""
+    loss_after: float | None
+    """The same after training."""
+    divergence_before: float | None
+    """KL divergence from the float model before training, in nats a token; null unless the last block was trained to
+    the model's predictions."""
+    divergence_after: float | None
+    """The same after training."""
+
+
+class TuneSummary(TypedDict):
+    """Of a tuning."""
+
+    output: str
+    """Folder of the tuned run."""
+    steps: int
+    """Steps of the whole tuning."""
+    seconds: float
+    """Time that this call took."""
+    peak_rss_bytes: int
+    """Largest resident memory of a rank's process so far."""
+    loss_first: float | None
+    """Loss before the first step that this call took, in nats a token; null if none was left."""
+    loss_last: float | None
+    """Loss before the last step that this call took."""
+
+
+class EvaluateSummary(TypedDict):
+    """Of an evaluation."""
+
+    perplexity: float
+    """Of the predicted tokens."""
+    tokens: int
+    """Number of predicted tokens: all but the first of each sequence."""
+    seconds: float
+    """Time that this call took."""
+    peak_rss_bytes: int
+    """Largest resident memory of a rank's process so far."""
+
+
+class ExportSummary(TypedDict):
+    """Of an export."""
+
+    output: str
+    """Folder of the export."""
+    format: str
+    """Its format."""
+    bytes: int
+    """Size of its files."""
+    scale_change: float
+    """Largest relative change of a scale by its rounding to the dtype that the format keeps it in."""
+    seconds: float
+    """Time that this call took."""
+
+
+class VerifySummary(TypedDict):
+    """Of a check that found a run, or an export, whole."""
+
+    output: str
+    """Folder that was checked."""
+    blocks: NotRequired[int]
+    """Of a run: its decoder blocks."""
+    linears: NotRequired[int]
+    """Of a run: its quantized linears."""
+    format: NotRequired[str]
+    """Of an export: its format."""
+    files: NotRequired[int]
+    """Of an export: its files."""

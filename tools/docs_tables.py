@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Writes what docs/ says of options, formats and models from the code: python tools/docs_tables.py
+
+Each part stands between two comments of its page, `<!-- NAME: by tools/docs_tables.py -->` and `<!-- end of NAME -->`.
+tests/test_docs.py compares them.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig  # noqa: E402
+from shardq.errors import ConfigError  # noqa: E402
+from shardq.formats import compressed_tensors, gguf_tensors, gptq  # noqa: E402
+from shardq.help import docstrings  # noqa: E402
+from shardq.quant.spec import QuantSpec  # noqa: E402
+
+VERBS = {"quantize": QuantizeConfig, "tune": TuneConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
+         "verify": VerifyConfig}  # fmt: skip
+KINDS: dict[str, dict[str, object]] = {
+    "symmetric": {"symmetric": True},
+    "symmetric, full-range": {"symmetric": True, "full_range": True},
+    "asymmetric": {"symmetric": False},
+    "two-level (LPBQ)": {"symmetric": True, "decompressed_bits": 8},
+}
+GROUP_SIZES = {"per-channel": None, "groups": 64}
+PROGRAMS: dict[str, Callable[[QuantSpec], object]] = {
+    "`compressed-tensors`": lambda spec: compressed_tensors.check_grid(spec, 16),
+    "the same, int8 activations": lambda spec: compressed_tensors.check_grid(spec, 8),
+    "`gptq`": gptq.check_grid,
+    "`gptq` in vLLM": lambda spec: _require(gptq.is_served_by_vllm(spec)),
+    "`gguf`": gguf_tensors.block_type,
+    "`onnx`": lambda spec: None,
+    "`aimet`": lambda spec: None,
+    "`hf`": lambda spec: None,
+}
+
+
+def options_text() -> str:
+    """A table for each command and each group of its options."""
+    parts = []
+    for verb, config_class in VERBS.items():
+        for title, rows in _groups(config_class, "", ""):
+            head = f"### {title}" if title else f"## `shardq {verb}`"
+            parts.append(f"{head}\n\n{_table(('option', 'meaning', 'default'), rows)}")
+    return "\n".join(parts)
+
+
+def _groups(config_class: type, prefix: str, title: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    hints, texts = get_type_hints(config_class), docstrings(config_class)
+    own = [each for each in fields(config_class) if not is_dataclass(hints[each.name])]
+    yield title, [(f"`--{prefix}{each.name}`", _cell(texts[each.name]), _default(each)) for each in own]
+    for each in fields(config_class):
+        section = hints[each.name]
+        if is_dataclass(section):
+            yield from _groups(section, f"{prefix}{each.name}.", section.__doc__.removesuffix("."))
+
+
+def _default(field: Field) -> str:
+    value = field.default
+    if value is MISSING:
+        return "required"
+    if value in (None, ()):
+        return ""
+    shown = ", ".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+    return _cell(f"`{shown}`")
+
+
+def formats_text() -> str:
+    """Which format, and which program, holds which grid."""
+    rows = []
+    for kind, facts in KINDS.items():
+        by_bits = [(bits, _held(kind, bits, facts)) for bits in range(2, 9)]
+        for cells, alike in groupby([row for row in by_bits if row[1]], key=lambda row: row[1]):
+            numbers = [bits for bits, _ in alike]
+            bits = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+            rows.append((kind, bits, *cells))
+    return _table(("weight grid", "bits", *PROGRAMS), rows)
+
+
+def _held(kind: str, bits: int, facts: dict[str, object]) -> tuple[str, ...]:
+    """For each program how it holds a grid; nothing where there is no such grid."""
+    sizes = {name: size for name, size in GROUP_SIZES.items() if size or "decompressed_bits" not in facts}
+    if "decompressed_bits" in facts and bits >= 8:
+        return ()
+    specs = {name: QuantSpec(**{"bits": bits, "group_size": size} | facts) for name, size in sizes.items()}
+    cells = []
+    for holds in PROGRAMS.values():
+        held = [name for name, spec in specs.items() if _is_held(holds, spec)]
+        cells.append("yes" if len(held) == len(specs) else " ".join(held) or "no")
+    return tuple(cells)
+
+
+def _is_held(holds: Callable[[QuantSpec], object], spec: QuantSpec) -> bool:
+    try:
+        holds(spec)
+    except ConfigError:
+        return False
+    return True
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ConfigError("not served")
+
+
+def models_text() -> str:
+    """The families that the sweep has streamed, each with its forms."""
+    lines = (ROOT / "tests/families/streamed.txt").read_text().splitlines()
+    forms: dict[str, list[str]] = {}
+    for line in lines:
+        family, _, form = line.partition(", ")
+        forms.setdefault(family, []).append(form or "as it is")
+    return _table(("`model_type`", "forms"), [(f"`{name}`", ", ".join(found)) for name, found in forms.items()])
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "options": ("docs/options.md", options_text),
+    "grids and programs": ("docs/formats.md", formats_text),
+    "models": ("docs/models.md", models_text),
+}
+
+
+def with_part(page: str, name: str, text: str) -> str:
+    """A page with the part of a name replaced."""
+    begin, end = f"<!-- {name}: by tools/docs_tables.py -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"a page has no place for {name}; put {begin} and {end} there")
+    return pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", page)
+
+
+if __name__ == "__main__":
+    for name, (path, text) in PARTS.items():
+        file = ROOT / path
+        file.write_text(with_part(file.read_text(), name, text()))
+        print(f"{path}: {name}")
