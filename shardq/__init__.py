@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 import shardq.export  # noqa: F401  first: as it is loaded, the room takes the name that is to be the function's
 
 if TYPE_CHECKING:
-    from shardq.api import evaluate, export, quantize, tune, verify
+    from shardq.api import evaluate, export, load_run, quantize, tune, verify
     from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, QuantOptions, TuneConfig, VerifyConfig
     from shardq.errors import ShardQError
 
 __version__ = "0.1.0"
 __all__ = ["EvaluateConfig", "ExportConfig", "QuantizeConfig", "QuantOptions", "ShardQError", "TuneConfig",
-           "VerifyConfig", "evaluate", "export", "quantize", "tune", "verify"]  # fmt: skip
+           "VerifyConfig", "evaluate", "export", "load_run", "quantize", "tune", "verify"]  # fmt: skip
 
 del export  # noqa: F821  the room's
 

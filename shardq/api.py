@@ -8,13 +8,18 @@ command leaves, and the same call goes on from there.
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from shardq.arguments import Given, Setting, make_config, required
+from shardq.arguments import Given, make_config, required
 from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig
 from shardq.errors import ConfigError
+from shardq.recipe import Setting
 from shardq.summaries import EvaluateSummary, ExportSummary, QuantizeSummary, TuneSummary, VerifySummary
 from shardq.verbs import COMMANDS, Config, return_freed_tensors, running
+
+if TYPE_CHECKING:
+    from shardq.rundir.loaded import LoadedRun
 
 Location = str | os.PathLike[str]
 Recipes = Location | Iterable[Location]
@@ -88,6 +93,21 @@ def verify(run: Location | VerifyConfig) -> VerifySummary:
     return cast(VerifySummary, _call("verify", run, (), {}))
 
 
+def load_run(run: Location) -> "LoadedRun":
+    """Read what a run has made so far: its blocks with their grids, losses and times; codes when they are asked for.
+
+    Args:
+        run: output folder of a run, finished or not.
+
+    Raises:
+        ResumeError: the folder holds no run, or its record is damaged.
+        CheckpointError: a block's file is missing or damaged.
+    """
+    from shardq.rundir import loaded
+
+    return loaded.load_run(Path(run))
+
+
 def _call(verb: str, first: Location | Config, recipes: Recipes, options: Mapping[str, object]) -> dict:
     command, config = COMMANDS[verb], config_of(verb, first, recipes, options)
     return_freed_tensors()
@@ -109,13 +129,12 @@ def config_of(verb: str, first: Location | Config, recipes: Recipes, options: Ma
         ConfigError: an option is unknown, missing or of the wrong type, or a recipe cannot be read.
     """
     where, config_class = f"{verb}(): ", COMMANDS[verb].config
-    if not isinstance(first, config_class):
-        options = {required(config_class)[0]: first, **options}
-        first = None
+    main = _by_name(first) if isinstance(first, config_class) else {required(config_class)[0]: first}
     paths = [recipes] if isinstance(recipes, str | os.PathLike) else recipes
     try:
-        of_object = _settings({} if first is None else _by_name(first), where)
-        given = Given(recipes=[os.fspath(path) for path in paths], settings=[*of_object, *_settings(options, where)])
+        given = Given(
+            recipes=[os.fspath(path) for path in paths], settings=[*_settings(main, where), *_settings(options, where)]
+        )
         return make_config(config_class, given, verb)
     except ConfigError as error:
         error.agreed = True
@@ -142,6 +161,6 @@ def _settings(options: Mapping[str, object], where: str, prefix: str = "") -> It
             )
 
 
-def _by_name(options: object) -> dict[str, object]:
+def _by_name(options: Any) -> dict[str, object]:
     """Values of a dataclass's fields."""
     return {field.name: getattr(options, field.name) for field in fields(options)}

@@ -4,13 +4,9 @@ Values are text until they meet their field, wherever they stand: what may be wr
 an option, and the other way round. Options are the fields of the command's dataclass, sections its dataclass fields.
 """
 
-import difflib
-import json
 import math
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -18,9 +14,10 @@ import yaml
 
 from shardq.config import listed
 from shardq.errors import ConfigError
+from shardq.recipe import Setting, Value, read_recipe, value_of
+from shardq.spelling import nearest
 
 Config = TypeVar("Config")
-Value = str | list[str] | None
 
 FLAGS = ("help", "version", "print-config")
 RECIPE = "config"
@@ -28,16 +25,6 @@ NULLS = ("null", "~")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 WORDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 SHOWN = 60  # characters of a value that a message repeats
-STANDARD_TAG = "tag:yaml.org,2002:"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A value that is given, and where: `recipe.yaml, line 3: ` or, for an option, nothing."""
-
-    name: str
-    value: Value
-    where: str = ""
 
 
 @dataclass
@@ -70,7 +57,7 @@ def take_apart(arguments: list[str], config_class: type) -> Given:
         if not has_value:
             value = next(left, "--")
             if value.startswith("--") and (name in hints or name == RECIPE):
-                allowed = _described(hints[name]) if name in hints else "a YAML file"
+                allowed = _described(hints[name]) if name in hints else "a recipe"
                 raise ConfigError(f"{name}: no value is given, it must be {allowed}")
         if name == RECIPE:
             given.recipes.append(value)
@@ -95,7 +82,7 @@ def make_config(config_class: type[Config], given: Given, verb: str) -> Config:
     main = [Setting(needed[0], text) for text in given.positional]
     if main and any(setting.name == needed[0] for setting in given.settings):
         raise ConfigError(f"{needed[0]}: is given twice, as {main[0].value} and with --{needed[0]}; leave one out")
-    recipes = [setting for path in given.recipes for setting in _read_recipe(path, config_class)]
+    recipes = [setting for path in given.recipes for setting in read_recipe(path, hints)]
     values = {}
     for setting in (*recipes, *main, *given.settings):
         _check_known(setting, hints, verb)
@@ -110,11 +97,6 @@ def make_config(config_class: type[Config], given: Given, verb: str) -> Config:
         if name not in values:
             raise ConfigError(f"{name}: missing; shardq {verb} {' '.join(usage(config_class))} [options]")
     return _filled(config_class, None, values, "")
-
-
-def as_recipe(config: object) -> str:
-    """A recipe with all options of a config."""
-    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)  # with tuples as lists
 
 
 def option_types(config_class: type, prefix: str = "") -> dict[str, object]:
@@ -137,25 +119,6 @@ def usage(config_class: type) -> list[str]:
     return [first.upper(), *(f"--{name} {name.upper()}" for name in others)]
 
 
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to two known names that may have been meant."""
-    known, wanted = list(known), name.replace("-", "_").lower()
-    if wanted in known:
-        return [wanted]
-    last = wanted.rpartition(".")[2]
-    ends = {other.rpartition(".")[2]: other for other in reversed(known)}
-    same_end = [other for other in known if other.rpartition(".")[2] == last]
-    by_end = [ends[end] for end in difflib.get_close_matches(last, ends, 2, 0.7)]
-    return (same_end or _close(wanted, known) or by_end)[:2]
-
-
-def _close(wanted: str, known: list[str]) -> list[str]:
-    """Names that are like another, and about as much as the one that is most."""
-    likeness = {name: difflib.SequenceMatcher(None, wanted, name).ratio() for name in known}
-    least = max(0.6, max(likeness.values()) - 0.05)
-    return sorted((name for name in known if likeness[name] >= least), key=likeness.get, reverse=True)
-
-
 def _check_known(setting: Setting, hints: dict[str, object], verb: str) -> None:
     if setting.name in hints:
         return
@@ -170,64 +133,13 @@ def _check_known(setting: Setting, hints: dict[str, object], verb: str) -> None:
     raise ConfigError(f"{setting.where}{dashes}{setting.name}: no such option; {advice}")
 
 
-def _read_recipe(path: str, config_class: type) -> list[Setting]:
-    try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check --config") from error
-    try:
-        node = yaml.compose(content, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
-        raise ConfigError(f"{path}{line}: no valid YAML ({reason}); mend it there") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: no recipe, its lists are nested too deep; mend it there") from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}, line {node.start_mark.line + 1}: a recipe holds options by name")
-    sections = {name.rpartition(".")[0] for name in option_types(config_class)}
-    sections |= {name.rpartition(".")[0] for name in sections}
-    return list(_settings_in(node, path, "", sections))
-
-
-def _settings_in(node: yaml.MappingNode, path: str, prefix: str, sections: set[str]) -> Iterator[Setting]:
-    """Settings of a recipe's mapping; what is no section is a value, and an empty section gives nothing."""
-    for key, value in node.value:
-        where = f"{path}, line {key.start_mark.line + 1}: "
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{where}an option's name must be text")
-        name = prefix + key.value
-        if name in sections and isinstance(value, yaml.MappingNode):
-            yield from _settings_in(value, path, f"{name}.", sections)
-        elif name not in sections or not _is_null(value):
-            yield Setting(name, _value_of(value, where + name), where)
-
-
-def _value_of(node: yaml.Node, where: str) -> Value:
-    """A scalar's text or a list of such; null as None."""
-    if _is_null(node):
-        return None
-    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    for item in items:
-        if not isinstance(item, yaml.ScalarNode) or not item.tag.removeprefix(STANDARD_TAG).isalpha():
-            raise ConfigError(f"{where}: must be a plain value, or a list of such")
-    return [item.value for item in items] if isinstance(node, yaml.SequenceNode) else node.value
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return node.tag == f"{STANDARD_TAG}null"
-
-
 def _typed_value(text: str) -> Value:
     """What is typed behind an option: null, a YAML list, or text."""
     if text in NULLS:
         return None
     if text.startswith("[") and text.endswith("]"):
         try:
-            return _value_of(yaml.compose(text, Loader=yaml.SafeLoader), text)
+            return value_of(yaml.compose(text, Loader=yaml.SafeLoader), text)
         except (yaml.YAMLError, RecursionError, ConfigError):  # a pattern such as [ab]*.x[1]
             return text
     return text

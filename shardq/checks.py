@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
-from shardq.config import EvaluateConfig, QuantizeConfig, QuantOptions, TuneConfig
+from shardq.config import EvaluateConfig, QuantizeConfig, TuneConfig
 from shardq.errors import ConfigError
 from shardq.parallel.engines import candidates
 from shardq.parallel.ranks import Ranks
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import MAX_DECOMPRESSED_BITS
 
 
 def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
@@ -17,7 +16,7 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    _check_quant(config.quant)
+    _ = config.quant.grid  # an impossible one says itself which option is wrong
     _check_activations(config.activations)
     bits, exported = config.activations.bits, config.export.activation_bits
     _require(
@@ -80,23 +79,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: naming the option, its value and what is allowed.
     """
-    _check_quant(config.quant)
+    _ = config.quant.grid  # an impossible one says itself which option is wrong
     _check_text("eval", config.eval)
     if config.cache.placement == "disk" and config.cache.folder is None:
         raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
-
-
-def _check_quant(quant: QuantOptions) -> None:
-    _require(2 <= quant.bits <= 8, "quant.bits", quant.bits, "between 2 and 8")
-    _require(quant.symmetric or not quant.full_range, "quant.full_range", quant.full_range,
-             "false beside quant.symmetric false: a zero point already uses every code")  # fmt: skip
-    size = quant.group_size
-    _require(size in (None, -1) or size >= 2, "quant.group_size", size, "at least 2, or -1 for per-channel")
-    wide, spec = quant.decompressed_bits, quant.spec
-    _require(wide is None or (spec.symmetric and spec.group_size and not spec.full_range), "quant.decompressed_bits",
-             wide, "left out but for symmetric grids in groups that are not full-range")  # fmt: skip
-    _require(wide is None or quant.bits < wide <= MAX_DECOMPRESSED_BITS, "quant.decompressed_bits", wide,
-             f"above quant.bits ({quant.bits}), at most {MAX_DECOMPRESSED_BITS}")  # fmt: skip
 
 
 def _check_activations(activations: ActivationOptions) -> None:

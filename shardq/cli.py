@@ -5,10 +5,12 @@ import os
 import sys
 
 from shardq import __version__
-from shardq.arguments import as_recipe, make_config, nearest, take_apart
+from shardq.arguments import make_config, take_apart
 from shardq.errors import ConfigError, Interrupted, ShardQError
 from shardq.help import help_text
 from shardq.logs import print_error, tell_launcher
+from shardq.recipe import as_recipe
+from shardq.spelling import nearest
 from shardq.verbs import COMMANDS, Command, Config, return_freed_tensors, running
 
 
@@ -72,7 +74,7 @@ def parse(verb: str, arguments: list[str]) -> Config:
         if "version" in given.flags:
             print(f"shardq {__version__}")
             sys.exit(0)
-        config = make_config(config_class, given, verb)
+        config: Config = make_config(config_class, given, verb)
         if "print-config" in given.flags:
             print(as_recipe(config), end="")
             sys.exit(0)

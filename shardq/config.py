@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shardq.cache.options import CacheOptions
 from shardq.calib.options import MovedText, TextOptions
+from shardq.errors import ConfigError
 from shardq.formats.options import AimetOptions, ExportOptions, FormatName
 from shardq.optimize.options import OptimizeOptions, TuneOptions
 from shardq.parallel.options import ParallelOptions
-from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import DEFAULT_IGNORE, QuantSpec
+from shardq.quant.options import DEFAULT_IGNORE, ActivationOptions
+
+if TYPE_CHECKING:  # options are read before torch is imported, which takes seconds
+    from shardq.quant.integer_grid import IntegerGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +42,31 @@ class QuantOptions:
     brackets, as in `re:.*[.]1{1,2}[.].*`, belongs to the pattern. Embeddings and head are never quantized."""
 
     @property
-    def spec(self) -> QuantSpec:
-        """The grid that these options describe."""
-        group_size = None if self.group_size in (None, -1) else self.group_size
+    def grid(self) -> "IntegerGrid":
+        """The grid that these options describe.
+
+        Raises:
+            ConfigError: there is none; names the option, its value and what is allowed.
+        """
+        from shardq.quant.integer_grid import IntegerGrid
+
         # A multiplier is positive, so two-level scales are.
         by_default = self.bits <= 4 and self.symmetric and self.decompressed_bits is None
-        return QuantSpec(
-            bits=self.bits,
-            symmetric=self.symmetric,
-            group_size=group_size,
-            full_range=by_default if self.full_range is None else self.full_range,
-            decompressed_bits=self.decompressed_bits,
-        )
+        try:
+            return IntegerGrid(
+                bits=self.bits,
+                symmetric=self.symmetric,
+                group_size=None if self.group_size == -1 else self.group_size,
+                full_range=by_default if self.full_range is None else self.full_range,
+                decompressed_bits=self.decompressed_bits,
+            )
+        except ValueError as error:
+            raise ConfigError(f"quant.{error}") from error
+
+    @property
+    def spec(self) -> "IntegerGrid":
+        """The grid, under the name that is going away."""
+        return self.grid
 
     @property
     def ignored(self) -> tuple[str, ...]:

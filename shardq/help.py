@@ -10,13 +10,18 @@ from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from shardq.arguments import required, usage
+from shardq.shipped import RECIPES, shipped
 
 MAX_WIDTH, INDENT = 100, 24
 FLAGS = (
     ("-h, --help", "Show this help and exit."),
     ("--version", "Show the version and exit."),
     ("--print-config", "Show all options with the values that they would have, as a recipe, and exit."),
-    ("--config FILE", "YAML recipe of options; may be given several times. Single options win, wherever they stand."),
+    (
+        "--config RECIPE",
+        "Recipe of options: the name of one that comes with shardq, or the path of a YAML file; may be given several "
+        f"times. Single options win, wherever they stand. Names: {', '.join(shipped(RECIPES))}.",
+    ),
 )
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}
 

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -68,14 +69,46 @@ def seconds_since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
+class Event:
+    """A span that a rank has finished.
+
+    Attributes:
+        span: its name.
+        seconds: that it took.
+        time: of its end, in seconds since 1970.
+        facts: what else is known of it: its `block`, `iterations`, seconds that it waited, ...
+    """
+
+    span: str
+    seconds: float
+    rank: int
+    time: float
+    facts: dict[str, Any]
+
+    @classmethod
+    def parsed(cls, line: bytes) -> "Event":
+        """The event of a line that `Events` has written.
+
+        Raises:
+            ValueError: it is none.
+        """
+        facts = json.loads(line)
+        try:
+            span, seconds, rank, when = (facts.pop(name) for name in ("span", "seconds", "rank", "time"))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError("no event") from error
+        return cls(span, seconds, rank, when, facts)
+
+
 class Events:
-    """Appends one JSON line per finished span to `events.jsonl`; every rank writes to the same file.
+    """Appends one JSON line per finished span to a log; every rank of a host writes to the same file.
 
     The spans of a block follow one another and are inside none but `run`, so that their seconds add up to it. A line
     is written by a single `write` to a file opened for appending, which keeps lines of several ranks apart.
     """
 
-    def __init__(self, path: Path | None, rank: int):
+    def __init__(self, path: Path, rank: int):
         self._path, self._rank = path, rank
         self._open: list[dict] = []
 
@@ -106,8 +139,6 @@ class Events:
         self._write({"span": name, "seconds": round(seconds, 6), **facts})
 
     def _write(self, event: dict) -> None:
-        if self._path is None:
-            return
         line = json.dumps({"time": round(time.time(), 3), "rank": self._rank, **event}) + "\n"
         with storage_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(line)

@@ -11,9 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shardq"
 
 # Lowest first: a module imports its own layer or what stands before it.
-LAYERS = ["errors", "files", "background", "devices", "torch_internals", "compiling", "logs", "liveness", "matrix",
-          "quant", "formats", "model", "calib", "cache", "optimize", "parallel", "config", "summaries", "arguments",
-          "help", "checks", "rundir", "training", "export", "commands", "verbs", "api", "cli",
+LAYERS = ["errors", "spelling", "shipped", "files", "background", "devices", "torch_internals", "compiling", "logs",
+          "liveness", "matrix", "quant", "formats", "model", "calib", "cache", "optimize", "parallel", "config",
+          "summaries", "recipe", "arguments", "help", "checks", "rundir", "training", "export", "commands", "verbs",
+          "api", "cli",
           "__init__"]  # fmt: skip
 SIBLINGS = (
     {"model", "calib", "cache", "optimize"},
@@ -307,8 +308,8 @@ PLANTED = [
     (strayed_privates, "files.py", "from torch.utils._pytree import tree_map", "uses the private torch.utils._pytree"),
     (strayed_privates, "files.py", "x = model.config._attn_implementation", "uses the private _attn_implementation"),
     (strayed_privates, "cache/store.py", "from shardq.files import _own", "uses the private shardq.files._own"),
-    (relative_imports, "quant/affine.py", "from . import packing", "relative import"),
-    (import_cycles, "quant/spec.py", "from shardq.quant import quantized", "shardq.quant.spec"),
+    (relative_imports, "quant/grid.py", "from . import packing", "relative import"),
+    (import_cycles, "quant/grid.py", "from shardq.quant import quantized", "shardq.quant.grid"),
     (global_statements, "files.py", "def _count():\n    global counter\n", "global"),
     (long_files, "files.py", "#\n" * MAX_FILE_LINES, "files.py: "),
     (long_functions, "files.py", LONG_FUNCTION, "_long has 61 lines"),

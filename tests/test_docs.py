@@ -7,47 +7,24 @@ import shlex
 import sys
 import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import shardq
 from shardq import errors
+from shardq.api import config_of
 from shardq.checks import check_evaluate, check_quantize
-from shardq.cli import COMMANDS, parse
+from shardq.cli import parse
 from shardq.export.chosen import FORMATS
 from shardq.optimize.options import resolved
 from shardq.parallel.ranks import Ranks
+from shardq.shipped import DEEPSPEED, shipped
+from shardq.verbs import COMMANDS
+from shown import LINES, PAGES, ROOT, ours
 
-ROOT = Path(__file__).parents[1]
-FILES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in FILES}
 OTHER_PROGRAMS = ("vllm", "llama-cli", "pip", "mkdocs", "export")
-STARTERS = r"(?:torchrun|shardq-ranks|python launch/ranks\.py)(?: --?[\w-]+(?: (?!launch/|shardq)[\w./:$-]+)?)*"
-OURS = re.compile(rf"(?:{STARTERS} |python )?(?:launch/(\w+)\.py|shardq (\w+))(?: (.*))?")
-
-
-def shown_lines(text):
-    """The commands in the shell blocks of a page, without their comments; a backslash joins lines."""
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL):
-        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                yield words[-1] if words[:3] == ["srun", "bash", "-c"] else shlex.join(words)
-
-
-def ours(line):
-    """A command of shardq in a line: (verb, number of ranks, arguments); None where it is another program's."""
-    found = OURS.fullmatch(line)
-    verb = found and (found.group(1) or found.group(2))
-    if not verb or verb not in COMMANDS:
-        return None
-    ranks = re.search(r"--nproc-per-node (\d+)", line)
-    return verb, int(ranks.group(1)) if ranks else 1, shlex.split(found.group(3) or "")
-
-
-LINES = [(page, line) for page, text in PAGES.items() for line in shown_lines(text)]
 COMMAND_LINES = [(page, line) for page, line in LINES if ours(line)]
 
 
@@ -80,6 +57,30 @@ def test_other_commands_name_programs_and_options_that_are_there(page, line):
     if script.group().endswith(".py") and line.startswith("python"):
         options = [word.removeprefix("--") for word in shlex.split(line.split(" -- ")[0]) if word.startswith("--")]
         assert all(option in source for option in options), line
+
+
+def python_calls(text):
+    """Calls of shardq's functions in the Python blocks of a page: (verb, first argument, options)."""
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("shardq."):
+                options = {each.arg: ast.literal_eval(each.value) for each in node.keywords}
+                yield node.func.attr, ast.literal_eval(node.args[0]), options
+
+
+def test_python_calls_have_options_that_are_there():
+    calls = [call for text in PAGES.values() for call in python_calls(text)]
+    assert {verb for verb, _, _ in calls} >= {"quantize", "evaluate", "export", "verify"}
+    for verb, first, options in calls:
+        if verb in COMMANDS:
+            config_of(verb, first, (), options)
+        else:
+            assert verb in shardq.__all__
+
+
+def test_settings_that_pages_show_are_yaml():
+    blocks = [block for text in PAGES.values() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert blocks and all(all(yaml.safe_load_all(block)) for block in blocks)
 
 
 def test_extras_that_pages_install_are_declared():
@@ -131,7 +132,6 @@ def test_tables_from_the_code_are_as_the_code_is():
     docs_tables = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = docs_tables
     spec.loader.exec_module(docs_tables)
-    assert set(docs_tables.VERBS) == set(COMMANDS)
     for name, (page, text) in docs_tables.PARTS.items():
         assert docs_tables.with_part(PAGES[page], name, text()) == PAGES[page], "run python tools/docs_tables.py"
 
@@ -160,6 +160,5 @@ def test_texts_to_look_up_are_texts_of_the_code():
     assert [part for part in parts if not any(part in text for text in texts)] == []
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/deepspeed/*.json")), ids=lambda file: file.name)
-def test_deepspeed_files_are_explained(file):
-    assert f"`configs/deepspeed/{file.name}`" in PAGES["docs/tasks/ranks.md"]
+def test_deepspeed_settings_are_explained():
+    assert all(f"`{name}`" in PAGES["docs/tasks/ranks.md"] for name in shipped(DEEPSPEED))

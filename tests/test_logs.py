@@ -125,13 +125,6 @@ def test_lines_of_several_ranks_do_not_mix(tmp_path):
     assert sorted(found) == [(rank, number) for rank in range(4) for number in range(50)]
 
 
-def test_events_without_a_file_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with Events(None, rank=0).span("train") as facts:
-        facts["loss"] = 1.0
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_events_that_cannot_be_written_are_named(tmp_path):
     path = tmp_path / "gone" / "events.jsonl"
     with pytest.raises(StorageError) as caught, Events(path, rank=0).span("train"):

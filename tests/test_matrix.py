@@ -8,7 +8,7 @@ from shardq.errors import UnsupportedModelError
 from shardq.matrix import Matrix, hooked, matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.quant.adascale import Kernels
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 
 class Experts(nn.Module):
@@ -98,11 +98,11 @@ def test_experts_of_one_parameter_are_quantized_as_linears_of_their_own_are(meth
     """Quantized, trained for a step in two passes, folded and served: to the last bit, with another grid for each."""
     fused = Fused()
     separate = Separate(fused)
-    specs = (QuantSpec(bits=3), QuantSpec(bits=4, group_size=4))
+    grids_of_each = (IntegerGrid(bits=3), IntegerGrid(bits=4, group_size=4))
     inputs, results = torch.randn(2, 3, 4, 8), []
     for block, matrices in ((fused, EXPERTS), (separate, matrices_in(separate))):
         source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        grids = dict(zip(matrices, specs, strict=True))
+        grids = dict(zip(matrices, grids_of_each, strict=True))
         quantizer = BlockQuantizer(block, grids, method, Kernels(), torch.float32)
         quantizer.start(source)
         gradients = []
@@ -120,6 +120,6 @@ def test_experts_of_one_parameter_are_quantized_as_linears_of_their_own_are(meth
             gradients = [parameter.grad for parameter in quantizer.parameters()]
         folded = quantizer.folded()
         quantizer.serve(folded, lambda weight: weight)
-        assert [linear.spec for linear in folded.values()] == list(specs)
+        assert [linear.grid for linear in folded.values()] == list(grids_of_each)
         results.append([*gradients, *(linear.codes_OI for linear in folded.values()), block(inputs[0])])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

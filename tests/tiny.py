@@ -1,7 +1,6 @@
 """Small seeded models, token files and launches that the tests share; nothing is downloaded."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 LAUNCH_TIMEOUT_SECONDS = 600
-PROGRAM_TIMEOUT_SECONDS = 1800
 
 # Each token has an input of its own for every block, and the last two blocks take keys and values of earlier ones.
 GEMMA4 = Gemma4TextConfig(
@@ -107,17 +105,6 @@ def torchrun(
             stdout, stderr = process.communicate()
             raise AssertionError(f"still running after {LAUNCH_TIMEOUT_SECONDS} s: {command}\n{stderr}") from None
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-def told_by(script: str | Path, *arguments: object) -> list[dict]:
-    """Run one of the tests' own programs, which tells a JSON object a line, to its end in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_SECONDS,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def random_linear(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> QuantizedLinear:

@@ -1,29 +1,33 @@
 #!/usr/bin/env python
-"""Writes what docs/ says of options, formats and models from the code: python tools/docs_tables.py
+"""Writes the tables of README and docs/ that come from the code and from results: python tools/docs_tables.py
 
 Each part stands between two comments of its page, `<!-- NAME: by tools/docs_tables.py -->` and `<!-- end of NAME -->`.
 tests/test_docs.py compares them.
 """
 
+import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from shardq.config import EvaluateConfig, ExportConfig, QuantizeConfig, TuneConfig, VerifyConfig  # noqa: E402
+import shardq  # noqa: E402
+from shardq import api, summaries  # noqa: E402
 from shardq.errors import ConfigError  # noqa: E402
 from shardq.formats import compressed_tensors, gguf_tensors, gptq  # noqa: E402
 from shardq.help import docstrings  # noqa: E402
 from shardq.quant.spec import QuantSpec  # noqa: E402
+from shardq.rundir.loaded import FinishedBlock, LoadedRun  # noqa: E402
+from shardq.shipped import RECIPES, shipped  # noqa: E402
+from shardq.verbs import COMMANDS  # noqa: E402
 
-VERBS = {"quantize": QuantizeConfig, "tune": TuneConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
-         "verify": VerifyConfig}  # fmt: skip
 KINDS: dict[str, dict[str, object]] = {
     "symmetric": {"symmetric": True},
     "symmetric, full-range": {"symmetric": True, "full_range": True},
@@ -46,21 +50,39 @@ PROGRAMS: dict[str, Callable[[QuantSpec], object]] = {
 def options_text() -> str:
     """A table for each command and each group of its options."""
     parts = []
-    for verb, config_class in VERBS.items():
-        for title, rows in _groups(config_class, "", ""):
+    for verb, command in COMMANDS.items():
+        for title, rows in _groups(command.config, "", ""):
             head = f"### {title}" if title else f"## `shardq {verb}`"
-            parts.append(f"{head}\n\n{_table(('option', 'meaning', 'default'), rows)}")
+            parts.append(f"{head}\n\n{_table(('option', 'meaning', 'values', 'default'), rows)}")
     return "\n".join(parts)
 
 
 def _groups(config_class: type, prefix: str, title: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     hints, texts = get_type_hints(config_class), docstrings(config_class)
     own = [each for each in fields(config_class) if not is_dataclass(hints[each.name])]
-    yield title, [(f"`--{prefix}{each.name}`", _cell(texts[each.name]), _default(each)) for each in own]
+    yield (
+        title,
+        [
+            (f"`--{prefix}{each.name}`", _cell(texts[each.name]), _values(hints[each.name]), _default(each))
+            for each in own
+        ],
+    )
     for each in fields(config_class):
         section = hints[each.name]
         if is_dataclass(section):
             yield from _groups(section, f"{prefix}{each.name}.", section.__doc__.removesuffix("."))
+
+
+def _values(hint: object) -> str:
+    """What an option takes, where that is a choice or not plain text."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in parts)
+    if get_origin(hint) is tuple:
+        return _values(parts[0]) or "names"
+    if parts:
+        return next(filter(None, map(_values, parts)), "")
+    return {int: "a whole number", float: "a number", bool: "`true`, `false`"}.get(hint, "")
 
 
 def _default(field: Field) -> str:
@@ -71,6 +93,15 @@ def _default(field: Field) -> str:
         return ""
     shown = ", ".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
     return _cell(f"`{shown}`")
+
+
+def recipes_text() -> str:
+    """The recipes of the package, with the comment that each begins with."""
+    rows = []
+    for name, file in shipped(RECIPES).items():
+        comment = re.match(r"(#.*\n)+", file.read_text()).group()
+        rows.append((f"`{name}`", _cell(" ".join(line.strip("# ") for line in comment.splitlines()))))
+    return _table(("recipe", "what it is for"), rows)
 
 
 def formats_text() -> str:
@@ -111,6 +142,20 @@ def _require(holds: bool) -> None:
         raise ConfigError("not served")
 
 
+def demo_text() -> str:
+    """The demo's results as its commands printed them, kept in docs/results/demo.json."""
+    told = json.loads((ROOT / "docs/results/demo.json").read_text())
+    run, size = told["run"], [f"{told[name] / 1e6:.0f} MB" for name in ("source_bytes", "quantized_bytes")]
+    cost = f"{run['seconds']:.0f} s", f"{run['peak_rss_bytes'] / 2**20:.0f} MiB"
+    perplexity = {name: f"{told[name]['perplexity']:.3f}" for name in ("float", "rtn", "quantized")}
+    rows = [
+        ("float (bfloat16)", perplexity["float"], "", "", size[0]),
+        ("round-to-nearest, 4 bits", perplexity["rtn"], "", "", ""),
+        ("**shardq, 4 bits**", f"**{perplexity['quantized']}**", *cost, f"{size[1]}, of which 57 MB are embeddings"),
+    ]
+    return _table(("model", "perplexity", "quantizing", "peak memory a rank", "tensors"), rows)
+
+
 def models_text() -> str:
     """The families that the sweep has streamed, each with its forms."""
     lines = (ROOT / "tests/families/streamed.txt").read_text().splitlines()
@@ -119,6 +164,37 @@ def models_text() -> str:
         family, _, form = line.partition(", ")
         forms.setdefault(family, []).append(form or "as it is")
     return _table(("`model_type`", "forms"), [(f"`{name}`", ", ".join(found)) for name, found in forms.items()])
+
+
+def python_text() -> str:
+    """The functions of `shardq.api`, and what they give."""
+    parts = []
+    for name, function in inspect.getmembers(api, inspect.isfunction):
+        if function.__module__ == api.__name__ and name in shardq.__all__:
+            purpose, *sections = inspect.getdoc(function).split("\n\n")
+            signature = str(inspect.signature(function)).split(" -> ")[0]
+            names = re.sub(r": [^,)=]+?(?= =|[,)])", "", signature).replace(" = ", "=")
+            parts.append(f"### `shardq.{name}{names}`\n\n{purpose}\n")
+            parts += [_section(section) for section in sections]
+    for described in (LoadedRun, FinishedBlock):
+        purpose, *sections = inspect.getdoc(described).split("\n\n")
+        parts += [f"### `{described.__name__}`\n\n{purpose}\n", *map(_section, sections)]
+        methods = inspect.getmembers(described, lambda each: inspect.isfunction(each) and not each.__name__[0] == "_")
+        lines = [f"- `{name}()`: {' '.join(inspect.getdoc(method).split())}\n" for name, method in methods]
+        parts += ["Methods:\n\n" + "".join(lines)] if lines else []
+    for name, summary in inspect.getmembers(summaries, inspect.isclass):
+        if summary.__module__ == summaries.__name__:
+            rows = [(f"`{field}`", _cell(text)) for field, text in docstrings(summary).items()]
+            parts.append(f"### `{name}`\n\n{summary.__doc__}\n\n{_table(('key', 'meaning'), rows)}")
+    return "\n".join(parts)
+
+
+def _section(text: str) -> str:
+    """`Args:` or the like of a docstring, as a list."""
+    head, _, body = text.partition("\n")
+    entries = re.split(r"\n {4}(?! )", "\n" + body)[1:]
+    lines = [" ".join(entry.split()) for entry in entries]
+    return f"{head}\n\n" + "\n".join("- `{}`: {}".format(*line.split(": ", 1)) for line in lines) + "\n"
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -131,9 +207,13 @@ def _cell(text: str) -> str:
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "results of the demo": ("README.md", demo_text),
+    "demo": ("docs/results.md", demo_text),
+    "recipes": ("docs/options.md", recipes_text),
     "options": ("docs/options.md", options_text),
     "grids and programs": ("docs/formats.md", formats_text),
     "models": ("docs/models.md", models_text),
+    "functions": ("docs/python.md", python_text),
 }
 
 

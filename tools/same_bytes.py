@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 import shardq  # noqa: E402
 from shardq.cli import run_command  # noqa: E402
+from shardq.rundir.folder import RunFolder  # noqa: E402
 
 sys.path.insert(0, str(Path(shardq.__file__).parents[1] / "tests"))
 import tiny  # noqa: E402  the package's own
@@ -157,7 +158,7 @@ def run(command: str) -> None:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     pids = [fork_rank(verb, arguments, rank, num_ranks, port) for rank in range(num_ranks)]
-    while stopped and not _has_a_line(Path("run/ledger.jsonl")) and not _has_ended(pids[0]):
+    while stopped and not _has_a_line(RunFolder(Path("run")).ledger) and not _has_ended(pids[0]):
         time.sleep(0.002)
     if stopped:
         Path("run/stop").touch()

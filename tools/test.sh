@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Runs ruff, mypy and the tests, two files at a time; arguments go to pytest, which then runs one: tools/test.sh -m slow
+# Runs ruff, mypy, a strict build of the documents, and the tests, two files at a time. Arguments go to pytest, which
+# then runs one file at a time: tools/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check shardq tests tools
 "$python" -m mypy
+NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet  # in .cache/site; a warning ends it
 if [[ $# -eq 0 ]]; then
     # one thread each: the tests' tensors are small, and threads beyond the cores wait for one another
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -13,7 +13,7 @@ from shardq.compiling import why_not
 from shardq.config import QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
-from shardq.export.target import check_served
+from shardq.export.target import as_served, check_served
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
@@ -83,10 +83,11 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
     Args:
         held: keeps other runs out of that folder until it is closed.
     """
+    grid = together(ranks, lambda: config.quant.grid)  # first: the output folder may be named after it
     output = output_folder(config)
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The grid as it is: a run that was begun with another default is another run.
-    quant = replace(config.quant, full_range=config.quant.spec.full_range)
+    quant = replace(config.quant, full_range=grid.full_range)
     config = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
@@ -95,7 +96,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
         companions(folder)  # they are copied after the last block; one that must not be is refused now
         _check_length(skeleton, length)
-        plan = make_plan(skeleton, config.quant, config.target)
+        plan = as_served(config, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             plan = plan.with_arguments(record_arguments(skeleton, embed, length))
@@ -107,7 +108,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)
-        manifest = make_manifest(chosen, skeleton.source.index, folder, digest(tokens_NT))
+        manifest = make_manifest(chosen, skeleton.source, digest(tokens_NT))
         record, line = take_folder(output, manifest, config.resume, redo, held, display)
         if line is None:
             skeleton.source.digests.update(record.source)
@@ -209,7 +210,7 @@ def _say_what_will_be_done(run: Run) -> None:
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
         f"block{more}"
     )
-    if config.quant.full_range:
+    if config.quant.grid.has_signed_scales:
         line(
             "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
             "--quant.full_range false for runtimes that ask for symmetric weights"

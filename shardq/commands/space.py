@@ -126,12 +126,12 @@ def _files(
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
-    spec, itemsize = next(iter(plan.grids.values())), written_dtype(skeleton, plan, export.dtype).itemsize
+    grid, itemsize = next(iter(plan.grids.values())), written_dtype(skeleton, plan, export.dtype).itemsize
     source_itemsize = written_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
     in_others = dict.fromkeys(formats, 0)
     for block in plan.blocks:
-        grids = {matrix.tensor: spec for matrix, spec in block.grids.items()}
+        grids = {matrix.tensor: of_matrix for matrix, of_matrix in block.grids.items()}
         sizes = block_bytes(skeleton.block_tensors(block.index), grids)
         if block.index not in finished:
             yield output / plan.block_shard(block.index), sizes.others + sizes.num_weights * itemsize
@@ -140,7 +140,7 @@ def _files(
                 path = RunFolder(output).encodings(version, block.index)
                 yield path, encodings.BYTES_A_SCALE[version] * sizes.num_scales
         for name, chosen in formats.items():
-            num_bytes = chosen.block_bytes(sizes, spec, source_itemsize)
+            num_bytes = chosen.block_bytes(sizes, grid, source_itemsize)
             in_others[name] += num_bytes
             path = output / name / plan.block_shard(block.index)
             if name in checkpoints and (block.index not in finished or not path.exists()):

@@ -115,7 +115,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     quantized = RunRecord.read(run)
     quantized.check_finished()
     former = quantized.manifest()
-    others = differences({"model": former["model"]}, {"model": model_of(skeleton.source.index, skeleton.folder)})
+    others = differences({"model": former["model"]}, {"model": model_of(skeleton.source)})
     if others:
         raise ConfigError(
             f"model: {config.model} is not the model that {run} has quantized; "

@@ -168,13 +168,13 @@ def _check_block(skeleton: Skeleton, path: Path, names: list[str], faults: Fault
 
 
 def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLinear, faults: Faults) -> None:
-    spec, zero_point_OG, tensor = linear.spec, linear.zero_point_OG, skeleton.tensor(f"{name}.weight")
+    tensor = skeleton.tensor(f"{name}.weight")
     if linear.codes_OI.shape != tensor.shape:
         shapes = f"codes {list(linear.codes_OI.shape)}, its weight {list(tensor.shape)}"
         faults["codes"].append(f"{path}: {name} has {shapes}")
         return
-    if ((zero_point_OG < spec.qmin) | (zero_point_OG > spec.qmax)).any():
-        faults["codes"].append(f"{path}: {name} has a zero point beyond the codes {spec.qmin} to {spec.qmax}")
+    if not linear.grid.has_zero_points(linear.zero_point_OG):
+        faults["codes"].append(f"{path}: {name} has a zero point that its grid does not allow")
     if not linear.has_valid_scales:
         faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")
     weight_OI = skeleton.source.read_unchecked(tensor)

@@ -6,9 +6,10 @@ from pathlib import Path
 from shardq.export.base import Format, Grids
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.integers import integer_grid
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 from shardq.rundir.encodings import merge_encodings
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import BlockBytes
@@ -33,12 +34,12 @@ class Aimet(Format):
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         num_scales = 0
-        for name, spec in grids.items():
+        for name, grid in grids.items():
             num_outputs, num_inputs = skeleton.tensor(f"{name}.weight").shape
-            num_scales += num_outputs * (num_inputs // (spec.group_size or num_inputs))
+            num_scales += integer_grid(self.name, grid).num_scales(num_outputs, num_inputs)
         encodings.check_size(self.version, num_scales)
 
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         return 2 * encodings.BYTES_A_SCALE[self.version] * block.num_scales  # its own file, and its part of the model's
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
@@ -49,5 +50,5 @@ class Aimet(Format):
         merge_encodings(folder, self.version, run, num_blocks)
         return 0.0
 
-    def how_to_serve(self, spec: QuantSpec) -> str:
+    def how_to_serve(self, grid: Grid) -> str:
         return f"{USE_ENCODINGS}\n\n```python\n{LOAD_ENCODINGS}\n```"

@@ -4,13 +4,15 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
+
 from shardq.formats.options import FormatName
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 from shardq.rundir.room import BlockBytes
 
-Grids = dict[str, QuantSpec]  # by full name of the linear
+Grids = dict[str, Grid]  # by full name of the linear
 
 
 class Format(ABC):
@@ -45,8 +47,16 @@ class Format(ABC):
             UnsupportedModelError: the format has no place for the model.
         """
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What its target rounds scales to, in a model of some dtype."""
+        return dtype if dtype is torch.float16 else torch.bfloat16
+
+    def is_served(self, grid: Grid) -> bool:
+        """Whether its target's program takes it on a grid that `check` lets pass."""
+        return True
+
     @abstractmethod
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         """About what a block takes.
 
         Args:
@@ -67,5 +77,5 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def how_to_serve(self, spec: QuantSpec) -> str:
+    def how_to_serve(self, grid: Grid) -> str:
         """Markdown that says how a program loads it."""

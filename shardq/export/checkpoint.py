@@ -21,8 +21,8 @@ from shardq.logs import Display
 from shardq.matrix import is_linear
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import BlockBytes
 
@@ -43,7 +43,7 @@ class Checkpoint(Format):
             entering: the grid of what enters the linear, where the format asks for one and the run has it.
         """
 
-    def described(self, skeleton: Skeleton, spec: QuantSpec, ignored: Iterable[str]) -> dict:
+    def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
         """The entry `quantization_config` of config.json; empty for plain weights.
 
         Args:
@@ -55,11 +55,11 @@ class Checkpoint(Format):
         """
         return {}
 
-    def weight_dtype(self, skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
+    def weight_dtype(self, skeleton: Skeleton, grid: Grid) -> torch.dtype:
         """Dtype of the model that programs make of the checkpoint, in which they keep scales."""
-        return model_dtype(skeleton, spec)
+        return model_dtype(skeleton, grid)
 
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         return block.others + block.codes
 
     def write_shard(self, run: Path, skeleton: Skeleton, block_index: int, path: Path) -> None:
@@ -82,7 +82,7 @@ class Checkpoint(Format):
                 tensors[name] = read_tensor(info)
                 continue
             linear, bare_name = linears[name], name.removesuffix(".weight")
-            dtype = self.weight_dtype(skeleton, linear.spec)
+            dtype = self.weight_dtype(skeleton, linear.grid)
             if self.rounded_by:
                 linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
             of_linear = self.linear_tensors(bare_name, linear, dtype, inputs.get(bare_name))
@@ -91,8 +91,8 @@ class Checkpoint(Format):
         write_tensors(path, tensors, {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
-        spec = next(iter(grids.values()))
-        described = self.described(skeleton, spec, _linears_left(skeleton, grids))
+        grid = next(iter(grids.values()))
+        described = self.described(skeleton, grid, _linears_left(skeleton, grids))
         shards = sorted({info.file.name for info in skeleton.source.index.values()})
         for number, shard in enumerate(shards):
             if is_begun and (folder / shard).exists():
@@ -103,7 +103,7 @@ class Checkpoint(Format):
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
         copy_companions(skeleton.folder, folder)
-        dtype = self.weight_dtype(skeleton, spec)
+        dtype = self.weight_dtype(skeleton, grid)
         write_config(skeleton.folder, folder, dtype, **({"quantization_config": described} if described else {}))
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
@@ -174,10 +174,10 @@ def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
     return left | {name.removesuffix(".weight") for name in matrices - others}
 
 
-def model_dtype(skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
+def model_dtype(skeleton: Skeleton, grid: Grid) -> torch.dtype:
     """What a target has scales rounded to, else the source's dtype, that of the embeddings, which a run copies."""
-    if spec.scale_dtype:
-        return getattr(torch, spec.scale_dtype)
+    if grid.kept_dtype:
+        return grid.kept_dtype
     table = skeleton.model.get_input_embeddings()
     name = next(name for name, module in skeleton.model.named_modules() if module is table)
     return DTYPES[skeleton.tensor(f"{name}.weight").dtype]

@@ -15,7 +15,7 @@ from shardq.export.hf import Hf
 from shardq.export.onnx import Onnx
 from shardq.formats.options import ExportOptions, FormatName
 
-FORMATS: tuple[FormatName, ...] = get_args(FormatName)  # each to a folder of its name
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)  # each to a folder of its name; a target's preferred one first
 
 
 def format_of(name: FormatName, options: ExportOptions | ExportConfig) -> Format:
@@ -38,6 +38,11 @@ def format_of(name: FormatName, options: ExportOptions | ExportConfig) -> Format
 def formats_of(options: ExportOptions) -> dict[FormatName, Format]:
     """The further formats that a run is asked for, by name."""
     return {name: format_of(name, options) for name in options.asked}
+
+
+def served_as(target: str, options: ExportOptions) -> Format:
+    """The format that a target's program is given, unless it is given another that it takes."""
+    return next(chosen for name in FORMATS if (chosen := format_of(name, options)).rounded_by == target)
 
 
 def checkpoints_of(options: ExportOptions) -> dict[FormatName, Checkpoint]:

@@ -13,8 +13,8 @@ from shardq.formats import compressed_tensors
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.record import RunRecord
 from shardq.rundir.room import BlockBytes
 
@@ -37,13 +37,13 @@ class CompressedTensors(Checkpoint):
         return {"activation_bits": self.activation_bits}
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
-        for spec in set(grids.values()):
-            compressed_tensors.check_grid(spec, self.activation_bits)
+        for grid in set(grids.values()):
+            compressed_tensors.check_grid(grid, self.activation_bits)
 
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         if self.activation_bits == 8:
             return block.others + block.num_weights  # a byte each at any width
-        return super().block_bytes(block, spec, itemsize)
+        return super().block_bytes(block, grid, itemsize)
 
     def linear_tensors(
         self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None
@@ -51,10 +51,10 @@ class CompressedTensors(Checkpoint):
         inputs = {name: entering} if entering else {}
         return compressed_tensors.linear_tensors(name, linear, dtype, self.activation_bits, inputs)
 
-    def described(self, skeleton: Skeleton, spec: QuantSpec, ignored: Iterable[str]) -> dict:
+    def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
         blocks = range(len(skeleton.names))
-        grids = [grid for number in blocks for grid in input_grids(self, skeleton.folder, skeleton, number).values()]
-        return compressed_tensors.quantization_config(spec, self.activation_bits, ignored, *grids[:1])
+        inputs = [grid for number in blocks for grid in input_grids(self, skeleton.folder, skeleton, number).values()]
+        return compressed_tensors.quantization_config(grid, self.activation_bits, ignored, *inputs[:1])
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         scale_change = super().write(skeleton, grids, folder, display, is_begun)
@@ -62,5 +62,5 @@ class CompressedTensors(Checkpoint):
             display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
         return scale_change
 
-    def how_to_serve(self, spec: QuantSpec) -> str:
-        return with_vllm(in_transformers("compressed-tensors", LOAD_PLAIN if spec.symmetric else LOAD_ASYMMETRIC))
+    def how_to_serve(self, grid: Grid) -> str:
+        return with_vllm(in_transformers("compressed-tensors", LOAD_ASYMMETRIC if grid.has_zero_point else LOAD_PLAIN))

@@ -20,8 +20,8 @@ from shardq.formats.shards import DTYPES
 from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import materialised
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 
 MODEL_TYPES = ("llama", "mistral")  # of transformers, that are GGUF's architecture llama
@@ -44,7 +44,7 @@ class _Entry:
     read: Callable[[], Tensor]
 
 
-def check_gguf(skeleton: Skeleton, grids: dict[str, QuantSpec]) -> None:
+def check_gguf(skeleton: Skeleton, grids: dict[str, Grid]) -> None:
     """Check that GGUF can hold a model with its linears on some grids, by full name of the linear.
 
     Raises:
@@ -64,12 +64,12 @@ def check_gguf(skeleton: Skeleton, grids: dict[str, QuantSpec]) -> None:
                 f"{skeleton.folder}: {what} {found}: GGUF is written of models of Llama's architecture alone; export hf"
             )
     add_tokenizer(gguf.GGUFWriter(None, "llama"), skeleton.folder, config.vocab_size)
-    for name, spec in grids.items():
-        gguf_tensors.block_type(spec)
+    for name, grid in grids.items():
+        gguf_tensors.block_type(grid)
         gguf_tensors.check_width(name, skeleton.tensor(f"{name}.weight").shape[1])
 
 
-def write_gguf(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec]) -> float:
+def write_gguf(skeleton: Skeleton, folder: Path, grids: dict[str, Grid]) -> float:
     """Write `model.gguf`, with one block's codes in memory at a time.
 
     Returns:
@@ -100,10 +100,10 @@ def write_gguf(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec]) ->
     return max(changes)
 
 
-def _add_metadata(writer: gguf.GGUFWriter, skeleton: Skeleton, spec: QuantSpec) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, skeleton: Skeleton, grid: Grid) -> None:
     config = skeleton.model.config
     head_dim = _head_dim(config)
-    writer.add_file_type(FILE_TYPES[gguf_tensors.block_type(spec)])
+    writer.add_file_type(FILE_TYPES[gguf_tensors.block_type(grid)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -124,7 +124,7 @@ def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _entries(skeleton: Skeleton, grids: dict[str, QuantSpec], changes: list[float]) -> Iterator[_Entry]:
+def _entries(skeleton: Skeleton, grids: dict[str, Grid], changes: list[float]) -> Iterator[_Entry]:
     """What the file holds; each quantized linear that is read adds to `changes` by how much."""
     config, codes_of = skeleton.model.config, lru_cache(1)(read_block)
     gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

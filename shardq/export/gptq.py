@@ -10,8 +10,8 @@ from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, in_transformers, wi
 from shardq.formats import gptq
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 
 class Gptq(Checkpoint):
@@ -21,8 +21,8 @@ class Gptq(Checkpoint):
     rounded_by = "vllm"
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
-        for name, spec in grids.items():
-            gptq.check_grid(spec)
+        for name, grid in grids.items():
+            gptq.check_grid(grid)
             gptq.check_shape(name, *skeleton.tensor(f"{name}.weight").shape)
 
     def linear_tensors(
@@ -30,9 +30,12 @@ class Gptq(Checkpoint):
     ) -> dict[str, Tensor]:
         return gptq.linear_tensors(name, linear, dtype)
 
-    def described(self, skeleton: Skeleton, spec: QuantSpec, ignored: Iterable[str]) -> dict:
-        return gptq.quantization_config(spec, ignored)
+    def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
+        return gptq.quantization_config(grid, ignored)
 
-    def how_to_serve(self, spec: QuantSpec) -> str:
+    def is_served(self, grid: Grid) -> bool:
+        return gptq.is_served_by_vllm(grid)
+
+    def how_to_serve(self, grid: Grid) -> str:
         loaded = in_transformers("gptqmodel optimum", LOAD_PLAIN)
-        return with_vllm(loaded) if gptq.is_served_by_vllm(spec) else f"W{loaded[1:]}"
+        return with_vllm(loaded) if self.is_served(grid) else f"W{loaded[1:]}"

@@ -11,8 +11,8 @@ from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint
 from shardq.formats.checkpoint import plain_tensors
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.room import BlockBytes
 
 
@@ -30,16 +30,16 @@ class Hf(Checkpoint):
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         """Every grid fits."""
 
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
         return block.others + block.num_weights * (4 if self.dtype == "float32" else itemsize)
 
-    def weight_dtype(self, skeleton: Skeleton, spec: QuantSpec) -> torch.dtype:
-        return torch.float32 if self.dtype == "float32" else super().weight_dtype(skeleton, spec)
+    def weight_dtype(self, skeleton: Skeleton, grid: Grid) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else super().weight_dtype(skeleton, grid)
 
     def linear_tensors(
         self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None
     ) -> dict[str, Tensor]:
         return plain_tensors(name, linear, dtype)
 
-    def how_to_serve(self, spec: QuantSpec) -> str:
+    def how_to_serve(self, grid: Grid) -> str:
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"

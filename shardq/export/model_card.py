@@ -3,10 +3,10 @@
 import yaml
 
 from shardq.export.base import Format
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 
 
-def model_card(manifest: dict, spec: QuantSpec, chosen: Format, scale_change: float) -> str:
+def model_card(manifest: dict, grid: Grid, chosen: Format, scale_change: float) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
@@ -18,13 +18,13 @@ def model_card(manifest: dict, spec: QuantSpec, chosen: Format, scale_change: fl
     return f"""---
 {head}---
 
-# {_scheme(spec, chosen.activation_bits)}
+# {_scheme(grid, chosen.activation_bits)}
 
 Quantized by shardq {manifest["shardq"]}, weights of the decoder's linears alone. {_exactness(scale_change)}
 
 ## Serve it
 
-{chosen.how_to_serve(spec)}
+{chosen.how_to_serve(grid)}
 
 ## How it was made
 
@@ -46,10 +46,8 @@ def _tuning(manifest: dict) -> str:
     return f"\nScales were then tuned end to end by `launch/tune.py`, codes stayed:\n\n```yaml\n{options}```\n"
 
 
-def _scheme(spec: QuantSpec, activation_bits: int) -> str:
-    grid = "symmetric" if spec.symmetric else "asymmetric"
-    per = f"in groups of {spec.group_size}" if spec.group_size else "per-channel"
-    return f"W{spec.bits}A{activation_bits}, {grid}, {per}"
+def _scheme(grid: Grid, activation_bits: int) -> str:
+    return f"W{grid.bits}A{activation_bits}, {grid.description}"
 
 
 def _exactness(scale_change: float) -> str:

@@ -6,9 +6,10 @@ import torch
 
 from shardq.export.base import Format, Grids
 from shardq.formats.checkpoint import copy_companions, write_config
+from shardq.formats.integers import integer_grid
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 from shardq.rundir.room import BlockBytes
 
 LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
@@ -27,10 +28,11 @@ class Onnx(Format):
     package = "onnxscript"
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
-        """Every grid fits."""
+        for grid in set(grids.values()):
+            integer_grid(self.name, grid)
 
-    def block_bytes(self, block: BlockBytes, spec: QuantSpec, itemsize: int) -> int:
-        codes = block.num_weights if spec.bits > 4 else block.num_weights // 2
+    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
+        codes = block.num_weights if grid.bits > 4 else block.num_weights // 2
         return block.others + codes + 5 * block.num_scales
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
@@ -41,5 +43,5 @@ class Onnx(Format):
         write_config(skeleton.folder, folder, torch.float32)
         return 0.0
 
-    def how_to_serve(self, spec: QuantSpec) -> str:
+    def how_to_serve(self, grid: Grid) -> str:
         return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"

@@ -10,11 +10,11 @@ from shardq.formats.block_file import read_block
 from shardq.logs import Display
 from shardq.model.graph import traced_parts
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 from shardq.rundir.folder import RunFolder
 
 
-def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, QuantSpec], display: Display) -> None:
+def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, Grid], display: Display) -> None:
     """Write `model.onnx`, the same in parts, and a file of weights for each block and one for what is outside them.
 
     The parts are `embedding.onnx`, `block-NNNNN.onnx` and `head.onnx`. One block's weights are in memory at a time.

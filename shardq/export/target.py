@@ -8,20 +8,34 @@ from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
-from shardq.export.chosen import check_installed, format_of, formats_of
+from shardq.export.chosen import check_installed, formats_of, served_as
 from shardq.formats import compressed_tensors, gptq
-from shardq.formats.options import FormatName
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
+from shardq.rundir.block_output import written_dtype
 from shardq.rundir.plan import Plan
 
-TARGETS: dict[str, FormatName] = {"vllm": "compressed-tensors", "gguf": "gguf"}  # what each is to be served as
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
 # activations) ask of a linear's sizes.
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
+
+
+def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
+    """The plan with scales that are kept as the target keeps them; the same plan where there is no target.
+
+    Raises:
+        ConfigError: its grids cannot keep them so.
+    """
+    if config.target is None:
+        return plan
+    dtype = served_as(config.target, config.export).scale_dtype(written_dtype(skeleton, plan, "source"))
+    try:
+        return plan.with_scales_in(str(dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise ConfigError(f"quant.{error}; {config.target} keeps them so, leave out one of the two") from error
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -30,21 +44,16 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     Raises:
         ConfigError: naming the rule, and the linear that breaks it.
     """
-    spec, export = config.quant.spec, config.export
+    grid, export = config.quant.grid, config.export
     asked = formats_of(export)
     if config.target:  # what it is to serve must be there in the end, by this run or by an export
-        name = TARGETS[config.target]
-        asked |= {name: format_of(name, export)}
+        served = served_as(config.target, export)
+        asked |= {served.name: served}
     for chosen in asked.values():
         check_installed(chosen)
-    if config.target and spec.decompressed_bits:
+    if config.target == "vllm" and grid.bits not in compressed_tensors.BITS:
         raise ConfigError(
-            f"quant.decompressed_bits: {config.target} keeps scales in {plan.scale_dtype}, in which they are no whole "
-            "multiples; leave out quant.decompressed_bits or target"
-        )
-    if config.target == "vllm" and spec.bits not in compressed_tensors.BITS:
-        raise ConfigError(
-            f"quant.bits: vLLM has no kernel for {spec.bits} bits, only for 4 and 8; choose one of them, or leave out "
+            f"quant.bits: vLLM has no kernel for {grid.bits} bits, only for 4 and 8; choose one of them, or leave out "
             "target"
         )
     for chosen in asked.values():
@@ -54,21 +63,24 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
 
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
-    spec, activation_bits = config.quant.spec, config.export.activation_bits
-    if spec.group_size not in VLLM_GROUP_SIZES:
+    grid, activation_bits = config.quant.grid, config.export.activation_bits
+    if grid.group_size not in VLLM_GROUP_SIZES:
         raise ConfigError(
-            f"quant.group_size: vLLM has no kernel for groups of {spec.group_size}; choose 32, 64, 128 or -1"
+            f"quant.group_size: vLLM has no kernel for groups of {grid.group_size}; choose 32, 64, 128 or -1"
         )
-    if not spec.symmetric and spec.bits != 4:
-        raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {spec.bits} bits, only of 4")
+    if grid.has_zero_point and grid.bits != 4:
+        raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {grid.bits} bits, only of 4")
     if config.activations.kv_bits:
         raise ConfigError(
             "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
             "leave it out"
         )
-    if "gptq" in config.export.asked and not gptq.is_served_by_vllm(spec):
-        raise ConfigError("export.formats: vLLM takes gptq on symmetric grids with positive scales only; leave it out")
-    fault_on = partial(_shape_fault, skeleton, plan, spec, VLLM_MULTIPLE[activation_bits])
+    for chosen in formats_of(config.export).values():
+        if chosen.rounded_by == "vllm" and not chosen.is_served(grid):
+            raise ConfigError(
+                f"export.formats: vLLM takes {chosen.name} on symmetric grids with positive scales only; leave it out"
+            )
+    fault_on = partial(_shape_fault, skeleton, plan, grid, VLLM_MULTIPLE[activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
         fault = fault if served else fault_on(1)
@@ -86,7 +98,7 @@ class _Fault:
     name: str = ""
 
 
-def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int, degree: int) -> _Fault | None:
+def _shape_fault(skeleton: Skeleton, plan: Plan, grid: Grid, multiple: int, degree: int) -> _Fault | None:
     """What keeps vLLM from splitting the quantized linears over `degree` GPUs, if anything does.
 
     Which side of a linear is split is the architecture's own declaration. Heads of keys and values that are fewer than
@@ -111,8 +123,8 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, spec: QuantSpec, multiple: int,
             part = f"{name} has {size} {kind} channels{split}"
             if size % (parts[kind] * multiple):
                 return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
-            if kind == "input" and spec.group_size and size % (parts[kind] * spec.group_size):
-                return _Fault(f"{part}; these must be whole groups of {spec.group_size}", name)
+            if kind == "input" and not grid.fits(size // parts[kind]):
+                return _Fault(f"{part}; these must be whole groups of {grid.group_size}", name)
     return None
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from shardq.errors import CheckpointError
@@ -18,8 +19,9 @@ from shardq.formats.shards import read_header, read_metadata
 from shardq.formats.tensor_file import read_tensors, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.grid import Grid
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import MAX_DECOMPRESSED_BITS, QuantSpec
 
 VERSION = 1
 
@@ -30,12 +32,12 @@ def write_block(
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
     tensors: dict[str, Tensor] = {}
     for name, linear in linears.items():
-        tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.spec)
+        tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.grid)
         tensors[f"{name}.scale"] = linear.scale_OG.float()
-        if not linear.spec.symmetric:
+        if linear.grid.has_zero_point:
             tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
     described = {
-        name: {"in_features": linear.codes_OI.shape[1], **asdict(linear.spec)} for name, linear in linears.items()
+        name: {"in_features": linear.codes_OI.shape[1], **linear.grid.as_dict()} for name, linear in linears.items()
     }
     content = {"version": VERSION, "linears": described}
     if activations:
@@ -52,23 +54,25 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
     """
     tensors = read_tensors(path)
     linears = {}
-    for name, (num_inputs, spec) in _described(path).items():
-        _check_shapes(path, name, tensors, num_inputs, spec)
+    for name, (num_inputs, grid) in _described(path).items():
+        _check_shapes(path, name, tensors, num_inputs, grid)
         scale_OG = tensors[f"{name}.scale"]
-        zero_point_OG = scale_OG.new_zeros(scale_OG.shape) if spec.symmetric else tensors[f"{name}.zero_point"].float()
-        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, spec)
-        linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)
+        zero_point_OG = torch.zeros_like(scale_OG)
+        if grid.has_zero_point:
+            zero_point_OG = tensors[f"{name}.zero_point"].float()
+        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, grid)
+        linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)
     return linears
 
 
-def read_grids(path: Path) -> dict[str, QuantSpec]:
+def read_grids(path: Path) -> dict[str, Grid]:
     """The grid of each linear in a block file, from its header alone.
 
     Raises:
         CheckpointError: as `read_block`.
     """
     read_header(path)  # for its errors
-    return {name: spec for name, (_, spec) in _described(path).items()}
+    return {name: grid for name, (_, grid) in _described(path).items()}
 
 
 def read_scale_shapes(path: Path) -> dict[str, tuple[int, int]]:
@@ -113,28 +117,28 @@ def _content(path: Path) -> dict:
     return content
 
 
-def _described(path: Path) -> dict[str, tuple[int, QuantSpec]]:
+def _described(path: Path) -> dict[str, tuple[int, Grid]]:
     """Number of input channels and grid of each linear."""
     try:
         described = _content(path)["linears"]
-        linears = {name: (facts.pop("in_features"), QuantSpec(**facts)) for name, facts in described.items()}
-        for num_inputs, spec in linears.values():
-            if not (2 <= spec.bits <= 8 and num_inputs % (spec.group_size or num_inputs) == 0):
-                raise ValueError(f"{num_inputs} input channels, {spec}")
-            if not (spec.decompressed_bits is None or spec.bits < spec.decompressed_bits <= MAX_DECOMPRESSED_BITS):
-                raise ValueError(f"{spec.decompressed_bits} decompressed bits, {spec}")
+        linears: dict[str, tuple[int, Grid]] = {
+            name: (facts.pop("in_features"), IntegerGrid(**facts)) for name, facts in described.items()
+        }
+        for num_inputs, grid in linears.values():
+            if not grid.fits(num_inputs):
+                raise ValueError(f"{num_inputs} input channels, {grid}")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(f"{path}: the grids in its header are damaged ({error})") from error
     return linears
 
 
-def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, spec: QuantSpec) -> None:
+def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, grid: Grid) -> None:
     """Raise CheckpointError where a linear's tensors are not all there or do not belong together."""
     num_outputs = len(tensors.get(f"{name}.scale", ()))
-    grid = (num_outputs, num_inputs // (spec.group_size or num_inputs))
-    expected = {"codes": (num_outputs, packing.packed_width(num_inputs, spec.bits)), "scale": grid}
-    if not spec.symmetric:
-        expected["zero_point"] = grid
+    scales = (num_outputs, grid.num_groups(num_inputs))
+    expected = {"codes": (num_outputs, packing.packed_width(num_inputs, grid.bits)), "scale": scales}
+    if grid.has_zero_point:
+        expected["zero_point"] = scales
     for kind, shape in expected.items():
         found = tensors.get(f"{name}.{kind}")
         if found is None or found.shape != shape:
@@ -142,6 +146,6 @@ def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs:
                 f"{path}: {name}.{kind} {'is missing' if found is None else f'has shape {list(found.shape)}'}, "
                 f"the grid asks for {list(shape)}; the file is damaged"
             )
-    if spare_bits := -num_inputs * spec.bits % 8:
+    if spare_bits := -num_inputs * grid.bits % 8:
         if (tensors[f"{name}.codes"][:, -1] >> (8 - spare_bits)).any():
             raise CheckpointError(f"{path}: {name}.codes has bits set behind its last code; the file is damaged")

@@ -22,31 +22,32 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from shardq.errors import ConfigError
+from shardq.formats.integers import integer_grid
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 BITS = (4, 8)
 PER_TOKEN_INT8 = ActivationGrid(8, symmetric=True)
 
 
-def check_grid(spec: QuantSpec, activation_bits: int) -> None:
+def check_grid(grid: Grid, activation_bits: int) -> None:
     """Check that the format, as programs read it, can express a grid.
 
     Raises:
         ConfigError: it cannot.
     """
-    if spec.bits not in BITS:
+    if integer_grid("compressed-tensors", grid).bits not in BITS:
         # Other widths lie differently in words of the library's older and newer versions.
-        raise ConfigError(f"compressed-tensors: {spec.bits} bits are not supported, only 4 and 8; export hf instead")
-    if activation_bits == 8 and not spec.symmetric:
+        raise ConfigError(f"compressed-tensors: {grid.bits} bits are not supported, only 4 and 8; export hf instead")
+    if activation_bits == 8 and grid.has_zero_point:
         raise ConfigError(
             "compressed-tensors: int8 activations need a symmetric weight grid; keep export.activation_bits at 16"
         )
-    if activation_bits == 8 and spec.bits == 8 and spec.group_size:
+    if activation_bits == 8 and grid.bits == 8 and grid.group_size:
         raise ConfigError(
-            f"compressed-tensors: int8 activations beside 8-bit weights in groups of {spec.group_size} have no kernel; "
+            f"compressed-tensors: int8 activations beside 8-bit weights in groups of {grid.group_size} have no kernel; "
             "quantize per-channel, or keep export.activation_bits at 16"
         )
 
@@ -65,15 +66,14 @@ def linear_tensors(
         dtype: that scales are stored in, the model's: programs would round them to it as they load.
         inputs: by a linear's name the grid of what enters it, where activation_bits is 8 (default: PER_TOKEN_INT8).
     """
-    spec = linear.spec
     tensors = {f"{name}.weight_scale": linear.scale_OG.to(dtype)}
     if activation_bits == 8:
         grid = (inputs or {}).get(name, PER_TOKEN_INT8)
         return tensors | {f"{name}.weight": linear.codes_OI} | _input_tensors(name, grid, dtype)
-    tensors[f"{name}.weight_packed"] = packing.pack_words(linear.codes_OI, spec)
+    tensors[f"{name}.weight_packed"] = packing.pack_words(linear.codes_OI, linear.grid)
     tensors[f"{name}.weight_shape"] = torch.tensor(linear.codes_OI.shape)
-    if not spec.symmetric:
-        tensors[f"{name}.weight_zero_point"] = packing.pack_words(linear.zero_point_OG.char().T, spec).T
+    if linear.grid.has_zero_point:
+        tensors[f"{name}.weight_zero_point"] = packing.pack_words(linear.zero_point_OG.char().T, linear.grid).T
     return tensors
 
 
@@ -87,7 +87,7 @@ def _input_tensors(name: str, grid: ActivationGrid, dtype: torch.dtype) -> dict[
 
 
 def quantization_config(
-    spec: QuantSpec, activation_bits: int, ignored: Iterable[str], inputs: ActivationGrid = PER_TOKEN_INT8
+    grid: Grid, activation_bits: int, ignored: Iterable[str], inputs: ActivationGrid = PER_TOKEN_INT8
 ) -> dict:
     """The entry `quantization_config` of config.json.
 
@@ -97,11 +97,12 @@ def quantization_config(
     """
     is_packed = activation_bits == 16
     stored_as = CompressionFormat.pack_quantized if is_packed else CompressionFormat.int_quantized
+    described = integer_grid("compressed-tensors", grid)
     weights = QuantizationArgs(
-        num_bits=spec.bits,
-        symmetric=spec.symmetric,
-        strategy=QuantizationStrategy.GROUP if spec.group_size else QuantizationStrategy.CHANNEL,
-        group_size=spec.group_size,
+        num_bits=described.bits,
+        symmetric=described.symmetric,
+        strategy=QuantizationStrategy.GROUP if described.group_size else QuantizationStrategy.CHANNEL,
+        group_size=described.group_size,
     )
     strategy = QuantizationStrategy.TENSOR if inputs.is_static else QuantizationStrategy.TOKEN
     activations = QuantizationArgs(

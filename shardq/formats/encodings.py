@@ -28,11 +28,11 @@ from torch import Tensor
 from shardq import __version__
 from shardq.errors import CheckpointError, ConfigError
 from shardq.files import storage_errors, write_whole
+from shardq.formats.integers import integer_grid
 from shardq.formats.options import EncodingsVersion
-from shardq.quant import affine
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 Grids = dict[str, ActivationGrid]
 Version = EncodingsVersion
@@ -75,19 +75,20 @@ def size_of(version: Version, num_scales: int) -> str:
 
 def item_of(version: Version, name: str, linear: QuantizedLinear) -> dict:
     """What a file of a version holds of one weight: `{name: [...]}` in 0.6.1, else an object that has its `name`."""
-    scale_OG, zero_point_OG, spec = linear.positive_grid
-    scale_OG, offset_OG = scale_OG.float(), (spec.qmin - zero_point_OG).to(torch.int64)
+    scale_OG, zero_point_OG, positive = linear.positive_grid
+    grid = integer_grid("aimet", positive)
+    scale_OG, offset_OG = scale_OG.float(), (grid.qmin - zero_point_OG).to(torch.int64)
     if version == "0.6.1":
-        return {name: _objects(scale_OG, offset_OG, spec)}
-    block_size = {"block_size": spec.group_size} if spec.group_size else {}
+        return {name: _objects(scale_OG, offset_OG, grid)}
+    block_size = {"block_size": grid.group_size} if grid.group_size else {}
     if version == "1.0.0":
-        item = _entry_v1(name, scale_OG, offset_OG, spec, "PER_BLOCK" if spec.group_size else "PER_CHANNEL")
-        return item | (_lpbq_v1(scale_OG, spec) if spec.decompressed_bits else {}) | block_size
-    if spec.decompressed_bits:
-        return {"name": name, "output_dtype": _dtype(spec), "axis": 1} | _lpbq_v2(version, scale_OG, spec) | block_size
-    if not spec.group_size:
+        item = _entry_v1(name, scale_OG, offset_OG, grid, "PER_BLOCK" if grid.group_size else "PER_CHANNEL")
+        return item | (_lpbq_v1(scale_OG, grid) if grid.decompressed_bits else {}) | block_size
+    if grid.decompressed_bits:
+        return {"name": name, "output_dtype": _dtype(grid), "axis": 1} | _lpbq_v2(version, scale_OG, grid) | block_size
+    if not grid.group_size:
         scale_OG, offset_OG = scale_OG.flatten(), offset_OG.flatten()
-    return _entry_v2(name, scale_OG, offset_OG, spec) | {"axis": 1 if spec.group_size else 0} | block_size
+    return _entry_v2(name, scale_OG, offset_OG, grid) | {"axis": 1 if grid.group_size else 0} | block_size
 
 
 def activations_of(version: Version, grids: Grids) -> list[dict] | dict[str, dict]:
@@ -98,76 +99,76 @@ def activations_of(version: Version, grids: Grids) -> list[dict] | dict[str, dic
         for name, grid in static.items():
             module, _, side = name.rpartition(".")
             if side in ("input", "output"):
-                (entry,) = _objects(*_unsigned(grid), grid.spec)
+                (entry,) = _objects(*_unsigned(grid), grid.levels)
                 entries.setdefault(module, {})[side] = {"0": entry}
         return entries
     if version == "1.0.0":
-        return [_entry_v1(name, *_unsigned(grid), grid.spec, "PER_TENSOR") for name, grid in static.items()]
+        return [_entry_v1(name, *_unsigned(grid), grid.levels, "PER_TENSOR") for name, grid in static.items()]
     scalars = {name: [one.squeeze() for one in _unsigned(grid)] for name, grid in static.items()}
-    return [_entry_v2(name, scale, offset, static[name].spec) for name, (scale, offset) in scalars.items()]
+    return [_entry_v2(name, scale, offset, static[name].levels) for name, (scale, offset) in scalars.items()]
 
 
 def _unsigned(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
     """Scale [1] and offset [1] of the unsigned code of a static grid."""
     assert grid.zero_point is not None
-    return torch.tensor([grid.scale]), torch.tensor([grid.spec.qmin - grid.zero_point])
+    return torch.tensor([grid.scale]), torch.tensor([grid.levels.qmin - grid.zero_point])
 
 
-def _dtype(spec: QuantSpec) -> str:
-    return f"{'' if spec.symmetric else 'u'}int{spec.bits}"
+def _dtype(grid: IntegerGrid) -> str:
+    return f"{'' if grid.symmetric else 'u'}int{grid.bits}"
 
 
-def _objects(scale: Tensor, offset: Tensor, spec: QuantSpec) -> list[dict]:
+def _objects(scale: Tensor, offset: Tensor, grid: IntegerGrid) -> list[dict]:
     """Version 0.6.1: one object for each scale, row by row.
 
     AIMET reads `min` and `max` back, not `scale` and `offset`, so they are the float32 ends of the grid in full.
     """
-    columns = (offset * scale, (offset + spec.num_steps) * scale, scale, offset)
+    columns = (offset * scale, (offset + grid.num_steps) * scale, scale, offset)
     rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
     return [
         {
             "min": low, "max": high, "scale": scale, "offset": offset,
-            "bitwidth": spec.bits, "dtype": "int", "is_symmetric": str(spec.symmetric),
+            "bitwidth": grid.bits, "dtype": "int", "is_symmetric": str(grid.symmetric),
         }
         for low, high, scale, offset in rows
     ]  # fmt: skip
 
 
-def _entry_v1(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec, kind: str) -> dict:
+def _entry_v1(name: str, scale: Tensor, offset: Tensor, grid: IntegerGrid, kind: str) -> dict:
     return {
         "name": name,
         "dtype": "INT",
-        "bw": spec.bits,
-        "is_sym": spec.symmetric,
+        "bw": grid.bits,
+        "is_sym": grid.symmetric,
         "scale": scale.flatten().tolist(),
         "offset": offset.flatten().tolist(),
         "enc_type": kind,
     }
 
 
-def _entry_v2(name: str, scale: Tensor, offset: Tensor, spec: QuantSpec) -> dict:
-    entry = {"name": name, "output_dtype": _dtype(spec), "y_scale": scale.tolist()}
-    if not spec.symmetric and offset.any():
+def _entry_v2(name: str, scale: Tensor, offset: Tensor, grid: IntegerGrid) -> dict:
+    entry = {"name": name, "output_dtype": _dtype(grid), "y_scale": scale.tolist()}
+    if not grid.symmetric and offset.any():
         entry["y_zero_point"] = (-offset).tolist()
     return entry
 
 
-def _lpbq_v1(scale_OG: Tensor, spec: QuantSpec) -> dict:
+def _lpbq_v1(scale_OG: Tensor, grid: IntegerGrid) -> dict:
     """A two-level grid; `scale` and `offset` are those of the per-channel grid of `bw` bits."""
-    assert spec.decompressed_bits is not None
-    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    assert grid.decompressed_bits is not None
+    multiplier_OG, channel_O1 = grid.two_levels(scale_OG)
     return {
-        "bw": spec.decompressed_bits,
+        "bw": grid.decompressed_bits,
         "scale": channel_O1.flatten().tolist(),
-        "offset": [-(1 << (spec.decompressed_bits - 1))] * len(channel_O1),
+        "offset": [-(1 << (grid.decompressed_bits - 1))] * len(channel_O1),
         "enc_type": "LPBQ",
-        "compressed_bw": spec.bits,
+        "compressed_bw": grid.bits,
         "per_block_int_scale": multiplier_OG.int().flatten().tolist(),
     }
 
 
-def _lpbq_v2(version: Version, scale_OG: Tensor, spec: QuantSpec) -> dict:
-    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+def _lpbq_v2(version: Version, scale_OG: Tensor, grid: IntegerGrid) -> dict:
+    multiplier_OG, channel_O1 = grid.two_levels(scale_OG)
     multipliers = multiplier_OG.int().tolist()
     if version == "2.0.0":
         return {"per_block_int_scale": multipliers, "per_channel_float_scale": channel_O1.tolist()}

@@ -13,26 +13,28 @@ from gguf import GGMLQuantizationType as BlockType
 from torch import Tensor
 
 from shardq.errors import ConfigError, QuantizationError
+from shardq.formats.integers import integer_grid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 BLOCK = 32
 
 
-def block_type(spec: QuantSpec) -> BlockType:
+def block_type(grid: Grid) -> BlockType:
     """The block type that holds a grid.
 
     Raises:
         ConfigError: none does.
     """
-    if spec.group_size and spec.group_size % BLOCK:
+    symmetric = integer_grid("gguf", grid).symmetric
+    if grid.group_size and grid.group_size % BLOCK:
         raise ConfigError(
-            f"gguf: groups of {spec.group_size} do not fit its blocks of {BLOCK} channels; choose a multiple, or -1"
+            f"gguf: groups of {grid.group_size} do not fit its blocks of {BLOCK} channels; choose a multiple, or -1"
         )
-    if not spec.symmetric and spec.bits > 4:
-        raise ConfigError(f"gguf: asymmetric grids of {spec.bits} bits have no block type, only of up to 4; export hf")
-    if spec.symmetric:
-        return BlockType.Q4_0 if spec.bits <= 4 else BlockType.Q8_0
+    if not symmetric and grid.bits > 4:
+        raise ConfigError(f"gguf: asymmetric grids of {grid.bits} bits have no block type, only of up to 4; export hf")
+    if symmetric:
+        return BlockType.Q4_0 if grid.bits <= 4 else BlockType.Q8_0
     return BlockType.Q4_1
 
 
@@ -61,20 +63,20 @@ def pack(name: str, linear: QuantizedLinear) -> Tensor:
     Raises:
         QuantizationError: a scale is too large or too small for float16.
     """
-    spec, (num_outputs, num_inputs) = linear.spec, linear.codes_OI.shape
-    kind, num_blocks = block_type(spec), num_inputs // BLOCK
+    grid, (num_outputs, num_inputs) = linear.grid, linear.codes_OI.shape
+    kind, num_blocks = block_type(grid), num_inputs // BLOCK
     scale_OB = linear.scale_OG.repeat_interleave(num_blocks // linear.scale_OG.shape[1], 1)
     numbers = [scale_OB.half()]
     if not (numbers[0].isfinite() & (numbers[0] != 0)).all():
         raise QuantizationError(f"gguf: a scale of {name} is too large or too small for float16; export hf instead")
     if kind == BlockType.Q4_1:
         zero_OB = linear.zero_point_OG.repeat_interleave(num_blocks // linear.scale_OG.shape[1], 1)
-        numbers.append(((spec.qmin - zero_OB) * scale_OB).half())
+        numbers.append(((grid.qmin - zero_OB) * scale_OB).half())
         if not numbers[1].isfinite().all():
             raise QuantizationError(f"gguf: an offset of {name} is too large for float16; export hf instead")
     codes_OBb = linear.codes_OI.view(num_outputs, num_blocks, BLOCK)
     if kind != BlockType.Q8_0:
-        unsigned = codes_OBb - (-8 if kind == BlockType.Q4_0 else spec.qmin)
+        unsigned = codes_OBb - (-8 if kind == BlockType.Q4_0 else grid.qmin)
         codes_OBb = unsigned[..., : BLOCK // 2] | unsigned[..., BLOCK // 2 :] << 4
     parts = [*(number.unsqueeze(2).view(torch.uint8) for number in numbers), codes_OBb.contiguous().view(torch.uint8)]
     return torch.cat(parts, 2).flatten(1)
@@ -88,7 +90,7 @@ def unpack(packed_OX: Tensor, kind: BlockType) -> Tensor:
 def largest_change(packed_OX: Tensor, linear: QuantizedLinear) -> float:
     """Largest change of a weight by the rounding to float16, relative to the largest weight of its block."""
     exact = linear.dequantized().view(-1, BLOCK)
-    changed = (unpack(packed_OX, block_type(linear.spec)).view(-1, BLOCK) - exact).abs().amax(1)
+    changed = (unpack(packed_OX, block_type(linear.grid)).view(-1, BLOCK) - exact).abs().amax(1)
     return (changed / exact.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)).max().item()
 
 

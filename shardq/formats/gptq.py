@@ -17,9 +17,11 @@ from torch import Tensor
 
 from shardq import __version__
 from shardq.errors import ConfigError
+from shardq.formats.integers import integer_grid
 from shardq.quant import packing
+from shardq.quant.grid import Grid
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 BITS = (2, 3, 4, 8)
 # Linears that vLLM makes one of, and gives one scheme.
@@ -31,14 +33,14 @@ VLLM_FUSED = {
 WORD_CODES = 32  # of channels a multiple: then a row of codes of any width fills whole words
 
 
-def check_grid(spec: QuantSpec) -> None:
+def check_grid(grid: Grid) -> None:
     """Check that the format can express a grid.
 
     Raises:
         ConfigError: it cannot.
     """
-    if spec.bits not in BITS:
-        raise ConfigError(f"gptq: {spec.bits} bits are not supported, only 2, 3, 4 and 8; export hf instead")
+    if integer_grid("gptq", grid).bits not in BITS:
+        raise ConfigError(f"gptq: {grid.bits} bits are not supported, only 2, 3, 4 and 8; export hf instead")
 
 
 def check_shape(name: str, num_outputs: int, num_inputs: int) -> None:
@@ -55,9 +57,9 @@ def check_shape(name: str, num_outputs: int, num_inputs: int) -> None:
             )
 
 
-def is_served_by_vllm(spec: QuantSpec) -> bool:
+def is_served_by_vllm(grid: Grid) -> bool:
     """Whether vLLM (0.32) takes a GPTQ checkpoint of a grid: it reads no zero points."""
-    return spec.bits in (4, 8) and spec.symmetric
+    return isinstance(grid, IntegerGrid) and grid.bits in (4, 8) and grid.symmetric
 
 
 def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -74,23 +76,22 @@ def linear_tensors(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> di
     check_shape(name, num_outputs, num_inputs)
     zero_point_GO = linear.zero_point_OG.T.to(torch.int8)
     # One less may be below the smallest code, but not on a symmetric grid, where zero points are 0.
-    stored_GO = zero_point_GO - 1 if linear.spec.symmetric else zero_point_GO
-    group_size = linear.spec.group_size or num_inputs
+    stored_GO = zero_point_GO if linear.grid.has_zero_point else zero_point_GO - 1
     return {
-        f"{name}.qweight": packing.pack_words(linear.codes_OI, linear.spec).T.contiguous(),
-        f"{name}.qzeros": packing.pack_words(stored_GO, linear.spec),
+        f"{name}.qweight": packing.pack_words(linear.codes_OI, linear.grid).T.contiguous(),
+        f"{name}.qzeros": packing.pack_words(stored_GO, linear.grid),
         f"{name}.scales": linear.scale_OG.T.to(dtype).contiguous(),
-        f"{name}.g_idx": torch.arange(num_inputs, dtype=torch.int32) // group_size,
+        f"{name}.g_idx": torch.arange(num_inputs, dtype=torch.int32) // (num_inputs // linear.scale_OG.shape[1]),
     }
 
 
-def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
+def quantization_config(grid: Grid, ignored: Iterable[str]) -> dict:
     """The entry `quantization_config` of config.json.
 
     Args:
         ignored: full names of the linears that are not quantized.
     """
-    left = set(ignored)
+    described, left = integer_grid("gptq", grid), set(ignored)
     # vLLM looks for what it makes of several linears under that name alone.
     left |= {
         f"{parent}.{fused}"
@@ -100,10 +101,10 @@ def quantization_config(spec: QuantSpec, ignored: Iterable[str]) -> dict:
     }
     return {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq" if spec.symmetric else "gptq_v2",
-        "bits": spec.bits,
-        "group_size": spec.group_size or -1,
-        "sym": spec.symmetric,
+        "checkpoint_format": "gptq" if described.symmetric else "gptq_v2",
+        "bits": described.bits,
+        "group_size": described.group_size or -1,
+        "sym": described.symmetric,
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",

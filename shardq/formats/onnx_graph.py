@@ -14,15 +14,16 @@ import onnx_ir as ir
 from torch import Tensor
 
 from shardq.files import write_whole
+from shardq.formats.integers import integer_grid
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 PAGE = 4096  # external data is mapped into memory where its offset is a multiple
 
 
-def opset_for(spec: QuantSpec) -> int:
+def opset_for(grid: Grid) -> int:
     """The first opset that has a grid's types: 21 brought INT4 and scales in groups, 25 brought INT2."""
-    return 25 if spec.bits == 2 else 21
+    return 25 if grid.bits == 2 else 21
 
 
 def plain_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
@@ -32,16 +33,16 @@ def plain_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
 
 def linear_tensors(name: str, linear: QuantizedLinear) -> list[ir.TensorProtocol]:
     """Codes, scales and zero points of a linear, in the smallest type that holds them."""
-    dtype = {2: ml_dtypes.int2, 3: ml_dtypes.int4, 4: ml_dtypes.int4}.get(linear.spec.bits, "int8")
-    grouped = linear.spec.group_size is not None
+    bits, grouped = integer_grid("onnx", linear.grid).bits, linear.grid.group_size is not None
+    dtype = {2: ml_dtypes.int2, 3: ml_dtypes.int4, 4: ml_dtypes.int4}.get(bits, "int8")
 
-    def grid(kind: str, values_OG: Tensor, dtype: object) -> ir.TensorProtocol:
-        values = values_OG.T.contiguous() if grouped else values_OG[:, 0]
-        return ir.Tensor(values.numpy().astype(dtype), name=f"{name}.{kind}")
+    def values(kind: str, values_OG: Tensor, dtype: object) -> ir.TensorProtocol:
+        ordered = values_OG.T.contiguous() if grouped else values_OG[:, 0]
+        return ir.Tensor(ordered.numpy().astype(dtype), name=f"{name}.{kind}")
 
     codes = ir.Tensor(linear.codes_OI.T.contiguous().numpy().astype(dtype), name=f"{name}.codes")
-    tensors = [codes, grid("scale", linear.scale_OG, "float32")]
-    return tensors if linear.spec.symmetric else [*tensors, grid("zero_point", linear.zero_point_OG, dtype)]
+    tensors = [codes, values("scale", linear.scale_OG, "float32")]
+    return [*tensors, values("zero_point", linear.zero_point_OG, dtype)] if linear.grid.has_zero_point else tensors
 
 
 def write_data(path: Path, tensors: Iterable[ir.TensorProtocol]) -> dict[str, ir.ExternalTensor]:
@@ -68,7 +69,7 @@ def write_model(path: Path, model: ir.Model) -> None:
     write_whole(path, lambda aside: aside.write_bytes(data))
 
 
-def place_weights(graph: ir.Graph, placed: dict[str, ir.ExternalTensor], grids: dict[str, QuantSpec]) -> None:
+def place_weights(graph: ir.Graph, placed: dict[str, ir.ExternalTensor], grids: dict[str, Grid]) -> None:
     """Give a graph's initializers without value their weights.
 
     Args:
@@ -98,12 +99,12 @@ def _initializer(graph: ir.Graph, tensor: ir.ExternalTensor, name: str) -> ir.Va
 
 
 def _dequantize(
-    graph: ir.Graph, value: ir.Value, placed: dict[str, ir.ExternalTensor], linear: str, spec: QuantSpec
+    graph: ir.Graph, value: ir.Value, placed: dict[str, ir.ExternalTensor], linear: str, grid: Grid
 ) -> None:
     """Put a linear's codes and a DequantizeLinear in its weight's place."""
     del graph.initializers[value.name]
     parts = [f"{linear}.{kind}" for kind in ("codes", "scale", "zero_point") if f"{linear}.{kind}" in placed]
-    along = {"axis": 0, "block_size": spec.group_size} if spec.group_size else {"axis": 1}
+    along = {"axis": 0, "block_size": grid.group_size} if grid.group_size else {"axis": 1}
     inputs = [_initializer(graph, placed[part], part) for part in parts]
     node = ir.node("DequantizeLinear", inputs, along, name=f"{linear}.dequantize")
     weight_IO = node.outputs[0]

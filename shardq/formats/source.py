@@ -1,9 +1,9 @@
 """The tensors of a checkpoint under the names that a model asks for, however they are stored.
 
-No pass is made to know the files again: a digest of each stored tensor is taken as its bytes go by, and compared when
-they are read another time.
+The digest of a stored tensor is taken as its bytes go by, without a pass for it, and compared when they are read again.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,11 +13,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from shardq.errors import CheckpointError
+from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.files import storage_errors
 from shardq.formats.shards import (
     DTYPES,
     Index,
     TensorInfo,
+    inside,
     open_index,
     read_pieces,
     read_rows,
@@ -33,7 +35,7 @@ Rows = list[int] | None
 """Indices of a tensor's first dimension, ascending; None for all of it."""
 
 Decode = Callable[[Callable[[TensorInfo, Rows], Tensor], Rows], Tensor]
-"""Makes some rows of a tensor's values, or all: the first argument reads rows of a stored tensor, or all of it."""
+"""Makes a tensor's values, of some rows or of all. Its first argument reads some rows of a stored tensor, or all."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class SourceTensor:
     Attributes:
         dtype: of the values, as safetensors names it.
         shape: of the values.
-        stored: at least one; messages name the first one's file.
+        stored: at least one.
         decode: None where the values are those of the one stored tensor.
     """
 
@@ -55,7 +57,7 @@ class SourceTensor:
 
     @property
     def file(self) -> Path:
-        """Where to look first if something is wrong with it."""
+        """The file that messages name."""
         return self.stored[0].file
 
     @property
@@ -119,7 +121,7 @@ class WeightSource:
 
     def read_unchecked(self, tensor: SourceTensor) -> Tensor:
         """Read a tensor's values, which may not be finite, from bytes that may have changed; raises `read_tensor`'s."""
-        return _values(tensor, read_stored_rows)
+        return _values(tensor, _read_stored)
 
     def read_rows(self, tensor: SourceTensor, rows: list[int]) -> Tensor:
         """Read some rows of a floating-point tensor's values, which must be finite.
@@ -127,7 +129,7 @@ class WeightSource:
         Raises:
             CheckpointError: a NaN or an infinity is found, or a file ended early.
         """
-        values = _values(tensor, read_stored_rows, rows)
+        values = _values(tensor, _read_stored, rows)
         _check_finite(tensor, values, rows)
         return values
 
@@ -167,24 +169,53 @@ class WeightSource:
         _compare(info, xxhash.xxh3_128_hexdigest(content), self.digests)
 
 
-def open_source(folder: Path, decoder: Decoder = lambda index: ()) -> WeightSource:
-    """Open a checkpoint folder, whose shards' headers are read.
+def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
+    """Open a checkpoint folder: read config.json and the shards' headers.
 
     Args:
-        decoder: default: every tensor is stored as it is.
+        decoder: default: that of the storage scheme which config.json names.
 
     Raises:
-        CheckpointError: as `open_index`.
+        CheckpointError: as `open_index` and `read_config`.
+        UnsupportedModelError: there is no decoder for that scheme.
     """
-    index = open_index(folder)
-    decoded = list(decoder(index))
+    index, config = open_index(folder), read_config(folder)
+    decoded = list((decoder or _decoder_for(folder, config))(index))
     encoded = {info.name for info in stored_in(decoded)}
     plain = [as_stored(info) for info in index.values() if info.name not in encoded]
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
 
 
-def read_stored_rows(info: TensorInfo, rows: Rows) -> Tensor:
-    """Rows of a stored tensor, or all of it; raises `read_tensor`'s reasons."""
+def read_config(folder: Path) -> dict:
+    """A checkpoint's config.json.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = inside(folder, "config.json")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
+    try:
+        with storage_errors(path, "read"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error
+    return config
+
+
+def _decoder_for(folder: Path, config: dict) -> Decoder:
+    scheme = config.get("quantization_config")
+    if scheme:
+        method = scheme.get("quant_method", "unknown method") if isinstance(scheme, dict) else scheme
+        raise UnsupportedModelError(
+            f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
+        )
+    return lambda index: ()  # every tensor is stored as it is
+
+
+def _read_stored(info: TensorInfo, rows: Rows) -> Tensor:
     return read_tensor(info) if rows is None else read_rows(info, rows)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from shardq.matrix import Matrix
 from shardq.model.arguments import BlockArguments, Entering
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.activation import ActivationLevels
+from shardq.quant.grid import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,8 @@ class BlockPlan:
     index: int
     name: str
     is_last: bool
-    grids: dict[Matrix, QuantSpec] = field(default_factory=dict)
-    activations: dict[str, QuantSpec] = field(default_factory=dict)
+    grids: dict[Matrix, Grid] = field(default_factory=dict)
+    activations: dict[str, ActivationLevels] = field(default_factory=dict)
     arguments: BlockArguments | None = None
 
     @property
@@ -41,15 +42,14 @@ class BlockPlan:
     @property
     def num_scales(self) -> int:
         """Of all matrices to quantize together."""
-        return sum(matrix.shape[0] * (matrix.shape[1] // (spec.group_size or matrix.shape[1]))
-                   for matrix, spec in self.grids.items())  # fmt: skip
+        return sum(grid.num_scales(*matrix.shape) for matrix, grid in self.grids.items())
 
     def full_name(self, matrix: Matrix) -> str:
         """A matrix' name in the model, under which files have its codes."""
         return f"{self.name}.{matrix.name}"
 
 
-def block_plans(skeleton: Skeleton, grids: Sequence[dict[Matrix, QuantSpec]] | None = None) -> list[BlockPlan]:
+def block_plans(skeleton: Skeleton, grids: Sequence[dict[Matrix, Grid]] | None = None) -> list[BlockPlan]:
     """A plan of each block of a model.
 
     Args:

@@ -4,7 +4,6 @@ Works for any architecture of transformers: the blocks are the outermost `Module
 stand in the model's list of blocks' classes, if it has one. No table of models.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -18,22 +17,20 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.files import storage_errors
-from shardq.formats.shards import inside
+from shardq.errors import UnsupportedModelError
 from shardq.model.attention import use_pieces
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import block_classes
 
 
 def build_on_meta(folder: Path) -> PreTrainedModel:
-    """Build the causal language model that a checkpoint's config.json describes, on the meta device.
+    """Build the causal language model that an open checkpoint's config.json describes, on the meta device.
 
     Raises:
-        CheckpointError: config.json is missing or no JSON object.
-        UnsupportedModelError: the checkpoint is quantized, or transformers does not build this model.
+        UnsupportedModelError: transformers does not build this model.
     """
-    config = _read_config(folder)
+    with own_code(str(folder / "config.json"), "transformers cannot read it"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     use_pieces()
@@ -46,25 +43,6 @@ def build_on_meta(folder: Path) -> PreTrainedModel:
                 return model.eval().requires_grad_(False)
     finally:
         transformers_logging.set_verbosity(verbosity)
-
-
-def _read_config(folder: Path) -> PreTrainedConfig:
-    path = inside(folder, "config.json")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
-    try:
-        with storage_errors(path, "read"):
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        quantization = raw.get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error
-    if quantization:
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
-        )
-    with own_code(str(path), "transformers cannot read it"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _check_is_causal(folder: Path, config: PreTrainedConfig) -> None:

@@ -6,7 +6,7 @@ import re
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.matrix import Matrix, matrices_in
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import DEFAULT_IGNORE
+from shardq.quant.options import DEFAULT_IGNORE
 
 
 def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[Matrix]]:

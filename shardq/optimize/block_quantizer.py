@@ -12,9 +12,8 @@ from shardq.optimize.linear_quantizer import LinearQuantizer, Method
 from shardq.optimize.place import Collect, Place, leaving
 from shardq.optimize.share import Everything, Share
 from shardq.quant.adascale import Kernels
-from shardq.quant.affine import row_chunks
+from shardq.quant.grid import Grid, row_chunks
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 Gathered = Callable[..., AbstractContextManager]
 
@@ -36,7 +35,7 @@ class BlockQuantizer(nn.Module):
     def __init__(
         self,
         block: nn.Module,
-        grids: dict[Matrix, QuantSpec],
+        grids: dict[Matrix, Grid],
         method: Method,
         kernels: Kernels,
         dtype: torch.dtype,
@@ -57,9 +56,9 @@ class BlockQuantizer(nn.Module):
         # To make room; the weights that the block will compute with come by `load` and `serve`.
         self._places = {name: Place(parameter, dtype) for name, parameter in parameters.items()}
         self.quantizers = nn.ModuleList()
-        for matrix, spec in grids.items():
+        for matrix, grid in grids.items():
             like_OI = matrix.part_of(parameters[matrix.tensor])[self._share.outputs(matrix.shape[0])]
-            self.quantizers.append(LinearQuantizer(like_OI, spec, method))
+            self.quantizers.append(LinearQuantizer(like_OI, grid, method))
             self._share.made(self.quantizers[-1])
 
     def start(
@@ -171,7 +170,7 @@ class BlockQuantizer(nn.Module):
 
     def _whole(self, part: QuantizedLinear, num_outputs: int) -> QuantizedLinear:
         tensors = self._share.joined((part.codes_OI, part.scale_OG, part.zero_point_OG), [num_outputs] * 3)
-        return QuantizedLinear(*tensors, part.spec)
+        return QuantizedLinear(*tensors, part.grid)
 
 
 def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
@@ -180,13 +179,13 @@ def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
         "scale": folded.scale_OG
     }
     wrong = [kind for kind, value in values.items() if not torch.isfinite(value).all()]
-    if folded.spec.scale_dtype == "float16" and wrong in (["scale"], []) and not folded.has_valid_scales:
+    if folded.grid.kept_dtype is torch.float16 and wrong in (["scale"], []) and not folded.has_valid_scales:
         raise QuantizationError(
             f"{name}: its weights need a scale beyond what float16 holds, in which the target keeps scales; leave this "
             "linear as it is with --quant.ignore, or leave out --target"
         )
     if wrong or not folded.has_valid_scales:
-        sign = "nonzero" if folded.spec.full_range else "positive"
+        sign = "nonzero" if folded.grid.has_signed_scales else "positive"
         raise QuantizationError(
             f"{name}: {', '.join(wrong) or 'scale'} is not finite and {sign} after training; "
             "lower optimize.grid_lr and optimize.weight_lr"

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import QuantizationError
-from shardq.quant import adascale, affine, search
+from shardq.quant import adascale, search
+from shardq.quant.grid import Grid, row_chunks
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 Method = Literal["adascale", "flexround", "lwc", "rtn"]
 
@@ -21,14 +21,14 @@ class LinearQuantizer(nn.Module):
     in the source's dtype, and only between `start` and `release`.
     """
 
-    def __init__(self, weight_OI: Tensor, spec: QuantSpec, method: Method):
+    def __init__(self, weight_OI: Tensor, grid: Grid, method: Method):
         """Allocate for weights of the shape, and on the device, of `weight_OI`."""
         super().__init__()
-        self.spec = spec
+        self.grid = grid
         self.rows: Tensor | None = None
         self.shape = weight_OI.shape
-        rows_Rg = affine.to_rows(weight_OI, spec)
-        self.num_groups = weight_OI.shape[1] // rows_Rg.shape[1]
+        rows_Rg = grid.rows(weight_OI)
+        self.num_groups = grid.num_groups(weight_OI.shape[1])
         row_R1 = rows_Rg[:, :1]
         self.register_buffer("min", _zeros(row_R1))
         self.register_buffer("max", _zeros(row_R1))
@@ -46,12 +46,12 @@ class LinearQuantizer(nn.Module):
         Args:
             importance_I: of each input channel: the start grid is searched with it (`quant/search.py`). None: min-max.
         """
-        self._hold(affine.to_rows(weight_OI, self.spec))
-        ends = [affine.start_range(self.rows[some].float(), self.spec) for some in affine.row_chunks(self.rows)]
+        self._hold(self.grid.rows(weight_OI))
+        ends = [self.grid.start_range(self.rows[some].float()) for some in row_chunks(self.rows)]
         min_R1, max_R1 = (torch.cat(parts) for parts in zip(*ends, strict=True))
         if importance_I is not None:
             importance_Gg = importance_I.view(-1, self.rows.shape[1])
-            min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.spec)
+            min_R1, max_R1 = search.searched_range(self.rows, importance_Gg, min_R1, max_R1, self.grid)
         self.min.copy_(min_R1)
         self.max.copy_(max_R1)
         self.restart()
@@ -93,20 +93,20 @@ class LinearQuantizer(nn.Module):
     def forward(self, dtype: torch.dtype, kernels: adascale.Kernels) -> Tensor:
         """The fake-quantized weight [O, I] in `dtype`; differentiable."""
         rows_Rg = adascale.FakeQuantize.apply(
-            kernels, self.spec, self.num_groups, dtype, self.rows, self.min, self.max, *self.trained
+            kernels, self.grid, self.num_groups, dtype, self.rows, self.min, self.max, *self.trained
         )
         return rows_Rg.view(self.shape)
 
     @torch.no_grad()
     def folded(self) -> QuantizedLinear:
         """Codes and grid that the trained quantizer becomes."""
-        scale_R1, zero_point_R1 = adascale.learned_grid((self.min, self.max), self.trained, self.spec, self.num_groups)
-        codes_Rg = adascale.fold(self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.spec)
+        scale_R1, zero_point_R1 = adascale.learned_grid((self.min, self.max), self.trained, self.grid, self.num_groups)
+        codes_Rg = adascale.fold(self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.grid)
         return QuantizedLinear(
             codes_Rg.view(self.shape),
             scale_R1.reshape(-1, self.num_groups),
             zero_point_R1.reshape(-1, self.num_groups),
-            self.spec,
+            self.grid,
         )
 
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from shardq.matrix import Matrix, hooked
-from shardq.quant.activation import ActivationGrid, RoundThrough, token_grid
+from shardq.quant.activation import ActivationGrid, ActivationLevels, RoundThrough, token_grid
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import QuantSpec
 
 
 class RoundedInputs:
@@ -21,14 +20,14 @@ class RoundedInputs:
 
     def __init__(self, block: nn.Module, matrices: Iterable[Matrix], options: ActivationOptions):
         """Allocate for some matrices of a block, on its device; none where activations stay as they are."""
-        self._spec = QuantSpec(bits=options.bits, symmetric=options.symmetric)
         self._block = block
         self._grids: dict[Matrix, tuple[Tensor, Tensor] | None] = {}
+        self._hooks: dict[Matrix, Callable] = {}
         for matrix in matrices:
-            like = matrix.parameter_in(block)
-            is_static = options.granularity == "tensor"
+            like, is_static = matrix.parameter_in(block), options.granularity == "tensor"
             self._grids[matrix] = (torch.ones((), device=like.device), like.new_zeros(())) if is_static else None
-        self._hooks = {matrix: self._hook(grid) for matrix, grid in self._grids.items()}
+            levels = ActivationLevels(bits=options.bits, symmetric=options.symmetric)
+            self._hooks[matrix] = _hook(self._grids[matrix], levels)
 
     @contextmanager
     def active(self, grids: dict[str, ActivationGrid]) -> Iterator[None]:
@@ -45,10 +44,11 @@ class RoundedInputs:
         with hooked(self._block, self._hooks):
             yield
 
-    def _hook(self, static: tuple[Tensor, Tensor] | None) -> Callable:
-        def round_input(module: nn.Module, inputs: tuple) -> Tensor:
-            (values,) = inputs
-            grid = static or token_grid(values.detach().float(), self._spec)
-            return RoundThrough.apply(values, *grid, self._spec)
 
-        return round_input
+def _hook(static: tuple[Tensor, Tensor] | None, levels: ActivationLevels) -> Callable:
+    def round_input(module: nn.Module, inputs: tuple) -> Tensor:
+        (values,) = inputs
+        grid = static or token_grid(values.detach().float(), levels)
+        return RoundThrough.apply(values, *grid, levels)
+
+    return round_input

@@ -21,7 +21,8 @@ class ParallelOptions:
     offload: bool = False
     """Keep what a ZeRO engine shards of the optimizer in CPU memory."""
     deepspeed: str | None = None
-    """JSON file of further DeepSpeed settings for a ZeRO engine, such as `zero_optimization.reduce_bucket_size`."""
+    """Further DeepSpeed settings for a ZeRO engine: `frugal` where the last GiB counts, `overlap` where GPUs have room,
+    or the path of a JSON file, with entries such as `zero_optimization.reduce_bucket_size`."""
 
     @property
     def dtype(self) -> "torch.dtype":

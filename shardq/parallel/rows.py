@@ -21,7 +21,7 @@ from shardq.optimize.stepper import LocalStepper
 from shardq.parallel.collectives import together
 from shardq.parallel.engine import Engine, Kind
 from shardq.parallel.ranks import Ranks, contact
-from shardq.quant.affine import row_chunks
+from shardq.quant.grid import row_chunks
 
 
 class Rows(Engine):

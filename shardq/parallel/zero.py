@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -30,6 +29,7 @@ from shardq.optimize.stepper import (
 from shardq.parallel.engine import BlockSize, Demand, Engine, Kind
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, backend_for
+from shardq.shipped import DEEPSPEED, read_named
 
 # Elements that are reduced or gathered at once: DeepSpeed's own 500 million would take more than most blocks.
 BUCKET_SIZE = 1 << 25
@@ -252,9 +252,10 @@ class DeepSpeedStepper:
 
 
 def _read_settings(path: str) -> dict:
+    content = read_named(path, DEEPSPEED, "parallel.deepspeed")
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = json.loads(content)
+    except ValueError as error:
         raise ConfigError(
             f"parallel.deepspeed: {path} is no JSON file ({error}); give DeepSpeed's own format"
         ) from error

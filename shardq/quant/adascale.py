@@ -1,12 +1,12 @@
 """AdaScale: FlexRound's learned division of the weight and OmniQuant's learned clipping of the grid.
 
     U  = W / exp(s2) / exp(s3)                    s2 [R, g], s3 [R, 1]
-    s  = (exp(gamma) * max - exp(beta) * min) / (2^b - 1)
-    W^ = s * (clamp(round(U / s) + z, qmin, qmax) - z)
+    s  = (exp(gamma) * max - exp(beta) * min) / steps of the grid
+    W^ = s * (the grid's level nearest to U / s)
 
 Sources: FlexRound, arXiv 2306.00317, equation 2; OmniQuant, arXiv 2308.13137, equation 2 (learnable weight
-clipping); the combination and its logarithmic parameters are AIMET's AdaScale. The zero point z is ours: AIMET's
-is symmetric only. Shapes as in `shardq.quant.affine`.
+clipping); the combination and its logarithmic parameters are AIMET's AdaScale. What a level is, and how `s` is kept,
+is the grid's (`shardq.quant.grid`, for the shapes too); rounding passes gradients straight through.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shardq.quant import affine
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid, row_chunks
 
 
 class Trained(NamedTuple):
@@ -35,32 +34,24 @@ Ends = tuple[Tensor, Tensor]
 """Min and max of the frozen start grid, each [R, 1]."""
 
 
-def learned_grid(ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int | None = None) -> tuple[Tensor, Tensor]:
+def learned_grid(ends: Ends, trained: Trained, grid: Grid, num_groups: int | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point after learned clipping.
 
     Args:
-        num_groups: neighbouring rows that are one output channel; a two-level grid needs it.
+        num_groups: as in `Grid.scale_of`.
     """
     low_R1, high_R1 = _clipped(ends, trained)
-    scale_R1 = affine.scale_of(low_R1, high_R1, spec, num_groups)
-    return scale_R1, affine.zero_point_of(low_R1, scale_R1, spec)
+    scale_R1 = grid.scale_of(low_R1, high_R1, num_groups)
+    return scale_R1, grid.zero_point_of(low_R1, scale_R1)
 
 
 def learned_grid_gradients(
-    grad_scale_R1: Tensor, grad_zero_point_R1: Tensor, scale_R1: Tensor, ends: Ends, trained: Trained, spec: QuantSpec
+    grad_scale_R1: Tensor, grad_zero_point_R1: Tensor, scale_R1: Tensor, ends: Ends, trained: Trained, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """Gradients of beta and gamma from those of scale and zero point, whose rounding passes them straight through."""
     low_R1, high_R1 = _clipped(ends, trained)
-    grad_low_R1: Tensor | float = 0.0
-    if not spec.symmetric:
-        exact_R1 = spec.qmin - low_R1 / scale_R1
-        grad_exact_R1 = torch.where((exact_R1 >= spec.qmin) & (exact_R1 <= spec.qmax), grad_zero_point_R1, 0.0)
-        grad_scale_R1 = grad_scale_R1 + grad_exact_R1 * low_R1 / scale_R1**2
-        grad_low_R1 = -grad_exact_R1 / scale_R1
-    step_R1 = (high_R1 - low_R1) / spec.num_steps
-    moves_R1 = (step_R1.abs() if spec.full_range else step_R1) >= affine.SCALE_FLOOR
-    grad_end_R1 = torch.where(moves_R1, grad_scale_R1, 0.0) / spec.num_steps
-    return (grad_low_R1 - grad_end_R1) * low_R1, grad_end_R1 * high_R1
+    gradients = grid.range_gradients(grad_scale_R1, grad_zero_point_R1, scale_R1, low_R1, high_R1)
+    return gradients[0] * low_R1, gradients[1] * high_R1
 
 
 def _clipped(ends: Ends, trained: Trained) -> Ends:
@@ -83,19 +74,12 @@ def fake_quantized(
     s3_R1: Tensor | None,
     scale_R1: Tensor,
     zero_point_R1: Tensor,
-    spec: QuantSpec,
+    grid: Grid,
     dtype: torch.dtype,
 ) -> Tensor:
     """`W^` of the module docstring [R, g], computed in float32 and rounded to `dtype` at the end."""
-    codes_Rg = _clamped((divided_weight(rows_Rg, s2_Rg, s3_R1) / scale_R1).round(), zero_point_R1, spec)
-    return (codes_Rg * scale_R1).to(dtype)
-
-
-def _clamped(steps_Rg: Tensor, zero_point_R1: Tensor, spec: QuantSpec) -> Tensor:
-    """Whole steps from 0, kept within the grid."""
-    if spec.symmetric:  # uncompiled, clamping to numbers is six times as fast as to a tensor's (measured)
-        return steps_Rg.clamp(spec.qmin, spec.qmax)
-    return steps_Rg.clamp(spec.qmin - zero_point_R1, spec.qmax - zero_point_R1)
+    levels_Rg = grid.nearest(divided_weight(rows_Rg, s2_Rg, s3_R1) / scale_R1, zero_point_R1)
+    return (levels_Rg * scale_R1).to(dtype)
 
 
 def fake_quantized_gradients(
@@ -105,12 +89,12 @@ def fake_quantized_gradients(
     s3_R1: Tensor | None,
     scale_R1: Tensor,
     zero_point_R1: Tensor,
-    spec: QuantSpec,
+    grid: Grid,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of s2, s3, scale and zero point from that of `W^`, float32, with straight-through rounding.
 
-    Inside the grid the rounded value passes dW^ on to U and (round - U/s) on to s; outside it U gets nothing and s
-    gets the distance of the grid's end from the zero point.
+    Inside the grid the level passes dW^ on to U and (level - U/s) on to s; outside it U gets nothing and s gets the
+    grid's end.
     """
     grad_Rg = grad_Rg.float()
     # Multiplied, where forward has to divide as AIMET does: 0.87 of the time on a CPU (measured). A quotient half way
@@ -119,36 +103,35 @@ def fake_quantized_gradients(
         steps_Rg = rows_Rg.float() * scale_R1.reciprocal()
     else:
         steps_Rg = rows_Rg.float() * (-s2_Rg).exp() * (s3_R1.exp() * scale_R1).reciprocal()
-    rounded_Rg = steps_Rg.round()
-    clamped_Rg = _clamped(rounded_Rg, zero_point_R1, spec)
-    passed_Rg = torch.where(clamped_Rg == rounded_Rg, grad_Rg, 0.0)
+    levels_Rg = grid.nearest(steps_Rg, zero_point_R1)
+    passed_Rg = torch.where(grid.is_inside(steps_Rg, levels_Rg), grad_Rg, 0.0)
     grad_zero_point_R1 = (passed_Rg - grad_Rg).sum(1, keepdim=True) * scale_R1
     grad_steps_Rg = steps_Rg * passed_Rg
     shared_R1 = grad_steps_Rg.sum(1, keepdim=True)
-    # clamped - U/s inside and clamped outside, written without a branch.
-    grad_scale_R1 = (clamped_Rg * grad_Rg).sum(1, keepdim=True) - shared_R1
+    # level - U/s inside and level outside, written without a branch.
+    grad_scale_R1 = (levels_Rg * grad_Rg).sum(1, keepdim=True) - shared_R1
     if s2_Rg is None:
         return None, None, grad_scale_R1, grad_zero_point_R1
     return grad_steps_Rg * -scale_R1, shared_R1 * -scale_R1, grad_scale_R1, grad_zero_point_R1
 
 
 def trained_weight(
-    rows_Rg: Tensor, ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int, dtype: torch.dtype
+    rows_Rg: Tensor, ends: Ends, trained: Trained, grid: Grid, num_groups: int, dtype: torch.dtype
 ) -> Tensor:
     """`W^` of the module docstring on the learned grid; as `learned_grid` and `fake_quantized`."""
-    grid = learned_grid(ends, trained, spec, num_groups)
-    return fake_quantized(rows_Rg, trained.s2_Rg, trained.s3_R1, *grid, spec, dtype)
+    scales = learned_grid(ends, trained, grid, num_groups)
+    return fake_quantized(rows_Rg, trained.s2_Rg, trained.s3_R1, *scales, grid, dtype)
 
 
 def trained_weight_gradients(
-    grad_Rg: Tensor, rows_Rg: Tensor, ends: Ends, trained: Trained, spec: QuantSpec, num_groups: int
+    grad_Rg: Tensor, rows_Rg: Tensor, ends: Ends, trained: Trained, grid: Grid, num_groups: int
 ) -> Trained:
     """Gradients of what is trained, beta and gamma by every method, from that of `trained_weight`."""
-    grid = learned_grid(ends, trained, spec, num_groups)
+    scales = learned_grid(ends, trained, grid, num_groups)
     grad_s2_Rg, grad_s3_R1, grad_scale_R1, grad_zero_point_R1 = fake_quantized_gradients(
-        grad_Rg, rows_Rg, trained.s2_Rg, trained.s3_R1, *grid, spec
+        grad_Rg, rows_Rg, trained.s2_Rg, trained.s3_R1, *scales, grid
     )
-    grad_ends = learned_grid_gradients(grad_scale_R1, grad_zero_point_R1, grid[0], ends, trained, spec)
+    grad_ends = learned_grid_gradients(grad_scale_R1, grad_zero_point_R1, scales[0], ends, trained, grid)
     return Trained(grad_s2_Rg, grad_s3_R1, *grad_ends)
 
 
@@ -168,17 +151,17 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, spec: QuantSpec, num_groups: int, dtype: torch.dtype, *tensors: Tensor | None
+        ctx: Any, kernels: Kernels, grid: Grid, num_groups: int, dtype: torch.dtype, *tensors: Tensor | None
     ) -> Tensor:
         """Return the fake-quantized rows [R, g] in `dtype`; `tensors`: the weight, the start grid's ends, `Trained`."""
         ctx.save_for_backward(*tensors)
-        ctx.kernels, ctx.spec, ctx.num_groups = kernels, spec, num_groups
-        return kernels.forward(*_arguments(tensors), spec, num_groups, dtype)
+        ctx.kernels, ctx.grid, ctx.num_groups = kernels, grid, num_groups
+        return kernels.forward(*_arguments(tensors), grid, num_groups, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_Rg: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs that have one."""
-        gradients = ctx.kernels.backward(grad_Rg, *_arguments(ctx.saved_tensors), ctx.spec, ctx.num_groups)
+        gradients = ctx.kernels.backward(grad_Rg, *_arguments(ctx.saved_tensors), ctx.grid, ctx.num_groups)
         num_frozen = len(ctx.needs_input_grad) - len(gradients)
         return *[None] * num_frozen, *gradients
 
@@ -197,12 +180,12 @@ def fold(
     s3_R1: Tensor | None,
     scale_R1: Tensor,
     zero_point_R1: Tensor,
-    spec: QuantSpec,
+    grid: Grid,
 ) -> Tensor:
     """Codes (int8) of the divided weight: what the trained quantizer becomes."""
 
     def codes(some: slice) -> Tensor:
         s2, s3 = (tensor if tensor is None else tensor[some] for tensor in (s2_Rg, s3_R1))
-        return affine.quantize(divided_weight(rows_Rg[some], s2, s3), scale_R1[some], zero_point_R1[some], spec)
+        return grid.encode(divided_weight(rows_Rg[some], s2, s3), scale_R1[some], zero_point_R1[some])
 
-    return torch.cat([codes(some) for some in affine.row_chunks(rows_Rg)])
+    return torch.cat([codes(some) for some in row_chunks(rows_Rg)])

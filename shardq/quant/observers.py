@@ -12,10 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardq.quant.activation import ActivationGrid, grid_between
-from shardq.quant.affine import SCALE_FLOOR
+from shardq.quant.activation import ActivationGrid, ActivationLevels, grid_between
+from shardq.quant.grid import SCALE_FLOOR
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import QuantSpec
 
 Reduction = Literal["min", "max", "sum"]
 NUM_BINS = 1 << 16
@@ -80,20 +79,22 @@ def statistics_of(values: Tensor, with_counts: bool) -> Statistics:
     return Statistics(low_N.amin(), high_N.amax(), extremes, counts)
 
 
-def observed_grid(statistics: Statistics, spec: QuantSpec, options: ActivationOptions) -> ActivationGrid | None:
+def observed_grid(
+    statistics: Statistics, levels: ActivationLevels, options: ActivationOptions
+) -> ActivationGrid | None:
     """The static grid that the options' observer makes; None where the values are not finite, or there were none."""
     found = Statistics(**{field.name: getattr(statistics, field.name).cpu() for field in fields(statistics)})
     if not (torch.isfinite(found.extremes).all() and found.extremes[2] > 0):
         return None
     match options.observer:
         case "minmax":
-            return grid_between(found.min, found.max, spec)
+            return grid_between(found.min, found.max, levels)
         case "average":
-            return grid_between(found.extremes[0] / found.extremes[2], found.extremes[1] / found.extremes[2], spec)
+            return grid_between(found.extremes[0] / found.extremes[2], found.extremes[1] / found.extremes[2], levels)
         case "percentile":
-            return grid_between(*_percentiles(found, options.percentile), spec)
+            return grid_between(*_percentiles(found, options.percentile), levels)
         case "sqnr":
-            return grid_between(*_least_noise(found, spec), spec)
+            return grid_between(*_least_noise(found, levels), levels)
 
 
 def _percentiles(statistics: Statistics, percentile: float) -> tuple[Tensor, Tensor]:
@@ -118,31 +119,31 @@ def _bins(statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     return lower[order].clamp(low, high), upper[order].clamp(low, high), counts[order]
 
 
-def _least_noise(statistics: Statistics, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _least_noise(statistics: Statistics, levels: ActivationLevels) -> tuple[Tensor, Tensor]:
     """Ends of the candidate grid with the least expected squared error, errors of clipped values counting threefold."""
     low, high = statistics.min.double().clamp(max=0), statistics.max.double().clamp(min=0)
-    high = torch.maximum(high, low + SCALE_FLOOR * spec.num_steps)
-    steps, offsets = (_symmetric if spec.symmetric else _asymmetric)(low, high, spec)
+    high = torch.maximum(high, low + SCALE_FLOOR * levels.num_steps)
+    steps, offsets = (_symmetric if levels.symmetric else _asymmetric)(low, high, levels)
     bins = _bins(statistics)
     pairs = zip(steps.split(CANDIDATES_AT_ONCE), offsets.split(CANDIDATES_AT_ONCE), strict=True)
-    noise = torch.cat([_noise(*bins, *candidates, spec.num_steps) for candidates in pairs])
+    noise = torch.cat([_noise(*bins, *candidates, levels.num_steps) for candidates in pairs])
     best = noise.argmin()
-    return steps[best] * offsets[best], steps[best] * (offsets[best] + spec.num_steps)
+    return steps[best] * offsets[best], steps[best] * (offsets[best] + levels.num_steps)
 
 
-def _symmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _symmetric(low: Tensor, high: Tensor, levels: ActivationLevels) -> tuple[Tensor, Tensor]:
     """Candidates as AIMET's tf-enhanced tries them: 101 steps, hundredths of the one that holds all values."""
-    largest = 2 * torch.maximum(high, -low) / spec.num_steps
+    largest = 2 * torch.maximum(high, -low) / levels.num_steps
     steps = (largest * torch.arange(1, 102, dtype=torch.float64) / 100).clamp(min=SCALE_FLOOR)
-    return steps, torch.full_like(steps, spec.qmin)
+    return steps, torch.full_like(steps, levels.qmin)
 
 
-def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _asymmetric(low: Tensor, high: Tensor, levels: ActivationLevels) -> tuple[Tensor, Tensor]:
     """Candidates as AIMET's tf-enhanced tries them: 17 steps, with 20 offsets and the observed one each.
 
     Grids that reach beyond the observed range are cut off there.
     """
-    num_steps = spec.num_steps
+    num_steps = levels.num_steps
     largest = (high - low) / num_steps
     observed = (low / largest).round()
     steps = largest * torch.arange(1, 18, dtype=torch.float64) / 16

@@ -1,7 +1,9 @@
-"""Which activations get a grid, and which."""
+"""What gets a grid: the linears that never do, and which activations get which."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+DEFAULT_IGNORE = ("lm_head", "*embed*")  # linears that are never quantized
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,7 @@ LOCK = "lock"  # of a run's folder and of an export's
 
 def output_folder(config: QuantizeConfig) -> Path:
     """The folder that is asked for, or one named after model and grid."""
-    spec = config.quant.spec
-    group = f"-g{spec.group_size}" if spec.group_size else ""
-    return Path(config.output or f"runs/{Path(config.model).resolve().name}-w{spec.bits}{group}")
+    return Path(config.output or f"runs/{Path(config.model).resolve().name}-{config.quant.grid.name}")
 
 
 @dataclass(frozen=True)

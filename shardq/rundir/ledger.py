@@ -47,7 +47,8 @@ def read_lines(output: Path) -> list[dict]:
     Raises:
         ResumeError: a line is damaged or out of order.
     """
-    path, lines, sealing = RunFolder(output).ledger, [], False
+    lines: list[dict] = []
+    path, sealing = RunFolder(output).ledger, False
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else []):
         try:
             line = json.loads(text)

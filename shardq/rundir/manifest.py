@@ -5,11 +5,13 @@ import json
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from shardq import __version__
 from shardq.config import QuantizeConfig, listed
 from shardq.files import sha256_of
-from shardq.formats.shards import Index, read_sample
+from shardq.formats.shards import read_sample
+from shardq.formats.source import WeightSource
 
 # Of a config.json: who wrote it, and what decides no number here. Weights are computed with in dtypes of our own.
 BESIDE_THE_POINT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -20,7 +22,7 @@ NOT_PART_OF_A_RUN = ("model", "revision", "output", "resume", "redo", "self_chec
 REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.method")
 
 
-def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_digest: str) -> dict:
+def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: str) -> dict:
     """Everything that decides a run's result, but for the last bits that depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
@@ -29,25 +31,27 @@ def make_manifest(config: QuantizeConfig, index: Index, folder: Path, tokens_dig
         del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
-        "model": model_of(index, folder),
+        "model": model_of(source),
         "calibration_tokens": tokens_digest,
         "options": options,
     }
     return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
 
 
-def model_of(index: Index, folder: Path) -> dict:
-    """What tells the model in a folder apart from others, before its weights are read.
+def model_of(source: WeightSource) -> dict:
+    """What tells a model apart from others, before its weights are read.
 
     `config` is the file's digest, for the record; `settings` is what counts, the digest of what the file says.
-    `weights`, and of each file `files`, are over every tensor's name, place, shape, dtype and 4 KiB from its middle.
+    `weights`, and of each file `files`, are over every stored tensor's name, place, shape, dtype and 4 KiB from its
+    middle.
 
     Hashing all bytes of a 70B model would take minutes at every start; a retrained or another model differs here too.
     What differs elsewhere is found as it is read, by the digests that the ledger keeps.
     """
-    path = folder / "config.json"
-    weights, files = hashlib.sha256(), defaultdict(hashlib.sha256)
-    for info in index.values():
+    path = source.folder / "config.json"
+    weights = hashlib.sha256()
+    files: dict[str, Any] = defaultdict(hashlib.sha256)
+    for info in source.index.values():
         place = repr((info.name, info.file.name, info.dtype, info.shape, info.offset)).encode()
         for part in (place, read_sample(info)):
             weights.update(part)

@@ -13,7 +13,7 @@ from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, block_plans
 from shardq.model.choice import matrices_to_quantize
 from shardq.model.skeleton import Skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.grid import Grid
 
 ENCODINGS: tuple[encodings.Version, ...] = ("1.0.0", "0.6.1")  # AIMET's default, and what its load_encodings reads
 REST_SHARD_BYTES = 1 << 30  # tensors outside the blocks are copied in files of about this size
@@ -40,9 +40,9 @@ class Plan:
         return len(self.blocks)
 
     @property
-    def grids(self) -> dict[str, QuantSpec]:
+    def grids(self) -> dict[str, Grid]:
         """Of every matrix that is quantized, by its name in the model."""
-        return {block.full_name(matrix): spec for block in self.blocks for matrix, spec in block.grids.items()}
+        return {block.full_name(matrix): grid for block in self.blocks for matrix, grid in block.grids.items()}
 
     @property
     def num_matrices(self) -> int:
@@ -64,6 +64,14 @@ class Plan:
         """Versions of AIMET encodings that the run writes: those whose file a program can be expected to load."""
         return [version for version in ENCODINGS if encodings.fits(version, self.num_scales)]
 
+    def with_scales_in(self, dtype: str) -> "Plan":
+        """The same, scales rounded to a dtype by name; raises the grids' ValueError where they cannot be."""
+        blocks = [
+            replace(block, grids={matrix: grid.with_scales_in(dtype) for matrix, grid in block.grids.items()})
+            for block in self.blocks
+        ]
+        return replace(self, blocks=blocks, scale_dtype=dtype)
+
     def with_arguments(self, arguments: Sequence[BlockArguments]) -> "Plan":
         """The same with what the model passes to each block."""
         pairs = zip(self.blocks, arguments, strict=True)
@@ -82,31 +90,18 @@ class Plan:
         return [shard_name(number, self.num_shards) for number in range(1, self.num_shards + 1)]
 
 
-def make_plan(skeleton: Skeleton, quant: QuantOptions, target: str | None = None) -> Plan:
+def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
     """Decide what is quantized, on which grids, and where it goes.
-
-    Args:
-        target: the program that is to serve the result, if it is known.
 
     Raises:
         ConfigError: the group size does not divide a matrix' input size, or a pattern to ignore matches nothing.
         UnsupportedModelError: no matrix would be quantized.
     """
     chosen = matrices_to_quantize(skeleton, quant.ignored)
-    first = next(matrix for matrices in chosen for matrix in matrices)
-    spec = replace(quant.spec, scale_dtype=_scale_dtype(target, skeleton.source.tensors[first.sources[0]].dtype))
-    blocks = block_plans(skeleton, [dict.fromkeys(matrices, spec) for matrices in chosen])
+    blocks = block_plans(skeleton, [dict.fromkeys(matrices, quant.grid) for matrices in chosen])
     for block in blocks:
         _check_group_sizes(block)
-    rest = group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES)
-    return Plan(blocks=blocks, rest=rest, scale_dtype=spec.scale_dtype)
-
-
-def _scale_dtype(target: str | None, source_dtype: str) -> str | None:
-    """Name of the dtype that a target keeps scales in: float16 in GGUF, else the model's, bfloat16 for float32."""
-    if target is None:
-        return None
-    return "float16" if target == "gguf" or source_dtype == "F16" else "bfloat16"
+    return Plan(blocks=blocks, rest=group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES))
 
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
@@ -117,9 +112,9 @@ def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
 
 
 def _check_group_sizes(block: BlockPlan) -> None:
-    for matrix, spec in block.grids.items():
-        if spec.group_size and matrix.shape[1] % spec.group_size:
+    for matrix, grid in block.grids.items():
+        if not grid.fits(matrix.shape[1]):
             raise ConfigError(
-                f"quant.group_size: {spec.group_size} does not divide the {matrix.shape[1]} input channels of "
+                f"quant.group_size: {grid.group_size} does not divide the {matrix.shape[1]} input channels of "
                 f"{block.full_name(matrix)}; choose a divisor, or -1 for per-channel"
             )

@@ -9,8 +9,9 @@ from typing import Self
 import xxhash
 
 from shardq.errors import ResumeError
-from shardq.files import ASIDE, json_text, write_text, xxh128_of
+from shardq.files import ASIDE, json_text, storage_errors, write_text, xxh128_of
 from shardq.formats.source import Digests
+from shardq.logs import Event
 from shardq.parallel.collectives import TOKEN
 from shardq.rundir.digests import changed_files, cut_torn_line
 from shardq.rundir.folder import LOCK, MANIFEST, RunFolder
@@ -44,6 +45,12 @@ class RunRecord:
         return finished(self.lines)
 
     @property
+    def blocks(self) -> dict[int, dict]:
+        """The entries of the blocks that are done, by their numbers in rising order."""
+        entries = self.entries
+        return {number: entries[number] for number in sorted(number for number in entries if number is not None)}
+
+    @property
     def is_finished(self) -> bool:
         """Whether all blocks are done, and what completes them."""
         return None in self.entries
@@ -56,7 +63,7 @@ class RunRecord:
     @property
     def num_done(self) -> int:
         """Number of blocks that are done."""
-        return len(self.entries.keys() - {None})
+        return len(self.blocks)
 
     @property
     def num_redos(self) -> int:
@@ -71,9 +78,27 @@ class RunRecord:
     @property
     def blocks_digest(self) -> str:
         """What tells the blocks of a finished run from others: a digest of their files' digests."""
-        entries = self.entries
-        digests = [entries[block]["files"] for block in sorted(entries.keys() - {None})]
+        digests = [entry["files"] for entry in self.blocks.values()]
         return xxhash.xxh3_128_hexdigest(json.dumps(digests, sort_keys=True).encode())
+
+    def events(self) -> list[Event]:
+        """What all ranks' logs keep of the run's spans, log by log in the order in which they ended.
+
+        A kill in the middle of a line leaves one without its end, which is no event.
+
+        Raises:
+            ResumeError: a line is no event.
+        """
+        found = []
+        for path in RunFolder(self.output).logs:
+            with storage_errors(path):
+                lines = path.read_bytes().split(b"\n")[:-1]
+            for number, line in enumerate(lines, 1):
+                try:
+                    found.append(Event.parsed(line))
+                except (ValueError, RecursionError) as error:
+                    raise ResumeError(f"{path}: line {number} is no event; delete the line") from error
+        return found
 
     def manifest(self) -> dict:
         """What the run is: as it began, or since its last redo.

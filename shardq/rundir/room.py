@@ -11,8 +11,8 @@ from typing import NamedTuple
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
 from shardq.formats.source import SourceTensor
+from shardq.quant.grid import Grid
 from shardq.quant.packing import packed_width
-from shardq.quant.spec import QuantSpec
 
 HEADER_BYTES = 256  # of a safetensors file, a tensor
 
@@ -57,14 +57,14 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, SourceTensor], grids: dict[str, QuantSpec]) -> BlockBytes:
+def block_bytes(tensors: dict[str, SourceTensor], grids: dict[str, Grid]) -> BlockBytes:
     """What a block takes of whose tensors, by name within it, some have codes on a grid."""
     codes = num_weights = num_scales = 0
-    for name, spec in grids.items():
+    for name, grid in grids.items():
         num_outputs, num_inputs = tensors[name].shape
-        scales = num_outputs * (num_inputs // (spec.group_size or num_inputs))
-        codes += num_outputs * packed_width(num_inputs, spec.bits)
-        codes += scales * (4 if spec.symmetric else 5) + 3 * HEADER_BYTES
+        scales = grid.num_scales(num_outputs, num_inputs)
+        codes += num_outputs * packed_width(num_inputs, grid.bits)
+        codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES
         num_weights, num_scales = num_weights + num_outputs * num_inputs, num_scales + scales
     others = sum(HEADER_BYTES + tensor.stored_bytes * (name not in grids) for name, tensor in tensors.items())
     return BlockBytes(others, codes, num_weights, num_scales)

@@ -14,10 +14,9 @@ from shardq.model.skeleton import Skeleton
 from shardq.model.taps import activation_names, tapped
 from shardq.parallel.collectives import reduce_over_ranks
 from shardq.parallel.ranks import Ranks
-from shardq.quant.activation import ActivationGrid, rounded
+from shardq.quant.activation import ActivationGrid, ActivationLevels, rounded
 from shardq.quant.observers import REDUCTIONS, WITH_COUNTS, Statistics, no_statistics, observed_grid, statistics_of
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
@@ -44,7 +43,7 @@ def plan_activations(skeleton: Skeleton, plan: Plan, length: int, options: Activ
                 "interface, so keys and values cannot be reached; leave out activations.kv_bits"
             )
         grids = {
-            name: QuantSpec(bits=bits, symmetric=options.symmetric, scale_dtype=plan.scale_dtype)
+            name: ActivationLevels(bits=bits, symmetric=options.symmetric, scale_dtype=plan.scale_dtype)
             for name, bits in _bits_of(names, block, options).items()
         }
         planned.append(replace(block, activations=grids))
@@ -85,7 +84,7 @@ def observed(block: nn.Module, asked: Collection[str], options: ActivationOption
 
 def activation_grids(
     statistics: dict[str, Statistics],
-    asked: dict[str, QuantSpec],
+    asked: dict[str, ActivationLevels],
     options: ActivationOptions,
     ranks: Ranks,
 ) -> dict[str, ActivationGrid]:
@@ -98,7 +97,7 @@ def activation_grids(
         QuantizationError: an activation is not finite, or no sample reached it.
     """
     if options.granularity == "token":
-        return {name: ActivationGrid(spec.bits, spec.symmetric) for name, spec in asked.items()}
+        return {name: ActivationGrid(levels.bits, levels.symmetric) for name, levels in asked.items()}
     for wanted in ("min", "max", "sum"):
         fields = [field for field, reduction in REDUCTIONS.items() if reduction == wanted]
         tensors = [getattr(found, field) for found in statistics.values() for field in fields]

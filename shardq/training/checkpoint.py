@@ -20,8 +20,8 @@ from shardq.matrix import Matrix
 from shardq.optimize.best_iterate import BestIterate
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.engine import Engine
+from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 
 BEST = "best.safetensors"
@@ -112,7 +112,7 @@ def save(checkpoints: Checkpoints, purpose: dict, block: int, progress: Progress
 
 
 def load(
-    checkpoints: Checkpoints, purpose: dict, grids: dict[Matrix, QuantSpec], say: Callable[[str], None]
+    checkpoints: Checkpoints, purpose: dict, grids: dict[Matrix, Grid], say: Callable[[str], None]
 ) -> tuple[Progress, dict[str, Tensor]] | None:
     """The newest checkpoint that serves the purpose, and the stepper's state in it; None if there is none.
 
@@ -146,7 +146,7 @@ def _folder(checkpoints: Checkpoints) -> Path:
 
 
 def _read(
-    folder: Path, checkpoints: Checkpoints, purpose: dict, grids: dict[Matrix, QuantSpec]
+    folder: Path, checkpoints: Checkpoints, purpose: dict, grids: dict[Matrix, Grid]
 ) -> tuple[Progress, dict[str, Tensor]]:
     state, about = read_checked(folder / checkpoints.state_file)
     made_for = (about or {}).get("purpose", {})
@@ -166,11 +166,9 @@ def _tensors_of(best: BestIterate) -> dict[str, Tensor]:
     return tensors
 
 
-def _best_of(
-    tensors: dict[str, Tensor], about: dict, grids: dict[Matrix, QuantSpec], device: torch.device
-) -> BestIterate:
-    linears, specs = {}, {matrix.name: spec for matrix, spec in grids.items()}
+def _best_of(tensors: dict[str, Tensor], about: dict, grids: dict[Matrix, Grid], device: torch.device) -> BestIterate:
+    linears, by_name = {}, {matrix.name: grid for matrix, grid in grids.items()}
     for name in about["linears"]:  # in their order, which the tensors of a file do not keep
         parts = (tensors[f"{name}.{kind}"].to(device) for kind in ("codes", "scale", "zero_point"))
-        linears[name] = QuantizedLinear(*parts, specs[name])
+        linears[name] = QuantizedLinear(*parts, by_name[name])
     return BestIterate(linears, about["loss"])

@@ -72,7 +72,7 @@ class Tuning:
             for matrix in block.grids:
                 linear = linears[matrix.name]
                 parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
-                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.spec)
+                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.grid)
                 source[matrix.tensor] = on_device.dequantized(dtype)
             return source
 

@@ -167,7 +167,7 @@ class BlockTrainer:
 
 def trainer_for(job: Job, loaded: LoadedBlock) -> BlockTrainer:
     """What trains blocks of a block's kind; built and compiled if it is the first of them."""
-    key = (loaded.module, tuple((matrix.name, spec) for matrix, spec in loaded.plan.grids.items()))
+    key = (loaded.module, tuple((matrix.name, grid) for matrix, grid in loaded.plan.grids.items()))
     if key not in job.trainers:
         begun, compiles = time.perf_counter(), job.recipe.optimize.compile == "on"
         if compiles and not job.trainers:

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import forked
 import tiny
 from shardq.cli import parse
 from shardq.commands.commit import OnCommit
@@ -20,6 +21,7 @@ from shardq.parallel.ranks import Ranks
 from shardq.rundir.folder import RunFolder
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+Launcher = Callable[..., subprocess.CompletedProcess]  # takes the number of ranks and a program
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -92,26 +94,22 @@ def assert_nearly_equal(output: Path, reference: Path) -> None:
             assert (ours[name].codes_OI == theirs[name].codes_OI).float().mean() > share
 
 
-def failing_launch(arguments: list[str]) -> list[str]:
+def failing_launch(arguments: list[str], launch: Launcher = forked.ranks) -> list[str]:
     """Run on two ranks what must fail; give the lines that shardq itself printed, by whatever rank."""
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    finished = launch(2, [LAUNCH / "quantize.py", *arguments])
     assert finished.returncode != 0
     assert 'launch/quantize.py", line' not in finished.stderr  # torchrun shows a stack of its own, the ranks none
     return [line for line in finished.stderr.splitlines() if line.startswith("shardq:")]
 
 
 def start_and_kill(num_ranks: int, arguments: list[str], output: Path, after_blocks: int) -> int:
-    """Start a run with torchrun and SIGKILL its last rank as soon as some blocks are committed; give the exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
-               str(LAUNCH / "quantize.py"), *arguments]  # fmt: skip
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    """Start a run and SIGKILL its last rank as soon as some blocks are committed; give the exit code."""
+    run = forked.start(num_ranks, [LAUNCH / "quantize.py", *arguments])
     deadline = time.monotonic() + tiny.LAUNCH_TIMEOUT_SECONDS
-    while committed(output) < after_blocks and process.poll() is None and time.monotonic() < deadline:
+    while committed(output) < after_blocks and not run.is_over() and time.monotonic() < deadline:
         time.sleep(0.005)
-    for pid in ranks_of(process.pid)[-1:]:
-        os.kill(pid, signal.SIGKILL)
-    return process.wait(timeout=60)
+    os.kill(run.pids[-1], signal.SIGKILL)
+    return run.wait().returncode
 
 
 def ranks_of(torchrun_pid: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import tiny
+import forked
 from runs import LAUNCH, quantize_arguments, result_files, run_evaluate, run_quantize
 from shardq.commands.verify import find_faults
 from shardq.errors import ConfigError
@@ -185,7 +185,7 @@ def test_ranks_find_the_grids_of_one_rank(llama: Path, token_file: Path, tmp_pat
     more = (*RTN, *ALL, "--activations.observer", "sqnr")
     run_quantize(llama, token_file, tmp_path / "one", *more)
     arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    finished = forked.ranks(2, [LAUNCH / "quantize.py", *arguments])
     assert finished.returncode == 0, finished.stderr
     assert grids_of(tmp_path / "two") == grids_of(tmp_path / "one")
 

@@ -52,6 +52,11 @@ def test_calls_one_after_another_give_the_command_lines_bytes_and_leave_the_proc
     summaries = [shardq.quantize(llama, output=tmp_path / name, **short(token_file)) for name in ("one", "two")]
     assert result_files(tmp_path / "one") == result_files(tmp_path / "two") == result_files(by_command)
     assert summaries[0]["blocks"] == 3 and summaries[0]["loss_after"] == summaries[1]["loss_after"]
+    run = shardq.load_run(tmp_path / "one")
+    assert run.is_finished and run.blocks[1].name == "model.layers.1" and len(run.blocks[1].grids) == 7
+    losses = [block.facts["loss_after"] for block in run.blocks if "loss_after" in block.facts]
+    assert summaries[0]["loss_after"] == sum(losses) / len(losses)
+    assert all(block.seconds["train"] > 0 for block in run.blocks)
     text = {"dataset": token_file, "sequence_length": 64}
     measured = [shardq.evaluate(tmp_path / name, eval=text)["perplexity"] for name in ("one", "two")]
     assert measured[0] == measured[1] > 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import crashes
-import tiny
+import forked
 from disk_model import Disk
 from shardq import files
 from shardq.files import append_line, write_text
@@ -16,7 +16,7 @@ from shardq.rundir import ledger
 
 def crash(*arguments: object) -> list[dict]:
     """What `crashes.py` tells, a dictionary for each crash."""
-    return tiny.told_by(crashes.__file__, *arguments)
+    return forked.told_by(crashes.__file__, *arguments)
 
 
 def assert_survived(told: list[dict]) -> None:

@@ -55,7 +55,7 @@ def test_scales_are_rounded_before_codes_are_made(served: Path):
     index = open_index(served / "compressed-tensors")
     for path in sorted((served / "blocks").iterdir()):
         for name, linear in read_block(path).items():
-            assert linear.spec.scale_dtype == "bfloat16"
+            assert linear.grid.scale_dtype == "bfloat16"
             assert torch.equal(linear.scale_OG, linear.scale_OG.bfloat16().float())
             with safe_open(index[f"{name}.weight_scale"].file, "pt") as file:
                 assert torch.equal(file.get_tensor(f"{name}.weight_scale").float(), linear.scale_OG)

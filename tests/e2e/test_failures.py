@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import failing_quantize
+import forked
 import tiny
 from runs import LAUNCH, ONE_RANK, committed, quantize_arguments, result_files
 from shardq.cli import parse
@@ -35,7 +36,8 @@ def fail(how, who, arguments, folder, limit_seconds=LIMIT_SECONDS):
     """Let a run fail, in time and by name; give the lines that the ranks wrote."""
     failed_at = folder / "failed-at"
     script = [failing_quantize.__file__, how, str(who), failed_at, *arguments]
-    finished = tiny.torchrun(2, script)
+    launch = tiny.torchrun if how == "SIGKILL" else forked.ranks  # it ends the others too, and prints a stack
+    finished = launch(2, script)
     assert failed_at.exists(), finished.stderr
     assert time.time() - float(failed_at.read_text()) < limit_seconds
     assert finished.returncode != 0
@@ -57,7 +59,7 @@ def test_run_goes_on_after_every_failure_of_a_rank(llama, token_file, two_ranks,
             assert "--optimize.micro_batch, --optimize.memory_gib or --calib.sequence_length" in lines[0]
         if how == "fault":
             assert lines[-2] == f"[rank{who}]: ZeroDivisionError: division by zero"
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments])
+    finished = forked.ranks(2, [LAUNCH / "quantize.py", *arguments])
     assert finished.returncode == 0, finished.stderr
     assert "resuming" in finished.stdout and "1 of 3 blocks are done" in finished.stdout
     assert result_files(output) == result_files(two_ranks[0])

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(model: Path, token_file
         assert not (tmp_path / "out" / "blocks").exists()
 
     refused(model, ConfigError, "groups of 16", "--quant.group_size", 16)
-    refused(model, ConfigError, "gguf keeps scales in float16, in which they are no whole", *LPBQ, "--target", "gguf")
+    refused(model, ConfigError, "scales are kept in float16, in which they are no whole", *LPBQ, "--target", "gguf")
     refused(model, ConfigError, "asymmetric grids of 8 bits", "--quant.bits", 8, "--quant.symmetric", "false")
     bare = tiny.save_llama(tmp_path / "bare", num_blocks=1)
     refused(bare, UnsupportedModelError, "needs tokenizer.json or tokenizer.model")

@@ -26,7 +26,7 @@ from shardq.compiling import compiler, why_not
 from shardq.errors import Stopped
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
-from shardq.quant import adascale, affine
+from shardq.quant import adascale
 from shardq.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -95,7 +95,7 @@ def test_compiled_kernels_give_what_the_plain_functions_give(group_size):
     rows, grad = torch.randn(2, 512, group_size or 256, device=ON_GPU.device).bfloat16()
     s2 = 0.01 * torch.randn(rows.shape, device=rows.device)
     s3, beta, gamma = 0.01 * torch.randn(3, 512, 1, device=rows.device)
-    inputs = rows, affine.start_range(rows.float(), spec), adascale.Trained(s2, s3, beta, gamma), spec, 1
+    inputs = rows, spec.start_range(rows.float()), adascale.Trained(s2, s3, beta, gamma), spec, 1
     found = compiled(adascale.trained_weight, True)(*inputs, torch.float32)
     expected = adascale.trained_weight(*inputs, torch.float32)
     assert ((found - expected).norm() / expected.norm()).item() < 1e-3  # a division may round to the other neighbour

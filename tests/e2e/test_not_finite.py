@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import not_finite_runs
-import tiny
 from runs import result_files, run_quantize
 from shardq.commands.verify import find_faults
 from shardq.optimize.stepper import LocalStepper
@@ -25,7 +25,7 @@ WILD = ["--optimize.grid_lr", 60, "--optimize.iterations", 10]  # two tries brea
     ],
 )
 def test_number_of_one_rank_is_agreed_by_all(tmp_path, engine, cases):
-    told = tiny.told_by(not_finite_runs.__file__, tmp_path, engine, 2, *cases)
+    told = forked.told_by(not_finite_runs.__file__, tmp_path, engine, 2, *cases)
     assert [case["case"] for case in told] == cases
     for case in told:
         first, second, _ = case["entries"]

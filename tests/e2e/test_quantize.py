@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Gemma3Config, OPTConfig
 
+import forked
 import tiny
 from runs import (
     LAUNCH,
@@ -204,7 +205,7 @@ def test_searched_start_is_nearer_and_the_same_on_two_ranks(run, llama, token_fi
     plain = run_quantize(llama, token_file, tmp_path / "plain", *more[2:])
     searched = run_quantize(llama, token_file, tmp_path / "searched", *more)
     assert searched["loss_after"] < 0.9 * plain["loss_after"]
-    tiny.torchrun(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, tmp_path / "two", *more)])
+    forked.ranks(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, tmp_path / "two", *more)])
     assert_nearly_equal(tmp_path / "two", tmp_path / "searched")
 
 
@@ -306,7 +307,7 @@ def test_predictions_are_the_same_objective_on_two_ranks(llama, token_file, tmp_
     more = ["--optimize.label_weight", 0.3]
     one = run_quantize(llama, token_file, tmp_path / "one", *more)
     arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
-    two = last_json(tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).stdout)
+    two = last_json(forked.ranks(2, [LAUNCH / "quantize.py", *arguments]).stdout)
     assert two["divergence_after"] == pytest.approx(one["divergence_after"], rel=0.01)
     assert_nearly_equal(tmp_path / "two", tmp_path / "one")
 
@@ -322,7 +323,7 @@ def test_best_iterate_is_the_same_on_two_ranks(llama, token_file, tmp_path):
     one = run_quantize(llama, token_file, tmp_path / "one", *more)
     assert one["loss_after"] < 0.99 * one["loss_before"]
     arguments = quantize_arguments(llama, token_file, tmp_path / "two", *more)
-    two = last_json(tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).stdout)
+    two = last_json(forked.ranks(2, [LAUNCH / "quantize.py", *arguments]).stdout)
     assert two["loss_after"] == pytest.approx(one["loss_after"], rel=0.01)
 
 
@@ -348,7 +349,7 @@ def test_two_ranks_give_the_result_of_one(run, two_ranks, token_file):
     assert "48 samples a block" in printed
     assert last_json(printed)["loss_after"] == pytest.approx(run[1]["loss_after"], rel=0.01)
     assert_nearly_equal(output, run[0])
-    evaluated = tiny.torchrun(2, [LAUNCH / "evaluate.py", "--model", output, "--eval.dataset", token_file,
+    evaluated = forked.ranks(2, [LAUNCH / "evaluate.py", "--model", output, "--eval.dataset", token_file,
                                   "--eval.sequence_length", "64"])  # fmt: skip
     expected = whole_model_perplexity(output, token_file)
     assert last_json(evaluated.stdout)["perplexity"] == pytest.approx(expected, rel=1e-5)

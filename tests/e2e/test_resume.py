@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import forked
 import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
 from shardq.errors import ResumeError, Stopped, StorageError
@@ -34,11 +35,11 @@ def test_killed_run_ends_with_the_same_bytes(llama, token_file, tmp_path, num_ra
     )
     assert start_and_kill(num_ranks, arguments, tmp_path / "out", after_blocks=1) != 0
     assert 1 <= committed(tmp_path / "out") < 4
-    resumed = tiny.torchrun(num_ranks, [LAUNCH / "quantize.py", *arguments])
+    resumed = forked.ranks(num_ranks, [LAUNCH / "quantize.py", *arguments])
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
     arguments[arguments.index("--output") + 1] = str(tmp_path / "whole")
-    assert tiny.torchrun(num_ranks, [LAUNCH / "quantize.py", *arguments]).returncode == 0
+    assert forked.ranks(num_ranks, [LAUNCH / "quantize.py", *arguments]).returncode == 0
     assert result_files(tmp_path / "out") == result_files(tmp_path / "whole")
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import OPTConfig
 
+import forked
 import tiny
 from runs import LAUNCH, ONE_RANK, committed, failing_launch, quantize_arguments, result_files, run_quantize
 from shardq.cli import parse
@@ -210,5 +211,5 @@ def test_full_disk_ends_both_ranks_and_the_run_goes_on_with_room(small_disk, lla
     assert any("no space left" in line.lower() for line in lines), lines
     assert not list(small_disk.rglob("*.partial")) and 1 <= committed(output) < 4
     (small_disk / "ballast").unlink()
-    assert tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments]).returncode == 0
+    assert forked.ranks(2, [LAUNCH / "quantize.py", *arguments]).returncode == 0
     assert result_files(output) == result_files(two_ranks[0])

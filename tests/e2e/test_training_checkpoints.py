@@ -5,7 +5,7 @@ import json
 import pytest
 
 import checkpoint_kills as kills
-import tiny
+import forked
 from runs import run_quantize
 
 AFTER = {  # case: steps after the kill in the block that was killed
@@ -28,7 +28,7 @@ AFTER = {  # case: steps after the kill in the block that was killed
     ],
 )
 def test_killed_run_goes_on_within_the_block(tmp_path, engine, num_ranks, cases):
-    told = tiny.told_by(kills.__file__, tmp_path, engine, num_ranks, *cases)
+    told = forked.told_by(kills.__file__, tmp_path, engine, num_ranks, *cases)
     assert [case["case"] for case in told] == cases
     for case in told:
         assert case["wrong"] == "", case

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import forked
 import tiny
 from runs import LAUNCH, ONE_RANK, last_json, result_files, run_evaluate, run_quantize
 from shardq.cli import parse
@@ -142,7 +143,7 @@ def test_the_result_is_a_run(run: Path, tuned: Path, token_file: Path, tmp_path:
 
 
 def test_two_ranks_give_the_scales_of_one(run: Path, tuned: Path, llama: Path, tmp_path: Path):
-    finished = tiny.torchrun(2, [LAUNCH / "tune.py", *tune_arguments(run, llama, tmp_path / "two")])
+    finished = forked.ranks(2, [LAUNCH / "tune.py", *tune_arguments(run, llama, tmp_path / "two")])
     assert finished.returncode == 0, finished.stderr
     assert last_json(finished.stdout)["steps"] == STEPS
     assert f"step {STEPS}/{STEPS}: loss" in finished.stdout

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import tiny
+import forked
 import verb_crashes
 
 
@@ -15,7 +15,7 @@ def assert_survived(told: list[dict]) -> None:
 
 
 def test_some_of_all_crashes_of_an_export_and_a_tuning(tmp_path: Path):
-    told = tiny.told_by(verb_crashes.__file__, tmp_path, 61, "compressed-tensors", "tune")
+    told = forked.told_by(verb_crashes.__file__, tmp_path, 61, "compressed-tensors", "tune")
     assert_survived(told)
     assert len(told) > 10 and sum(crash["came"] != "" for crash in told) > 0.8 * len(told)
 
@@ -23,6 +23,6 @@ def test_some_of_all_crashes_of_an_export_and_a_tuning(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["compressed-tensors", "gptq", "hf", "aimet", "gguf", "tune"])
 def test_every_crash_of_an_export_or_a_tuning_is_survived(tmp_path: Path, what: str):
-    told = tiny.told_by(verb_crashes.__file__, tmp_path, 1, what)
+    told = forked.told_by(verb_crashes.__file__, tmp_path, 1, what)
     assert_survived(told)
     assert {crash["kind"] for crash in told} == set(verb_crashes.KINDS)

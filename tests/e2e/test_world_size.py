@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-import tiny
+import forked
 from runs import (
     LAUNCH,
     assert_nearly_equal,
@@ -31,7 +31,7 @@ def arguments_for(llama, token_file, output, *more):
 def whole(llama, token_file, tmp_path_factory):
     """Output folder and summary of the run on two ranks that nothing interrupts. Read only."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *arguments_for(llama, token_file, output)])
+    finished = forked.ranks(2, [LAUNCH / "quantize.py", *arguments_for(llama, token_file, output)])
     assert finished.returncode == 0, finished.stderr
     return output, last_json(finished.stdout)
 
@@ -70,7 +70,7 @@ def test_run_goes_on_with_another_number_of_ranks(
     output = shutil.copytree(begun, tmp_path / "out")
     before = committed_files(output)
     arguments = arguments_for(llama, token_file, output, "--cache.placement", placement)
-    finished = tiny.torchrun(num_ranks, [LAUNCH / "quantize.py", *arguments])
+    finished = forked.ranks(num_ranks, [LAUNCH / "quantize.py", *arguments])
     assert finished.returncode == 0, finished.stderr
     assert f"1 of 3 blocks are done; {num_ranks} rank(s), begun with 2; {cost}\n" in finished.stdout
     assert "60 iterations of 2 sample(s)" in finished.stdout
@@ -88,7 +88,7 @@ def test_run_goes_on_with_another_number_of_ranks(
 def test_only_ranks_whose_samples_are_gone_compute_them_again(begun, whole, llama, token_file, tmp_path):
     output = shutil.copytree(begun, tmp_path / "out")
     (output / "cache" / "generation-00001" / "quant-000006.safetensors").unlink()
-    finished = tiny.torchrun(4, [LAUNCH / "quantize.py", *arguments_for(llama, token_file, output)])
+    finished = forked.ranks(4, [LAUNCH / "quantize.py", *arguments_for(llama, token_file, output)])
     assert finished.returncode == 0, finished.stderr
     assert REPLAY.format(1) in finished.stdout
     assert_nearly_equal(output, whole[0])
@@ -121,7 +121,7 @@ def test_batch_that_does_not_divide_gives_the_result_of_one_rank(llama, token_fi
     more = ["--calib.samples", 6, "--optimize.batch_size", batch_size]
     run_quantize(llama, token_file, tmp_path / "one", *more)
     arguments = quantize_arguments(llama, token_file, tmp_path / "three", *more)
-    finished = tiny.torchrun(3, [LAUNCH / "quantize.py", *arguments])
+    finished = forked.ranks(3, [LAUNCH / "quantize.py", *arguments])
     assert finished.returncode == 0, finished.stderr
     assert f"{batch_size} sample(s) a step do not divide among 3 ranks" in finished.stdout
     assert_nearly_equal(tmp_path / "three", tmp_path / "one")
@@ -132,7 +132,7 @@ def test_samples_that_do_not_divide_train_as_well(llama, token_file, tmp_path):
     more = ["--optimize.batch_size", 3, "--optimize.held_out", 1]
     one = run_quantize(llama, token_file, tmp_path / "one", *more)
     arguments = quantize_arguments(llama, token_file, tmp_path / "three", *more)
-    finished = tiny.torchrun(3, [LAUNCH / "quantize.py", *arguments])
+    finished = forked.ranks(3, [LAUNCH / "quantize.py", *arguments])
     assert finished.returncode == 0, finished.stderr
     three = last_json(finished.stdout)
     assert three["loss_before"] == pytest.approx(one["loss_before"], rel=0.05)
@@ -145,7 +145,7 @@ def test_evaluation_takes_any_number_of_sequences(llama, token_file, num_sequenc
     more = ["--eval.samples", num_sequences]
     one = run_evaluate(llama, token_file, *more)
     fixed = ["--model", llama, "--eval.dataset", token_file, "--eval.sequence_length", 64]
-    finished = tiny.torchrun(2, [LAUNCH / "evaluate.py", *map(str, (*fixed, *more))])
+    finished = forked.ranks(2, [LAUNCH / "evaluate.py", *map(str, (*fixed, *more))])
     assert finished.returncode == 0, finished.stderr
     assert last_json(finished.stdout)["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
     assert last_json(finished.stdout)["tokens"] == one["tokens"] == 63 * num_sequences

@@ -8,7 +8,15 @@ from shardq.config import ExportConfig, ExportOptions
 from shardq.errors import ConfigError
 from shardq.export.base import Format
 from shardq.export.checkpoint import Checkpoint
-from shardq.export.chosen import FORMATS, check_installed, check_options, checkpoints_of, format_of, formats_of
+from shardq.export.chosen import (
+    FORMATS,
+    check_installed,
+    check_options,
+    checkpoints_of,
+    format_of,
+    formats_of,
+    served_as,
+)
 from shardq.formats.options import AimetOptions
 from shardq.model.skeleton import open_skeleton
 from shardq.quant.spec import QuantSpec
@@ -89,6 +97,8 @@ def test_a_missing_package_is_named(chosen: Format, monkeypatch: pytest.MonkeyPa
 def test_formats_whose_scales_a_target_rounds():
     rounded = {chosen.name: chosen.rounded_by for chosen in EVERY if chosen.rounded_by}
     assert rounded == {"compressed-tensors": "vllm", "gptq": "vllm", "gguf": "gguf"}
+    assert served_as("vllm", ExportOptions(formats="gptq")).name == "compressed-tensors"
+    assert served_as("gguf", ExportOptions()).name == "gguf"
 
 
 def test_checkpoints_are_written_as_a_run_goes_on():

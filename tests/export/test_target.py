@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import DeepseekV3Config, OPTConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
 from shardq.errors import ConfigError
-from shardq.export.target import check_served
+from shardq.export.target import as_served, check_served
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir.plan import make_plan
 
@@ -23,7 +24,7 @@ def check(
         model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
     )
     skeleton = open_skeleton(folder)
-    check_served(config, skeleton, make_plan(skeleton, config.quant, config.target))
+    check_served(config, skeleton, as_served(config, skeleton, make_plan(skeleton, config.quant)))
 
 
 @pytest.mark.parametrize("quant", [{"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 4, "symmetric": False}])
@@ -39,7 +40,7 @@ def test_grids_that_vllm_has_kernels_for_pass(llama: Path, quant: dict):
         ({"bits": 8, "symmetric": False}, "asymmetric grids of 8 bits"),
         ({"bits": 4, "symmetric": False, "activation_bits": 8}, "symmetric weight grid"),
         ({"bits": 8, "group_size": 32, "activation_bits": 8}, "groups of 32"),
-        ({"bits": 4, "group_size": 32, "decompressed_bits": 8}, "vllm keeps scales in bfloat16"),
+        ({"bits": 4, "group_size": 32, "decompressed_bits": 8}, "left out where scales are kept in bfloat16"),
     ],
 )
 def test_a_grid_without_a_kernel_is_refused(llama: Path, wrong: dict, reason: str):
@@ -170,3 +171,11 @@ def test_a_format_that_cannot_hold_the_grid_is_refused_without_a_target_too(llam
     with pytest.raises(ConfigError, match="3 bits"):
         check(llama, target=None, bits=3, formats="compressed-tensors")
     check(llama, target=None, bits=3, formats="hf")
+
+
+@pytest.mark.parametrize("dtype, name", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_scales_are_kept_in_the_targets_dtype(tmp_path: Path, dtype: str, name: str):
+    skeleton = open_skeleton(tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype)))
+    for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
+        plan = as_served(QuantizeConfig(model="", target=target), skeleton, make_plan(skeleton, QuantOptions()))
+        assert {grid.scale_dtype for grid in plan.grids.values()} == {plan.scale_dtype} == {expected}

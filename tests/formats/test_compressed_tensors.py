@@ -18,7 +18,7 @@ SHAPE = (40, 96)
 def decompressed(linear: QuantizedLinear, activation_bits: int, dtype: torch.dtype) -> torch.Tensor:
     written = linear_tensors("a.b", linear, dtype, activation_bits)
     assert all(name.startswith("a.b.") for name in written)
-    config = QuantizationConfig.model_validate(quantization_config(linear.spec, activation_bits, []))
+    config = QuantizationConfig.model_validate(quantization_config(linear.grid, activation_bits, []))
     scheme = config.config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(config.format)
     state = {name.removeprefix("a.b."): tensor for name, tensor in written.items()}
@@ -40,7 +40,7 @@ def test_packed_weights_are_the_grid_points(bits: int, kind: str, group_size: in
 def test_weights_beside_int8_activations_are_the_grid_points(bits: int, group_size: int | None):
     linear = tiny.random_linear(QuantSpec(bits=bits, group_size=group_size), SHAPE, torch.bfloat16)
     assert torch.equal(decompressed(linear, 8, torch.float32), linear.dequantized())
-    scheme = QuantizationConfig.model_validate(quantization_config(linear.spec, 8, ["lm_head"])).config_groups[
+    scheme = QuantizationConfig.model_validate(quantization_config(linear.grid, 8, ["lm_head"])).config_groups[
         "group_0"
     ]
     activations = scheme.input_activations

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from shardq import __version__
 from shardq.errors import CheckpointError, ConfigError
 from shardq.formats import encodings
-from shardq.quant import affine
-from shardq.quant.activation import ActivationGrid, grid_between
+from shardq.quant.activation import ActivationGrid, ActivationLevels, grid_between
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -35,11 +34,11 @@ def asymmetric_linear(group_size: int | None = None, bits: int = 4) -> tuple[Qua
     """A linear rounded to the nearest, and the lower ends of its rows."""
     spec = QuantSpec(bits=bits, symmetric=False, group_size=group_size)
     weight = torch.randn(6, 32) + torch.linspace(-3, 3, 6)[:, None]
-    rows = affine.to_rows(weight, spec)
-    low, high = affine.start_range(rows, spec)
-    scale = affine.scale_of(low, high, spec)
-    zero_point = affine.zero_point_of(low, scale, spec)
-    codes = affine.quantize(rows, scale, zero_point, spec).reshape(6, 32)
+    rows = spec.rows(weight)
+    low, high = spec.start_range(rows)
+    scale = spec.scale_of(low, high)
+    zero_point = spec.zero_point_of(low, scale)
+    codes = spec.encode(rows, scale, zero_point).reshape(6, 32)
     return QuantizedLinear(codes, scale.reshape(6, -1), zero_point.reshape(6, -1), spec), low.flatten()
 
 
@@ -267,9 +266,9 @@ def test_files_that_no_program_could_load_are_refused(version: str, model: str, 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_full_range_grid_is_the_asymmetric_one_of_the_same_points(bits: int, group_size: int | None):
     spec = QuantSpec(bits=bits, group_size=group_size, full_range=True)
-    rows = affine.to_rows(torch.randn(6, 32), spec)
-    scale = affine.scale_of(*affine.start_range(rows, spec), spec)
-    codes = affine.quantize(rows, scale, torch.zeros_like(scale), spec).reshape(6, 32)
+    rows = spec.rows(torch.randn(6, 32))
+    scale = spec.scale_of(*spec.start_range(rows))
+    codes = spec.encode(rows, scale, torch.zeros_like(scale)).reshape(6, 32)
     linear = QuantizedLinear(codes, scale.reshape(6, -1), torch.zeros_like(scale).reshape(6, -1), spec)
     v1 = entries("1.0.0", linear)
     found = entries("0.6.1", linear)
@@ -288,7 +287,7 @@ ACTIVATIONS = json.loads((GOLDEN / "activations.json").read_text())["encodings"]
 
 def activation_grid(case: str) -> ActivationGrid:
     values, (bits, kind) = load_file(GOLDEN / "activations.safetensors")["outlier"], case.split()
-    return grid_between(values.min(), values.max(), QuantSpec(bits=int(bits), symmetric=kind == "symmetric"))
+    return grid_between(values.min(), values.max(), ActivationLevels(bits=int(bits), symmetric=kind == "symmetric"))
 
 
 @pytest.mark.parametrize("case", ACTIVATIONS)

@@ -27,6 +27,7 @@ def message_of(call: Callable, *arguments: object) -> str:
 def source_of(folder: Path, weight: Tensor) -> tuple[WeightSource, SourceTensor]:
     """A weight in a file, other tensors before and behind it."""
     save_file({"a": torch.ones(3), "weight": weight, "z": torch.full((50,), 7.0)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
     source = open_source(folder)
     return source, source.tensors["weight"]
 

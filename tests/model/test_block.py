@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from shardq.matrix import matrices_in
 from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, LoadedBlock, run_block
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 
 class TestRunBlock:
@@ -47,7 +47,7 @@ class TestBlockPlan:
     def test_numbers_are_added_up_over_matrices_each_on_its_own_grid(self):
         block = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 4))
         first, second = matrices_in(block)
-        grids = {first: QuantSpec(bits=4, group_size=16), second: QuantSpec(bits=8)}
+        grids = {first: IntegerGrid(bits=4, group_size=16), second: IntegerGrid(bits=8)}
         plan = BlockPlan(index=3, name="model.layers.3", is_last=False, grids=grids)
         assert plan.num_weights == 32 * 8 + 8 * 4 and plan.num_scales == 8 * 2 + 4
         assert [plan.full_name(matrix) for matrix in plan.grids] == ["model.layers.3.0", "model.layers.3.1"]

@@ -9,7 +9,7 @@ import tiny
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.model.choice import matrices_to_quantize
 from shardq.model.skeleton import Skeleton, open_skeleton
-from shardq.quant.spec import DEFAULT_IGNORE
+from shardq.quant.options import DEFAULT_IGNORE
 
 LINEARS = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

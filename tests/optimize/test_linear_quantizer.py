@@ -175,7 +175,7 @@ def test_scales_on_two_levels_are_whole_multiples_from_start_to_fold(method: Met
     searched, found = (quantizer.folded() for quantizer in quantizers)
     channel_O1 = searched.scale_OG.amax(1, keepdim=True) / 16
     multiplier_OG = (searched.scale_OG / channel_O1).round()
-    assert found.has_valid_scales and not replace(searched, spec=spec).has_valid_scales
+    assert found.has_valid_scales and not replace(searched, grid=spec).has_valid_scales
     assert torch.equal(found.scale_OG, multiplier_OG * channel_O1)
     set_randomly(quantizers[1], 0.3)
     trained = quantizers[1].folded()

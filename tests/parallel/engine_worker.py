@@ -1,4 +1,4 @@
-"""One rank of the engines' tests: trains eight blocks in turn with each engine and writes down what came out.
+"""One rank of the engines' tests: trains five blocks in turn with each engine and writes down what came out.
 
 Run by torchrun with a folder and the names of engines, such as `zero2-bf16-offload`; `test_steppers.py` judges.
 """
@@ -38,7 +38,7 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
-NUM_BLOCKS, BATCH = 8, 4
+NUM_BLOCKS, BATCH = 5, 4
 SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 WIDTH = 320  # s2 has more than DeepSpeed's 100 000 elements below which ZeRO 3 keeps parameters whole
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import allreduce_worker as worker
-import tiny
+import forked
 from shardq.optimize.stepper import LocalStepper
 
 
@@ -16,7 +16,7 @@ from shardq.optimize.stepper import LocalStepper
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the ranks left behind."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    finished = tiny.torchrun(request.param, [worker.__file__, folder])
+    finished = forked.ranks(request.param, [worker.__file__, folder])
     assert finished.returncode == 0, finished.stderr
     return folder
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import collectives_worker as worker
-import tiny
+import forked
 from shardq.errors import ConfigError
 from shardq.parallel.collectives import barrier, max_over_ranks, on_rank_zero, sum_over_ranks, together
 from shardq.parallel.ranks import Ranks
@@ -19,7 +19,7 @@ ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both ranks left behind; one launch serves all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    finished = tiny.torchrun(2, [worker.__file__, folder])
+    finished = forked.ranks(2, [worker.__file__, folder])
     assert finished.returncode == 0, finished.stderr
     return folder
 

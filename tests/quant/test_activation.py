@@ -11,8 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file
 
-from shardq.quant.activation import ActivationGrid, grid_between, rounded, token_grid
-from shardq.quant.spec import QuantSpec
+from shardq.quant.activation import ActivationGrid, ActivationLevels, grid_between, rounded, token_grid
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ENCODINGS = json.loads((GOLDEN / "activations.json").read_text())["encodings"]
@@ -21,7 +20,7 @@ VALUES = load_file(GOLDEN / "activations.safetensors")["outlier"]
 
 def golden_grid(case: str) -> ActivationGrid:
     bits, kind = case.split()
-    return grid_between(VALUES.min(), VALUES.max(), QuantSpec(bits=int(bits), symmetric=kind == "symmetric"))
+    return grid_between(VALUES.min(), VALUES.max(), ActivationLevels(bits=int(bits), symmetric=kind == "symmetric"))
 
 
 @pytest.mark.parametrize("case", ENCODINGS)
@@ -63,7 +62,7 @@ def test_half_precision_values_find_the_points_that_float32_finds(grid: Activati
 
 def test_each_token_has_a_grid_of_its_own():
     values = torch.randn(2, 5, 16) * torch.logspace(0, 4, 5)[:, None]
-    scale, zero_point = token_grid(values, QuantSpec(bits=8))
+    scale, zero_point = token_grid(values, ActivationLevels(bits=8))
     assert scale.shape == zero_point.shape == (2, 5, 1)
     error = (rounded(values, ActivationGrid(8, True)) - values).abs()
     assert (error <= scale * 0.5001).all()
@@ -90,6 +89,6 @@ def test_what_is_a_grid(grid: ActivationGrid, is_valid: bool):
 
 def test_constant_activations_have_a_grid():
     for value in (0.0, 3.0, -2.0):
-        grid = grid_between(torch.tensor(value), torch.tensor(value), QuantSpec(bits=8))
+        grid = grid_between(torch.tensor(value), torch.tensor(value), ActivationLevels(bits=8))
         assert grid.is_valid
         assert rounded(torch.full((3,), value), grid) == pytest.approx(torch.full((3,), value), rel=1e-2)

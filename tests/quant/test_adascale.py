@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shardq.compiling import compiler, why_not
-from shardq.quant import adascale, affine
+from shardq.quant import adascale
 from shardq.quant.adascale import Kernels, Trained
 from shardq.quant.spec import QuantSpec
 
@@ -153,7 +153,7 @@ def assert_same_gradients(ours: Parameters, naive: Parameters, rows: Tensor) -> 
 def test_output_and_gradients_are_those_of_plain_autograd(bits: int, symmetric: bool, group_size: int | None):
     spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
     rows = awkward_weight(11, 256).reshape(-1, group_size or 256)
-    start = affine.start_range(rows, spec)
+    start = spec.start_range(rows)
     ours = random_parameters(rows)
     naive = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
     output = fake_quantized(rows, start, ours, spec)
@@ -169,7 +169,7 @@ def test_output_and_gradients_are_those_of_plain_autograd(bits: int, symmetric: 
 def test_bfloat16_weight_is_computed_in_float32_and_rounded_at_the_end(symmetric: bool):
     spec = QuantSpec(bits=4, symmetric=symmetric)
     rows = awkward_weight(11, 64).bfloat16()
-    start = affine.start_range(rows.float(), spec)
+    start = spec.start_range(rows.float())
     ours = random_parameters(rows.float())
     naive = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
     output = fake_quantized(rows, start, ours, spec, torch.bfloat16)
@@ -212,7 +212,7 @@ def test_one_shared_step_scales_the_grid_and_keeps_its_zero_point(bits: int, sym
     spec = QuantSpec(bits=bits, symmetric=symmetric)
     rows = awkward_weight(11, 64)[3:]  # rows at the smallest scale have no step to learn
     rows = torch.cat([rows[:2], rows[3:]])
-    start = affine.start_range(rows, spec)
+    start = spec.start_range(rows)
     step = (torch.randn(len(rows), 1) * 0.3).requires_grad_()
     scale, zero_point = adascale.learned_grid(start, Trained(None, None, step, step), spec)
     start_scale = (start[1] - start[0]) / (2**bits - 1)
@@ -225,7 +225,7 @@ def test_one_shared_step_scales_the_grid_and_keeps_its_zero_point(bits: int, sym
 def test_gradient_of_a_shared_step_is_that_of_plain_autograd(symmetric: bool):
     spec = QuantSpec(bits=3, symmetric=symmetric)
     rows = awkward_weight(11, 64)
-    start = affine.start_range(rows, spec)
+    start = spec.start_range(rows)
     ours = random_parameters(rows)
     naive = {name: ours[name].detach().clone().requires_grad_() for name in ("s2", "s3", "beta")}
     grad_output = torch.randn_like(rows)
@@ -239,7 +239,7 @@ def test_rounding_of_scales_passes_gradients_straight_through(full_range: bool):
     rounded = QuantSpec(bits=4, full_range=full_range, scale_dtype="bfloat16")
     exact = QuantSpec(bits=4, full_range=full_range)
     rows = awkward_weight(11, 64)
-    start, parameters = affine.start_range(rows, exact), random_parameters(rows)
+    start, parameters = exact.start_range(rows), random_parameters(rows)
     trained = as_trained(parameters)
     scale, grad_scale = adascale.learned_grid(start, trained, rounded)[0], torch.randn(len(rows), 1)
     found = adascale.learned_grid_gradients(grad_scale, torch.zeros(len(rows), 1), scale, start, trained, rounded)
@@ -253,7 +253,7 @@ def test_untrained_weight_leaves_only_the_grid_to_learn(symmetric: bool):
     """Learned clipping alone: without s2 and s3 everything is as with both at 0."""
     spec = QuantSpec(bits=4, symmetric=symmetric)
     rows = awkward_weight(11, 64)
-    start = affine.start_range(rows, spec)
+    start = spec.start_range(rows)
     ours = random_parameters(rows) | {"s2": None, "s3": None}
     naive = {name: ours[name].detach().clone().requires_grad_() for name in ("beta", "gamma")}
     expected = naive_fake_quantized(
@@ -271,7 +271,7 @@ def test_untrained_weight_leaves_only_the_grid_to_learn(symmetric: bool):
 def test_fold_gives_the_weight_that_was_trained(bits: int, symmetric: bool):
     spec = QuantSpec(bits=bits, symmetric=symmetric)
     rows = awkward_weight(11, 64)
-    start, parameters = affine.start_range(rows, spec), random_parameters(rows)
+    start, parameters = spec.start_range(rows), random_parameters(rows)
     with torch.no_grad():
         expected = naive_fake_quantized(rows, start, parameters, bits, symmetric)
         grid = adascale.learned_grid(start, as_trained(parameters), spec)
@@ -284,7 +284,7 @@ def test_fold_gives_the_weight_that_was_trained(bits: int, symmetric: bool):
 def test_inputs_are_left_as_they_were():
     spec = QuantSpec(bits=4, symmetric=False)
     rows = awkward_weight(11, 64)
-    start, parameters = affine.start_range(rows, spec), random_parameters(rows)
+    start, parameters = spec.start_range(rows), random_parameters(rows)
     inputs = {"rows": rows, "min": start[0], "max": start[1]} | parameters
     before = {name: tensor.detach().clone() for name, tensor in inputs.items()}
     grad_output = torch.ones_like(rows)
@@ -317,7 +317,7 @@ def test_six_bytes_a_16_bit_weight_are_kept_for_backward(symmetric: bool):
     """The weight and s2 themselves, which are there anyway: no copy, nothing computed."""
     spec = QuantSpec(bits=4, symmetric=symmetric)
     rows = awkward_weight(11, 64).bfloat16()
-    start, parameters = affine.start_range(rows.float(), spec), random_parameters(rows.float())
+    start, parameters = spec.start_range(rows.float()), random_parameters(rows.float())
     kept = bytes_kept(lambda: fake_quantized(rows, start, parameters, spec, torch.bfloat16), len(rows))
     assert sum(kept.values()) <= 6 * rows.numel()
     assert set(kept) == {rows.data_ptr(), parameters["s2"].data_ptr()}

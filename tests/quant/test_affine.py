@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shardq.quant import affine
+from shardq.quant.grid import SCALE_FLOOR
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -33,29 +33,29 @@ def _golden(request) -> tuple[dict[str, Tensor], QuantSpec]:
 
 def test_start_range_is_aimets(golden):
     tensors, spec = golden
-    low, high = affine.start_range(tensors["weight"], spec)
+    low, high = spec.start_range(tensors["weight"])
     torch.testing.assert_close(low, tensors["min0"], rtol=1e-6, atol=0)
     torch.testing.assert_close(high, tensors["max0"], rtol=1e-6, atol=0)
 
 
 def test_start_scale_is_aimets(golden):
     tensors, spec = golden
-    low, high = affine.start_range(tensors["weight"], spec)
-    torch.testing.assert_close(affine.scale_of(low, high, spec), tensors["rtn_scale"], rtol=1e-6, atol=0)
+    low, high = spec.start_range(tensors["weight"])
+    torch.testing.assert_close(spec.scale_of(low, high), tensors["rtn_scale"], rtol=1e-6, atol=0)
 
 
 def test_round_to_nearest_is_aimets(golden):
     tensors, spec = golden
     rows = tensors["weight"]
     scale, zero_point = start_grid(rows, spec)
-    rounded = affine.dequantize(affine.quantize(rows, scale, zero_point, spec), scale, zero_point)
+    rounded = spec.decode(spec.encode(rows, scale, zero_point), scale, zero_point)
     torch.testing.assert_close(rounded, tensors["rtn"], rtol=1e-6, atol=0)
 
 
 def start_grid(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    low, high = affine.start_range(rows, spec)
-    scale = affine.scale_of(low, high, spec)
-    return scale, affine.zero_point_of(low, scale, spec)
+    low, high = spec.start_range(rows)
+    scale = spec.scale_of(low, high)
+    return scale, spec.zero_point_of(low, scale)
 
 
 def awkward_rows() -> Tensor:
@@ -80,7 +80,7 @@ def whole_grid(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 def test_every_weight_goes_to_the_nearest_grid_point(spec: QuantSpec):
     rows = awkward_rows()
     scale, zero_point = start_grid(rows, spec)
-    rounded = affine.dequantize(affine.quantize(rows, scale, zero_point, spec), scale, zero_point)
+    rounded = spec.decode(spec.encode(rows, scale, zero_point), scale, zero_point)
     distances = (rows.double()[:, :, None] - whole_grid(scale, zero_point, spec.bits)[:, None, :]).abs()
     found = (rows.double() - rounded.double()).abs()
     assert (found <= distances.amin(2) + 1e-6 * rows.double().abs() + 1e-6 * scale.double()).all()
@@ -92,7 +92,7 @@ def test_zero_is_on_the_grid_and_stays_zero(spec: QuantSpec):
     scale, zero_point = start_grid(rows, spec)
     assert (whole_grid(scale, zero_point, spec.bits) == 0).any(1).all()
     zeros = torch.zeros_like(rows)
-    rounded = affine.dequantize(affine.quantize(zeros, scale, zero_point, spec), scale, zero_point)
+    rounded = spec.decode(spec.encode(zeros, scale, zero_point), scale, zero_point)
     assert (rounded == 0).all()
 
 
@@ -100,8 +100,8 @@ def test_zero_is_on_the_grid_and_stays_zero(spec: QuantSpec):
 def test_grid_points_quantize_to_their_own_codes(spec: QuantSpec):
     scale, zero_point = start_grid(awkward_rows(), spec)
     codes = torch.arange(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1), dtype=torch.int8).expand(len(scale), -1)
-    points = affine.dequantize(codes, scale, zero_point)
-    assert torch.equal(affine.quantize(points, scale, zero_point, spec), codes)
+    points = spec.decode(codes, scale, zero_point)
+    assert torch.equal(spec.encode(points, scale, zero_point), codes)
 
 
 @pytest.mark.parametrize("spec", GRIDS)
@@ -109,13 +109,13 @@ def test_values_beyond_the_ends_take_the_end_codes(spec: QuantSpec):
     scale, zero_point = start_grid(awkward_rows(), spec)
     far = torch.tensor([[-1e6, 1e6]]).expand(len(scale), 2)
     expected = torch.tensor([-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1], dtype=torch.int8)
-    assert torch.equal(affine.quantize(far, scale, zero_point, spec), expected.expand(len(scale), 2))
+    assert torch.equal(spec.encode(far, scale, zero_point), expected.expand(len(scale), 2))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_asymmetric_range_is_that_of_the_row_and_zero(bits: int):
     rows = awkward_rows()[[0, 1, 2, 3, 6, 7, 8]]  # the others are at the smallest scale
-    low, high = affine.start_range(rows, QuantSpec(bits=bits, symmetric=False))
+    low, high = QuantSpec(bits=bits, symmetric=False).start_range(rows)
     assert low.flatten().tolist() == [min(0, row.min().item()) for row in rows]
     assert high.flatten().tolist() == [max(0, row.max().item()) for row in rows]
 
@@ -123,7 +123,7 @@ def test_asymmetric_range_is_that_of_the_row_and_zero(bits: int):
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_symmetric_range_is_the_smallest_that_holds_the_row(bits: int):
     rows = awkward_rows()[[0, 1, 2, 3, 6, 7, 8]]
-    low, high = affine.start_range(rows, QuantSpec(bits=bits))
+    low, high = QuantSpec(bits=bits).start_range(rows)
     slack = 1 + 1e-6
     assert (low * slack <= rows).all() and (rows <= high * slack).all()
     touches = ((rows - low).abs() < 1e-5 * high).any(1) | ((rows - high).abs() < 1e-5 * high).any(1)
@@ -132,7 +132,7 @@ def test_symmetric_range_is_the_smallest_that_holds_the_row(bits: int):
 
 
 def test_two_bits_symmetric_clip_the_upper_end_by_one_step():
-    low, high = affine.start_range(torch.tensor([[-1.0, 0.5], [-0.5, 1.0]]), QuantSpec(bits=2))
+    low, high = QuantSpec(bits=2).start_range(torch.tensor([[-1.0, 0.5], [-0.5, 1.0]]))
     assert low.flatten().tolist() == [-1.0, -1.0]
     assert high.flatten().tolist() == [0.5, 0.5]
 
@@ -146,7 +146,7 @@ def test_scale_of_zeros_is_small_but_positive(spec: QuantSpec):
 
 @pytest.mark.parametrize("spec", GRIDS)
 def test_range_of_zeros_is_one_smallest_step_a_code(spec: QuantSpec):
-    low, high = affine.start_range(torch.zeros(2, 8), spec)
+    low, high = spec.start_range(torch.zeros(2, 8))
     step = torch.finfo(torch.float32).eps
     assert low.flatten().tolist() == [-(2 ** (spec.bits - 1)) * step] * 2
     assert high.flatten().tolist() == [(2 ** (spec.bits - 1) - 1) * step] * 2
@@ -155,14 +155,14 @@ def test_range_of_zeros_is_one_smallest_step_a_code(spec: QuantSpec):
 def test_scale_never_falls_below_the_floor():
     tiny = torch.tensor([[1e-30]])
     spec = QuantSpec(bits=4)
-    assert affine.scale_of(-tiny, tiny, spec).item() == torch.finfo(torch.float32).eps
+    assert spec.scale_of(-tiny, tiny).item() == torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_zero_point_is_an_integer_of_the_codes_range(bits: int):
     spec = QuantSpec(bits=bits, symmetric=False)
     low, high = -torch.rand(500, 1), torch.rand(500, 1)
-    zero_point = affine.zero_point_of(low, affine.scale_of(low, high, spec), spec)
+    zero_point = spec.zero_point_of(low, spec.scale_of(low, high))
     expected = [
         round(-(2 ** (bits - 1)) - one_low / ((one_high - one_low) / (2**bits - 1)))
         for one_low, one_high in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
@@ -172,8 +172,8 @@ def test_zero_point_is_an_integer_of_the_codes_range(bits: int):
 
 def test_rows_are_neighbouring_input_channels():
     weight = torch.arange(24).reshape(2, 12)
-    assert torch.equal(affine.to_rows(weight, QuantSpec(bits=4)), weight)
-    grouped = affine.to_rows(weight, QuantSpec(bits=4, group_size=4))
+    assert torch.equal(QuantSpec(bits=4).rows(weight), weight)
+    grouped = QuantSpec(bits=4, group_size=4).rows(weight)
     assert grouped.tolist() == [list(range(start, start + 4)) for start in range(0, 24, 4)]
 
 
@@ -194,23 +194,23 @@ FULL_RANGE = [QuantSpec(bits=bits, full_range=True, group_size=size) for bits in
 
 @pytest.mark.parametrize("spec", FULL_RANGE, ids=str)
 def test_full_range_grid_ends_at_the_value_furthest_from_zero(spec: QuantSpec):
-    rows = affine.to_rows(torch.randn(12, 32), spec)
+    rows = spec.rows(torch.randn(12, 32))
     scale, zero_point = start_grid(rows, spec)
     furthest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     torch.testing.assert_close(spec.qmin * scale, furthest)
     assert (scale < 0).any() and (scale > 0).any() and not zero_point.any()
-    codes = affine.quantize(rows, scale, zero_point, spec)
+    codes = spec.encode(rows, scale, zero_point)
     nearest = ((torch.arange(spec.qmin, spec.qmax + 1) * scale)[:, None] - rows[..., None]).abs().amin(-1)
-    error = (affine.dequantize(codes, scale, zero_point) - rows).abs()
+    error = (spec.decode(codes, scale, zero_point) - rows).abs()
     torch.testing.assert_close(error, nearest, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", FULL_RANGE, ids=str)
 def test_full_range_grid_of_the_negated_weight_is_the_negated_grid(spec: QuantSpec):
-    rows = affine.to_rows(torch.randn(12, 32), spec)
+    rows = spec.rows(torch.randn(12, 32))
     (scale, zero_point), (negated, _) = start_grid(rows, spec), start_grid(-rows, spec)
     assert torch.equal(negated, -scale)
-    assert torch.equal(affine.quantize(rows, scale, zero_point, spec), affine.quantize(-rows, -scale, zero_point, spec))
+    assert torch.equal(spec.encode(rows, scale, zero_point), spec.encode(-rows, -scale, zero_point))
 
 
 def test_full_range_step_is_finer_than_the_symmetric_one_where_the_upper_end_is_further():
@@ -222,7 +222,7 @@ def test_full_range_step_is_finer_than_the_symmetric_one_where_the_upper_end_is_
 
 def test_full_range_row_of_zeros_has_a_scale():
     scale, _ = start_grid(torch.zeros(3, 8), QuantSpec(bits=4, full_range=True))
-    assert (scale == affine.SCALE_FLOOR).all()
+    assert (scale == SCALE_FLOOR).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -230,8 +230,8 @@ def test_full_range_row_of_zeros_has_a_scale():
 def test_scale_is_the_nearest_that_its_dtype_holds(dtype: str, full_range: bool):
     rows = torch.randn(200, 16) * torch.logspace(-7, 1, 200).unsqueeze(1)
     exact_spec = QuantSpec(bits=4, full_range=full_range)
-    ends = affine.start_range(rows, exact_spec)
-    exact = affine.scale_of(*ends, exact_spec)
-    rounded = affine.scale_of(*ends, QuantSpec(bits=4, full_range=full_range, scale_dtype=dtype))
+    ends = exact_spec.start_range(rows)
+    exact = exact_spec.scale_of(*ends)
+    rounded = QuantSpec(bits=4, full_range=full_range, scale_dtype=dtype).scale_of(*ends)
     assert torch.equal(rounded, exact.to(getattr(torch, dtype)).float())
     assert (rounded != 0).all()

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from shardq.quant import affine
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -21,7 +20,7 @@ def test_positive_scales_describe_the_same_weight(bits: int, group_size: int | N
     assert (scale < 0).any() and (positive.scale_OG > 0).all()
     assert torch.equal(positive.dequantized(), linear.dequantized())
     assert positive.codes_OI.dtype == torch.int8
-    assert positive.spec == QuantSpec(bits=bits, group_size=group_size, symmetric=False)
+    assert positive.grid == QuantSpec(bits=bits, group_size=group_size, symmetric=False)
     assert positive.codes_OI.min() >= spec.qmin and positive.codes_OI.max() <= spec.qmax
     assert set(positive.zero_point_OG.flatten().tolist()) <= {0, -1}
 
@@ -35,7 +34,7 @@ def test_grids_with_positive_scales_are_left_as_they_are(symmetric: bool):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weight_in_pieces_is_the_whole_one_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shardq.quant.affine.CHUNK", 24)  # three groups: the last piece is shorter
+    monkeypatch.setattr("shardq.quant.grid.CHUNK", 24)  # three groups: the last piece is shorter
     spec = QuantSpec(bits=4, symmetric=False, group_size=8)
     codes, scale = torch.randint(-8, 8, (5, 32), dtype=torch.int8), torch.rand(5, 4)
     zero_point = torch.randint(-8, 8, (5, 4)).float()
@@ -47,7 +46,7 @@ def rescaled_by_one_percent(spec: QuantSpec) -> tuple[QuantizedLinear, Quantized
     generator = torch.Generator().manual_seed(6)
     codes_OI = torch.randint(-8, 8, (4, 32), generator=generator, dtype=torch.int8)
     start_R1 = torch.rand(16, 1, generator=generator) + 0.1
-    scale_OG = affine.kept_scale(start_R1, spec, 4).view(4, 4)
+    scale_OG = spec.kept_scale(start_R1, 4).view(4, 4)
     linear = QuantizedLinear(codes_OI, scale_OG, torch.zeros(4, 4), spec)
     assert linear.has_valid_scales
     return linear, linear.rescaled(torch.full((4, 4), 0.01))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from shardq.quant import affine
 from shardq.quant.search import searched_range
 from shardq.quant.spec import QuantSpec
 
@@ -32,7 +31,7 @@ def error(weight: np.ndarray, importance: np.ndarray, low: float, high: float, s
 
 def errors_of_rows(weight, importance, low, high, spec) -> np.ndarray:
     """The same for all rows of a weight."""
-    rows = affine.to_rows(weight, spec).double().numpy()
+    rows = spec.rows(weight).double().numpy()
     channels = importance.double().numpy().reshape(-1, rows.shape[1])
     return np.array([
         error(row, channels[number % len(channels)], low[number].item(), high[number].item(), spec)
@@ -43,8 +42,8 @@ def errors_of_rows(weight, importance, low, high, spec) -> np.ndarray:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_search_comes_close_to_the_best_of_a_fine_scan(spec: QuantSpec):
     weight, importance = weight_and_importance()
-    rows = affine.to_rows(weight, spec)
-    start = affine.start_range(rows, spec)
+    rows = spec.rows(weight)
+    start = spec.start_range(rows)
     found = errors_of_rows(
         weight, importance, *searched_range(rows, importance.view(-1, rows.shape[1]), *start, spec), spec
     )
@@ -65,7 +64,7 @@ def test_asymmetric_ends_move_apart_from_one_another():
     weight[:, 0] = 4  # an outlier above only
     importance = torch.ones(1, 64)
     importance[0, 0] = 1e-3
-    start = affine.start_range(weight, spec)
+    start = spec.start_range(weight)
     low, high = searched_range(weight, importance, *start, spec)
     assert (high < 0.25 * start[1]).all() and (low < 0.35 * start[0]).all()
     found = errors_of_rows(weight, importance[0], low, high, spec)
@@ -77,7 +76,7 @@ def test_unimportant_channel_is_clipped_and_important_one_is_not():
     spec = QuantSpec(bits=3)
     weight = torch.linspace(-1, 1, 32)[None].repeat(2, 1)
     weight[:, 5] = 6
-    start = affine.start_range(weight, spec)
+    start = spec.start_range(weight)
     ignoring, heeding = torch.ones(1, 32), torch.ones(1, 32)
     ignoring[0, 5], heeding[0, 5] = 0, 1e4
     assert (searched_range(weight, ignoring, *start, spec)[1] < 0.3 * start[1]).all()
@@ -87,7 +86,7 @@ def test_unimportant_channel_is_clipped_and_important_one_is_not():
 def test_channels_that_nothing_reached_count_alike():
     weight, _ = weight_and_importance()
     spec = QuantSpec(bits=3)
-    start = affine.start_range(weight, spec)
+    start = spec.start_range(weight)
     unreached = searched_range(weight, torch.zeros(1, 32), *start, spec)
     alike = searched_range(weight, torch.ones(1, 32), *start, spec)
     assert torch.equal(unreached[0], alike[0]) and torch.equal(unreached[1], alike[1])
@@ -96,8 +95,8 @@ def test_channels_that_nothing_reached_count_alike():
 def test_chunks_do_not_change_what_is_found(monkeypatch):
     weight, importance = weight_and_importance()
     spec = QuantSpec(bits=4, group_size=8)
-    rows = affine.to_rows(weight, spec)
-    start, importance = affine.start_range(rows, spec), importance.view(4, 8)
+    rows = spec.rows(weight)
+    start, importance = spec.start_range(rows), importance.view(4, 8)
     whole = searched_range(rows, importance, *start, spec)
     monkeypatch.setattr("shardq.quant.search.values_at_once", lambda device: 64)  # two output channels
     parts = searched_range(rows, importance, *start, spec)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shardq.quant import adascale, affine
+from shardq.quant import adascale
+from shardq.quant.grid import SCALE_FLOOR
 from shardq.quant.quantized import QuantizedLinear
 from shardq.quant.spec import QuantSpec
 
@@ -27,30 +28,30 @@ def _golden(request) -> tuple[dict[str, Tensor], QuantSpec]:
 
 def start_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Scale [R, 1] of the min-max grid."""
-    ends = affine.start_range(affine.to_rows(weight, spec), spec)
-    return affine.scale_of(*ends, spec, weight.shape[1] // spec.group_size)
+    ends = spec.start_range(spec.rows(weight))
+    return spec.scale_of(*ends, weight.shape[1] // spec.group_size)
 
 
 def test_grid_is_aimets(golden):
     tensors, spec = golden
     scale_OG = start_scale(tensors["weight"], spec).view_as(tensors["scale"])
     torch.testing.assert_close(scale_OG, tensors["scale"], rtol=1e-6, atol=0)
-    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    multiplier_OG, channel_O1 = spec.two_levels(scale_OG)
     assert torch.equal(multiplier_OG, tensors["multiplier"])
     torch.testing.assert_close(channel_O1, tensors["channel_scale"], rtol=1e-6, atol=0)
 
 
 def test_round_to_nearest_is_aimets(golden):
     tensors, spec = golden
-    rows, scale = affine.to_rows(tensors["weight"], spec), start_scale(tensors["weight"], spec)
-    codes = affine.quantize(rows, scale, torch.zeros_like(scale), spec)
-    rounded = affine.dequantize(codes, scale, torch.zeros_like(scale)).view_as(tensors["output"])
+    rows, scale = spec.rows(tensors["weight"]), start_scale(tensors["weight"], spec)
+    codes = spec.encode(rows, scale, torch.zeros_like(scale))
+    rounded = spec.decode(codes, scale, torch.zeros_like(scale)).view_as(tensors["output"])
     torch.testing.assert_close(rounded, tensors["output"], rtol=1e-6, atol=0)
 
 
 def test_aimets_own_scales_are_taken_apart_to_the_bit(golden):
     tensors, spec = golden
-    multiplier_OG, channel_O1 = affine.two_levels(tensors["scale"], spec)
+    multiplier_OG, channel_O1 = spec.two_levels(tensors["scale"])
     assert torch.equal(multiplier_OG, tensors["multiplier"]) and torch.equal(channel_O1, tensors["channel_scale"])
 
 
@@ -68,7 +69,7 @@ def naive_scale(weight: Tensor, spec: QuantSpec) -> np.ndarray:
     scales = []
     for row in weight.double().numpy().reshape(len(weight), -1, spec.group_size):
         top = 2 if spec.bits == 2 else spec.qmax
-        plain = [max(group.max() / top, group.min() / spec.qmin, affine.SCALE_FLOOR) for group in row]
+        plain = [max(group.max() / top, group.min() / spec.qmin, SCALE_FLOOR) for group in row]
         channel = max(plain) / 2 ** (spec.decompressed_bits - spec.bits)
         most = 2 ** (spec.decompressed_bits - spec.bits)
         scales.append([min(max(round(scale / channel), 1), most) * channel for scale in plain])
@@ -81,7 +82,7 @@ def test_scales_are_those_of_a_naive_version(spec: QuantSpec):
     expected = torch.from_numpy(naive_scale(weight, spec)).float()
     found = start_scale(weight, spec).view_as(expected)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    multiplier_OG, _ = affine.two_levels(found, spec)
+    multiplier_OG, _ = spec.two_levels(found)
     assert multiplier_OG.amin() == 1 or spec.decompressed_bits == 16, "some group was meant to be below the reach"
     assert (multiplier_OG.amax(1) == spec.max_multiplier).all()
 
@@ -92,7 +93,7 @@ def test_products_are_taken_apart_to_the_bit(spec: QuantSpec):
     multiplier_OG = torch.randint(1, spec.max_multiplier + 1, (20000, 5), generator=generator).float()
     multiplier_OG[:, 2] = spec.max_multiplier
     channel_O1 = torch.rand(20000, 1, generator=generator).mul(12).sub(12).exp()
-    found = affine.two_levels(multiplier_OG * channel_O1, spec)
+    found = spec.two_levels(multiplier_OG * channel_O1)
     assert torch.equal(found[0], multiplier_OG) and torch.equal(found[1], channel_O1)
 
 
@@ -101,11 +102,11 @@ def test_decompressed_codes_lie_on_the_channels_grid_of_so_many_bits(spec: Quant
     """What a runtime does: multiply codes and multipliers as integers, and the sum by the channel's scale."""
     weight = spread_weight(spec)
     scale = start_scale(weight, spec)
-    codes = affine.quantize(affine.to_rows(weight, spec), scale, torch.zeros_like(scale), spec)
+    codes = spec.encode(spec.rows(weight), scale, torch.zeros_like(scale))
     scale_OG = scale.view(60, 6)
     linear = QuantizedLinear(codes.view(60, 48), scale_OG, torch.zeros_like(scale_OG), spec)
     assert linear.has_valid_scales
-    multiplier_OG, channel_O1 = affine.two_levels(scale_OG, spec)
+    multiplier_OG, channel_O1 = spec.two_levels(scale_OG)
     wide_OI = linear.codes_OI.int() * multiplier_OG.int().repeat_interleave(8, dim=1)
     half = 1 << (spec.decompressed_bits - 1)
     assert -half <= wide_OI.amin() and wide_OI.amax() < half
@@ -128,11 +129,11 @@ def test_scale_one_bit_off_is_not_valid():
 def test_learned_ends_give_whole_multiples_and_get_their_gradient_straight_through(spec: QuantSpec):
     weight = spread_weight(spec)
     plain = QuantSpec(bits=spec.bits, group_size=8)
-    ends = affine.start_range(affine.to_rows(weight, spec), spec)
+    ends = spec.start_range(spec.rows(weight))
     beta, gamma = (torch.empty(360, 1).uniform_(-0.4, 0.4).requires_grad_() for _ in range(2))
     trained = adascale.Trained(None, None, beta, gamma)
     scale, zero_point = (value.detach() for value in adascale.learned_grid(ends, trained, spec, 6))
-    multiplier_OG, channel_O1 = affine.two_levels(scale.view(60, 6), spec)
+    multiplier_OG, channel_O1 = spec.two_levels(scale.view(60, 6))
     assert torch.equal((multiplier_OG * channel_O1).view(-1, 1), scale) and not zero_point.any()
     expected, _ = adascale.learned_grid(ends, trained, plain)
     inside = multiplier_OG.view(-1, 1) > 1
@@ -146,4 +147,4 @@ def test_learned_ends_give_whole_multiples_and_get_their_gradient_straight_throu
 
 def test_without_the_number_of_groups_there_is_no_scale():
     with pytest.raises(TypeError):
-        affine.scale_of(-torch.ones(4, 1), torch.ones(4, 1), SPECS[0])
+        SPECS[0].scale_of(-torch.ones(4, 1), torch.ones(4, 1))

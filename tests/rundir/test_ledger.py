@@ -17,6 +17,7 @@ from shardq.config import QuantizeConfig, QuantOptions
 from shardq.errors import ResumeError
 from shardq.files import xxh128_of
 from shardq.formats.shards import open_index
+from shardq.formats.source import open_source
 from shardq.optimize.options import OptimizeOptions
 from shardq.rundir.ledger import append, begin_run, blocks_to_do, commit, complete, finished, read_lines
 from shardq.rundir.manifest import differences, make_manifest
@@ -242,7 +243,7 @@ class TestMakeManifest:
     CONFIG = QuantizeConfig(model="m", output="o", calib=TextOptions(dataset="text.txt"))
 
     def manifest(self, folder: Path, config: QuantizeConfig = CONFIG, digest: str = "d") -> dict:
-        return make_manifest(config, open_index(folder), folder, digest)
+        return make_manifest(config, open_source(folder), digest)
 
     def test_it_survives_the_file_unchanged(self, llama: Path, tmp_path: Path):
         assert opened(tmp_path, self.manifest(llama), "auto") == []

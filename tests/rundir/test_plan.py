@@ -80,14 +80,6 @@ class TestGroupSize:
         assert len(names) == 6 and "mlp.down_proj" not in names
 
 
-@pytest.mark.parametrize("dtype, name", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
-def test_scales_are_kept_in_the_dtype_that_the_target_keeps_them_in(tmp_path: Path, dtype: str, name: str):
-    skeleton = open_skeleton(tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype)))
-    for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
-        plan = make_plan(skeleton, SOURCE, target)
-        assert {spec.scale_dtype for spec in plan.grids.values()} == {plan.scale_dtype} == {expected}
-
-
 class TestFiles:
     def test_shards_are_the_blocks_then_the_rest_numbered_as_transformers_does(self, llama: Path):
         plan = make_plan(open_skeleton(llama), SOURCE)

@@ -16,6 +16,8 @@ import peers  # noqa: E402
 import peers_process  # noqa: E402
 import peers_truncate  # noqa: E402
 
+from shardq.logs import Event  # noqa: E402
+
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
@@ -67,17 +69,16 @@ def test_blocks_that_were_not_trained_are_said():
 
 def test_events_give_the_seconds_a_step_of_rank_zero():
     """Blocks of 4 s / 8, 2 s / 8 and 12 s / 8: 0.5, 0.25, 1.5."""
-    events = [{"span": "train", "rank": 0, "seconds": seconds, "iterations": 8} for seconds in (4.0, 2.0, 12.0)]
-    events += [{"span": "train", "rank": 1, "seconds": 80.0, "iterations": 8}]
-    events += [{"span": "export", "rank": 0, "seconds": 9.0}]
-    measured = peers.train_statistics(json.dumps(event) for event in events)
+    events = [Event("train", seconds, 0, 0.0, {"iterations": 8}) for seconds in (4.0, 2.0, 12.0)]
+    events += [Event("train", 80.0, 1, 0.0, {"iterations": 8}), Event("export", 9.0, 0, 0.0, {})]
+    measured = peers.train_statistics(events)
     assert measured == {
         "seconds_per_step_median": 0.5, "seconds_per_step_mean": 0.75, "seconds_per_step_by_block": [0.5, 0.25, 1.5],
     }  # fmt: skip
 
 
 def test_events_without_training_give_none():
-    assert peers.train_statistics(['{"span": "run", "seconds": 1.0}'])["seconds_per_step_median"] is None
+    assert peers.train_statistics([Event("run", 1.0, 0, 0.0, {})])["seconds_per_step_median"] is None
 
 
 # Ratios and the table
@@ -271,7 +272,7 @@ def _started(monkeypatch) -> list[list[str]]:
         if "quantize.py" in command[1]:
             output = Path(command[command.index("--output") + 1])
             output.mkdir()
-            event = {"span": "train", "rank": 0, "seconds": 2.0, "iterations": 4}
+            event = {"span": "train", "time": 0.0, "rank": 0, "seconds": 2.0, "iterations": 4}
             (output / "events.jsonl").write_text(json.dumps(event) + "\n")
             (output / "manifest.json").write_text(json.dumps({"options": {"optimize": {"precision": "bf16"}}}))
         return json.dumps(facts), peers_process.Cost(10.0, 15.0, 2**30, 0.25)

@@ -15,9 +15,9 @@ from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import open_skeleton
 from shardq.parallel.ranks import Ranks
-from shardq.quant.activation import ActivationGrid
+from shardq.quant.activation import ActivationGrid, ActivationLevels
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.options import ActivationOptions
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.plan import Plan
 from shardq.training.activation_grids import activation_grids, observed, plan_activations, simulated
 
@@ -31,12 +31,12 @@ def planned(folder: Path, options: ActivationOptions, linears: list[list[str]] =
     with prologue(skeleton, torch.device("cpu")) as embed:
         arguments = record_arguments(skeleton, embed, 8)
     grids = [
-        {matrix: QuantSpec(bits=4) for matrix in matrices_in(block) if matrix.name in names}
+        {matrix: IntegerGrid(bits=4) for matrix in matrices_in(block) if matrix.name in names}
         for block, names in zip(skeleton.blocks, linears, strict=True)
     ]
     plan = Plan(blocks=block_plans(skeleton, grids), rest=[]).with_arguments(arguments)
     plan = plan_activations(skeleton, plan, 8, options)
-    return [{name: spec.bits for name, spec in block.activations.items()} for block in plan.blocks]
+    return [{name: levels.bits for name, levels in block.activations.items()} for block in plan.blocks]
 
 
 def test_by_default_no_activation_gets_a_grid(llama: Path):
@@ -85,7 +85,7 @@ def observe(options: ActivationOptions, *calls: tuple) -> dict[str, ActivationGr
     with torch.no_grad(), observed(block, BITS, options) as statistics:
         for call in calls:
             block(*call)
-    asked = {name: QuantSpec(bits=bits, symmetric=options.symmetric) for name, bits in BITS.items()}
+    asked = {name: ActivationLevels(bits=bits, symmetric=options.symmetric) for name, bits in BITS.items()}
     return activation_grids(statistics, asked, options, ONE_RANK)
 
 

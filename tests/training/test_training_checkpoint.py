@@ -63,7 +63,7 @@ def test_state_and_progress_come_back_as_they_were(checkpoints):
     assert list(progress.best.linears) == list(best.linears)
     for name, linear in best.linears.items():
         found = progress.best.linears[name]
-        assert found.spec == SPEC and found.codes_OI.dtype == torch.int8
+        assert found.grid == SPEC and found.codes_OI.dtype == torch.int8
         for kind in ("codes_OI", "scale_OG", "zero_point_OG"):
             assert torch.equal(getattr(found, kind), getattr(linear, kind))
 

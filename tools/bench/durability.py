@@ -21,12 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from peers_truncate import truncate  # noqa: E402
-from run import read_spans  # noqa: E402
 
 from shardq.cli import parse  # noqa: E402  the checkout comes first on the path
 from shardq.commands.quantize import quantize  # noqa: E402
 from shardq.formats import tensor_file  # noqa: E402
 from shardq.parallel.ranks import started  # noqa: E402
+from shardq.rundir.record import RunRecord  # noqa: E402
 from shardq.verbs import return_freed_tensors  # noqa: E402
 
 COSTS = {"sync": (os, "fsync"), "digest": (hashlib, "file_digest"), "checksum": (tensor_file, "_checksum")}
@@ -76,8 +76,8 @@ def main() -> None:
         config = parse("quantize", ["--model", str(model), "--output", str(options.output), *options.quantize])
         with started(config.device) as ranks:
             costs = measured(lambda: quantize(config, ranks))
-    spans = read_spans(options.output / "events.jsonl", 0)
-    seconds = {name: sum(event["seconds"] for event in spans if event["span"] == name)
+    spans = [event for event in RunRecord.read(options.output).events() if event.rank == 0]
+    seconds = {name: sum(event.seconds for event in spans if event.span == name)
                for name in ("run", "start-up", "compile")}  # fmt: skip
     working = seconds["run"] - seconds["start-up"] - seconds["compile"]
     print(f"{'':10}{'calls':>8}{'seconds':>10}{'share':>8}{'waited':>10}{'share':>8}")

@@ -30,6 +30,11 @@ from peers_process import ProcessFailed, run_process
 from peers_truncate import graft, read_headers, truncate
 from peers_workers import PEERS
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from shardq.logs import Event  # noqa: E402  the checkout comes first on the path
+from shardq.rundir.record import RunRecord  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
 CALIB_COLUMN, EVAL_COLUMN = "calib_ids", "eval_ids"
 RATIOS = {"step": "seconds_per_step_median", "wall": "wall_seconds", "peak_rss": "peak_rss_bytes"}
@@ -184,9 +189,9 @@ def shardq_row(bench: Bench, name: str) -> dict:
     """Run launch/quantize.py and read what it says of itself."""
     options, output = bench.options, bench.folder / name
     summary, cost = bench.run(name, [*shardq_command(bench, output), *options.shardq_options], options.checkout)
-    chosen = json.loads((output / "manifest.json").read_text())["options"]["optimize"]
-    facts = {"peak_rss_bytes": summary["peak_rss_bytes"], "dtype": chosen["precision"]}
-    facts |= train_statistics((output / "events.jsonl").read_text().splitlines())
+    record = RunRecord.read(output)
+    facts = {"peak_rss_bytes": summary["peak_rss_bytes"], "dtype": record.options("optimize")["precision"]}
+    facts |= train_statistics(record.events())
     return {"name": name} | facts | cost
 
 
@@ -226,11 +231,10 @@ def length_of(ids: Path, column: str) -> int:
     return tensors[column].shape[1]
 
 
-def train_statistics(events: Iterable[str]) -> dict[str, object]:
+def train_statistics(events: Iterable[Event]) -> dict[str, object]:
     """Seconds a step of shardq from its events: median and mean over blocks, and each block's, of rank 0."""
-    parsed = [json.loads(line) for line in events]
-    spans = [event for event in parsed if event.get("span") == "train" and event.get("rank", 0) == 0]
-    blocks = [span["seconds"] / span["iterations"] for span in spans]
+    spans = [event for event in events if event.span == "train" and event.rank == 0]
+    blocks = [span.seconds / span.facts["iterations"] for span in spans]
     return {
         "seconds_per_step_median": statistics.median(blocks) if blocks else None,
         "seconds_per_step_mean": statistics.fmean(blocks) if blocks else None,

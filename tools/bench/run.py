@@ -15,34 +15,34 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from shardq.logs import Event  # noqa: E402  the checkout comes first on the path
+from shardq.rundir.record import RunRecord  # noqa: E402
+
 QUANTIZE = Path(__file__).parents[2] / "launch" / "quantize.py"
 TRAINING = ("train",)
 
 
-def read_spans(events: Path, rank: int) -> list[dict]:
-    """One rank's spans, in the order in which they ended."""
-    lines = events.read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["rank"] == rank]
-
-
-def span_table(spans: list[dict]) -> list[dict]:
+def span_table(spans: list[Event]) -> list[dict]:
     """Spans of the same name added up, the longest first, and what no span accounts for.
 
     Each row has `span`, `seconds`, `share` of the run, `count`, `waiting_for_input`, `waiting_for_output` (seconds,
     part of the span's own).
     """
-    (run,) = [event["seconds"] for event in spans if event["span"] == "run"]
+    (run,) = [event.seconds for event in spans if event.span == "run"]
     rows: dict[str, dict] = {}
     for event in spans:
-        if event["span"] == "run":
+        if event.span == "run":
             continue
         row = rows.setdefault(
-            event["span"],
-            {"span": event["span"], "seconds": 0.0, "count": 0, "waiting_for_input": 0.0, "waiting_for_output": 0.0},
+            event.span,
+            {"span": event.span, "seconds": 0.0, "count": 0, "waiting_for_input": 0.0, "waiting_for_output": 0.0},
         )
         row["count"] += 1
-        for name in ("seconds", "waiting_for_input", "waiting_for_output"):
-            row[name] += event.get(name, 0.0)
+        row["seconds"] += event.seconds
+        for name in ("waiting_for_input", "waiting_for_output"):
+            row[name] += event.facts.get(name, 0.0)
     accounted = sum(row["seconds"] for row in rows.values())
     nothing = {"count": 0, "waiting_for_input": 0.0, "waiting_for_output": 0.0}
     rows["unaccounted"] = {"span": "unaccounted", "seconds": run - accounted, **nothing}
@@ -50,11 +50,11 @@ def span_table(spans: list[dict]) -> list[dict]:
     return [{**row, "share": row["seconds"] / run} for row in table]
 
 
-def summarize(spans: list[dict]) -> dict:
+def summarize(spans: list[Event]) -> dict:
     """The span table, and the shares that matter: outside training, and waiting."""
     table = span_table(spans)
-    (run,) = [event["seconds"] for event in spans if event["span"] == "run"]
-    steps = [(event["seconds"], event["iterations"]) for event in spans if event["span"] == "train"]
+    (run,) = [event.seconds for event in spans if event.span == "run"]
+    steps = [(event.seconds, event.facts["iterations"]) for event in spans if event.span == "train"]
     outside = sum(row["seconds"] for row in table if row["span"] not in TRAINING)
     return {
         "run_seconds": round(run, 3),
@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         output = options.output or Path(temporary) / "run"
         summary, wall = launch(options.ranks, options.threads, options.quantize, output)
-        result = summarize(read_spans(output / "events.jsonl", 0))
+        result = summarize([event for event in RunRecord.read(output).events() if event.rank == 0])
     print(f"{'span':22}{'seconds':>10}{'share':>8}{'count':>7}{'wait in':>9}{'wait out':>9}")
     for row in result["spans"]:
         print(f"{row['span']:22}{row['seconds']:10.2f}{row['share']:8.1%}{row['count']:7d}"

@@ -1,0 +1,16 @@
+"""The question that formats of integer codes ask first."""
+
+from shardq.errors import ConfigError
+from shardq.quant.grid import Grid
+from shardq.quant.integer_grid import IntegerGrid
+
+
+def integer_grid(format_name: str, grid: Grid) -> IntegerGrid:
+    """The grid, which is one of integers.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(grid, IntegerGrid):
+        raise ConfigError(f"{format_name}: only integer grids are supported, not {grid.description}; export hf instead")
+    return grid
