@@ -124,7 +124,8 @@ def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int)
     Raises:
         ConfigError: it has others.
     """
-    path, grids = RunFolder(run).block(block_index), {}
+    grids: dict[str, ActivationGrid] = {}
+    path = RunFolder(run).block(block_index)
     if chosen.activation_bits == 16:
         return grids
     activations = read_activations(path)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -120,7 +121,7 @@ def _add_metadata(writer: gguf.GGUFWriter, skeleton: Skeleton, grid: Grid) -> No
     add_tokenizer(writer, skeleton.folder, config.vocab_size)
 
 
-def _head_dim(config) -> int:
+def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -136,7 +137,7 @@ def _entries(skeleton: Skeleton, grids: dict[str, Grid], changes: list[float]) -
         gguf_name = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise UnsupportedModelError(f"{skeleton.folder}: GGUF has no name for {name}; export hf instead")
-        if linear in grids and name.endswith(".weight"):
+        if block_index is not None and linear in grids and name.endswith(".weight"):
             kind = gguf_tensors.block_type(grids[linear])
             path = RunFolder(skeleton.folder).block(block_index)
             read = partial(_packed, codes_of, path, linear, changes)

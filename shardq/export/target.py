@@ -83,7 +83,7 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
     fault_on = partial(_shape_fault, skeleton, plan, grid, VLLM_MULTIPLE[activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
-        fault = fault if served else fault_on(1)
+        fault = fault if served else fault_on(1) or fault
         advice = f"on {' or '.join(served)} it is served" if served else _how_to_ignore(skeleton, fault.name)
         raise ConfigError(f"target: {fault.reason}; {advice}")
     for block in plan.blocks:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.source import SourceTensor, WeightSource, open_source
@@ -95,7 +96,7 @@ class Skeleton:
     """
 
     source: WeightSource
-    model: nn.Module
+    model: PreTrainedModel
     blocks: list[nn.Module]
     names: list[str]
     aliases: dict[str, str]

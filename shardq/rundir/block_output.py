@@ -59,7 +59,7 @@ def write_block_files(
     quantized = {matrix.tensor: linears[matrix.name] for matrix in block.grids}
 
     def write_weights(path: Path) -> None:
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name, tensor in skeleton.block_tensors(block.index).items():
             linear = quantized.get(name)
             if linear is None:
@@ -73,7 +73,7 @@ def write_block_files(
     writers = {folder.block(block.index): lambda path: write_block(path, full, grids)}
     for version in plan.encoding_versions:
         path = folder.encodings(version, block.index)
-        writers[path] = lambda path, version=version: encodings.write(path, version, full, grids)
+        writers[path] = partial(encodings.write, version=version, linears=full, grids=grids)
     writers[output / plan.block_shard(block.index)] = write_weights
     # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one

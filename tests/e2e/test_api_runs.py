@@ -143,3 +143,46 @@ def test_ranks_of_torchrun_make_the_same_calls_in_a_group_of_theirs_or_of_ours(l
     assert finished.stdout.count('[false, true, "ResumeError"]') == 2
     for name in ("given", "own", "again"):
         assert result_files(tmp_path / name) == result_files(two_ranks[0])
+
+
+FAILING = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import shardq
+from rank_process import run_and_leave
+from shardq.errors import StorageError
+from shardq.parallel.allreduce import AllReduceStepper
+from test_api_runs import short
+
+def main():
+    options = short(Path({tokens!r}), parallel={{"engine": "allreduce"}})
+    step, steps = AllReduceStepper.step, []
+
+    def step_or_fail(stepper):
+        steps.append(None)
+        if len(steps) > 5 and os.environ["RANK"] == "1":
+            raise StorageError("disk of one rank is full")
+        step(stepper)
+
+    AllReduceStepper.step = step_or_fail
+    try:
+        shardq.quantize({model!r}, output={output!r}, **options)
+    except shardq.ShardQError as error:
+        print("raised", type(error).__name__, error.where, flush=True)
+    AllReduceStepper.step = step
+    print("then", shardq.quantize({model!r}, output={output!r}, **options)["blocks"], flush=True)
+
+run_and_leave(main)
+"""
+
+
+@pytest.mark.slow
+def test_error_of_one_rank_is_raised_on_all_and_the_same_call_goes_on(llama, token_file, tmp_path):
+    program = tmp_path / "program.py"
+    facts = {"here": str(Path(__file__).parent), "model": str(llama), "tokens": str(token_file)}
+    program.write_text(FAILING.format(output=str(tmp_path / "out"), **facts))
+    finished = tiny.torchrun(2, program)
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stdout
+    assert "raised RankError rank 0" in said and "raised StorageError rank 1" in said and said.count("then 3") == 2
