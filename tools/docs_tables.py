@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -51,26 +51,26 @@ def options_text() -> str:
     """A table for each command and each group of its options."""
     parts = []
     for verb, command in COMMANDS.items():
-        for title, rows in _groups(command.config, "", ""):
+        for title, rows in _groups(command.config, None, "", ""):
             head = f"### {title}" if title else f"## `shardq {verb}`"
             parts.append(f"{head}\n\n{_table(('option', 'meaning', 'values', 'default'), rows)}")
     return "\n".join(parts)
 
 
-def _groups(config_class: type, prefix: str, title: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+def _groups(config_class: type, start: object, prefix: str, title: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """The options of a class and of its sections; defaults are those of `start`, or else the fields' own."""
     hints, texts = get_type_hints(config_class), docstrings(config_class)
-    own = [each for each in fields(config_class) if not is_dataclass(hints[each.name])]
-    yield (
-        title,
-        [
-            (f"`--{prefix}{each.name}`", _cell(texts[each.name]), _values(hints[each.name]), _default(each))
-            for each in own
-        ],
-    )
+    rows = []
+    for each in fields(config_class):
+        if not is_dataclass(hints[each.name]):
+            default = _default(each.default if start is None else getattr(start, each.name))
+            rows.append((f"`--{prefix}{each.name}`", _cell(texts[each.name]), _values(hints[each.name]), default))
+    yield title, rows
     for each in fields(config_class):
         section = hints[each.name]
         if is_dataclass(section):
-            yield from _groups(section, f"{prefix}{each.name}.", section.__doc__.removesuffix("."))
+            section_start = each.default_factory() if start is None else getattr(start, each.name)
+            yield from _groups(section, section_start, f"{prefix}{each.name}.", section.__doc__.removesuffix("."))
 
 
 def _values(hint: object) -> str:
@@ -85,8 +85,7 @@ def _values(hint: object) -> str:
     return {int: "a whole number", float: "a number", bool: "`true`, `false`"}.get(hint, "")
 
 
-def _default(field: Field) -> str:
-    value = field.default
+def _default(value: object) -> str:
     if value is MISSING:
         return "required"
     if value in (None, ()):
