@@ -25,13 +25,20 @@ TIMEOUT_SECONDS = 1800
 
 
 class Launch:
-    """Ranks at work, by their process ids; one launch at a time in a process."""
+    """Ranks at work, by their process ids; one launch at a time in a process.
 
-    def __init__(self, places: list[dict[str, str]], arguments: list[str]):
+    Attributes:
+        codes: with which they ended, once `wait` has returned.
+    """
+
+    codes: list[int]
+
+    def __init__(self, places: list[dict[str, str]], arguments: list[str], ends_others: bool = True):
         self.arguments = arguments
         self._told = tempfile.TemporaryDirectory()
         self._server = _server()
-        asked = {"arguments": arguments, "environment": dict(os.environ), "places": places, "told": self._told.name}
+        asked = {"arguments": arguments, "environment": dict(os.environ), "places": places, "told": self._told.name,
+                 "ends others": ends_others}  # fmt: skip
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
         self.pids: list[int] = json.loads(self._server.stdout.readline())
@@ -40,23 +47,24 @@ class Launch:
         """Whether every rank has ended, or does so within some seconds."""
         return bool(select.select([self._server.stdout], [], [], seconds)[0])
 
-    def wait(self) -> subprocess.CompletedProcess:
-        """Exit code of the first rank that failed, or 0, and what all ranks printed."""
-        is_over = self.is_over(TIMEOUT_SECONDS)
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> subprocess.CompletedProcess:
+        """The code of the first rank, in their order, that failed, or 0, and what all ranks printed."""
+        is_over = self.is_over(seconds)
         if not is_over:
             for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
-        code = json.loads(self._server.stdout.readline())
+        self.codes = json.loads(self._server.stdout.readline())
         stdout, stderr = (Path(self._told.name, name).read_text() for name in ("stdout", "stderr"))
         self._told.cleanup()
-        assert is_over, f"still running after {TIMEOUT_SECONDS} s: {self.arguments}\n{stderr}"
-        return subprocess.CompletedProcess(self.arguments, code, stdout, stderr)
+        assert is_over, f"still running after {seconds} s: {self.arguments}\n{stderr}"
+        return subprocess.CompletedProcess(self.arguments, next(filter(None, self.codes), 0), stdout, stderr)
 
 
-def start(num_ranks: int, program: list[str | Path], **env: object) -> Launch:
+def start(num_ranks: int, program: list[str | Path], *, ends_others: bool = True, **env: object) -> Launch:
     """Start a program, a script and its arguments, on several ranks.
 
     Args:
+        ends_others: whether all ranks are ended where one fails, as by torchrun.
         env: environment variables to set beside the present ones.
     """
     with socket.create_server(("localhost", 0)) as server:
@@ -64,7 +72,8 @@ def start(num_ranks: int, program: list[str | Path], **env: object) -> Launch:
     place = {"OMP_NUM_THREADS": 1, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "localhost",
              "MASTER_PORT": port} | env  # fmt: skip
     places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(num_ranks)]
-    return Launch([{name: str(value) for name, value in place.items()} for place in places], list(map(str, program)))
+    texts = [{name: str(value) for name, value in place.items()} for place in places]
+    return Launch(texts, list(map(str, program)), ends_others)
 
 
 def ranks(num_ranks: int, program: list[str | Path], **env: object) -> subprocess.CompletedProcess:
@@ -101,21 +110,22 @@ def _serve() -> None:
                 _run(asked["arguments"], asked["environment"] | place, Path(asked["told"]))
             pids.append(pid)
         print(json.dumps(pids), file=answers, flush=True)
-        print(_first_failure(set(pids)), file=answers, flush=True)
+        codes = _codes(set(pids), asked["ends others"])
+        print(json.dumps([codes[pid] for pid in pids]), file=answers, flush=True)
 
 
-def _first_failure(running: set[int]) -> int:
-    """The code with which the first rank failed, or 0, once all have ended; as torchrun does, it then ends the rest."""
-    failure = 0
+def _codes(running: set[int], ends_others: bool) -> dict[int, int]:
+    """With which each process has ended, once all have."""
+    codes = {}
     while running:
         pid, status = os.wait()
         running.discard(pid)
-        code = os.waitstatus_to_exitcode(status)
-        if code and not failure:
-            failure = code
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] and ends_others:
             for other in running:
                 os.kill(other, signal.SIGTERM)
-    return failure
+            ends_others = False
+    return codes
 
 
 def _run(arguments: list[str], environment: dict[str, str], told: Path) -> None:

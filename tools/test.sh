@@ -11,6 +11,7 @@ NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet  # in .cache/si
 if [[ $# -eq 0 ]]; then
     # one thread each: the tests' tensors are small, and threads beyond the cores wait for one another
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    set -- --numprocesses 2 --dist loadfile
+    # in the order of the files: by their number of tests, the longest, of few tests each, would come last
+    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

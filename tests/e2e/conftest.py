@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import tiny
+import forked
 from runs import LAUNCH, quantize_arguments
 
 
@@ -12,6 +12,6 @@ from runs import LAUNCH, quantize_arguments
 def two_ranks(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Output folder and standard output of a run on two ranks. Read only."""
     output = tmp_path_factory.mktemp("two") / "out"
-    finished = tiny.torchrun(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, output)])
+    finished = forked.ranks(2, [LAUNCH / "quantize.py", *quantize_arguments(llama, token_file, output)])
     assert finished.returncode == 0, finished.stderr
     return output, finished.stdout

@@ -19,7 +19,6 @@ from runs import (
     quantize_arguments,
     run_evaluate,
     run_quantize,
-    stop_after,
 )
 from shardq.cli import parse
 from shardq.commands.tune import tune
@@ -115,11 +114,9 @@ def test_bf16_and_compiled_kernels_gain_as_much(llama, token_file, tmp_path, gpu
     assert on_gpu["loss_after"] == pytest.approx(on_cpu["loss_after"], rel=0.1)
 
 
-def test_stopped_run_goes_on_to_the_same_result(llama, token_file, tmp_path, gpu_run, monkeypatch):
-    stop_after(monkeypatch, 0)
+def test_stopped_run_goes_on_to_the_same_result(llama, token_file, tmp_path, gpu_run):
     with pytest.raises(Stopped):
-        run_quantize(llama, token_file, tmp_path / "out", ranks=ON_GPU)
-    monkeypatch.undo()
+        run_quantize(llama, token_file, tmp_path / "out", ranks=ON_GPU, stop_after=0)
     assert committed(tmp_path / "out") < committed(gpu_run)
     run_quantize(llama, token_file, tmp_path / "out", ranks=ON_GPU)
     assert_alike(tmp_path / "out", gpu_run)

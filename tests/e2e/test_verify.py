@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import forked
 from runs import ONE_RANK, last_json, run_quantize
 from shardq.cli import parse
 from shardq.commands.verify import CHECKS, find_faults, verify
@@ -281,12 +280,13 @@ def test_folder_without_a_run_is_refused(tmp_path):
 
 def test_command_says_what_is_damaged_and_exits_with_6(llama, token_file, tmp_path):
     run_quantize(llama, token_file, tmp_path / "out", "--quant.method", "rtn")
-    command = [sys.executable, "-c", "from shardq.cli import main; main()", "verify", str(tmp_path / "out")]
-    whole = subprocess.run(command, capture_output=True, text=True)
+    command = [tmp_path / "shardq.py", "verify", tmp_path / "out"]
+    command[0].write_text("from shardq.cli import main; main()")
+    whole = forked.ranks(1, command)
     assert whole.returncode == 0, whole.stderr
     assert last_json(whole.stdout) == {"output": str(tmp_path / "out"), "blocks": 3, "linears": 21}
     flip_last_bit(tmp_path / "out" / CODES)
-    damaged = subprocess.run(command, capture_output=True, text=True)
+    damaged = forked.ranks(1, command)
     assert damaged.returncode == 6
     assert damaged.stderr.startswith("shardq: ") and damaged.stderr.count("\n") == 1
     assert f"damaged (ledger, weights): {tmp_path / 'out' / CODES}: changed" in damaged.stderr

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import tiny
 import watch_worker as worker
 from shardq.errors import RankError, StorageError
@@ -60,10 +61,11 @@ def met(folder: Path) -> bool:
 
 def run(how: str, who: int, folder: Path) -> tuple[list[int], float]:
     """Exit codes, and seconds from the meeting until all have ended."""
-    with processes(how, who, folder) as ranks:
-        wait_for(lambda: met(folder) or any(process.poll() is not None for process in ranks))
-        start = time.monotonic()
-        return [process.wait(LIMIT_SECONDS) for process in ranks], time.monotonic() - start
+    ranks = forked.start(NUM_RANKS, [worker.__file__, how, who, folder], ends_others=False)
+    wait_for(lambda: met(folder) or ranks.is_over())
+    start = time.monotonic()
+    (folder / "err").write_text(ranks.wait(LIMIT_SECONDS).stderr)
+    return ranks.codes, time.monotonic() - start
 
 
 def own_lines(folder: Path) -> list[str]:

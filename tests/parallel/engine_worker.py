@@ -215,7 +215,7 @@ def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
     held += sum(0 if isinstance(linear.rows, nn.Parameter) else linear.rows.numel() for linear in quantizer.quantizers)
     footprints = []
     for number in range(NUM_BLOCKS):
-        stepper.rest()
+        stepper.release()
         linears = train(block, quantizer, stepper, number, slice(ranks.rank, None, ranks.world_size))
         save_file(tensors_of(linears), folder / f"{name}-block-{number}-{ranks.rank}.safetensors")
         del linears

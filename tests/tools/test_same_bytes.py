@@ -2,8 +2,9 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+import forked
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "same_bytes.py"
 
@@ -12,8 +13,7 @@ def compared(folder: Path, others: dict[str, str]) -> tuple[dict[str, str], subp
     """Digests of one small case, and how they were told beside others."""
     other = folder / "other.json"
     other.write_text(json.dumps(others))
-    command = [sys.executable, TOOL, folder / "digests.json", "--only", "for-gguf", "--against", other]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = forked.ranks(1, [TOOL, folder / "digests.json", "--only", "for-gguf", "--against", other])
     return json.loads((folder / "digests.json").read_text()), done
 
 

@@ -48,7 +48,7 @@ from shardq.parallel.zero import Zero
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 from shardq.training.memory import LargestBlock, saved_bytes, training_bytes
-from shardq.training.workshop import block_loss
+from shardq.training.trainer import block_loss
 from shardq.verbs import return_freed_tensors
 
 WARM_UP_STEPS = 2  # the first makes the moments

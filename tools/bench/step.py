@@ -30,7 +30,7 @@ from shardq.optimize.stepper import LocalStepper
 from shardq.quant.adascale import Kernels
 from shardq.quant.spec import QuantSpec
 from shardq.training.memory import saved_tensors
-from shardq.training.workshop import block_loss
+from shardq.training.trainer import block_loss
 
 SHAPES = {"smollm2": "576x1536x9x3", "llama3-8b": "4096x14336x32x8", "llama3-70b": "8192x28672x64x8"}
 PROFILED_STEPS = 10
