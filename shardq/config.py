@@ -64,11 +64,6 @@ class QuantOptions:
             raise ConfigError(f"quant.{error}") from error
 
     @property
-    def spec(self) -> "IntegerGrid":
-        """The grid, under the name that is going away."""
-        return self.grid
-
-    @property
     def ignored(self) -> tuple[str, ...]:
         """Patterns to ignore, always with the defaults."""
         given = listed(self.ignore) if isinstance(self.ignore, str) else self.ignore or ()

@@ -71,6 +71,11 @@ class Run:
     ranks: Ranks
     display: Display
 
+    @property
+    def cache(self) -> Path:
+        """The folder of the activations."""
+        return RunFolder(self.output).cache(self.config.cache, self.record.num_redos)
+
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitStack) -> Run:
     """Check everything that can be checked before work starts, and find what the output folder holds of the run.

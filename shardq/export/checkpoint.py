@@ -119,7 +119,7 @@ def with_vllm(otherwise: str) -> str:
 
 
 def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
-    """The 8-bit grids, by its linear's stored name, that a block has for what enters them, where these are asked for.
+    """The 8-bit grids of what enters a block's linears, by their names in the checkpoint, where these are asked for.
 
     Raises:
         ConfigError: it has others.
@@ -161,7 +161,7 @@ def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
     would look for packed ones.
     """
     modules = dict(skeleton.model.named_modules())
-    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
+    for block_name, block in skeleton.named_blocks.items():
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
     left = {name for name, module in modules.items() if is_linear(module) and name not in quantized}
     others = {

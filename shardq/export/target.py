@@ -132,7 +132,7 @@ def _how_to_ignore(skeleton: Skeleton, name: str) -> str:
     """How to leave a linear as it is, in every block, and with it those that vLLM makes one of with it."""
     block_name = next(prefix for prefix in skeleton.names if name.startswith(f"{prefix}."))
     inner = name.removeprefix(f"{block_name}.")
-    groups = _fused_groups(skeleton.blocks[skeleton.names.index(block_name)], inner.rpartition(".")[0])
+    groups = _fused_groups(skeleton.named_blocks[block_name], inner.rpartition(".")[0])
     together = next((group for group in groups if inner in group), [inner])
     patterns = _last_parts(together, "*.", ",")
     why = ", which vLLM makes one linear of" if len(together) > 1 else ""

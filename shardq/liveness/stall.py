@@ -41,7 +41,7 @@ class Pace:
         self.step: Step | None = None
 
     def steps(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items; what is done with each, until `rest` or until the next is asked for, is a step.
+        """Yield the items; what is done with each, until `end_step` or until the next is asked for, is a step.
 
         The first may take any time, and so tells what the others may. What counts of it are its waits for other ranks,
         too: so a rank whose first part of a batch is empty learns how long a part takes.
@@ -52,12 +52,12 @@ class Pace:
             try:
                 yield item
             finally:
-                self.rest()
+                self.end_step()
             del item  # it must not stay alive while the next is made
             slowest = max(slowest, step.seconds)
             limit = max(STEP_SECONDS, STEP_RATIO * slowest)
 
-    def rest(self) -> None:
+    def end_step(self) -> None:
         """The step is done: what comes before the next may take any time."""
         if self.step:
             self.step.seconds = time.monotonic() - self.step.begun
@@ -69,7 +69,7 @@ class Stall:
 
     It stands still if no other Python thread has been given a core at all, no more than a hundredth of one was used,
     and nothing was written. It does not come to a step's end if the process has used one core for longer than the step
-    may take; other programs that take the cores do not count thereby. Waiting for other ranks is neither.
+    may take; other programs that take the cores do not count for that. Waiting for other ranks is neither.
     """
 
     def __init__(self, pace: Pace):

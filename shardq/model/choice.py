@@ -23,7 +23,7 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
     _check_expressions(ignore)
     used: set[str] = set()
     chosen = []
-    for block_name, block in zip(skeleton.names, skeleton.blocks, strict=True):
+    for block_name, block in skeleton.named_blocks.items():
         matrices = matrices_in(block, lambda tensor, prefix=block_name: skeleton.tensor(f"{prefix}.{tensor}").name)
         matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())

@@ -76,7 +76,7 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
         hidden_NTD = seen[0][0]
         yield "embedding", None, _trace(_Part(skeleton, None, True), ones_NT, {"model": ""}, opset)
         traced: dict[tuple, tuple[str, ir.Model]] = {}
-        for number, (name, block) in enumerate(zip(skeleton.names, skeleton.blocks, strict=True)):
+        for number, (name, block) in enumerate(skeleton.named_blocks.items()):
             kind = _computation(block, seen[number])
             with materialised(skeleton, block, name, CPU, unread):
                 kind = (*kind, *_computed_buffers(block))

@@ -91,14 +91,14 @@ class Skeleton:
         source: the checkpoint's tensors.
         model: the transformers model on the meta device, a StandIn in each block's place.
         blocks: the decoder blocks, on the meta device, in order.
-        names: each block's name in the checkpoint, such as `model.layers.0`.
+        list_name: name of the list that holds them, such as `model.layers`.
         aliases: names of tied parameters -> the source's name of the tensor.
     """
 
     source: WeightSource
     model: PreTrainedModel
     blocks: list[nn.Module]
-    names: list[str]
+    list_name: str
     aliases: dict[str, str]
 
     @property
@@ -109,13 +109,23 @@ class Skeleton:
     @property
     def stand_ins(self) -> nn.ModuleList:
         """The stand-ins, in the order of the blocks."""
-        return self.model.get_submodule(self.names[0].rpartition(".")[0])
+        return self.model.get_submodule(self.list_name)
+
+    @property
+    def named_blocks(self) -> dict[str, nn.Module]:
+        """The blocks by their names in the checkpoint, such as `model.layers.0`, in order."""
+        return {f"{self.list_name}.{number}": block for number, block in enumerate(self.blocks)}
+
+    @property
+    def names(self) -> list[str]:
+        """The blocks' names in the checkpoint."""
+        return list(self.named_blocks)
 
     @property
     def base_name(self) -> str:
         """Name of the model's part that takes tokens and calls the blocks, which is all of it but the head."""
-        list_name = self.names[0].rpartition(".")[0]
-        return list_name.partition(".")[0] if "." in list_name else ""
+        first, _, inner = self.list_name.partition(".")
+        return first if inner else ""
 
     def tensor(self, name: str) -> SourceTensor:
         """The source's tensor for the parameter or buffer `name`.
@@ -134,7 +144,8 @@ class Skeleton:
     def block_tensors(self, block_index: int) -> dict[str, SourceTensor]:
         """The source's tensors for a block's parameters and persistent buffers, by name within the block."""
         return {
-            name: self.tensor(f"{self.names[block_index]}.{name}") for name in self.blocks[block_index].state_dict()
+            name: self.tensor(f"{self.list_name}.{block_index}.{name}")
+            for name in self.blocks[block_index].state_dict()
         }
 
 
@@ -156,8 +167,7 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    names = [f"{list_name}.{number}" for number in range(len(blocks))]
-    skeleton = Skeleton(source, model, blocks, names, aliases)
+    skeleton = Skeleton(source, model, blocks, list_name, aliases)
     _check_tensors(skeleton)
     return skeleton
 
@@ -200,7 +210,7 @@ def _conversion(converter: WeightConverter, name: str) -> str:
 def _check_tensors(skeleton: Skeleton) -> None:
     expected = [
         (f"{name}.{inner}", tensor)
-        for name, block in zip(skeleton.names, skeleton.blocks, strict=True)
+        for name, block in skeleton.named_blocks.items()
         for inner, tensor in block.state_dict().items()
     ]
     for name, tensor in [*skeleton.model.state_dict().items(), *expected]:
@@ -224,9 +234,9 @@ def _check_tensors(skeleton: Skeleton) -> None:
 
 def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
     """What a block's parameter of more than two dimensions is of, in words where these can be told."""
-    number = next(number for number, prefix in enumerate(skeleton.names) if name.startswith(f"{prefix}."))
-    inner = name.removeprefix(f"{skeleton.names[number]}.").rpartition(".")[0]
-    owner = skeleton.blocks[number].get_submodule(inner)
+    prefix, block = next(pair for pair in skeleton.named_blocks.items() if name.startswith(f"{pair[0]}."))
+    inner = name.removeprefix(f"{prefix}.").rpartition(".")[0]
+    owner = block.get_submodule(inner)
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f", of a convolution ({type(owner).__name__})"
     return ", of fused experts" if "expert" in f"{inner} {type(owner).__name__}".lower() else ""

@@ -50,7 +50,7 @@ def accumulate(
     """Collect the gradient of a batch's loss in the block's weights; gives that loss.
 
     It is the sum over the batch's samples, divided by `mean_over`. The gradient of a loss that is not finite is NaN
-    everywhere: thereby all ranks hear of it in what they reduce anyway.
+    everywhere: so all ranks learn of it from what they reduce anyway.
 
     Args:
         last: entered for the last micro-batch's forward pass.

@@ -57,8 +57,8 @@ class OptimizeOptions:
     """Learning rate of the weight's parameters, s2 and s3 (presets at 4 bits and more: 4e-3, light 6e-3, best 3e-3;
     at 3 bits 2 times, at 2 bits 2.5 times that; aimet 5e-4 at any)."""
     retries: int = 2
-    """Times that a block in which a loss, a gradient or a scale is not finite is trained anew from its start, each time
-    at half the learning rates; then it is left at its best finite iterate."""
+    """Times that a block in which a loss, a gradient or a scale is not finite is trained again from its start, each
+    time at half the learning rates; then it is left at its best finite iterate."""
     fp_mix: float | None = None
     """Probability, for each element of the block's input, of the fp stream's value in place of the quantized stream's
     (presets: 0, aimet 0.5)."""

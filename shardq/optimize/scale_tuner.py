@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import QuantizationError
-from shardq.optimize.stepper import held, make_optimizer, set_learning_rates, take_over
+from shardq.optimize.stepper import make_optimizer, set_learning_rates, state_of, take_over
 from shardq.quant.quantized import QuantizedLinear
 
 
@@ -72,7 +72,7 @@ class ScaleTuner:
 
     def state(self) -> dict[str, Tensor]:
         """The logarithms and what the optimizer keeps."""
-        return dict(held(self._optimizer, self._parameters)) if self._optimizer else {}
+        return dict(state_of(self._optimizer, self._parameters)) if self._optimizer else {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""

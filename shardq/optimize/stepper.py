@@ -15,7 +15,7 @@ GRID_PARAMETERS = (".beta", ".gamma", ".step")
 
 
 class Stepper(Protocol):
-    """One optimizer over a block's trainable parameters, built once and started anew for each block."""
+    """One optimizer over a block's trainable parameters, built once and started for each block."""
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
         """Have the parameters of some of the quantizers whole while the body runs; every rank has to take part.
@@ -53,8 +53,8 @@ class Stepper(Protocol):
     def restore(self, state: dict[str, Tensor], done: int) -> None:
         """After `start`: go on from what `state` gave once `done` steps were done, on the same ranks."""
 
-    def rest(self) -> None:
-        """Training is over until the next start: let go of what that can make anew."""
+    def release(self) -> None:
+        """Training is over until the next start: let go of what that can make again."""
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rms": torch.optim.Adagrad}
@@ -103,7 +103,7 @@ class LocalStepper:
         self._optimizer.zero_grad()
         self._done += 1
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Let go of the moments."""
         self._optimizer = None
 
@@ -113,7 +113,7 @@ class LocalStepper:
 
     def state(self) -> dict[str, Tensor]:
         """Everything, the same on all ranks."""
-        return dict(held(self._optimizer, self._parameters()))
+        return dict(state_of(self._optimizer, self._parameters()))
 
     def restore(self, state: dict[str, Tensor], done: int) -> None:
         """Take everything over."""
@@ -155,7 +155,7 @@ def skipped_where(optimizer: torch.optim.Optimizer, device: torch.device) -> Ten
     return optimizer.found_inf
 
 
-def held(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def state_of(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Some of an optimizer's parameters, and what it keeps for each, with names; plain numbers as tensors of int64."""
     for number, parameter in enumerate(parameters):
         yield f"{number}.value", parameter.detach()
@@ -165,7 +165,7 @@ def held(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator
 
 @torch.no_grad()
 def take_over(optimizer: torch.optim.Optimizer, parameters: list[Tensor], state: dict[str, Tensor]) -> None:
-    """Put back what `held` gave, in place where there is a place for it."""
+    """Put back what `state_of` gave, in place where there is a place for it."""
     for number, parameter in enumerate(parameters):
         prefix, kept = f"{number}.", optimizer.state[parameter]
         saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

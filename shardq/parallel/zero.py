@@ -19,11 +19,11 @@ from shardq.optimize.linear_quantizer import LinearQuantizer
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.share import Everything
 from shardq.optimize.stepper import (
-    held,
     make_optimizer,
     parameter_groups,
     set_learning_rates,
     skipped_where,
+    state_of,
     take_over,
 )
 from shardq.parallel.engine import BlockSize, Demand, Engine, Kind
@@ -193,7 +193,7 @@ class DeepSpeedStepper:
             self._not_finite.fill_(1.0)
         self._done += 1
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Nothing: DeepSpeed keeps its flat buffers."""
 
     def is_finite(self) -> bool:
@@ -202,7 +202,7 @@ class DeepSpeedStepper:
 
     def state(self) -> dict[str, Tensor]:
         """This rank's shard of the parameters and the moments."""
-        return dict(held(self._optimizer.optimizer, self._shards()))
+        return dict(state_of(self._optimizer.optimizer, self._shards()))
 
     def restore(self, state: dict[str, Tensor], done: int) -> None:
         """Take the shard over, and bring the parameters to where a step would leave them."""

@@ -1,12 +1,12 @@
-"""One decoder block, from its weights and the activations that enter it to its quantized linears."""
+"""The steps that take one decoder block from its weights, and the activations that enter it, to quantized linears."""
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from shardq.model.block import LoadedBlock
 from shardq.optimize.best_iterate import BestIterate
-from shardq.optimize.block_quantizer import whole
 from shardq.optimize.channel_power import channel_power
 from shardq.parallel.collectives import reduce_over_ranks, together
 from shardq.quant.activation import ActivationGrid
@@ -14,68 +14,78 @@ from shardq.training.activation_grids import activation_grids, observed
 from shardq.training.objective import objective_of
 from shardq.training.passes import advance
 from shardq.training.self_check import Check
-from shardq.training.tries import BlockAtHand, BlockResult, agreed_loss, train
-from shardq.training.workshop import BlockJob, bench_for, served_forward
+from shardq.training.trainer import Job, served_forward, trainer_for
+from shardq.training.tries import BlockInTraining, Start, agreed_loss
+
+Grids = dict[str, ActivationGrid]
+"""Of a block's activations, by their name within it."""
 
 
-def quantize_block(job: BlockJob, loaded: LoadedBlock, check: Check) -> tuple[BlockResult, dict[str, ActivationGrid]]:
-    """Quantize one block in place; its next generation of both streams is in the store afterwards.
-
-    The quantized stream is not taken through the last block, whose output nothing reads, but for its activations.
+def float_pass(job: Job, loaded: LoadedBlock, check: Check) -> tuple[dict[str, Tensor], Grids]:
+    """Move the fp stream on through a block: its output is the block's target now and the next block's input.
 
     Args:
         check: compares the block's output with the model's own.
 
     Returns:
-        what training gave, and the grids of the activations that are to have one, by name within the block.
+        what is seen on the way: the mean square of each input channel, by matrix, where the start range is searched
+        for; and the grids of the activations that are rounded in training.
+    """
+    plan, recipe = loaded.plan, job.recipe
+    searched = plan.grids if recipe.optimize.start == "search" else ()
+    rounded = plan.activations if recipe.activations.in_training else {}
+    with job.events.span("fp pass", block=plan.index), channel_power(loaded.module, searched) as power:
+        with observed(loaded.module, rounded, recipe.activations) as statistics:
+            advance(job.activations, "fp", plan.index, loaded)
+        reduce_over_ranks(job.ranks, list(power.values()))
+    with job.events.span("self-check", block=plan.index):
+        together(job.ranks, lambda: check(loaded))
+    return power, activation_grids(statistics, rounded, recipe.activations, job.ranks)
+
+
+@contextmanager
+def in_training(job: Job, loaded: LoadedBlock, grids: Grids) -> Iterator[BlockInTraining]:
+    """Yield a block with what trains it; its activations are rounded to the grids meanwhile."""
+    trainer = trainer_for(job, loaded)
+    with trainer.inputs.active(grids), objective_of(job, trainer, loaded) as objective:
+        forward = served_forward(job, loaded)
+        yield BlockInTraining(job=job, loaded=loaded, trainer=trainer, forward=forward, objective=objective)
+        trainer.quantizer.release()
+
+
+def start_at_nearest(block: BlockInTraining, power: dict[str, Tensor]) -> Start:
+    """Round a block's weights to nearest, which are taken out of its source, and find how far that is off.
 
     Raises:
-        QuantizationError: the loss at the start, or an activation, is not finite.
+        QuantizationError: the loss is not finite; the same on all ranks.
     """
-    plan, activations, encodings = loaded.plan, job.activations, job.encodings
-    span = partial(job.events.span, block=plan.index)
-    # 1. The fp stream moves on: its output is the target now and the next block's input.
-    searched = plan.grids if job.optimize.start == "search" else ()
-    early, late = (plan.activations, {}) if encodings.in_training else ({}, plan.activations)
-    with span("fp pass"), channel_power(loaded.module, searched) as power:
-        with observed(loaded.module, early, encodings) as statistics:
-            advance(activations, "fp", plan.index, loaded)
-        reduce_over_ranks(job.ranks, list(power.values()))
-    with span("self-check"):
-        together(job.ranks, lambda: check(loaded))
-    grids = activation_grids(statistics, early, encodings, job.ranks)
-    bench, forward = bench_for(job, loaded), served_forward(job, loaded)
-    with bench.inputs.active(grids):
-        with objective_of(job, bench, loaded) as objective:
-            at_hand = BlockAtHand(job, bench, plan, forward, objective)
-            result = _trained(at_hand, loaded.source, power)
-        # 4. The quantized stream moves on through the weights as they are served; its activations are looked at.
-        if late or not plan.is_last:
-            with span("quant pass"), observed(loaded.module, late, encodings) as statistics:
-                advance(activations, "quant", plan.index, forward)
-            grids |= activation_grids(statistics, late, encodings, job.ranks)
-    return result, grids
+    job, trainer = block.job, block.trainer
+    with job.events.span("start", block=block.index):
+        trainer.start(block.loaded.source, power)
+        block.loaded.source.clear()  # the quantizers hold it, or their shard of it
+        linears = trainer.served()
+    with job.events.span("loss", block=block.index):
+        loss = agreed_loss(block)
+    is_kept = trainer.stepper is None or job.recipe.optimize.held_out
+    return Start(loss, BestIterate(linears, loss) if is_kept else None)
 
 
-def _trained(at_hand: BlockAtHand, source: dict[str, Tensor], power: dict[str, Tensor]) -> BlockResult:
-    """Quantize the block's weights, which are taken out of `source`; the block computes with the result."""
-    job, bench = at_hand.job, at_hand.bench
-    span = partial(job.events.span, block=at_hand.plan.index)
-    # 2. The block starts as round-to-nearest; how far is it off?
-    with span("start"):
-        gathered = bench.stepper.gathered if bench.stepper else whole
-        bench.quantizer.start(source, power, gathered)
-        source.clear()  # the quantizers hold it, or their shard of it
-        linears = bench.quantizer.folded(gathered)
-        bench.quantizer.serve(linears, job.as_written)
-    with span("loss"):
-        loss_before = agreed_loss(at_hand)
-    if bench.stepper is None:
-        result = BlockResult(linears, at_hand.objective.kind, loss_before, loss_before)
-    else:
-        # 3. Train its quantizers into codes and grid; the start is kept only where it may turn out the best.
-        best = BestIterate(linears, loss_before) if job.optimize.held_out else None
-        del linears
-        result = train(at_hand, loss_before, best)
-    bench.quantizer.release()
-    return result
+def quantized_pass(job: Job, loaded: LoadedBlock, grids: Grids) -> Grids:
+    """Move the quantized stream on through a block as it is served; give all grids of the block's activations.
+
+    Nothing reads the last block's output: there the stream moves on only to find grids.
+
+    Args:
+        grids: those that there are, to which activations are rounded.
+
+    Raises:
+        QuantizationError: an activation is not finite; the same on all ranks.
+    """
+    plan, options = loaded.plan, job.recipe.activations
+    missing = {} if options.in_training else plan.activations
+    if plan.is_last and not missing:
+        return grids
+    with trainer_for(job, loaded).inputs.active(grids):
+        with job.events.span("quant pass", block=plan.index), observed(loaded.module, missing, options) as statistics:
+            advance(job.activations, "quant", plan.index, served_forward(job, loaded))
+        return grids | activation_grids(statistics, missing, options, job.ranks)

@@ -1,4 +1,4 @@
-"""The training of the block at hand, saved now and then, so that a killed run goes on within the block.
+"""The training of a block, saved now and then, so that a killed run goes on within the block.
 
 `OUT/checkpoint/block-00003-try-0-iteration-000150/` holds what each rank keeps of parameters and moments, in one file
 where all keep the same, and the best iterate where there is one. It counts where every rank finds its files whole and

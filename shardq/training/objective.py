@@ -21,7 +21,7 @@ from shardq.optimize.loss import (
     summed_probabilities,
 )
 from shardq.parallel.collectives import reduce_over_ranks
-from shardq.training.workshop import Bench, BlockJob, loss_of
+from shardq.training.trainer import BlockTrainer, Job
 
 LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence {:.4f} -> {:.4f} nats a token"}
 """Kinds of objective, and what users read of one: the loss before and after training."""
@@ -32,7 +32,7 @@ LOOKED_AT = 4  # one position in four is read to find the likely tokens
 PREDICTION_STEPS = 2  # times as many as the other blocks'; with that weight more steps still gain (measured)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """How far a block is from the fp block.
 
@@ -51,17 +51,20 @@ class Objective:
 
 
 @contextmanager
-def objective_of(job: BlockJob, bench: Bench, loaded: LoadedBlock) -> Iterator[Objective]:
+def objective_of(job: Job, trainer: BlockTrainer, loaded: LoadedBlock) -> Iterator[Objective]:
     """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
-    iterations = job.optimize.iterations
-    if not (loaded.plan.is_last and bench.stepper is not None and job.optimize.last_block == "predictions"):
-        of_output = loss_of(job, bench, loaded, job.optimize.loss)
-        errors = partial(error_sums, kind=job.optimize.loss)
-        yield Objective("loss", iterations, lambda inputs, targets, labels: of_output(inputs, targets)[0], errors)
+    optimize = job.recipe.optimize
+    if not (loaded.plan.is_last and trainer.stepper is not None and optimize.last_block == "predictions"):
+        of_output = trainer.loss_of(loaded, optimize.loss)
+        yield Objective(
+            kind="loss",
+            iterations=optimize.iterations,
+            loss=lambda inputs, targets, labels: of_output(inputs, targets)[0],
+            errors=partial(error_sums, kind=optimize.loss),
+        )
         return
-    of_output = loss_of(job, bench, loaded, "token")
-    kernel, label_weight = job.compiled(prediction_error, False), job.optimize.label_weight
-    with whole_epilogue(job.skeleton, job.activations.device, job.optimize.dtype) as of_tokens:
+    of_output, kernel = trainer.loss_of(loaded, "token"), job.compiled(prediction_error, False)
+    with whole_epilogue(job.skeleton, job.activations.device, optimize.dtype) as of_tokens:
         to_logits = of_tokens(None)
         with job.events.span("likely tokens", block=loaded.index):
             tokens_V, places_X = _likely_tokens(job, loaded.index, to_logits)
@@ -70,15 +73,19 @@ def objective_of(job: BlockJob, bench: Bench, loaded: LoadedBlock) -> Iterator[O
         def loss(inputs_NTD: Tensor, targets_NTD: Tensor, labels_NT: Tensor) -> Tensor:
             error, output_NTD = of_output(inputs_NTD, targets_NTD)
             labels_NT = places_X[labels_NT]
-            predictions = prediction_loss(output_NTD, targets_NTD, labels_NT, label_weight, to_likely, kernel)
+            predictions = prediction_loss(output_NTD, targets_NTD, labels_NT, optimize.label_weight, to_likely, kernel)
             return predictions + OUTPUT_WEIGHT * error
 
-        errors = partial(prediction_sums, to_logits=to_logits, kernel=kernel)
-        yield Objective("divergence", PREDICTION_STEPS * iterations, loss, errors)
+        yield Objective(
+            kind="divergence",
+            iterations=PREDICTION_STEPS * optimize.iterations,
+            loss=loss,
+            errors=partial(prediction_sums, to_logits=to_logits, kernel=kernel),
+        )
 
 
 @torch.no_grad()
-def _likely_tokens(job: BlockJob, block_index: int, to_logits: ToLogits) -> tuple[Tensor, Tensor]:
+def _likely_tokens(job: Job, block_index: int, to_logits: ToLogits) -> tuple[Tensor, Tensor]:
     """The tokens [V] that the fp model expects most over all ranks' samples, in the vocabulary's order.
 
     Returns:

@@ -29,9 +29,9 @@ from shardq.parallel.ranks import Ranks
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
-from shardq.training.passes import Activations, advance, embed_samples
+from shardq.training.passes import Activations, Forward, advance, embed_samples
 from shardq.training.self_check import self_check
-from shardq.training.workshop import collecting, training_forward
+from shardq.training.trainer import collecting, training_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
     part = replace(tuning.activations, samples=samples)
     with tuning.events.span("forward", step=step):
         for loaded in tuning.loaded(tuning.plan.blocks[:-1]):
-            advance(part, "quant", loaded.index, training_forward(loaded))
+            advance(part, "quant", loaded.index, _forward(loaded))
             tuning.display.advance_iteration()
             del loaded
     with tuning.events.span("backward", step=step):
@@ -139,6 +139,11 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
     return loss
 
 
+def _forward(loaded: LoadedBlock) -> Forward:
+    """Function from what enters a block to the hidden states [N, T, D] that leave it, with training's attention."""
+    return lambda entering: training_output(loaded.module, *loaded.plan.arguments.bound(entering), loaded.dtype)
+
+
 def _forget(activations: Activations, generation: int) -> None:
     """Drop what enters a block, but for what every step begins with: embeddings' output, samples' own arguments."""
     if generation:
@@ -149,7 +154,7 @@ def _at_the_end(tuning: Tuning, loaded: LoadedBlock, samples: list[int]) -> tupl
     """The batch's loss, and its gradient in each sample's [1, T, D] output of the last block."""
     options, device = tuning.options, tuning.activations.device
     gradients, total = [], 0.0
-    forward = training_forward(loaded)
+    forward = _forward(loaded)
     with whole_epilogue(tuning.skeleton, device, options.dtype) as of_tokens:
         to_logits = of_tokens(None)
         for sample in samples:
@@ -177,7 +182,7 @@ def _loss(tuning: Tuning, output_1TD: Tensor, sample: int, labels_1T: Tensor, to
 
 def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradients: list[Tensor], step: int) -> None:
     """Take the samples' gradients from a block's output to its input, in place, and step the block's scales."""
-    forward, tuner = training_forward(loaded), tuning.tuners[loaded.index]
+    forward, tuner = _forward(loaded), tuning.tuners[loaded.index]
     weights = {matrix.name: matrix.parameter_in(loaded.module) for matrix in loaded.plan.grids}
 
     def load(sample: int) -> Tensor | Entering:

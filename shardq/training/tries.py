@@ -1,10 +1,11 @@
 """Training one block's quantizers to the end, whatever comes between: a kill, or numbers that are not finite."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,43 +15,51 @@ from shardq.calib.tokens import next_tokens
 from shardq.devices import to_device
 from shardq.errors import QuantizationError
 from shardq.model.arguments import Entering, hidden_of, with_hidden
-from shardq.model.block import BlockPlan
+from shardq.model.block import LoadedBlock
 from shardq.optimize.best_iterate import BestIterate
 from shardq.optimize.distill import distill
 from shardq.optimize.inputs import generator_for, mixed
 from shardq.optimize.loss import ErrorSums
 from shardq.parallel.collectives import sum_over_ranks
-from shardq.quant.quantized import QuantizedLinear
 from shardq.training import checkpoint
 from shardq.training.checkpoint import Progress
 from shardq.training.objective import Objective
-from shardq.training.passes import compare
-from shardq.training.workshop import Bench, BlockJob
+from shardq.training.passes import Forward, compare
+from shardq.training.trainer import BlockTrainer, Job, Linears
 
 LOOKS = 10  # times that a try looks whether all numbers were finite, and at the held-out samples where there are some
 RETRY_RATE = 0.5  # learning rates of a try, as a share of those of the one before
 
-Linears = dict[str, QuantizedLinear]
 
-
-@dataclass(frozen=True)
-class BlockAtHand:
-    """A block while it is trained.
+@dataclass(frozen=True, kw_only=True)
+class BlockInTraining:
+    """A block with what trains it, and what it is trained to.
 
     Attributes:
-        bench: trains blocks of this kind.
+        trainer: of the block's kind.
         forward: from what enters the block to its output, computed as the quantized model will compute it.
-        objective: what is trained, what is reported, and for how many steps.
     """
 
-    job: BlockJob
-    bench: Bench
-    plan: BlockPlan
-    forward: Callable[[Tensor], Tensor]
+    job: Job
+    loaded: LoadedBlock
+    trainer: BlockTrainer
+    forward: Forward
     objective: Objective
 
+    @property
+    def index(self) -> int:
+        """The block's place in the model."""
+        return self.loaded.index
 
-@dataclass(frozen=True)
+
+class Start(NamedTuple):
+    """Where training begins: the loss there, and the linears as the best iterate so far, where they may be kept."""
+
+    loss: float
+    best: BestIterate | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockResult:
     """A block's quantized linears by name within it, and what there is to say about them.
 
@@ -75,102 +84,107 @@ class BlockResult:
         return losses | ({"failed_tries": self.failed_tries, "gave_up": self.gave_up} if self.failed_tries else {})
 
 
-def train(at_hand: BlockAtHand, loss_before: float, best: BestIterate | None) -> BlockResult:
-    """Train a block from its start, or from a checkpoint, and serve what comes out.
+def train(block: BlockInTraining, start: Start) -> BlockResult:
+    """Train a block from its start, or from a checkpoint, and serve the linears that it is folded into.
 
     A try that meets a number that is not finite ends, on all ranks; the next one begins at the start with lower
     learning rates. A block that had a failed try becomes its best finite iterate: the end of the try that did not fail,
-    the last finite iterate of one that did, or the start.
-
-    Args:
-        best: the start, where the best iterate on held-out samples is to be kept.
+    the last finite iterate of one that did, or the start. A block without anything to train becomes its start.
     """
-    job, stepper = at_hand.job, at_hand.bench.stepper
+    job, trainer, retries = block.job, block.trainer, block.job.recipe.optimize.retries
+    if trainer.stepper is None:
+        return _result(block, start, start.best.linears, start.best.loss)
     purpose = checkpoint.purpose_of(job.checkpoints)
-    saved = checkpoint.load(job.checkpoints, purpose, at_hand.plan.grids, job.display.line)
-    progress, state = saved or (Progress(best=best), None)
+    saved = checkpoint.load(job.checkpoints, purpose, block.loaded.plan.grids, job.display.line)
+    progress, state = saved or (Progress(best=start.best), None)
+    start = start._replace(best=None)
     if saved:
-        job.display.line(f"block {at_hand.plan.index}: training goes on after {progress.done} iterations")
-    del saved, best
-    while progress.failed <= job.optimize.retries:
-        stepper.start(at_hand.objective.iterations, RETRY_RATE**progress.failed)
+        job.display.line(f"block {block.index}: training goes on after {progress.done} iterations")
+    del saved
+    while progress.failed <= retries:
+        trainer.stepper.start(block.objective.iterations, RETRY_RATE**progress.failed)
         if state is not None:
-            stepper.restore(state, progress.done)
+            trainer.stepper.restore(state, progress.done)
             state = None
-        job.display.start_training(progress.done, at_hand.objective.iterations)
+        job.display.start_training(progress.done, block.objective.iterations)
         try:
-            linears, loss_after = _try(at_hand, progress, purpose)
+            linears, loss = _try(block, progress, purpose)
         except QuantizationError as error:
-            _go_back(at_hand, progress, loss_before)
-            job.display.line(f"block {at_hand.plan.index}: {_reason(error)}; {_what_follows(job, progress)}")
+            _go_back(block, progress, start.loss)
+            job.display.line(f"block {block.index}: {_reason(error)}; {_what_follows(job, progress)}")
             continue
         if not progress.failed:
-            return BlockResult(linears, at_hand.objective.kind, loss_before, loss_after)
-        progress.best.offer(linears, loss_after)
+            return _result(block, start, linears, loss)
+        progress.best.offer(linears, loss)
         break
-    best, gave_up = progress.best, progress.failed > job.optimize.retries
-    at_hand.bench.quantizer.serve(best.linears, job.as_written)
-    return BlockResult(best.linears, at_hand.objective.kind, loss_before, best.loss, progress.failed, gave_up)
+    trainer.serve(progress.best.linears)
+    return _result(block, start, progress.best.linears, progress.best.loss, progress.failed)
 
 
-def _try(at_hand: BlockAtHand, progress: Progress, purpose: dict) -> tuple[Linears, float]:
+def _result(block: BlockInTraining, start: Start, linears: Linears, loss: float, failed: int = 0) -> BlockResult:
+    return BlockResult(
+        linears=linears,
+        kind=block.objective.kind,
+        loss_before=start.loss,
+        loss_after=loss,
+        failed_tries=failed,
+        gave_up=failed > block.job.recipe.optimize.retries,
+    )
+
+
+def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Linears, float]:
     """Train from where `progress` is to the end; serve the linears that come out, and give them and their loss.
 
     Raises:
         QuantizationError: a loss, a gradient, a parameter or a scale is not finite; the same on all ranks.
     """
-    job, bench, stepper, optimize = at_hand.job, at_hand.bench, at_hand.bench.stepper, at_hand.job.optimize
-    span = partial(job.events.span, block=at_hand.plan.index)
+    job, trainer, optimize = block.job, block.trainer, block.job.recipe.optimize
+    span = partial(job.events.span, block=block.index)
     best, first = progress.best if optimize.held_out else None, progress.done
-    iterations, every = at_hand.objective.iterations, job.checkpoints.every
+    iterations, every = block.objective.iterations, job.checkpoints.every
     with span("train") as facts:
-        for progress.done, loss in _steps(at_hand, first):
-            job.activations.pace.rest()  # looks, checkpoints and a terminal that is stopped take any time
+        for progress.done, loss in _steps(block, first):
+            job.activations.pace.end_step()  # looks, checkpoints and a terminal that is stopped take any time
             job.display.advance_iteration(loss)
             is_last = progress.done == iterations
             looks = is_last or progress.done % math.ceil(iterations / LOOKS) == 0
             saves = every > 0 and progress.done % every == 0 and not is_last
-            if (looks or saves) and not stepper.is_finite():  # only looks and checkpoints wait for the device
+            if (looks or saves) and not trainer.stepper.is_finite():  # only looks and checkpoints wait for the device
                 break
             if looks and best:
-                linears = bench.quantizer.folded(stepper.gathered)
-                bench.quantizer.serve(linears, job.as_written)
-                best.offer(linears, agreed_loss(at_hand))
-                del linears
+                best.offer(trainer.served(), agreed_loss(block))
             if saves:
                 with job.events.waiting("checkpoint"):
-                    checkpoint.save(job.checkpoints, purpose, at_hand.plan.index, progress, stepper.state())
+                    checkpoint.save(job.checkpoints, purpose, block.index, progress, trainer.stepper.state())
         facts["iterations"] = progress.done - first
-    if not stepper.is_finite():
+    if not trainer.stepper.is_finite():
         raise QuantizationError(f"a loss or gradient was not finite within {progress.done} iterations")
-    stepper.rest()
+    trainer.stepper.release()
     with span("fold"):
-        linears = best.linears if best else bench.quantizer.folded(stepper.gathered)
-        bench.quantizer.serve(linears, job.as_written)
+        linears = best.linears if best else trainer.folded()
+        trainer.serve(linears)
     with span("loss"):
-        return linears, best.loss if best else agreed_loss(at_hand)
+        return linears, best.loss if best else agreed_loss(block)
 
 
-def _steps(at_hand: BlockAtHand, first: int) -> Iterator[tuple[int, Tensor]]:
+def _steps(block: BlockInTraining, first: int) -> Iterator[tuple[int, Tensor]]:
     """Take the optimizer steps that follow the first ones; yield how many are done, and the loss, after each."""
-    bench, optimize = at_hand.bench, at_hand.job.optimize
-    mean_over = optimize.batch_size / at_hand.job.ranks.world_size
-    batches = _batches(at_hand, first)
-    steps = distill(at_hand.objective.loss, bench.quantizer, bench.stepper, batches, optimize.micro_batch, mean_over)
+    trainer, optimize = block.trainer, block.job.recipe.optimize
+    batches, mean_over = _batches(block, first), optimize.batch_size / block.job.ranks.world_size
+    steps = distill(block.objective.loss, trainer.quantizer, trainer.stepper, batches, optimize.micro_batch, mean_over)
     return enumerate(steps, first + 1)
 
 
-def _go_back(at_hand: BlockAtHand, progress: Progress, loss_before: float) -> None:
+def _go_back(block: BlockInTraining, progress: Progress, loss_before: float) -> None:
     """After a failed try: keep its last iterate if it is the best so far, and bring the quantizers to the start."""
-    quantizer, gathered = at_hand.bench.quantizer, at_hand.bench.stepper.gathered
+    trainer = block.trainer
     try:
-        last = quantizer.folded(gathered)
-        quantizer.serve(last, at_hand.job.as_written)
-        loss = agreed_loss(at_hand)
+        last = trainer.served()
+        loss = agreed_loss(block)
     except QuantizationError:
         last, loss = {}, math.inf
-    quantizer.restart(gathered)
-    progress.best = progress.best or BestIterate(quantizer.folded(gathered), loss_before)
+    trainer.restart()
+    progress.best = progress.best or BestIterate(trainer.folded(), loss_before)
     progress.best.offer(last, loss)
     progress.failed, progress.done = progress.failed + 1, 0
 
@@ -179,19 +193,19 @@ def _reason(error: QuantizationError) -> str:
     return str(error).partition(";")[0]
 
 
-def _what_follows(job: BlockJob, progress: Progress) -> str:
-    if progress.failed > job.optimize.retries:
+def _what_follows(job: Job, progress: Progress) -> str:
+    if progress.failed > job.recipe.optimize.retries:
         return f"it is left at its best finite iterate, loss {progress.best.loss:.3e}"
-    return f"trained anew from its start, learning rates times {RETRY_RATE**progress.failed:g}"
+    return f"trained again from its start, learning rates times {RETRY_RATE**progress.failed:g}"
 
 
-def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor | Entering, Tensor, Tensor]]:
+def _batches(block: BlockInTraining, first: int) -> Iterator[tuple[Tensor | Entering, Tensor, Tensor]]:
     """What enters, targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
 
     Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
     """
-    job, block_index = at_hand.job, at_hand.plan.index
-    activations, optimize = job.activations, job.optimize
+    job, block_index = block.job, block.index
+    activations, optimize = job.activations, job.recipe.optimize
     labels_NT = next_tokens(job.tokens_NT)
 
     def load(step: tuple[int, list[int]]) -> tuple[Tensor | Entering, Tensor, Tensor]:
@@ -201,7 +215,7 @@ def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor | Enteri
         entering = activations.entering("quant", block_index, samples)
         if optimize.fp_mix > 0:
             fp_NTD = activations.load("fp", block_index, samples)
-            generators = [generator_for(job.seed, block_index, iteration, sample) for sample in samples]
+            generators = [generator_for(job.recipe.seed, block_index, iteration, sample) for sample in samples]
             pairs = zip(hidden_of(entering), fp_NTD, generators, strict=True)
             mixed_NTD = torch.stack([mixed(quant, fp, optimize.fp_mix, generator) for quant, fp, generator in pairs])
             entering = with_hidden(entering, mixed_NTD)
@@ -209,22 +223,22 @@ def _batches(at_hand: BlockAtHand, first: int) -> Iterator[tuple[Tensor | Enteri
         return entering, target_NTD, to_device(labels_NT[samples], activations.device)
 
     num_trained, ranks = job.num_samples - optimize.held_out, job.ranks
-    iterations = at_hand.objective.iterations
+    iterations = block.objective.iterations
     steps = step_samples(num_trained, optimize.batch_size, iterations, ranks.rank, ranks.world_size)
     part = largest_part(optimize.batch_size, ranks.world_size)
     return (batch for _, batch in activations.ahead(load, islice(steps, first, None), part))
 
 
 @torch.no_grad()
-def agreed_loss(at_hand: BlockAtHand) -> float:
+def agreed_loss(block: BlockInTraining) -> float:
     """Loss of the block as it is now, over all ranks' watched samples.
 
     Raises:
         QuantizationError: it is not finite.
     """
-    job, block_index = at_hand.job, at_hand.plan.index
-    samples = watched_samples(job.num_samples, job.optimize.held_out, job.ranks.rank, job.ranks.world_size)
-    sums = compare(job.activations, block_index, samples, at_hand.forward, at_hand.objective.errors)
+    job, block_index = block.job, block.index
+    samples = watched_samples(job.num_samples, job.recipe.optimize.held_out, job.ranks.rank, job.ranks.world_size)
+    sums = compare(job.activations, block_index, samples, block.forward, block.objective.errors)
     total = ErrorSums(*sum_over_ranks(job.ranks, [sums.error, sums.weight]))
     if not math.isfinite(total.loss):
         error = QuantizationError("its loss is not finite; check the model's activations for overflow")

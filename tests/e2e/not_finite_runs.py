@@ -15,8 +15,7 @@ from torch import Tensor
 
 from crashes import Setting, launch, output_of
 from shardq.commands.verify import find_faults
-from shardq.training import objective
-from shardq.training import workshop as bench
+from shardq.training import objective, trainer
 
 ITERATIONS = 8
 BAD_CALL = 1 + ITERATIONS + 4  # compiling's, the first block's, and the fourth iteration of the second's
@@ -24,7 +23,7 @@ BAD_CALL = 1 + ITERATIONS + 4  # compiling's, the first block's, and the fourth 
 
 def not_finite(case: str) -> None:
     """Have this process meet one: `loss` once, `always` from then on in every try, `gradient` beside a finite loss."""
-    distillation_loss, calls = bench.distillation_loss, []
+    distillation_loss, calls = trainer.distillation_loss, []
 
     def wrapped(*args: object) -> Tensor:
         loss = distillation_loss(*args)
@@ -36,7 +35,7 @@ def not_finite(case: str) -> None:
             return loss
         return loss + torch.inf
 
-    bench.distillation_loss = objective.distillation_loss = wrapped
+    trainer.distillation_loss = objective.distillation_loss = wrapped
 
 
 def main() -> None:

@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 import forked
 import tiny
 from shardq.cli import parse
+from shardq.commands.commit import OnCommit
 from shardq.commands.evaluate import evaluate
 from shardq.commands.quantize import quantize
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.ledger import commit
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 Launcher = Callable[..., subprocess.CompletedProcess]  # takes the number of ranks and a program
@@ -35,26 +34,33 @@ def quantize_arguments(model: Path, tokens: Path, output: Path, *more: object) -
     return [str(argument) for argument in (*fixed, *more)]
 
 
-def run_quantize(model: Path, tokens: Path, output: Path, *more: object, ranks: Ranks = ONE_RANK) -> dict:
-    """Quantize on one rank; give the summary."""
-    return quantize(parse("quantize", quantize_arguments(model, tokens, output, *more)), ranks)
+def run_quantize(
+    model: Path,
+    tokens: Path,
+    output: Path,
+    *more: object,
+    ranks: Ranks = ONE_RANK,
+    on_commit: OnCommit = lambda block: None,
+    stop_after: int | None = None,
+) -> dict:
+    """Quantize on one rank; give the summary.
+
+    Args:
+        stop_after: a block in which the run is asked to stop.
+    """
+
+    def seen(block: int | None) -> None:
+        on_commit(block)
+        if stop_after is not None and block == stop_after:
+            RunFolder(output).stop.touch()
+
+    return quantize(parse("quantize", quantize_arguments(model, tokens, output, *more)), ranks, seen)
 
 
 def run_evaluate(model: Path, tokens: Path, *more: object, ranks: Ranks = ONE_RANK) -> dict:
     """Evaluate on one rank; give the summary."""
     fixed = ["--model", model, "--eval.dataset", tokens, "--eval.sequence_length", 64]
     return evaluate(parse("evaluate", [str(argument) for argument in (*fixed, *more)]), ranks)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, stop_block: int) -> None:
-    """Have the next runs in this process stop after a block."""
-
-    def commit_and_stop(output: Path, block: int | None, *args: object, **facts: object) -> dict:
-        if block == stop_block:
-            RunFolder(output).stop.touch()
-        return commit(output, block, *args, **facts)
-
-    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", commit_and_stop)
 
 
 def last_json(stdout: str) -> dict:

@@ -15,7 +15,6 @@ from shardq.commands.verify import find_faults
 from shardq.errors import ConfigError
 from shardq.formats.block_file import read_activations
 from shardq.quant.activation import ActivationGrid, rounded
-from shardq.rundir import ledger
 
 RTN = ("--quant.method", "rtn", "--optimize.start", "minmax")
 ALL = ("--activations.bits", 12, "--activations.tensors", "all", "--activations.kv_bits", 6,
@@ -165,23 +164,18 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("options", [ALL, TRAINED], ids=["collected", "trained with"])
-def test_interrupted_run_ends_with_the_same_bytes(
-    llama: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple
-):
+def test_interrupted_run_ends_with_the_same_bytes(llama: Path, token_file: Path, tmp_path: Path, options: tuple):
     """Its activations are computed again, through the finished blocks."""
     whole = (llama, token_file, tmp_path / "whole", *options, *SHORT, "--cache.placement", "cpu")
     run_quantize(*whole)
-    commit, arguments = ledger.commit, (*whole[:2], tmp_path / "out", *whole[3:])
+    arguments = (*whole[:2], tmp_path / "out", *whole[3:])
 
-    def killed_after_two(output: Path, block: int | None, *rest, **facts) -> dict:
+    def killed_after_two(block: int | None) -> None:
         if block == 2:
             raise Killed
-        return commit(output, block, *rest, **facts)
 
-    monkeypatch.setattr(ledger, "commit", killed_after_two)
     with pytest.raises(Killed):
-        run_quantize(*arguments)
-    monkeypatch.setattr(ledger, "commit", commit)
+        run_quantize(*arguments, on_commit=killed_after_two)
     run_quantize(*arguments)
     assert result_files(tmp_path / "out") == result_files(tmp_path / "whole")
 

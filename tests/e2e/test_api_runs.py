@@ -86,7 +86,7 @@ def test_interrupted_call_goes_on_where_it_was(llama, token_file, by_command, tm
         return line
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("shardq.commands.quantize.ledger.commit", commit_and_interrupt)
+        patched.setattr("shardq.commands.commit.ledger.commit", commit_and_interrupt)
         shardq.quantize(llama, output=tmp_path / "out", **short(token_file))
     assert not (RunFolder(tmp_path / "out").path / "lock").exists()
     shardq.quantize(llama, output=tmp_path / "out", **short(token_file))

@@ -11,12 +11,12 @@ from transformers import Gemma2Config
 
 import tiny
 from runs import LAUNCH, last_json, quantize_arguments, run_quantize
-from shardq.commands import quantize as run
+from shardq.commands import resume
 from shardq.compiling import why_not
 from shardq.logs import Display
 from shardq.model.block import LoadedBlock
 from shardq.training import block as block_pass
-from shardq.training import workshop as bench
+from shardq.training import trainer
 
 pytestmark = pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
@@ -110,12 +110,12 @@ def test_served_block_is_computed_by_training_code_and_in_a_replay_to_the_same_b
         def __call__(self, entering):
             raise AssertionError("a served block was computed uncompiled")
 
-    served = bench.served_forward
+    served = trainer.served_forward
 
     def given(job, loaded):
         return served(job, Refusing(plan=loaded.plan, module=loaded.module, source={}, dtype=loaded.dtype))
 
-    for user in (block_pass, run):
+    for user in (block_pass, resume):
         monkeypatch.setattr(user, "served_forward", given)
     output, written = tmp_path / "out", []
     for more in ([], ["--redo", 2]):
@@ -129,7 +129,7 @@ def test_served_blocks_compile_nothing_of_their_own(llama, token_file, tmp_path,
     graphs = []
     for number, bits in enumerate(({}, {"uncompiled": 8})):
         notes = Notes(monkeypatch)
-        served = bench.served_forward
+        served = trainer.served_forward
 
         def given(job, loaded, served=served, bits=bits):
             return served(job, replace(loaded, plan=replace(loaded.plan, activations=bits)))

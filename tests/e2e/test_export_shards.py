@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from runs import ONE_RANK, result_files, run_quantize, stop_after
+from runs import ONE_RANK, committed, result_files, run_quantize
 from shardq.cli import parse
 from shardq.commands.export import export
 from shardq.errors import Stopped
-from shardq.rundir.ledger import commit
 
 RTN = ("--quant.method", "rtn")
 FORMATS = ("compressed-tensors", "gptq", "hf")
@@ -37,15 +36,14 @@ def in_formats(output: Path) -> dict[str, bytes]:
     return {name: content for name, content in result_files(output).items() if name.split("/")[0] in FORMATS}
 
 
-def test_shards_are_there_before_their_block_counts(finished, llama, token_file, tmp_path, monkeypatch):
-    seen = {}
+def test_shards_are_there_before_their_block_counts(finished, llama, token_file, tmp_path):
+    output, seen = tmp_path / "out", {}
 
-    def look(output: Path, block: int | None, *args: object, **facts: object) -> dict:
+    def look(block: int | None) -> None:
+        assert committed(output) == len(seen)
         seen[block] = {chosen: sorted(path.name for path in (output / chosen).iterdir()) for chosen in FORMATS}
-        return commit(output, block, *args, **facts)
 
-    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", look)
-    run_quantize(llama, token_file, tmp_path / "out", *RTN, *ASKED)
+    run_quantize(llama, token_file, output, *RTN, *ASKED, on_commit=look)
     for block in range(3):
         assert seen[block] == dict.fromkeys(FORMATS, SHARDS[: block + 1])
     assert all({*SHARDS, "config.json", "README.md"} <= set(names) for names in seen[None].values())
@@ -54,12 +52,10 @@ def test_shards_are_there_before_their_block_counts(finished, llama, token_file,
     assert {name: found[name] for name in result_files(finished)} == result_files(finished), "the run itself differs"
 
 
-def test_resume_neither_loses_nor_repeats_shards(finished, llama, token_file, tmp_path, monkeypatch):
+def test_resume_neither_loses_nor_repeats_shards(finished, llama, token_file, tmp_path):
     output = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        with pytest.raises(Stopped):
-            run_quantize(llama, token_file, output, *RTN, *ASKED)
+    with pytest.raises(Stopped):
+        run_quantize(llama, token_file, output, *RTN, *ASKED, stop_after=1)
     before = {path: path.stat().st_mtime_ns for chosen in FORMATS for path in (output / chosen).iterdir()}
     assert len(before) == 2 * len(FORMATS)
     run_quantize(llama, token_file, output, *RTN, *ASKED)
@@ -67,13 +63,12 @@ def test_resume_neither_loses_nor_repeats_shards(finished, llama, token_file, tm
     assert in_formats(output) == exported(finished, tmp_path / "later", *FORMATS)
 
 
-def test_formats_may_be_asked_for_in_between(finished, llama, token_file, tmp_path, monkeypatch, capsys):
+def test_formats_may_be_asked_for_in_between(finished, llama, token_file, tmp_path, capsys):
     """Blocks that are finished without them get their shards at the end; a run that does not ask keeps none."""
     output = tmp_path / "out"
     for block, asked in ((0, ASKED), (1, ())):
-        stop_after(monkeypatch, block)
         with pytest.raises(Stopped):
-            run_quantize(llama, token_file, output, *RTN, *asked)
+            run_quantize(llama, token_file, output, *RTN, *asked, stop_after=block)
         assert (output / "gptq").exists() == bool(asked)
     assert f"{output}/gptq: removed; shardq export" in capsys.readouterr().out
     run_quantize(llama, token_file, output, *RTN, *ASKED)

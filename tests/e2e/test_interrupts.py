@@ -14,7 +14,6 @@ import tiny
 from runs import LAUNCH, committed, last_json, quantize_arguments, ranks_of, result_files, run_quantize
 from shardq.errors import Stopped
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.ledger import commit
 
 LIMIT_SECONDS = 10.0
 
@@ -164,20 +163,17 @@ def test_run_stops_after_the_block_at_hand_on_all_ranks(llama, token_file, two_r
 
 
 @pytest.mark.parametrize("how", ["file", "signal"])
-def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, tmp_path, monkeypatch, how):
+def test_run_stops_after_each_block_in_which_it_is_asked_to(llama, token_file, tmp_path, how):
     """Asked in the last block, there is nothing to stop; a file from before the run stops nothing, either."""
     output = tmp_path / "out"
 
     def ask(*_: object) -> None:
         RunFolder(output).stop.touch() if how == "file" else os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr(
-        "shardq.commands.quantize.ledger.commit", lambda *args, **facts: (commit(*args, **facts), ask())[0]
-    )
     for done in (1, 2):
         with pytest.raises(Stopped, match=f"stopped as asked, {done} of 3 blocks are done"):
-            run_quantize(llama, token_file, output, "--quant.method", "rtn")
+            run_quantize(llama, token_file, output, "--quant.method", "rtn", on_commit=ask)
         assert committed(output) == done and not RunFolder(output).stop.exists()
         RunFolder(output).stop.touch()
-    run_quantize(llama, token_file, output, "--quant.method", "rtn")
+    run_quantize(llama, token_file, output, "--quant.method", "rtn", on_commit=ask)
     assert committed(output) == 4 and not RunFolder(output).stop.exists()

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
-from runs import ONE_RANK, quantize_arguments, run_quantize, stop_after
+from runs import ONE_RANK, quantize_arguments, run_quantize
 from shardq.cli import COMMANDS, main, parse
 from shardq.errors import ShardQError, Stopped
 
@@ -183,9 +183,8 @@ def _model(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _stopped(model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was asked to stop when two of its three blocks were done. Read only."""
     output = tmp_path_factory.mktemp("stopped") / "out"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stop:
-        stop_after(patch, 1)
-        run_quantize(model, token_file, output, *RTN)
+    with pytest.raises(Stopped) as stop:
+        run_quantize(model, token_file, output, *RTN, stop_after=1)
     assert stop.value.exit_code == 10
     assert str(stop.value) == f"{output}: stopped as asked, 2 of 3 blocks are done; the same command goes on"
     return output

@@ -68,7 +68,7 @@ def test_block_that_cannot_be_trained_is_left_at_its_start_and_listed(llama, tok
     said = f"numbers were not finite in {tries} training(s), left at its best finite iterate"
     assert shown.count(f"MiB; {said}\n") == 3
     assert [f"  model.layers.{number}: {said}\n" in shown for number in range(3)] == [True] * 3
-    assert shown.count("trained anew from its start") == 3 * (tries - 1)
+    assert shown.count("trained again from its start") == 3 * (tries - 1)
 
 
 def test_block_is_trained_at_lower_rates_and_is_no_worse_than_its_start(llama, token_file, tmp_path, capsys):

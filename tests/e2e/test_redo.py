@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import ONE_RANK, committed, result_files, run_quantize, stop_after
+from runs import ONE_RANK, committed, result_files, run_quantize
 from shardq.cli import parse
 from shardq.commands.verify import verify
 from shardq.errors import ConfigError, ResumeError, Stopped
@@ -151,12 +151,10 @@ def test_blocks_from_the_first_on_are_made_with_other_settings(output, changed, 
     run_quantize(llama, token_file, output, *OTHER)  # the command without --redo knows the run again
 
 
-def test_same_command_goes_on_with_a_redo_and_does_not_begin_it_anew(output, changed, llama, token_file, monkeypatch):
+def test_same_command_goes_on_with_a_redo_and_does_not_begin_it_anew(output, changed, llama, token_file):
     arguments = ["--redo", "1", *OTHER]
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        with pytest.raises(Stopped, match="2 of 3 blocks are done"):
-            run_quantize(llama, token_file, output, *arguments)
+    with pytest.raises(Stopped, match="2 of 3 blocks are done"):
+        run_quantize(llama, token_file, output, *arguments, stop_after=1)
     with pytest.raises(ResumeError, match="not finished, 2 block"):
         verify(parse("verify", [str(output)]), ONE_RANK)
     assert not (output / "config.json").exists(), "a mixture of blocks could be loaded"
@@ -176,12 +174,10 @@ def test_block_that_is_damaged_again_is_done_again(original, output, llama, toke
 
 
 @pytest.mark.slow
-def test_unfinished_run_keeps_its_other_blocks(original, llama, token_file, tmp_path, monkeypatch):
+def test_unfinished_run_keeps_its_other_blocks(original, llama, token_file, tmp_path):
     output = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        with pytest.raises(Stopped):
-            run_quantize(llama, token_file, output)
+    with pytest.raises(Stopped):
+        run_quantize(llama, token_file, output, stop_after=1)
     flip_last_bit(output / "blocks" / "block-00000.safetensors")
     run_quantize(llama, token_file, output, "--redo", "0")
     assert trained(output) == [0, 1, 0, 2]
@@ -189,13 +185,12 @@ def test_unfinished_run_keeps_its_other_blocks(original, llama, token_file, tmp_
 
 
 @pytest.mark.slow
-def test_activations_of_former_blocks_are_never_used(original, changed, llama, token_file, tmp_path, monkeypatch):
+def test_activations_of_former_blocks_are_never_used(original, changed, llama, token_file, tmp_path):
     """An unfinished run's cache holds what enters block 2; block 1 with other settings makes that worthless."""
     output, disk = tmp_path / "out", ["--cache.folder", tmp_path / "disk"]
-    stop_after(monkeypatch, 1)
     for more in ([], ["--redo", "1", *OTHER]):
         with pytest.raises(Stopped):
-            run_quantize(llama, token_file, output, *disk, *more)
+            run_quantize(llama, token_file, output, *disk, *more, stop_after=1)
         if not more:
             shutil.copytree(tmp_path / "disk", tmp_path / "elsewhere")
     # Another host's disk, where nobody has cleaned up.

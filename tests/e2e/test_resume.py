@@ -9,8 +9,6 @@ import forked
 import tiny
 from runs import LAUNCH, committed, quantize_arguments, result_files, run_quantize, start_and_kill
 from shardq.errors import ResumeError, Stopped, StorageError
-from shardq.rundir.folder import RunFolder
-from shardq.rundir.ledger import commit
 from shardq.rundir.lock import only_run
 
 
@@ -140,26 +138,21 @@ def test_second_run_on_one_folder_is_refused(llama, token_file, tmp_path):
 
 @pytest.mark.parametrize("generation, stream", [(1, "quant"), (1, "fp"), (2, "quant")])
 def test_flipped_bit_in_the_cache_never_reaches_the_result(
-    uninterrupted, llama, token_file, tmp_path, monkeypatch, generation, stream
+    uninterrupted, llama, token_file, tmp_path, generation, stream
 ):
     """Found by the pass that reads it, or by the resume: either way the activations are computed anew."""
 
-    def flip_and_stop(output, block, *args, **facts):
-        line = commit(output, block, *args, **facts)
-        if block == 0:
-            RunFolder(output).stop.touch()  # a resume meets the next generation
+    def flip(block):
         if block == generation - 1:
-            file = output / "cache" / f"generation-{generation:05d}" / f"{stream}-000003.safetensors"
+            file = tmp_path / "out" / "cache" / f"generation-{generation:05d}" / f"{stream}-000003.safetensors"
             file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
-        return line
 
-    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", flip_and_stop)
-    with pytest.raises(Stopped):
-        run_quantize(llama, token_file, tmp_path / "out")
+    with pytest.raises(Stopped):  # a resume meets the next generation
+        run_quantize(llama, token_file, tmp_path / "out", on_commit=flip, stop_after=0)
     if generation == 2:
         with pytest.raises(
             StorageError, match=rf"generation-00002/{stream}-000003.safetensors: cached activations are"
         ):
-            run_quantize(llama, token_file, tmp_path / "out")
+            run_quantize(llama, token_file, tmp_path / "out", on_commit=flip)
     run_quantize(llama, token_file, tmp_path / "out")
     assert result_files(tmp_path / "out") == result_files(uninterrupted)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
 
 import tiny
-from runs import ONE_RANK, run_evaluate, run_quantize, stop_after
+from runs import ONE_RANK, run_evaluate, run_quantize
 from shardq.cache.store import MemoryStore
 from shardq.commands import evaluate
 from shardq.errors import Stopped, UnsupportedModelError
@@ -56,21 +56,19 @@ def whole_model_perplexity(folder: Path, tokens_NT: Tensor) -> float:
 
 
 def test_a_run_of_blocks_that_hand_keys_on_is_the_whole_models_also_when_it_is_resumed(
-    gemma4: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gemma4: Path, tokens: Path, tmp_path: Path
 ):
     tokens_NT = load_file(tokens)["tokens"]
     few = ("--optimize.iterations", 1, "--calib.samples", 17)
     found = run_evaluate(gemma4, tokens)["perplexity"]
     assert found == pytest.approx(whole_model_perplexity(gemma4, tokens_NT), rel=1e-5)
     run_quantize(gemma4, tokens, tmp_path / "straight", *few)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, 3)
-        run_quantize(gemma4, tokens, tmp_path / "resumed", *few)
+    with pytest.raises(Stopped):
+        run_quantize(gemma4, tokens, tmp_path / "resumed", *few, stop_after=3)
     run_quantize(gemma4, tokens, tmp_path / "resumed", *few)
     of_memory = (*few, "--cache.placement", "cpu")
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, 3)
-        run_quantize(gemma4, tokens, tmp_path / "replayed", *of_memory)
+    with pytest.raises(Stopped):
+        run_quantize(gemma4, tokens, tmp_path / "replayed", *of_memory, stop_after=3)
     run_quantize(gemma4, tokens, tmp_path / "replayed", *of_memory)
     files = [
         {path.name: path.read_bytes() for path in sorted((tmp_path / name / "blocks").iterdir())}

@@ -11,7 +11,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 import tiny
-from runs import ONE_RANK, committed, result_files, run_quantize, stop_after
+from runs import ONE_RANK, committed, result_files, run_quantize
 from shardq.cli import parse
 from shardq.commands import quantize as run
 from shardq.commands.export import export
@@ -50,10 +50,8 @@ def model(untied: Path, tmp_path: Path) -> Path:
 def begun(untied: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of it that was stopped after its second block. Read only."""
     output = tmp_path_factory.mktemp("begun") / "out"
-    with pytest.MonkeyPatch.context() as patched:
-        stop_after(patched, 1)
-        with pytest.raises(Stopped):
-            run_quantize(untied, token_file, output, *RTN)
+    with pytest.raises(Stopped):
+        run_quantize(untied, token_file, output, *RTN, stop_after=1)
     return output
 
 
@@ -138,13 +136,13 @@ def test_changed_byte_stops_what_is_made_from_a_finished_run(
 
 def test_bytes_that_change_under_a_run_stop_it(model: Path, token_file: Path, tmp_path: Path, monkeypatch):
     """What is copied into a block's file is what the block was computed with."""
-    quantize_block = run.quantize_block
+    float_pass = run.float_pass
 
     def change_and_quantize(*given: object) -> object:
         change_last_bit(model, "model.layers.0.input_layernorm.weight")
-        return quantize_block(*given)
+        return float_pass(*given)
 
-    monkeypatch.setattr(run, "quantize_block", change_and_quantize)
+    monkeypatch.setattr(run, "float_pass", change_and_quantize)
     with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.input_layernorm\.weight is not what it was"):
         run_quantize(model, token_file, tmp_path / "out", *RTN)
 

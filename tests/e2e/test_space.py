@@ -20,14 +20,13 @@ from shardq.commands import space, tune
 from shardq.commands.export import export
 from shardq.commands.prepare import Run, prepare
 from shardq.commands.quantize import quantize
-from shardq.errors import StorageError
+from shardq.errors import Stopped, StorageError
 from shardq.export import write
 from shardq.formats.tensor_file import write_checked
 from shardq.logs import Display
 from shardq.optimize.stepper import OPTIMIZERS
 from shardq.rundir import room
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.ledger import commit
 from shardq.rundir.room import bytes_there
 
 
@@ -100,17 +99,10 @@ def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_pa
     def note(run: Run) -> None:
         seen.append((sum(need.num_bytes for need in space.needed(run)), bytes_there(output)))
 
-    def commit_and_end(folder: Path, block: int | None, *args: object, **facts: object) -> dict:
-        line = commit(folder, block, *args, **facts)
-        if block in (0, 1):
-            raise KeyboardInterrupt
-        return line
-
     monkeypatch.setattr("shardq.commands.quantize.check_space", note)
-    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", commit_and_end)
-    for _ in range(3):
-        with suppress(KeyboardInterrupt):
-            run_quantize(llama, token_file, output, "--quant.method", "rtn")
+    for block in range(3):
+        with suppress(Stopped):
+            run_quantize(llama, token_file, output, "--quant.method", "rtn", stop_after=block)
     (everything, _), *later = seen
     assert later[0][1] > 0.3 * everything and later[1][1] > later[0][1]
     assert all(abs(needed + there - everything) < 0.05 * everything for needed, there in later)
@@ -127,17 +119,12 @@ def test_resumed_run_needs_room_for_what_is_left_alone(llama, token_file, tmp_pa
     ],
     ids=["default", "groups", "three bits", "formats", "int8 activations"],
 )
-def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, monkeypatch, more):
+def test_what_is_counted_is_what_is_written(llama, token_file, tmp_path, more):
     output, cached = tmp_path / "out", [0]
 
-    def look(folder: Path, *args: object, **facts: object) -> dict:
-        cached.append(bytes_there(folder / "cache"))
-        return commit(folder, *args, **facts)
-
-    monkeypatch.setattr("shardq.commands.quantize.ledger.commit", look)
     arguments = quantize_arguments(llama, token_file, output, "--quant.method", "rtn", *more)
     counted = predicted(arguments)
-    quantize(parse("quantize", arguments), ONE_RANK)
+    quantize(parse("quantize", arguments), ONE_RANK, lambda block: cached.append(bytes_there(output / "cache")))
     small = ("manifest.json", "ledger.jsonl")
     written = sum(len(content) for name, content in result_files(output).items() if name not in small)
     assert written <= counted["weights and encodings"] * 1.02 and counted["weights and encodings"] < 1.15 * written

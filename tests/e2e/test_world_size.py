@@ -102,7 +102,7 @@ def test_run_in_memory_leaves_no_older_activations_on_the_disk(begun, llama, tok
     def stop(*args):
         raise ShardQError("stop")
 
-    monkeypatch.setattr("shardq.commands.quantize.quantize_block", stop)
+    monkeypatch.setattr("shardq.commands.quantize.float_pass", stop)
     with pytest.raises(ShardQError, match="stop"):
         run_quantize(llama, token_file, output, "--optimize.iterations", 60, "--cache.placement", "cpu")
     assert not (output / "cache").exists()

@@ -152,7 +152,7 @@ class TestSteps:
     def test_what_is_done_between_steps_may_take_any_time(self, work):
         def rest(pace: Pace) -> None:
             for number in pace.steps(range(2)):
-                pace.rest()
+                pace.end_step()
                 list(pace.steps(range(2)))  # a look is made of steps, too
                 if number == 1:
                     work()
@@ -164,7 +164,7 @@ class TestSteps:
         for _ in pace.steps(range(3)):
             limits.append(pace.step.limit)
             time.sleep(0.2)
-            pace.rest()
+            pace.end_step()
             for _ in pace.steps(range(2)):  # a look is made of steps, too
                 time.sleep(0.4)
         assert limits[0] == math.inf and limits[1:] == pytest.approx([0.6, 0.6], abs=0.1)

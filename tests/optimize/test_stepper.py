@@ -124,7 +124,7 @@ def test_start_forgets_moments_and_schedule(rests: bool):
         block.linear.beta.zero_()
         block.linear.s2.zero_()
     if rests:
-        stepper.rest()
+        stepper.release()
     stepper.start(ITERATIONS)
     collect(stepper, block)
     stepper.step()

@@ -34,8 +34,8 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
 from shardq.parallel.zero import DeepSpeedStepper
 from shardq.quant.adascale import Kernels
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 NUM_BLOCKS, BATCH = 5, 4
@@ -49,7 +49,7 @@ def make_quantizer(share: Share | None = None) -> tuple[nn.Sequential, BlockQuan
         nn.Linear(WIDTH, WIDTH, bias=False), nn.GELU(), nn.Linear(WIDTH, 16, bias=False)
     ).requires_grad_(False)
     return block, BlockQuantizer(
-        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=3)), "adascale", Kernels(), torch.float32, share
+        block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=3)), "adascale", Kernels(), torch.float32, share
     )
 
 
@@ -215,7 +215,7 @@ def run_engine(name: str, ranks: Ranks, folder: Path) -> None:
     held += sum(0 if isinstance(linear.rows, nn.Parameter) else linear.rows.numel() for linear in quantizer.quantizers)
     footprints = []
     for number in range(NUM_BLOCKS):
-        stepper.rest()
+        stepper.release()
         linears = train(block, quantizer, stepper, number, slice(ranks.rank, None, ranks.world_size))
         save_file(tensors_of(linears), folder / f"{name}-block-{number}-{ranks.rank}.safetensors")
         del linears

@@ -1,0 +1,82 @@
+"""What makes work count: a finished block's files and its line in the ledger, and at the end those of the whole run."""
+
+import shutil
+from collections.abc import Callable
+
+from shardq.commands.prepare import Run
+from shardq.config import ExportConfig
+from shardq.export.chosen import checkpoints_of
+from shardq.export.write import write_format, write_missing_formats
+from shardq.formats.options import FormatName
+from shardq.model.block import BlockPlan
+from shardq.parallel.collectives import barrier, on_rank_zero
+from shardq.quant.activation import ActivationGrid
+from shardq.rundir import ledger
+from shardq.rundir.block_output import write_block_files, write_run_files
+from shardq.rundir.source import noted
+from shardq.training import checkpoint
+from shardq.training.trainer import Job
+from shardq.training.tries import BlockResult
+
+OnCommit = Callable[[int | None], None]
+"""Called on rank 0 with a block's number, None at the end, when all files are durable and only the line is missing."""
+
+
+def commit_block(
+    run: Run, job: Job, block: BlockPlan, result: BlockResult, grids: dict[str, ActivationGrid], on_commit: OnCommit
+) -> int:
+    """Write a block's files, make them count, add its line to the run's record, and drop what only it needed.
+
+    Returns:
+        how many blocks more are done than before; less than one where others are no longer, as they were made for what
+        this one was before.
+    """
+
+    def commit() -> dict:
+        files = write_block_files(run.output, run.skeleton, run.plan, block, result.linears, grids,
+                                  job.recipe.written_dtype, run.ranks.device)  # fmt: skip
+        for name, chosen in checkpoints_of(run.config.export).items():
+            path = run.output / name / run.plan.block_shard(block.index)
+            chosen.write_shard(run.output, run.skeleton, block.index, path)
+        facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block.index)}
+        on_commit(block.index)
+        line = ledger.commit(run.output, block.index, files, world_size=run.ranks.world_size, **facts)
+        checkpoint.remove(run.output)
+        return line
+
+    num_before = run.record.num_done
+    with job.events.span("commit", block=block.index):
+        barrier(run.ranks)  # every rank's next generation is on disk
+        run.record.lines.append(on_rank_zero(run.ranks, commit))
+        job.activations.drop(block.index)
+    return run.record.num_done - num_before
+
+
+def complete(run: Run, job: Job, on_commit: OnCommit) -> None:
+    """Write what a finished run has beside its blocks, and the line that completes it."""
+
+    def commit() -> dict:
+        checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
+        files = write_run_files(run.output, run.skeleton, run.plan, job.recipe.written_dtype)
+        for chosen in checkpoints_of(run.config.export):
+            # Until the line is there the folder holds shards of this run's blocks alone, each from before its commit.
+            write_format(_export_of(run, chosen), run.display, is_begun=True)
+        on_commit(None)
+        return ledger.complete(run.output, files)
+
+    with job.events.span("export"):
+        shutil.rmtree(run.cache, ignore_errors=True)  # on every rank: each host may have one of its own
+        run.record.lines.append(on_rank_zero(run.ranks, commit))
+
+
+def export_missing(run: Run) -> None:
+    """Write the formats that were asked for and that a finished run does not have."""
+    exports = (_export_of(run, chosen) for chosen in run.config.export.asked)
+    on_rank_zero(run.ranks, lambda: write_missing_formats(exports, run.display))
+
+
+def _export_of(run: Run, chosen: FormatName) -> ExportConfig:
+    options = run.config.export
+    return ExportConfig(
+        str(run.output), chosen, dtype=options.dtype, activation_bits=options.activation_bits, aimet=options.aimet
+    )

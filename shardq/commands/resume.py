@@ -1,0 +1,111 @@
+"""The blocks that a run has still to do, loaded in order, with the activations that enter them."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+from torch import Tensor
+
+from shardq.commands.prepare import Run
+from shardq.formats.shards import read_header, read_tensor
+from shardq.formats.source import stored_in
+from shardq.matrix import Matrix
+from shardq.model.block import BlockPlan, LoadedBlock
+from shardq.model.weights import stream_blocks
+from shardq.parallel.collectives import on_rank_zero, sum_over_ranks, together
+from shardq.rundir.source import agree
+from shardq.training.activation_grids import simulated, written_grids
+from shardq.training.passes import Forward, replay
+from shardq.training.self_check import Check, self_check
+from shardq.training.trainer import Job, served_forward
+
+
+def blocks_to_do(run: Run, job: Job) -> Iterator[tuple[LoadedBlock, Check]]:
+    """Blocks that are not finished, and what checks them; stretch by stretch where finished ones lie between them.
+
+    The line of a block has been added to the run's record before the next block is asked for.
+    """
+    num_blocks = run.plan.num_blocks
+    with run.display.bars(num_blocks, run.record.num_done):
+        while True:
+            todo = run.record.blocks_to_do(num_blocks)
+            with job.events.span("prepare activations"):
+                _prepare_activations(run, job, todo.start)
+            with self_check(run.skeleton, run.tokens_NT, job.activations, run.ranks, run.config.optimize.dtype,
+                            _tokens_through_block(run), todo.start) as check:  # fmt: skip
+                for loaded in _agreed_blocks(run, job, run.plan.blocks[todo.start : todo.stop]):
+                    run.display.start_block(loaded.plan.name)
+                    yield loaded, check
+                    del loaded
+            if not run.record.blocks_to_do(num_blocks):
+                return
+
+
+def _tokens_through_block(run: Run) -> int:
+    """About how many tokens a rank takes through each block, both ways in training; 0 where blocks are not checked."""
+    optimize, (num_samples, length) = run.config.optimize, run.tokens_NT.shape
+    trained = 0 if run.config.quant.method == "rtn" else 3 * optimize.iterations * optimize.batch_size
+    return run.config.self_check * length * (2 * num_samples + trained) // run.ranks.world_size
+
+
+def _agreed_blocks(run: Run, job: Job, blocks: list[BlockPlan]) -> Iterator[LoadedBlock]:
+    """Blocks as they are streamed; a rank that cannot read one, or reads another, stops all with its message."""
+    stream = stream_blocks(run.skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
+                           partial(job.events.waiting, "input"), ahead=run.reads_ahead)  # fmt: skip
+    for block in blocks:
+        with job.events.span("load", block=block.index):
+            loaded = together(run.ranks, lambda: next(stream))
+            stored = stored_in(run.skeleton.block_tensors(block.index).values())
+            agree(run.skeleton.source.digests, stored, run.ranks)
+        yield loaded
+        del loaded
+
+
+def _prepare_activations(run: Run, job: Job, first: int) -> None:
+    """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
+
+    On the disk, samples are found by whichever rank owns them now.
+    """
+    activations = job.activations
+    if run.config.cache.placement == "cpu":
+        # An earlier attempt's files: they would not belong to the blocks that are committed from now on.
+        on_rank_zero(run.ranks, lambda: shutil.rmtree(run.cache, ignore_errors=True))
+    are_there = first == run.plan.num_blocks or (first > 0 and activations.holds(first))
+    num_without = int(sum_over_ranks(run.ranks, [float(not are_there)])[0])
+    if first:
+        cost = f"activations are computed again through {first} block(s) for {num_without} rank(s)"
+        run.display.line(
+            f"resuming in {run.output}: {run.record.num_done} of {run.plan.num_blocks} blocks are done; "
+            f"{run.ranks.world_size} rank(s), begun with {run.record.entries[0]['world_size']}; "
+            f"{cost if num_without else 'nothing is done again'}"
+        )
+
+    def served(loaded: LoadedBlock) -> Forward:
+        run.display.start_part("activations again, block", loaded.index, first)
+        return served_forward(job, loaded)
+
+    def compute() -> None:
+        if first and are_there:
+            activations.drop(first - 1)  # a kill right after a commit leaves it
+        if not are_there:
+            replay(activations, run.tokens_NT, run.skeleton, run.plan.blocks[:first], run.config.optimize.dtype,
+                   served, partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
+
+    together(run.ranks, compute)
+
+
+def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tensor]]:
+    """A finished block's quantized weights as they are served and computed with."""
+    device, dtype = run.ranks.device, run.config.optimize.dtype
+    written = read_header(run.output / run.plan.block_shard(block.index))
+    for matrix in block.grids:
+        (name,) = matrix.sources
+        yield matrix, read_tensor(written[name]).to(device, dtype)
+
+
+def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
+    """Round a finished block's activations as it did when the quantized stream moved on through it."""
+    if not run.config.activations.in_training:
+        return nullcontext()
+    return simulated(loaded.module, written_grids(run.output, loaded.plan))

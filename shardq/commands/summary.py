@@ -1,0 +1,83 @@
+"""What is said of a run: a line when a block is done, and the summary and the lines at the end."""
+
+from shardq.commands.prepare import Run
+from shardq.logs import peak_device_bytes, peak_rss_bytes
+from shardq.model.block import BlockPlan
+from shardq.parallel.collectives import max_over_ranks
+from shardq.rundir.folder import RunFolder
+from shardq.summaries import QuantizeSummary
+from shardq.training.objective import LOSSES
+from shardq.training.tries import BlockResult
+
+
+def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int, seconds: float) -> None:
+    """Say what came of a block that has just been committed.
+
+    Args:
+        gained: how many blocks more are done.
+        seconds: that it took.
+    """
+    run.display.line(
+        f"block {block.index} {block.name}, {run.record.num_done} of {run.plan.num_blocks} done: "
+        f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
+        f"{seconds:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
+        + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
+    )
+    run.display.advance_block(gained)
+    if gained <= 0:
+        run.display.line(f"block {block.index} has come out otherwise; all after it are done again")
+
+
+def summary_of(run: Run, seconds: float) -> QuantizeSummary:
+    """The facts of a finished run that `quantize` returns, those of all ranks together.
+
+    Args:
+        seconds: that this call took.
+    """
+    entries = _block_entries(run)
+    means = {f"{kind}_{when}": _mean(entries, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")}
+    return {
+        "output": str(run.output),
+        "blocks": len(entries),
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": int(max_over_ranks(run.ranks, peak_rss_bytes())),
+    } | means
+
+
+def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
+    """Say what came of a finished run, what its files are, and what to do next."""
+    display, output = run.display, run.output
+    losses = [
+        said.format(summary[f"{kind}_before"], summary[f"{kind}_after"])
+        for kind, said in LOSSES.items()
+        if summary[f"{kind}_before"] is not None
+    ]
+    cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
+    display.line(f"done: mean {', '.join(losses)}, {cost}")
+    for block, entry in zip(run.plan.blocks, _block_entries(run), strict=True):
+        if entry.get("failed_tries"):
+            display.line(f"  {block.name}: {_not_finite(entry)}")
+    display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
+    for version in run.plan.encoding_versions:
+        display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")
+    for chosen in run.config.export.asked:
+        display.line(f"  {output}/{chosen}/  the same model as {chosen}")
+    display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")
+
+
+def _block_entries(run: Run) -> list[dict]:
+    entries = run.record.entries
+    return [entries[block.index] for block in run.plan.blocks]
+
+
+def _mean(entries: list[dict], key: str) -> float | None:
+    """Mean of a fact over the blocks that have it; None if none has."""
+    values = [entry[key] for entry in entries if key in entry]
+    return sum(values) / len(values) if values else None
+
+
+def _not_finite(entry: dict) -> str:
+    """What became of a block that met numbers which are not finite."""
+    then = "left at its best finite iterate" if entry["gave_up"] else "then trained at lower rates"
+    return f"numbers were not finite in {entry['failed_tries']} training(s), {then}"
