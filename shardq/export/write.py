@@ -41,7 +41,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     display.line(f"{folder}: writing {chosen.name}, {len(skeleton.names)} blocks")
     blocks = RunRecord.read(skeleton.folder).blocks_digest
     paths = [RunFolder(skeleton.folder).block(number) for number in range(len(skeleton.names))]
-    grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
+    grids = {name: grid for path in paths for name, grid in read_grids(path).items()}
     check_installed(chosen)
     chosen.check(skeleton, grids)
     if not is_begun:  # else room was counted before the run began
@@ -92,21 +92,21 @@ def _write_files(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
             f"{scale_change:.2%}; a run with --target {chosen.rounded_by} rounds them before"
         )
-    manifest, spec = RunRecord.read(skeleton.folder).manifest(), next(iter(grids.values()))
-    write_text(folder / MODEL_CARD, model_card(manifest, spec, chosen, scale_change))
+    manifest, grid = RunRecord.read(skeleton.folder).manifest(), next(iter(grids.values()))
+    write_text(folder / MODEL_CARD, model_card(manifest, grid, chosen, scale_change))
     return scale_change
 
 
 def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
     """About what an export of a run takes."""
-    spec, total = next(iter(grids.values())), 0
-    itemsize = model_dtype(skeleton, spec).itemsize
+    grid, total = next(iter(grids.values())), 0
+    itemsize = model_dtype(skeleton, grid).itemsize
     left = dict(skeleton.source.index)
     for number, block_name in enumerate(skeleton.names):
         tensors = skeleton.block_tensors(number)
         names = {name: f"{block_name}.{name}".removesuffix(".weight") for name in tensors}
         block = block_bytes(tensors, {name: grids[full] for name, full in names.items() if full in grids})
-        total += chosen.block_bytes(block, spec, itemsize)
+        total += chosen.block_bytes(block, grid, itemsize)
         for info in stored_in(tensors.values()):
             left.pop(info.name, None)
     return total + chosen.holds_weights * sum(info.num_bytes + HEADER_BYTES for info in left.values())

@@ -19,10 +19,10 @@ from shardq.export.chosen import (
 )
 from shardq.formats.options import AimetOptions
 from shardq.model.skeleton import open_skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.rundir.room import BlockBytes
 
-SPEC = QuantSpec(bits=4, symmetric=True, group_size=32)
+GRID = IntegerGrid(bits=4, symmetric=True, group_size=32)
 BLOCK = BlockBytes(others=1000, codes=20_000, num_weights=32_000, num_scales=1000)
 EVERY = [format_of(name, ExportOptions()) for name in FORMATS]
 SERVED = {
@@ -43,7 +43,7 @@ def test_a_format_has_the_name_that_options_give_it(chosen: Format):
 
 @every_format
 def test_a_format_says_how_it_is_served(chosen: Format):
-    assert SERVED[chosen.name] in chosen.how_to_serve(SPEC)
+    assert SERVED[chosen.name] in chosen.how_to_serve(GRID)
 
 
 @every_format
@@ -57,30 +57,30 @@ def test_a_format_knows_its_size(chosen: Format):
         "gguf": 1000 + weights // 32 * 20,
         "aimet": 2 * 26 * scales,
     }
-    assert chosen.block_bytes(BLOCK, SPEC, itemsize=2) == expected[chosen.name]
+    assert chosen.block_bytes(BLOCK, GRID, itemsize=2) == expected[chosen.name]
     assert chosen.holds_weights == (chosen.name != "aimet")
 
 
 def test_options_change_sizes():
     options = ExportOptions(dtype="source", activation_bits=8, aimet=AimetOptions(version="0.6.1"))
-    sizes = [format_of(name, options).block_bytes(BLOCK, SPEC, 2) for name in ("hf", "compressed-tensors", "aimet")]
+    sizes = [format_of(name, options).block_bytes(BLOCK, GRID, 2) for name in ("hf", "compressed-tensors", "aimet")]
     assert sizes == [1000 + 64_000, 1000 + 32_000, 2 * 160 * 1000]
 
 
 @every_format
 def test_a_format_knows_what_it_cannot_hold(chosen: Format, llama: Path):
     wrong = {
-        "compressed-tensors": QuantSpec(bits=3, symmetric=True),
-        "gptq": QuantSpec(bits=5, symmetric=True),
-        "gguf": SPEC,  # this model has no tokenizer
+        "compressed-tensors": IntegerGrid(bits=3, symmetric=True),
+        "gptq": IntegerGrid(bits=5, symmetric=True),
+        "gguf": GRID,  # this model has no tokenizer
         "aimet": None,
     }
     skeleton, name = open_skeleton(llama), "model.layers.0.mlp.up_proj"
     if chosen.name != "gguf":
-        chosen.check(skeleton, {name: SPEC})
-    if spec := wrong.get(chosen.name):
+        chosen.check(skeleton, {name: GRID})
+    if grid := wrong.get(chosen.name):
         with pytest.raises(Exception, match="hf instead|tokenizer"):
-            chosen.check(skeleton, {name: spec})
+            chosen.check(skeleton, {name: grid})
 
 
 @every_format
