@@ -29,8 +29,8 @@ def test_options_are_those_of_the_command_line():
 def test_config_object_comes_back_as_it_is_and_single_options_win():
     config = QuantizeConfig(model="m", quant=QuantOptions(group_size=32, ignore="a,b"), redo="1,2")
     same = config_of("quantize", config, (), {})
-    assert (same.quant.ignored, same.quant.spec, same.redo) == (config.quant.ignored, config.quant.spec, "1,2")
-    assert config_of("quantize", config, (), {"quant": {"bits": 8}}).quant.spec.bits == 8
+    assert (same.quant.ignored, same.quant.grid, same.redo) == (config.quant.ignored, config.quant.grid, "1,2")
+    assert config_of("quantize", config, (), {"quant": {"bits": 8}}).quant.grid.bits == 8
     assert config_of("tune", TuneConfig("run", model="m"), (), {}) == TuneConfig("run", model="m")
 
 

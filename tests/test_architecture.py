@@ -291,9 +291,9 @@ WIDE_FUNCTION = "def _wide(a, b, c, d, e, /, f, g, *, h, i):\n    pass\n"
 PLANTED = [
     (
         upward_imports,
-        "quant/spec.py",
+        "quant/grid.py",
         "import shardq.commands.quantize",
-        "quant/spec.py: imports shardq.commands.quantize",
+        "quant/grid.py: imports shardq.commands.quantize",
     ),
     (upward_imports, "files.py", "from shardq.logs import Events", "files.py: imports shardq.logs.Events"),
     (upward_imports, "optimize/loss.py", "from shardq.parallel import ranks", "imports shardq.parallel.ranks"),

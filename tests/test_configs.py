@@ -49,9 +49,9 @@ def test_deepspeed_settings_are_accepted_by_us_and_by_deepspeed(engine, file):
     "bits, symmetric, full_range", [(2, True, True), (2, False, False), (4, True, True), (5, True, False)]
 )
 def test_grid_is_full_range_by_default_up_to_4_symmetric_bits_alone(bits, symmetric, full_range):
-    assert QuantOptions(bits=bits, symmetric=symmetric).spec.full_range is full_range
-    assert QuantOptions(bits=bits, full_range=not full_range).spec.full_range is not full_range
-    assert not QuantOptions(bits=bits, group_size=64, decompressed_bits=8).spec.full_range
+    assert QuantOptions(bits=bits, symmetric=symmetric).grid.full_range is full_range
+    assert QuantOptions(bits=bits, full_range=not full_range).grid.full_range is not full_range
+    assert not QuantOptions(bits=bits, group_size=64, decompressed_bits=8).grid.full_range
 
 
 @pytest.mark.parametrize("recipe_comes_first", [True, False])

@@ -19,8 +19,8 @@ from shardq.formats.block_file import read_activations, read_block, write_block
 from shardq.formats.checkpoint import copy_companions
 from shardq.formats.shards import INDEX_FILE, open_index, read_header, read_tensor
 from shardq.formats.tensor_file import read_checked
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.record import RunRecord, open_run
 
 hostile = settings(
@@ -206,8 +206,8 @@ def test_manifest_reader(tmp_path, value, raw):
 
 def make_block(path: Path) -> bytes:
     codes = torch.randint(-4, 4, (3, 10)).to(torch.int8)
-    spec = QuantSpec(bits=3, symmetric=False)
-    write_block(path, {"a": QuantizedLinear(codes, torch.ones(3, 1), torch.zeros(3, 1), spec)})
+    grid = IntegerGrid(bits=3, symmetric=False)
+    write_block(path, {"a": QuantizedLinear(codes, torch.ones(3, 1), torch.zeros(3, 1), grid)})
     return path.read_bytes()
 
 

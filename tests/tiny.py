@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PretrainedConfig
 
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 LAUNCH_TIMEOUT_SECONDS = 600
 
@@ -107,18 +107,18 @@ def torchrun(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def random_linear(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> QuantizedLinear:
+def random_linear(grid: IntegerGrid, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> QuantizedLinear:
     """A linear [O, I] of random codes, zero points and scales of either sign, as its grid has them.
 
     Args:
         dtype: one that holds the scales exactly.
     """
-    grid_shape = shape[0], shape[1] // (spec.group_size or shape[1])
+    grid_shape = shape[0], shape[1] // (grid.group_size or shape[1])
     scale_OG = (torch.rand(grid_shape) * 0.01 + 0.001).to(dtype).float()
-    if spec.full_range:
+    if grid.full_range:
         scale_OG *= torch.randint(2, grid_shape) * 2 - 1
     zero_point_OG = torch.zeros(grid_shape)
-    if not spec.symmetric:
-        zero_point_OG = torch.randint(spec.qmin, spec.qmax + 1, grid_shape).float()
-    codes_OI = torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8)
-    return QuantizedLinear(codes_OI, scale_OG, zero_point_OG, spec)
+    if not grid.symmetric:
+        zero_point_OG = torch.randint(grid.qmin, grid.qmax + 1, grid_shape).float()
+    codes_OI = torch.randint(grid.qmin, grid.qmax + 1, shape, dtype=torch.int8)
+    return QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)

@@ -60,9 +60,9 @@ def write_codes(run: Path, folder: Path) -> dict:
     linears = {}
     for path in sorted((run / "blocks").glob("*.safetensors")):
         linears |= {name: linear.with_positive_scales() for name, linear in read_block(path).items()}
-    spec = next(iter(linears.values())).grid
-    save_file({name: linear.codes_OI.short() - spec.qmin for name, linear in linears.items()}, folder / "codes")
-    return {"codes": str(folder / "codes"), "bits": spec.bits, "group_size": spec.group_size}
+    grid = next(iter(linears.values())).grid
+    save_file({name: linear.codes_OI.short() - grid.qmin for name, linear in linears.items()}, folder / "codes")
+    return {"codes": str(folder / "codes"), "bits": grid.bits, "group_size": grid.group_size}
 
 
 def ask_aimet(asked: dict) -> dict:

@@ -23,7 +23,7 @@ from shardq import api, summaries  # noqa: E402
 from shardq.errors import ConfigError  # noqa: E402
 from shardq.formats import compressed_tensors, gguf_tensors, gptq  # noqa: E402
 from shardq.help import docstrings  # noqa: E402
-from shardq.quant.spec import QuantSpec  # noqa: E402
+from shardq.quant.integer_grid import IntegerGrid  # noqa: E402
 from shardq.rundir.loaded import FinishedBlock, LoadedRun  # noqa: E402
 from shardq.shipped import RECIPES, shipped  # noqa: E402
 from shardq.verbs import COMMANDS  # noqa: E402
@@ -35,15 +35,15 @@ KINDS: dict[str, dict[str, object]] = {
     "two-level (LPBQ)": {"symmetric": True, "decompressed_bits": 8},
 }
 GROUP_SIZES = {"per-channel": None, "groups": 64}
-PROGRAMS: dict[str, Callable[[QuantSpec], object]] = {
-    "`compressed-tensors`": lambda spec: compressed_tensors.check_grid(spec, 16),
-    "the same, int8 activations": lambda spec: compressed_tensors.check_grid(spec, 8),
+PROGRAMS: dict[str, Callable[[IntegerGrid], object]] = {
+    "`compressed-tensors`": lambda grid: compressed_tensors.check_grid(grid, 16),
+    "the same, int8 activations": lambda grid: compressed_tensors.check_grid(grid, 8),
     "`gptq`": gptq.check_grid,
-    "`gptq` in vLLM": lambda spec: _require(gptq.is_served_by_vllm(spec)),
+    "`gptq` in vLLM": lambda grid: _require(gptq.is_served_by_vllm(grid)),
     "`gguf`": gguf_tensors.block_type,
-    "`onnx`": lambda spec: None,
-    "`aimet`": lambda spec: None,
-    "`hf`": lambda spec: None,
+    "`onnx`": lambda grid: None,
+    "`aimet`": lambda grid: None,
+    "`hf`": lambda grid: None,
 }
 
 
@@ -120,17 +120,17 @@ def _held(kind: str, bits: int, facts: dict[str, object]) -> tuple[str, ...]:
     sizes = {name: size for name, size in GROUP_SIZES.items() if size or "decompressed_bits" not in facts}
     if "decompressed_bits" in facts and bits >= 8:
         return ()
-    specs = {name: QuantSpec(**{"bits": bits, "group_size": size} | facts) for name, size in sizes.items()}
+    grids = {name: IntegerGrid(**{"bits": bits, "group_size": size} | facts) for name, size in sizes.items()}
     cells = []
     for holds in PROGRAMS.values():
-        held = [name for name, spec in specs.items() if _is_held(holds, spec)]
-        cells.append("yes" if len(held) == len(specs) else " ".join(held) or "no")
+        held = [name for name, grid in grids.items() if _is_held(holds, grid)]
+        cells.append("yes" if len(held) == len(grids) else " ".join(held) or "no")
     return tuple(cells)
 
 
-def _is_held(holds: Callable[[QuantSpec], object], spec: QuantSpec) -> bool:
+def _is_held(holds: Callable[[IntegerGrid], object], grid: IntegerGrid) -> bool:
     try:
-        holds(spec)
+        holds(grid)
     except ConfigError:
         return False
     return True

@@ -118,7 +118,7 @@ def with_vllm(otherwise: str) -> str:
 
 
 def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
-    """The 8-bit grids, by its linear's stored name, that a block has for what enters them, where these are asked for.
+    """The 8-bit grids of what enters a block's linears, by their names in the checkpoint, where these are asked for.
 
     Raises:
         ConfigError: it has others.

@@ -41,7 +41,7 @@ def write_format(config: ExportConfig, display: Display, is_begun: bool = False)
     display.line(f"{folder}: writing {chosen.name}, {len(skeleton.names)} blocks")
     blocks = RunRecord.read(skeleton.folder).blocks_digest
     paths = [RunFolder(skeleton.folder).block(number) for number in range(len(skeleton.names))]
-    grids = {name: spec for path in paths for name, spec in read_grids(path).items()}
+    grids = {name: grid for path in paths for name, grid in read_grids(path).items()}
     check_installed(chosen)
     chosen.check(skeleton, grids)
     if not is_begun:  # else room was counted before the run began

@@ -68,7 +68,7 @@ class LoadedBlock:
 
     Attributes:
         module: its weights are float32; the same module, with other weights, for all blocks that are built alike.
-        source: parameters and persistent buffers by name within the block, in their stored dtype.
+        source: parameters and persistent buffers by name within the block, in the source's dtype.
         dtype: of the matrix multiplies.
     """
 

@@ -27,7 +27,7 @@ from shardq.errors import Stopped
 from shardq.formats.block_file import read_block
 from shardq.parallel.ranks import Ranks
 from shardq.quant import adascale
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -89,13 +89,13 @@ def test_zero_gives_what_one_rank_alone_gives(llama, token_file, tmp_path, gpu_r
 def test_compiled_kernels_give_what_the_plain_functions_give(group_size):
     if reason := why_not(ON_GPU.device):
         pytest.skip(reason)
-    spec, refused = QuantSpec(bits=4, full_range=True, group_size=group_size), []
+    grid, refused = IntegerGrid(bits=4, full_range=True, group_size=group_size), []
     compiled = compiler(ON_GPU.device, refused.append)
     torch.manual_seed(1)
     rows, grad = torch.randn(2, 512, group_size or 256, device=ON_GPU.device).bfloat16()
     s2 = 0.01 * torch.randn(rows.shape, device=rows.device)
     s3, beta, gamma = 0.01 * torch.randn(3, 512, 1, device=rows.device)
-    inputs = rows, spec.start_range(rows.float()), adascale.Trained(s2, s3, beta, gamma), spec, 1
+    inputs = rows, grid.start_range(rows.float()), adascale.Trained(s2, s3, beta, gamma), grid, 1
     found = compiled(adascale.trained_weight, True)(*inputs, torch.float32)
     expected = adascale.trained_weight(*inputs, torch.float32)
     assert ((found - expected).norm() / expected.norm()).item() < 1e-3  # a division may round to the other neighbour

@@ -19,8 +19,8 @@ from shardq.files import xxh128_of
 from shardq.formats.block_file import read_block, write_block
 from shardq.formats.sealed import sealed
 from shardq.formats.shards import open_index
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir import ledger
 
 CODES = "blocks/block-00001.safetensors"
@@ -258,7 +258,7 @@ def test_scale_that_is_no_whole_multiple_is_found(run):
 def test_bits_behind_the_last_code_are_found(tmp_path):
     """65 channels of 3 bits end within a byte."""
     codes = torch.zeros(2, 65, dtype=torch.int8)
-    write_block(tmp_path / "b", {"a": QuantizedLinear(codes, torch.ones(2, 1), torch.zeros(2, 1), QuantSpec(bits=3))})
+    write_block(tmp_path / "b", {"a": QuantizedLinear(codes, torch.ones(2, 1), torch.zeros(2, 1), IntegerGrid(bits=3))})
     assert torch.equal(read_block(tmp_path / "b")["a"].codes_OI, codes)
     edit_tensors(tmp_path / "b", set_value("a.codes", 0x80, add=True))
     with pytest.raises(CheckpointError, match="bits set behind its last code"):

@@ -23,11 +23,11 @@ from shardq.formats.options import AimetOptions
 from shardq.formats.shards import TensorInfo
 from shardq.formats.source import as_stored
 from shardq.model.skeleton import open_skeleton
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.rundir.room import HEADER_BYTES
 
-SPEC = QuantSpec(bits=4, symmetric=True, group_size=32)
-GRIDS = {"model.layers.0.mlp.up_proj": SPEC}
+GRID = IntegerGrid(bits=4, symmetric=True, group_size=32)
+GRIDS = {"model.layers.0.mlp.up_proj": GRID}
 SHAPE = 1000, 32  # a scale for each output
 EVERY = [format_of(name, ExportOptions()) for name in FORMATS]
 SERVED = {
@@ -64,25 +64,25 @@ def test_a_format_knows_its_size(chosen: Format):
         "aimet": 2 * 26 * scales,
     }
     size = expected[chosen.name]
-    assert chosen.matrix_bytes(SHAPE, SPEC, itemsize=2) == size
+    assert chosen.matrix_bytes(SHAPE, GRID, itemsize=2) == size
     assert chosen.holds_weights == (chosen.name != "aimet")
     shapes = {"up": SHAPE, "norm": (9,)}
     infos = [TensorInfo(name, Path("x"), "BF16", shape, 0, 2 * math.prod(shape)) for name, shape in shapes.items()]
     tensors = {info.name: as_stored(info) for info in infos}
     others = (2 * 9 + 2 * HEADER_BYTES) * chosen.holds_weights
-    assert chosen.block_bytes(tensors, {"up": SPEC}, itemsize=2) == size + others
+    assert chosen.block_bytes(tensors, {"up": GRID}, itemsize=2) == size + others
 
 
 def test_options_change_sizes():
     options = ExportOptions(dtype="source", activation_bits=8, aimet=AimetOptions(version="0.6.1"))
-    sizes = [format_of(name, options).matrix_bytes(SHAPE, SPEC, 2) for name in ("hf", "compressed-tensors", "aimet")]
+    sizes = [format_of(name, options).matrix_bytes(SHAPE, GRID, 2) for name in ("hf", "compressed-tensors", "aimet")]
     assert sizes == [64_000, 32_000, 2 * 160 * 1000]
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
 def test_a_format_of_one_grid_names_linears_that_are_on_two(name: str, llama: Path):
     up, down = (f"model.layers.0.mlp.{kind}_proj" for kind in ("up", "down"))
-    grids = {up: replace(SPEC, bits=8), down: SPEC}
+    grids = {up: replace(GRID, bits=8), down: GRID}
     chosen = format_of(name, ExportOptions())
     with pytest.raises(ConfigError, match=f"{name} has one grid .*{up} is on 8 bits, .*{down} on 4 bits, .*choose an"):
         chosen.check(open_skeleton(llama), grids)
@@ -92,17 +92,17 @@ def test_a_format_of_one_grid_names_linears_that_are_on_two(name: str, llama: Pa
 @every_format
 def test_a_format_knows_what_it_cannot_hold(chosen: Format, llama: Path):
     wrong = {
-        "compressed-tensors": QuantSpec(bits=3, symmetric=True),
-        "gptq": QuantSpec(bits=5, symmetric=True),
-        "gguf": SPEC,  # this model has no tokenizer
+        "compressed-tensors": IntegerGrid(bits=3, symmetric=True),
+        "gptq": IntegerGrid(bits=5, symmetric=True),
+        "gguf": GRID,  # this model has no tokenizer
         "aimet": None,
     }
     skeleton, name = open_skeleton(llama), "model.layers.0.mlp.up_proj"
     if chosen.name != "gguf":
-        chosen.check(skeleton, {name: SPEC})
-    if spec := wrong.get(chosen.name):
+        chosen.check(skeleton, {name: GRID})
+    if grid := wrong.get(chosen.name):
         with pytest.raises(Exception, match="hf instead|tokenizer"):
-            chosen.check(skeleton, {name: spec})
+            chosen.check(skeleton, {name: grid})
 
 
 @every_format

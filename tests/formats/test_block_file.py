@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from shardq.errors import CheckpointError
 from shardq.formats.block_file import read_activations, read_block, read_scale_shapes, write_block
 from shardq.quant.activation import ActivationGrid
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -26,8 +26,8 @@ def random_linear(
     if not symmetric:
         zero_point[0, 0], zero_point[-1, -1] = qmin, qmax
     codes = torch.randint(qmin, qmax + 1, shape, dtype=torch.int8)
-    spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
-    return QuantizedLinear(codes, torch.rand(grid_shape), zero_point, spec)
+    grid = IntegerGrid(bits=bits, symmetric=symmetric, group_size=group_size)
+    return QuantizedLinear(codes, torch.rand(grid_shape), zero_point, grid)
 
 
 def assert_same_linear(found: QuantizedLinear, expected: QuantizedLinear) -> None:

@@ -12,8 +12,8 @@ from shardq import __version__
 from shardq.errors import CheckpointError, ConfigError
 from shardq.formats import encodings
 from shardq.quant.activation import ActivationGrid, ActivationLevels, grid_between
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "golden.json").read_text())
@@ -26,20 +26,20 @@ def golden_linear(name: str) -> QuantizedLinear:
     """A linear on the grid that AIMET folded; encodings do not depend on the codes."""
     case = RECORDED[name]
     scale = load_file(GOLDEN / f"{name}.safetensors")["folded_scale"].reshape(case["shape"][0], -1)
-    spec = QuantSpec(bits=case["bits"], group_size=case["group"])
-    return QuantizedLinear(torch.zeros(case["shape"], dtype=torch.int8), scale, torch.zeros_like(scale), spec)
+    grid = IntegerGrid(bits=case["bits"], group_size=case["group"])
+    return QuantizedLinear(torch.zeros(case["shape"], dtype=torch.int8), scale, torch.zeros_like(scale), grid)
 
 
 def asymmetric_linear(group_size: int | None = None, bits: int = 4) -> tuple[QuantizedLinear, torch.Tensor]:
     """A linear rounded to the nearest, and the lower ends of its rows."""
-    spec = QuantSpec(bits=bits, symmetric=False, group_size=group_size)
+    grid = IntegerGrid(bits=bits, symmetric=False, group_size=group_size)
     weight = torch.randn(6, 32) + torch.linspace(-3, 3, 6)[:, None]
-    rows = spec.rows(weight)
-    low, high = spec.start_range(rows)
-    scale = spec.scale_of(low, high)
-    zero_point = spec.zero_point_of(low, scale)
-    codes = spec.encode(rows, scale, zero_point).reshape(6, 32)
-    return QuantizedLinear(codes, scale.reshape(6, -1), zero_point.reshape(6, -1), spec), low.flatten()
+    rows = grid.rows(weight)
+    low, high = grid.start_range(rows)
+    scale = grid.scale_of(low, high)
+    zero_point = grid.zero_point_of(low, scale)
+    codes = grid.encode(rows, scale, zero_point).reshape(6, 32)
+    return QuantizedLinear(codes, scale.reshape(6, -1), zero_point.reshape(6, -1), grid), low.flatten()
 
 
 def entries(version: encodings.Version, linear: QuantizedLinear) -> object:
@@ -75,9 +75,9 @@ def test_grouped_version_1_entry_is_aimets_per_block_layout():
 @pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
 def test_every_version_is_aimets_to_the_json_type(name: str, version: str):
     case = SMALL[name]
-    spec = QuantSpec(bits=case["bits"], symmetric=case["symmetric"], group_size=case["group_size"])
+    grid = IntegerGrid(bits=case["bits"], symmetric=case["symmetric"], group_size=case["group_size"])
     codes, zero_point = torch.zeros(3, 8, dtype=torch.int8), torch.tensor(case["zero_point"]).float()
-    found = entries(version, QuantizedLinear(codes, torch.tensor(case["scale"]), zero_point, spec))
+    found = entries(version, QuantizedLinear(codes, torch.tensor(case["scale"]), zero_point, grid))
     expected = case["encodings"][version]
     assert same_json(found, expected if version == "0.6.1" else expected | {"name": "l.weight"})
 
@@ -86,9 +86,9 @@ def test_every_version_is_aimets_to_the_json_type(name: str, version: str):
 def test_two_level_entries_are_aimets_lpbq_and_its_plain_groups(name: str):
     """AIMET's own scales: multipliers and channels' scales are found in them to the bit."""
     case, scale = RECORDED_LPBQ[name], load_file(GOLDEN / f"{name}.safetensors")["scale"]
-    spec = QuantSpec(bits=case["bits"], group_size=case["group"], decompressed_bits=case["decompressed"])
+    grid = IntegerGrid(bits=case["bits"], group_size=case["group"], decompressed_bits=case["decompressed"])
     codes = torch.zeros(len(scale), scale.shape[1] * case["group"], dtype=torch.int8)
-    linear = QuantizedLinear(codes, scale, torch.zeros_like(scale), spec)
+    linear = QuantizedLinear(codes, scale, torch.zeros_like(scale), grid)
     assert same_json(entries("1.0.0", linear), case["encodings"]["1.0.0"] | {"name": "l.weight"})
     for version in ("2.0.0", "2.1.0"):  # recorded as AIMET's encoding objects count axes, from the last
         expected = case["encodings"][version] | {"name": "l.weight", "axis": 1}
@@ -100,8 +100,8 @@ def test_two_level_entries_are_aimets_lpbq_and_its_plain_groups(name: str):
 
 def test_groups_run_along_the_inputs_of_one_output_first():
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    spec = QuantSpec(bits=4, group_size=4)
-    linear = QuantizedLinear(torch.zeros(3, 8, dtype=torch.int8), scale, torch.zeros(3, 2), spec)
+    grid = IntegerGrid(bits=4, group_size=4)
+    linear = QuantizedLinear(torch.zeros(3, 8, dtype=torch.int8), scale, torch.zeros(3, 2), grid)
     assert entries("1.0.0", linear)["scale"] == [1, 2, 3, 4, 5, 6]
     assert [row["scale"] for row in entries("0.6.1", linear)] == [1, 2, 3, 4, 5, 6]
 
@@ -220,8 +220,8 @@ def test_version_2_describes_the_grid_points(group_size: int | None, kind: str):
     linear = asymmetric_linear(group_size)[0]
     if kind != "asymmetric":
         scale = linear.scale_OG * (1 if kind == "symmetric" else torch.randn_like(linear.scale_OG).sign())
-        spec = QuantSpec(bits=4, group_size=group_size, full_range=kind == "full_range")
-        linear = QuantizedLinear(linear.codes_OI, scale, torch.zeros_like(scale), spec)
+        grid = IntegerGrid(bits=4, group_size=group_size, full_range=kind == "full_range")
+        linear = QuantizedLinear(linear.codes_OI, scale, torch.zeros_like(scale), grid)
     item = entries("2.0.0", linear)
     assert same_json(item, entries("2.1.0", linear))
     assert item["output_dtype"] == ("int4" if kind == "symmetric" else "uint4")
@@ -238,9 +238,9 @@ def test_version_2_describes_the_grid_points(group_size: int | None, kind: str):
 
 
 def test_sizes_are_about_what_is_written(tmp_path: Path):
-    spec = QuantSpec(bits=4, group_size=32)
+    grid = IntegerGrid(bits=4, group_size=32)
     linear = QuantizedLinear(
-        torch.zeros(64, 1024, dtype=torch.int8), torch.rand(64, 32) / 50, torch.zeros(64, 32), spec
+        torch.zeros(64, 1024, dtype=torch.int8), torch.rand(64, 32) / 50, torch.zeros(64, 32), grid
     )
     for version in HEADERS:
         encodings.write(tmp_path / version, version, {"l": linear})
@@ -265,18 +265,18 @@ def test_files_that_no_program_could_load_are_refused(version: str, model: str, 
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_full_range_grid_is_the_asymmetric_one_of_the_same_points(bits: int, group_size: int | None):
-    spec = QuantSpec(bits=bits, group_size=group_size, full_range=True)
-    rows = spec.rows(torch.randn(6, 32))
-    scale = spec.scale_of(*spec.start_range(rows))
-    codes = spec.encode(rows, scale, torch.zeros_like(scale)).reshape(6, 32)
-    linear = QuantizedLinear(codes, scale.reshape(6, -1), torch.zeros_like(scale).reshape(6, -1), spec)
+    grid = IntegerGrid(bits=bits, group_size=group_size, full_range=True)
+    rows = grid.rows(torch.randn(6, 32))
+    scale = grid.scale_of(*grid.start_range(rows))
+    codes = grid.encode(rows, scale, torch.zeros_like(scale)).reshape(6, 32)
+    linear = QuantizedLinear(codes, scale.reshape(6, -1), torch.zeros_like(scale).reshape(6, -1), grid)
     v1 = entries("1.0.0", linear)
     found = entries("0.6.1", linear)
     assert (scale < 0).any() and min(v1["scale"]) > 0 and v1["is_sym"] is False and found[0]["is_symmetric"] == "False"
     for row, row_scale, positive, offset in zip(
         found, scale.flatten().tolist(), v1["scale"], v1["offset"], strict=True
     ):
-        points = torch.arange(spec.qmin, spec.qmax + 1) * row_scale
+        points = torch.arange(grid.qmin, grid.qmax + 1) * row_scale
         described = (torch.arange(2**bits) + offset) * positive
         assert torch.equal(described, points.sort().values)
         assert (row["min"], row["max"]) == (points.min().item(), points.max().item())

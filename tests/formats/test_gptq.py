@@ -8,8 +8,8 @@ import torch
 import tiny
 from shardq.errors import ConfigError
 from shardq.formats.gptq import check_grid, linear_tensors, quantization_config
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 SHAPE = (32, 96)
 
@@ -39,10 +39,12 @@ def unpacked(tensors: dict[str, torch.Tensor], config: dict) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["symmetric", "full_range", "asymmetric"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_tensors_hold_the_grid_points(bits: int, kind: str, group_size: int | None):
-    spec = QuantSpec(bits=bits, symmetric=kind != "asymmetric", full_range=kind == "full_range", group_size=group_size)
-    check_grid(spec)
-    linear = tiny.random_linear(spec, SHAPE)
-    tensors, config = linear_tensors("l", linear, torch.float32), quantization_config(spec, [])
+    grid = IntegerGrid(
+        bits=bits, symmetric=kind != "asymmetric", full_range=kind == "full_range", group_size=group_size
+    )
+    check_grid(grid)
+    linear = tiny.random_linear(grid, SHAPE)
+    tensors, config = linear_tensors("l", linear, torch.float32), quantization_config(grid, [])
     assert torch.equal(unpacked(tensors, config), linear.dequantized())
     num_groups = 96 // (group_size or 96)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == {
@@ -64,19 +66,19 @@ def test_three_bits_straddle_words_as_autogptq_packs_them():
         (row[10] >> 2) | sum(row[11 + place] << (3 * place + 1) for place in range(10)) | (row[21] << 31) % 2**32,
         (row[21] >> 1) | sum(row[22 + place] << (3 * place + 2) for place in range(10)),
     ]
-    spec = QuantSpec(bits=3)
-    linear = QuantizedLinear((codes - 4).to(torch.int8).repeat(32, 1), torch.ones(32, 1), torch.zeros(32, 1), spec)
+    grid = IntegerGrid(bits=3)
+    linear = QuantizedLinear((codes - 4).to(torch.int8).repeat(32, 1), torch.ones(32, 1), torch.zeros(32, 1), grid)
     assert [word % 2**32 for word in linear_tensors("l", linear, torch.float16)["l.qweight"][:, 0].tolist()] == words
 
 
 def test_symmetric_zero_points_are_those_that_every_reader_expects():
     """Version 1 of 4 bits: 7 in every place."""
-    tensors = linear_tensors("l", tiny.random_linear(QuantSpec(bits=4), SHAPE), torch.float16)
+    tensors = linear_tensors("l", tiny.random_linear(IntegerGrid(bits=4), SHAPE), torch.float16)
     assert (tensors["l.qzeros"] == 0x77777777).all()
 
 
 def test_linears_left_as_they_are_are_named():
-    config = quantization_config(QuantSpec(bits=4), ["lm_head", "model.layers.0.mlp.up_proj"])
+    config = quantization_config(IntegerGrid(bits=4), ["lm_head", "model.layers.0.mlp.up_proj"])
     assert set(config["dynamic"]) == {r"-:^lm_head$", r"-:^model\.layers\.0\.mlp\.up_proj$"}
 
 
@@ -87,18 +89,18 @@ def test_linears_left_as_they_are_are_named():
 )  # fmt: skip
 def test_linears_of_which_vllm_makes_one_are_named_as_that_too(parts: str, fused: str):
     names = [f"model.layers.0.x.{part}" for part in parts.split()]
-    left = quantization_config(QuantSpec(bits=4), ["y.o_proj", *names])["dynamic"]
+    left = quantization_config(IntegerGrid(bits=4), ["y.o_proj", *names])["dynamic"]
     assert f"-:^{re.escape(f'model.layers.0.x.{fused}')}$" in left and len(left) == len(names) + 2
-    assert not any(fused in name for name in quantization_config(QuantSpec(bits=4), names[1:])["dynamic"])
+    assert not any(fused in name for name in quantization_config(IntegerGrid(bits=4), names[1:])["dynamic"])
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7])
 def test_other_widths_are_refused(bits: int):
     with pytest.raises(ConfigError, match=f"gptq: {bits} bits"):
-        check_grid(QuantSpec(bits=bits))
+        check_grid(IntegerGrid(bits=bits))
 
 
 @pytest.mark.parametrize("shape, kind", [((40, 64), "40 output"), ((32, 72), "72 input")])
 def test_sizes_that_do_not_fill_words_are_refused_by_name(shape: tuple[int, int], kind: str):
     with pytest.raises(ConfigError, match=f"gptq: a.b has {kind} channels"):
-        linear_tensors("a.b", tiny.random_linear(QuantSpec(bits=4), shape), torch.float16)
+        linear_tensors("a.b", tiny.random_linear(IntegerGrid(bits=4), shape), torch.float16)

@@ -11,12 +11,12 @@ import torch
 
 import tiny
 from shardq.formats import onnx_graph
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 OUTPUTS, INPUTS = 24, 64
-GRIDS = [QuantSpec(bits=bits, group_size=size) for bits in range(2, 9) for size in (None, 32)]
-GRIDS += [QuantSpec(bits=bits, symmetric=False, group_size=size) for bits in (2, 3, 4, 8) for size in (None, 16, 2)]
-GRIDS += [QuantSpec(bits=bits, full_range=True, group_size=size) for bits in (2, 4) for size in (None, 32)]
+GRIDS = [IntegerGrid(bits=bits, group_size=size) for bits in range(2, 9) for size in (None, 32)]
+GRIDS += [IntegerGrid(bits=bits, symmetric=False, group_size=size) for bits in (2, 3, 4, 8) for size in (None, 16, 2)]
+GRIDS += [IntegerGrid(bits=bits, full_range=True, group_size=size) for bits in (2, 4) for size in (None, 32)]
 
 
 def weight_graph(consume: str, opset: int) -> ir.Model:
@@ -43,18 +43,18 @@ def run(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("consume", ["MatMul", "Gemm"])
-@pytest.mark.parametrize("spec", GRIDS, ids=str)
-def test_every_grid_is_multiplied_by_as_it_is(spec: QuantSpec, consume: str, tmp_path: Path):
-    linear = tiny.random_linear(spec, (OUTPUTS, INPUTS))
-    model = weight_graph(consume, onnx_graph.opset_for(spec))
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_grid_is_multiplied_by_as_it_is(grid: IntegerGrid, consume: str, tmp_path: Path):
+    linear = tiny.random_linear(grid, (OUTPUTS, INPUTS))
+    model = weight_graph(consume, onnx_graph.opset_for(grid))
     placed = onnx_graph.write_data(tmp_path / "weights.data", onnx_graph.linear_tensors("a", linear))
-    onnx_graph.place_weights(model.graph, placed, {"a": spec})
+    onnx_graph.place_weights(model.graph, placed, {"a": grid})
     onnx_graph.write_model(tmp_path / "model.onnx", model)
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     x = torch.randn(3, INPUTS)
     expected = x @ linear.dequantized().T
     assert (run(tmp_path / "model.onnx", x) - expected).abs().max() < 2e-6 * expected.abs().max()
-    packed = {2: 4, 3: 2, 4: 2}.get(spec.bits, 1)
+    packed = {2: 4, 3: 2, 4: 2}.get(grid.bits, 1)
     assert placed["a.codes"].nbytes == OUTPUTS * INPUTS / packed
     assert (tmp_path / "weights.data").stat().st_size >= sum(tensor.nbytes for tensor in placed.values())
 

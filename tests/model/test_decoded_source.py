@@ -153,7 +153,7 @@ class TestModel:
         }
         weight_OI = torch.ones(64, 128)
         linear = QuantizedLinear(
-            weight_OI.to(torch.int8), torch.ones(64, 1), torch.zeros(64, 1), QuantOptions(symmetric=True).spec
+            weight_OI.to(torch.int8), torch.ones(64, 1), torch.zeros(64, 1), QuantOptions(symmetric=True).grid
         )
         for block in plan.blocks:
             write_block_files(tmp_path, encoded, plan, block, {"mlp.down_proj": linear}, {}, torch.float32, CPU)

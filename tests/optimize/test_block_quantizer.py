@@ -13,8 +13,8 @@ from shardq.matrix import Matrix, matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.linear_quantizer import Method
 from shardq.quant.adascale import Kernels
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 NAMES = ["mlp.up", "mlp.down"]
 METHODS = ("adascale", "flexround", "lwc", "rtn")
@@ -36,22 +36,22 @@ class Block(nn.Module):
         return hidden + self.out(self.mlp.down(nn.functional.silu(self.mlp.up(self.norm(hidden)))))
 
 
-def grids_of(block: nn.Module, spec: QuantSpec) -> dict[Matrix, QuantSpec]:
+def grids_of(block: nn.Module, grid: IntegerGrid) -> dict[Matrix, IntegerGrid]:
     """The named matrices of the block, all on one grid."""
-    return {matrix: spec for matrix in matrices_in(block) if matrix.name in NAMES}
+    return {matrix: grid for matrix in matrices_in(block) if matrix.name in NAMES}
 
 
-def started(block: Block, spec: QuantSpec, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
+def started(block: Block, grid: IntegerGrid, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
     """Quantizers of the block's named linears, at the start for its weights."""
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    quantizer = BlockQuantizer(block, grids_of(block, spec), method, Kernels(), dtype)
+    quantizer = BlockQuantizer(block, grids_of(block, grid), method, Kernels(), dtype)
     quantizer.start(source)
     return quantizer
 
 
-def trained(block: Block, spec: QuantSpec, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
+def trained(block: Block, grid: IntegerGrid, method: Method, dtype: torch.dtype = torch.float32) -> BlockQuantizer:
     """Quantizers that are no longer at their start, their weights in the block."""
-    quantizer = started(block, spec, method, dtype)
+    quantizer = started(block, grid, method, dtype)
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.uniform_(-0.2, 0.2)
@@ -76,7 +76,7 @@ def served(quantizer: BlockQuantizer, stored: Callable[[Tensor], Tensor] = uncha
 def test_block_starts_with_its_weights_rounded_to_the_nearest(method: Method):
     block = Block()
     block.mlp.up.weight[0, :4] = torch.tensor([-4.0, -1.6, 0.4, 2.6])  # 3 bits: the step is 1
-    quantizer = started(block, QuantSpec(bits=3), method)
+    quantizer = started(block, IntegerGrid(bits=3), method)
     quantizer.load(quantizer())
     assert block.mlp.up.weight[0, :4].tolist() == [-4, -2, 0, 3]
     assert not block.mlp.up.weight[0, 4:].any()  # a fresh linear's weights are at most 1/4
@@ -85,7 +85,7 @@ def test_block_starts_with_its_weights_rounded_to_the_nearest(method: Method):
 @pytest.mark.parametrize("method", METHODS)
 def test_restart_leads_back_to_the_start_without_the_source(method: Method):
     block = Block()
-    quantizer = started(block, QuantSpec(bits=3, symmetric=False), method)
+    quantizer = started(block, IntegerGrid(bits=3, symmetric=False), method)
     start = quantizer.folded()
     with torch.no_grad():
         for parameter in quantizer.parameters():
@@ -101,7 +101,7 @@ def test_only_the_named_linears_weights_are_overwritten():
     block = Block()
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     modules = dict(block.named_modules())
-    quantizer = trained(block, QuantSpec(bits=2), "adascale")
+    quantizer = trained(block, IntegerGrid(bits=2), "adascale")
     (block(torch.randn(2, 6, 16)) ** 2).sum().backward()
     assert dict(block.named_modules()) == modules
     assert {name for name, parameter in block.named_parameters() if parameter.grad is not None} == {
@@ -114,7 +114,7 @@ def test_only_the_named_linears_weights_are_overwritten():
 
 
 def test_weights_of_the_block_are_no_parameters_of_the_quantizer():
-    trained_names = {name for name, _ in trained(Block(), QuantSpec(bits=4), "lwc").named_parameters()}
+    trained_names = {name for name, _ in trained(Block(), IntegerGrid(bits=4), "lwc").named_parameters()}
     assert trained_names == {f"quantizers.{i}.{name}" for i in (0, 1) for name in ("beta", "gamma")}
 
 
@@ -130,7 +130,7 @@ def loaded(quantizer: BlockQuantizer, adding_up: bool = False) -> list[Tensor]:
 def test_gradients_of_several_passes_add_up_in_float32(method: Method, dtype: torch.dtype):
     """Added up in bfloat16, so many would be off by some hundredths."""
     block = Block()
-    weights = loaded(quantizer := trained(block, QuantSpec(bits=4), method, dtype), adding_up=True)
+    weights = loaded(quantizer := trained(block, IntegerGrid(bits=4), method, dtype), adding_up=True)
     leaves = {
         f"{name}.weight": weight.detach().clone().requires_grad_() for name, weight in zip(NAMES, weights, strict=True)
     }
@@ -150,7 +150,7 @@ def test_gradients_of_several_passes_add_up_in_float32(method: Method, dtype: to
 
 def test_gradients_not_collected_are_dropped_by_quantizing_anew():
     block = Block()
-    quantizer = trained(block, QuantSpec(bits=4), "adascale")
+    quantizer = trained(block, IntegerGrid(bits=4), "adascale")
     block(torch.randn(3, 16)).square().sum().backward()
     inputs, gradients = torch.randn(3, 16), []
     for _ in range(2):
@@ -163,7 +163,7 @@ def test_gradients_not_collected_are_dropped_by_quantizing_anew():
 
 def test_one_linear_after_the_other_makes_room_for_the_gradients_of_s2():
     block, alive = Block(), []
-    quantizer = trained(block, QuantSpec(bits=4), "adascale")
+    quantizer = trained(block, IntegerGrid(bits=4), "adascale")
     linears = [block.get_submodule(name) for name in NAMES]
     block(torch.randn(3, 16)).square().sum().backward()
     gradients = [weakref.ref(linear.weight.grad) for linear in linears]
@@ -180,7 +180,7 @@ def test_one_linear_after_the_other_makes_room_for_the_gradients_of_s2():
 def test_weights_leave_the_block_once_their_last_use_is_past(dtype: torch.dtype):
     """The block is used twice, so a weight is asked for twice on the way back."""
     block, gradients, there = Block(), [], []
-    quantizer, inputs = trained(block, QuantSpec(bits=4), "adascale", dtype), torch.randn(2, 3, 16)
+    quantizer, inputs = trained(block, IntegerGrid(bits=4), "adascale", dtype), torch.randn(2, 3, 16)
     linears = [block.get_submodule(name) for name in NAMES]
     for context in (nullcontext, quantizer.leaving):
         weights = loaded(quantizer)
@@ -199,7 +199,7 @@ def test_weights_leave_the_block_once_their_last_use_is_past(dtype: torch.dtype)
 
 def test_weights_in_bfloat16_give_float32_gradients():
     block = Block()
-    quantizer = trained(block, QuantSpec(bits=4, group_size=8), "adascale", torch.bfloat16)
+    quantizer = trained(block, IntegerGrid(bits=4, group_size=8), "adascale", torch.bfloat16)
     assert all(block.get_submodule(name).weight.dtype == torch.bfloat16 for name in NAMES)
     with torch.autocast("cpu", torch.bfloat16):
         block(torch.randn(3, 16)).square().sum().backward()
@@ -213,7 +213,7 @@ def test_weights_in_bfloat16_give_float32_gradients():
 @pytest.mark.parametrize("method", METHODS)
 def test_folded_block_computes_what_the_trained_one_did(method: Method, symmetric: bool):
     block = Block()
-    quantizer = trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), method)
+    quantizer = trained(block, IntegerGrid(bits=3, symmetric=symmetric, group_size=8), method)
     inputs = torch.randn(2, 6, 16)
     expected = block(inputs).detach()
     served(quantizer)
@@ -222,7 +222,7 @@ def test_folded_block_computes_what_the_trained_one_did(method: Method, symmetri
 
 def test_folded_block_is_frozen_and_keeps_nothing_of_its_training():
     block = Block()
-    quantizer = trained(block, QuantSpec(bits=4), "adascale")
+    quantizer = trained(block, IntegerGrid(bits=4), "adascale")
     block(torch.randn(3, 16)).sum().backward()
     served(quantizer)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in block.parameters())
@@ -232,7 +232,7 @@ def test_folded_block_is_frozen_and_keeps_nothing_of_its_training():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_folded_weights_lie_on_the_returned_grid(symmetric: bool):
     block = Block()
-    quantized = served(trained(block, QuantSpec(bits=3, symmetric=symmetric, group_size=8), "adascale"))
+    quantized = served(trained(block, IntegerGrid(bits=3, symmetric=symmetric, group_size=8), "adascale"))
     assert list(quantized) == NAMES
     for name, linear in quantized.items():
         weight_OI = block.get_submodule(name).weight
@@ -245,7 +245,7 @@ def test_folded_weights_lie_on_the_returned_grid(symmetric: bool):
 
 def test_block_computes_with_the_weights_as_they_are_stored():
     block = Block()
-    quantized = served(trained(block, QuantSpec(bits=4), "adascale"), lambda weight: weight.to(torch.bfloat16))
+    quantized = served(trained(block, IntegerGrid(bits=4), "adascale"), lambda weight: weight.to(torch.bfloat16))
     for name in NAMES:
         weight_OI = block.get_submodule(name).weight
         assert weight_OI.dtype == torch.float32
@@ -255,7 +255,7 @@ def test_block_computes_with_the_weights_as_they_are_stored():
 
 @pytest.mark.parametrize("value", [torch.nan, 1000.0], ids=["nan", "overflow"])
 def test_scale_that_is_not_finite_is_refused_by_name(value: float):
-    quantizer = trained(Block(), QuantSpec(bits=4), "adascale")
+    quantizer = trained(Block(), IntegerGrid(bits=4), "adascale")
     with torch.no_grad():
         quantizer.quantizers[NAMES.index("mlp.down")].gamma[3] = value
     with pytest.raises(QuantizationError) as caught:
@@ -270,16 +270,16 @@ def test_weight_beyond_the_scales_of_a_target_is_no_matter_of_learning_rates(bit
     block = Block()
     block.mlp.down.weight[3] = weight
     with pytest.raises(QuantizationError) as caught:
-        started(block, QuantSpec(bits=bits, scale_dtype="float16"), "adascale").folded()
+        started(block, IntegerGrid(bits=bits, scale_dtype="float16"), "adascale").folded()
     message = str(caught.value)
     assert message.startswith("mlp.down: ") and "beyond what float16 holds" in message and "\n" not in message
     assert "--quant.ignore" in message and "grid_lr" not in message
-    started(block, QuantSpec(bits=bits, scale_dtype="bfloat16"), "adascale").folded()
+    started(block, IntegerGrid(bits=bits, scale_dtype="bfloat16"), "adascale").folded()
 
 
 @pytest.mark.parametrize("name", ["s2", "s3"])
 def test_divisor_that_is_not_a_number_is_refused_by_name(name: str):
-    quantizer = trained(Block(), QuantSpec(bits=4), "adascale")
+    quantizer = trained(Block(), IntegerGrid(bits=4), "adascale")
     with torch.no_grad():
         getattr(quantizer.quantizers[NAMES.index("mlp.down")], name)[3, 0] = torch.nan
     with pytest.raises(QuantizationError, match="^mlp.down: "):
@@ -289,7 +289,7 @@ def test_divisor_that_is_not_a_number_is_refused_by_name(name: str):
 def test_weights_that_were_served_in_between_do_not_disturb_training():
     block, source = Block(), None
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    quantizer = started(block, QuantSpec(bits=3), "adascale")
+    quantizer = started(block, IntegerGrid(bits=3), "adascale")
     served_linears = quantizer.folded()
     with torch.no_grad():
         quantizer.quantizers[0].s2.uniform_(-0.5, 0.5)
@@ -305,10 +305,10 @@ def test_weights_that_were_served_in_between_do_not_disturb_training():
 
 
 def test_start_is_searched_where_importance_is_given():
-    spec, importance = QuantSpec(bits=3, group_size=8), {"mlp.up": torch.rand(16), "mlp.down": torch.rand(32)}
+    grid, importance = IntegerGrid(bits=3, group_size=8), {"mlp.up": torch.rand(16), "mlp.down": torch.rand(32)}
     block = Block()
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    quantizer = BlockQuantizer(block, grids_of(block, spec), "adascale", Kernels(), torch.float32)
+    quantizer = BlockQuantizer(block, grids_of(block, grid), "adascale", Kernels(), torch.float32)
 
     def errors() -> dict[str, Tensor]:
         folded = quantizer.folded()

@@ -17,14 +17,14 @@ from shardq.optimize.loss import distillation_loss
 from shardq.optimize.options import OptimizeOptions
 from shardq.optimize.stepper import LocalStepper
 from shardq.quant.adascale import Kernels, trained_weight
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 METHODS = ("adascale", "flexround", "lwc")
 STEPS, GRID_LR, WEIGHT_LR = 20, 5e-3, 2e-3
 NAMES = ["0", "2"]
 OPTIONS = OptimizeOptions(iterations=STEPS, grid_lr=GRID_LR, weight_lr=WEIGHT_LR, optimizer="adam")
-SPECS = [
-    QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
+GRIDS = [
+    IntegerGrid(bits=bits, symmetric=symmetric, group_size=group_size)
     for bits, symmetric, group_size in ((2, True, None), (3, True, None), (3, False, 8), (4, True, 8), (4, False, None))
 ]
 
@@ -52,14 +52,14 @@ def round_through(values: Tensor) -> Tensor:
 class NaiveLinear:
     """One fake-quantized linear as the papers write it, with autograd doing all the work."""
 
-    def __init__(self, linear: nn.Linear, spec: QuantSpec, method: Method):
-        self.linear, self.spec = linear, spec
-        self.rows = linear.weight.reshape(-1, spec.group_size or linear.in_features)
+    def __init__(self, linear: nn.Linear, grid: IntegerGrid, method: Method):
+        self.linear, self.grid = linear, grid
+        self.rows = linear.weight.reshape(-1, grid.group_size or linear.in_features)
         low = self.rows.min(1, keepdim=True).values.clamp(max=0)
         high = self.rows.max(1, keepdim=True).values.clamp(min=0)
-        if spec.symmetric:
-            step = torch.maximum(high / (2 if spec.bits == 2 else spec.qmax), low / spec.qmin)
-            low, high = spec.qmin * step, spec.qmax * step
+        if grid.symmetric:
+            step = torch.maximum(high / (2 if grid.bits == 2 else grid.qmax), low / grid.qmin)
+            low, high = grid.qmin * step, grid.qmax * step
         self.low, self.high = low, high
         shapes = {"beta": low, "gamma": low, "step": low, "s2": self.rows, "s3": low}
         self.trained = {
@@ -70,24 +70,24 @@ class NaiveLinear:
         }
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        spec, p = self.spec, self.parameters
+        grid, p = self.grid, self.parameters
         low = (p["beta"] + p["step"]).exp() * self.low
         high = (p["gamma"] + p["step"]).exp() * self.high
-        scale = (high - low) / (2**spec.bits - 1)
-        zero = 0.0 if spec.symmetric else round_through((spec.qmin - low / scale).clamp(spec.qmin, spec.qmax))
+        scale = (high - low) / (2**grid.bits - 1)
+        zero = 0.0 if grid.symmetric else round_through((grid.qmin - low / scale).clamp(grid.qmin, grid.qmax))
         divided = self.rows / p["s2"].exp() / p["s3"].exp()
-        codes = (round_through(divided / scale) + zero).clamp(spec.qmin, spec.qmax)
+        codes = (round_through(divided / scale) + zero).clamp(grid.qmin, grid.qmax)
         weight = ((codes - zero) * scale).reshape(self.linear.weight.shape)
         return nn.functional.linear(inputs, weight, self.linear.bias)
 
 
-def train_naively(block: nn.Sequential, batches: list, spec: QuantSpec, method: Method) -> dict[str, Parameters]:
+def train_naively(block: nn.Sequential, batches: list, grid: IntegerGrid, method: Method) -> dict[str, Parameters]:
     """The reference loop; trained parameters by the name of their linear."""
-    first, last = NaiveLinear(block[0], spec, method), NaiveLinear(block[2], spec, method)
+    first, last = NaiveLinear(block[0], grid, method), NaiveLinear(block[2], grid, method)
     named = [(name, linear.parameters[name]) for linear in (first, last) for name in linear.trained]
-    grid = [parameter for name, parameter in named if name in ("beta", "gamma", "step")]
+    ends = [parameter for name, parameter in named if name in ("beta", "gamma", "step")]
     weight = [parameter for name, parameter in named if name in ("s2", "s3")]
-    groups = [{"params": grid, "lr": GRID_LR}, {"params": weight, "lr": WEIGHT_LR}]
+    groups = [{"params": ends, "lr": GRID_LR}, {"params": weight, "lr": WEIGHT_LR}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], foreach=False, fused=False)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS, eta_min=0)
     for inputs, targets in batches:
@@ -106,9 +106,9 @@ def trained_of(linear: NaiveLinear) -> Parameters:
 class Trainer:
     """What is tested, on a block whose weights are not yet quantized."""
 
-    def __init__(self, block: nn.Module, spec: QuantSpec, method: Method, kernels: Kernels = PLAIN):
+    def __init__(self, block: nn.Module, grid: IntegerGrid, method: Method, kernels: Kernels = PLAIN):
         self.block = block
-        self.quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), spec), method, kernels, torch.float32)
+        self.quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), grid), method, kernels, torch.float32)
         self.stepper = LocalStepper(self.quantizer, OPTIONS)
         self.stepper.start(OPTIONS.iterations)
 
@@ -144,13 +144,13 @@ def weights_of(block: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_training_gives_the_parameters_of_the_naive_loop(spec: QuantSpec, method: Method):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_training_gives_the_parameters_of_the_naive_loop(grid: IntegerGrid, method: Method):
     block = make_block()
     batches = make_batches(block)
-    expected = train_naively(copy.deepcopy(block), batches, spec, method)
+    expected = train_naively(copy.deepcopy(block), batches, grid, method)
     source = weights_of(block)
-    trained = Trainer(block, spec, method).train(source, batches)
+    trained = Trainer(block, grid, method).train(source, batches)
     for linear in expected:
         assert trained[linear].keys() == expected[linear].keys()
         for name, parameter in expected[linear].items():
@@ -164,7 +164,7 @@ def test_training_gives_the_parameters_of_the_naive_loop(spec: QuantSpec, method
 def test_micro_batches_change_neither_parameters_nor_losses(micro_batch: int):
     block = make_block()
     source, batches = weights_of(block), make_batches(block, num_samples=4)
-    whole, parts = (Trainer(copy.deepcopy(block), QuantSpec(bits=4), "adascale") for _ in range(2))
+    whole, parts = (Trainer(copy.deepcopy(block), IntegerGrid(bits=4), "adascale") for _ in range(2))
     expected, actual = whole.train(source, batches[:8], 4), parts.train(source, batches[:8], micro_batch)
     for linear in NAMES:
         for name, parameter in expected[linear].items():
@@ -176,7 +176,7 @@ def test_micro_batches_change_neither_parameters_nor_losses(micro_batch: int):
 def test_mean_of_the_ranks_gradients_is_the_batchs_however_it_is_split(sizes: tuple[int, ...]):
     block = make_block()
     inputs, targets = make_batches(block, num_samples=sum(sizes))[0]
-    source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=3), "adascale")
+    source, trainer = weights_of(block), Trainer(block, IntegerGrid(bits=3), "adascale")
     trainer.quantizer.start(source)
 
     def gradients(inputs: Tensor, targets: Tensor, mean_over: float) -> list[Tensor]:
@@ -207,15 +207,15 @@ def test_weights_are_quantized_once_a_step(micro_batch: int):
     batches = make_batches(block, num_samples=4)[:3]
     kernels = PLAIN._replace(forward=counting)
     source = weights_of(block)
-    Trainer(block, QuantSpec(bits=4), "adascale", kernels).train(source, batches, micro_batch)
+    Trainer(block, IntegerGrid(bits=4), "adascale", kernels).train(source, batches, micro_batch)
     assert calls == [(24, 16), (16, 24)] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_for_a_second_block_is_that_of_a_fresh_trainer_in_the_same_memory(method: Method):
-    spec, first, second = QuantSpec(bits=3, symmetric=False, group_size=8), make_block(), make_block()
+    grid, first, second = IntegerGrid(bits=3, symmetric=False, group_size=8), make_block(), make_block()
     (first_source, second_source), batches = map(weights_of, (first, second)), make_batches(second)
-    reused = Trainer(copy.deepcopy(first), spec, method)
+    reused = Trainer(copy.deepcopy(first), grid, method)
     reused.train(first_source, make_batches(first))
     storage = reused.storage()
     reused.quantizer.serve(reused.quantizer.folded(), lambda weight: weight)
@@ -223,7 +223,7 @@ def test_training_for_a_second_block_is_that_of_a_fresh_trainer_in_the_same_memo
     for tensor, value in zip(reused.block.state_dict().values(), second_source.values(), strict=True):
         tensor.copy_(value)
     actual = reused.train(second_source, batches)
-    fresh = Trainer(second, spec, method)
+    fresh = Trainer(second, grid, method)
     expected = fresh.train(second_source, batches)
     assert reused.storage() == storage
     for linear in NAMES:
@@ -237,7 +237,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
     block = make_block()
     inputs, source = torch.randn(4, 32, 16), weights_of(block)
     targets = block(inputs)
-    quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), QuantSpec(bits=2)), method, PLAIN, dtype)
+    quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=2)), method, PLAIN, dtype)
     stepper = LocalStepper(quantizer, OptimizeOptions(grid_lr=5e-3, weight_lr=5e-3, optimizer="rms"))
     stepper.start(100)
 
@@ -258,7 +258,7 @@ def test_training_brings_the_output_nearer_to_the_target(dtype: torch.dtype, met
 def test_every_batch_is_one_step_and_is_reported_after_it():
     block = make_block()
     batches = iter(make_batches(block)[:3])
-    source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=4), "lwc")
+    source, trainer = weights_of(block), Trainer(block, IntegerGrid(bits=4), "lwc")
     trainer.quantizer.start(source)
     beta = trainer.quantizer.quantizers[0].beta
     seen = [beta[0].item() for _ in trainer.steps(batches, 1)]
@@ -268,7 +268,7 @@ def test_every_batch_is_one_step_and_is_reported_after_it():
 def test_loss_that_is_reported_is_the_batchs_before_its_step():
     block = make_block()
     inputs, targets = make_batches(block)[0]
-    source, trainer = weights_of(block), Trainer(block, QuantSpec(bits=2), "adascale")
+    source, trainer = weights_of(block), Trainer(block, IntegerGrid(bits=2), "adascale")
     trainer.train(source, [(inputs, targets)], micro_batch=1)
     trainer.quantizer.start(source)
     trainer.quantizer.load(trainer.quantizer())
@@ -279,7 +279,7 @@ def test_loss_that_is_reported_is_the_batchs_before_its_step():
 def test_frozen_tensors_are_left_alone():
     block = make_block()
     kept, source = weights_of(block), weights_of(block)
-    Trainer(block, QuantSpec(bits=4), "adascale").train(source, make_batches(block))
+    Trainer(block, IntegerGrid(bits=4), "adascale").train(source, make_batches(block))
     assert all(torch.equal(source[name], tensor) for name, tensor in kept.items())
     assert torch.equal(block[0].bias, kept["0.bias"]) and torch.equal(block[2].bias, kept["2.bias"])
 
@@ -319,7 +319,7 @@ def test_waiting_would_be_seen(wait):
 def test_no_step_waits_for_the_device(symmetric: bool, method: Method):
     block = make_block()
     source, batches = weights_of(block), make_batches(block)[:3]
-    trainer = Trainer(block, QuantSpec(bits=4, symmetric=symmetric), method)
+    trainer = Trainer(block, IntegerGrid(bits=4, symmetric=symmetric), method)
     with NeverWaiting() as mode:
         trainer.train(source, batches, micro_batch=1)
     assert len(trainer.losses) == 3
@@ -340,7 +340,7 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
     block = Block()
     source = weights_of(block)
     quantizer = BlockQuantizer(
-        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), "adascale", Kernels(), torch.float32
+        block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=4)), "adascale", Kernels(), torch.float32
     )
     quantizer.start(source)
     stepper = LocalStepper(quantizer, OptimizeOptions(grid_lr=1e-3, weight_lr=1e-3, optimizer="rms"))
@@ -357,7 +357,7 @@ def test_linear_that_no_sample_reaches_is_left_at_its_start():
 def test_training_that_is_left_has_taken_no_step_more_and_keeps_no_batch_between_steps():
     block = make_block()
     source, batches = weights_of(block), make_batches(block)
-    trainer, reference = (Trainer(copy.deepcopy(block), QuantSpec(bits=3), "adascale") for _ in range(2))
+    trainer, reference = (Trainer(copy.deepcopy(block), IntegerGrid(bits=3), "adascale") for _ in range(2))
     expected = reference.train(source, batches[:3])
     taken = []
 
@@ -381,7 +381,7 @@ def test_training_that_is_left_has_taken_no_step_more_and_keeps_no_batch_between
 def test_loss_that_is_not_finite_stops_all_steps_though_its_gradient_is(symmetric: bool, bad: float, method: Method):
     block = make_block()
     batches, source, calls = make_batches(block)[:6], weights_of(block), []
-    trainer = Trainer(block, QuantSpec(bits=3, symmetric=symmetric), method)
+    trainer = Trainer(block, IntegerGrid(bits=3, symmetric=symmetric), method)
     loss_of = trainer.loss_of
 
     def bad_once(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -409,7 +409,7 @@ def test_s3_gradient_shows_whether_s2_has_one_that_is_not_finite():
         block = make_block()
         source = weights_of(block)
         quantizer = BlockQuantizer(
-            block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), method, PLAIN, torch.float32
+            block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=4)), method, PLAIN, torch.float32
         )
         quantizer.start(source)
         weights = quantizer()

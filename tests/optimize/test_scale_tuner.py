@@ -8,10 +8,10 @@ from torch import nn
 
 from shardq.errors import QuantizationError
 from shardq.optimize.scale_tuner import ScaleTuner
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
-SPEC = QuantSpec(bits=4, symmetric=True, group_size=8, full_range=True)
+GRID = IntegerGrid(bits=4, symmetric=True, group_size=8, full_range=True)
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def linear() -> QuantizedLinear:
     generator = torch.Generator().manual_seed(1)
     codes_OI = torch.randint(-8, 8, (6, 24), generator=generator, dtype=torch.int8)
     scale_OG = torch.randn(6, 3, generator=generator)
-    return QuantizedLinear(codes_OI, scale_OG, torch.zeros(6, 3), SPEC)
+    return QuantizedLinear(codes_OI, scale_OG, torch.zeros(6, 3), GRID)
 
 
 def gradient_by_autograd(linear: QuantizedLinear, factor_OG: torch.Tensor, gradient_OI: torch.Tensor) -> torch.Tensor:

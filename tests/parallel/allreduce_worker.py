@@ -22,7 +22,7 @@ from shardq.optimize.stepper import Stepper
 from shardq.parallel.allreduce import BUCKET_SIZE, AllReduceStepper
 from shardq.parallel.ranks import Ranks, started
 from shardq.quant.adascale import Kernels, trained_weight_gradients
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 WIDTH, INNER = 16, BUCKET_SIZE // 16  # s2 of both large linears is as large as a bucket
@@ -35,7 +35,7 @@ def make_block(kernels: Kernels) -> tuple[nn.Sequential, BlockQuantizer]:
                           nn.Linear(INNER, WIDTH)).requires_grad_(False)  # fmt: skip
     source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     quantizer = BlockQuantizer(
-        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=3)), "adascale", kernels, torch.float32
+        block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=3)), "adascale", kernels, torch.float32
     )
     quantizer.start(source)
     return block, quantizer

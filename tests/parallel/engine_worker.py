@@ -34,8 +34,8 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, started
 from shardq.parallel.zero import DeepSpeedStepper
 from shardq.quant.adascale import Kernels
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 
 OPTIONS = OptimizeOptions(iterations=10, grid_lr=5e-3, weight_lr=2e-3, optimizer="adam")
 NUM_BLOCKS, BATCH = 5, 4
@@ -49,7 +49,7 @@ def make_quantizer(share: Share | None = None) -> tuple[nn.Sequential, BlockQuan
         nn.Linear(WIDTH, WIDTH, bias=False), nn.GELU(), nn.Linear(WIDTH, 16, bias=False)
     ).requires_grad_(False)
     return block, BlockQuantizer(
-        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=3)), "adascale", Kernels(), torch.float32, share
+        block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=3)), "adascale", Kernels(), torch.float32, share
     )
 
 

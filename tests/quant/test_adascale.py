@@ -10,15 +10,15 @@ from torch import Tensor
 from shardq.compiling import compiler, why_not
 from shardq.quant import adascale
 from shardq.quant.adascale import Kernels, Trained
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_SPECS = {
-    "w2_channel": QuantSpec(bits=2),
-    "w3_channel": QuantSpec(bits=3),
-    "w4_channel": QuantSpec(bits=4),
-    "w8_channel": QuantSpec(bits=8),
-    "w4_group16": QuantSpec(bits=4, group_size=16),
+GOLDEN_GRIDS = {
+    "w2_channel": IntegerGrid(bits=2),
+    "w3_channel": IntegerGrid(bits=3),
+    "w4_channel": IntegerGrid(bits=4),
+    "w8_channel": IntegerGrid(bits=8),
+    "w4_group16": IntegerGrid(bits=4, group_size=16),
 }
 PARAMETERS = ("s2", "s3", "beta", "gamma")
 FLOAT32_ROUNDING = {"rtol": 2e-6, "atol": 2e-7}
@@ -28,9 +28,9 @@ PLAIN = Kernels()
 Parameters = dict[str, Tensor]
 
 
-@pytest.fixture(params=GOLDEN_SPECS, name="golden")
-def _golden(request) -> tuple[dict[str, Tensor], QuantSpec]:
-    return load_file(GOLDEN / f"{request.param}.safetensors"), GOLDEN_SPECS[request.param]
+@pytest.fixture(params=GOLDEN_GRIDS, name="golden")
+def _golden(request) -> tuple[dict[str, Tensor], IntegerGrid]:
+    return load_file(GOLDEN / f"{request.param}.safetensors"), GOLDEN_GRIDS[request.param]
 
 
 def trained(tensors: dict[str, Tensor]) -> Parameters:
@@ -41,11 +41,11 @@ def fake_quantized(
     rows: Tensor,
     start: tuple[Tensor, Tensor],
     parameters: Parameters,
-    spec: QuantSpec,
+    grid: IntegerGrid,
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = PLAIN,
 ) -> Tensor:
-    return adascale.FakeQuantize.apply(kernels, spec, 1, dtype, rows, *start, *as_trained(parameters))
+    return adascale.FakeQuantize.apply(kernels, grid, 1, dtype, rows, *start, *as_trained(parameters))
 
 
 def as_trained(parameters: Parameters) -> Trained:
@@ -53,32 +53,32 @@ def as_trained(parameters: Parameters) -> Trained:
 
 
 def test_output_is_aimets(golden):
-    tensors, spec = golden
-    output = fake_quantized(tensors["weight"], (tensors["min0"], tensors["max0"]), trained(tensors), spec)
+    tensors, grid = golden
+    output = fake_quantized(tensors["weight"], (tensors["min0"], tensors["max0"]), trained(tensors), grid)
     torch.testing.assert_close(output.detach(), tensors["output"], **FLOAT32_ROUNDING)
 
 
 def test_gradients_are_aimets(golden):
-    tensors, spec = golden
+    tensors, grid = golden
     parameters = trained(tensors)
-    output = fake_quantized(tensors["weight"], (tensors["min0"], tensors["max0"]), parameters, spec)
+    output = fake_quantized(tensors["weight"], (tensors["min0"], tensors["max0"]), parameters, grid)
     output.backward(tensors["grad_output"])
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.grad, tensors[f"grad_{name}"], **FLOAT32_ROUNDING)
 
 
 def test_folded_weight_and_codes_are_aimets(golden):
-    tensors, spec = golden
-    grid = (tensors["folded_scale"], torch.zeros_like(tensors["folded_scale"]))
-    codes = adascale.fold(tensors["weight"], tensors["s2"], tensors["s3"], *grid, spec)
+    tensors, grid = golden
+    scales = (tensors["folded_scale"], torch.zeros_like(tensors["folded_scale"]))
+    codes = adascale.fold(tensors["weight"], tensors["s2"], tensors["s3"], *scales, grid)
     divided = adascale.divided_weight(tensors["weight"], tensors["s2"], tensors["s3"])
     torch.testing.assert_close(divided, tensors["folded_weight"], **EXP_ROUNDING)
     torch.testing.assert_close(codes.float() * tensors["folded_scale"], tensors["folded_output"], **FLOAT32_ROUNDING)
 
 
 def test_folded_grid_is_aimets(golden):
-    tensors, spec = golden
-    scale, zero_point = adascale.learned_grid((tensors["min0"], tensors["max0"]), as_trained(tensors), spec)
+    tensors, grid = golden
+    scale, zero_point = adascale.learned_grid((tensors["min0"], tensors["max0"]), as_trained(tensors), grid)
     torch.testing.assert_close(scale, tensors["folded_scale"], rtol=2e-6, atol=0)
     torch.testing.assert_close(zero_point, -tensors["folded_offset"], rtol=0, atol=0)
 
@@ -90,10 +90,10 @@ def test_compiled_kernels_give_aimets_output_and_gradients():
     compiled = compiler(torch.device("cpu"), refused.append)
     kernels = Kernels(*(compiled(kernel, True) for kernel in PLAIN))
     for name in ("w4_channel", "w4_group16"):
-        tensors, spec = load_file(GOLDEN / f"{name}.safetensors"), GOLDEN_SPECS[name]
+        tensors, grid = load_file(GOLDEN / f"{name}.safetensors"), GOLDEN_GRIDS[name]
         parameters = trained(tensors)
         output = fake_quantized(
-            tensors["weight"], (tensors["min0"], tensors["max0"]), parameters, spec, kernels=kernels
+            tensors["weight"], (tensors["min0"], tensors["max0"]), parameters, grid, kernels=kernels
         )
         output.backward(tensors["grad_output"])
         actual = {"output": output.detach()} | {f"grad_{key}": value.grad for key, value in parameters.items()}
@@ -151,12 +151,12 @@ def assert_same_gradients(ours: Parameters, naive: Parameters, rows: Tensor) -> 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_output_and_gradients_are_those_of_plain_autograd(bits: int, symmetric: bool, group_size: int | None):
-    spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
+    grid = IntegerGrid(bits=bits, symmetric=symmetric, group_size=group_size)
     rows = awkward_weight(11, 256).reshape(-1, group_size or 256)
-    start = spec.start_range(rows)
+    start = grid.start_range(rows)
     ours = random_parameters(rows)
     naive = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
-    output = fake_quantized(rows, start, ours, spec)
+    output = fake_quantized(rows, start, ours, grid)
     expected = naive_fake_quantized(rows, start, naive, bits, symmetric)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-7)
     grad_output = torch.randn_like(rows)
@@ -167,12 +167,12 @@ def test_output_and_gradients_are_those_of_plain_autograd(bits: int, symmetric: 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_bfloat16_weight_is_computed_in_float32_and_rounded_at_the_end(symmetric: bool):
-    spec = QuantSpec(bits=4, symmetric=symmetric)
+    grid = IntegerGrid(bits=4, symmetric=symmetric)
     rows = awkward_weight(11, 64).bfloat16()
-    start = spec.start_range(rows.float())
+    start = grid.start_range(rows.float())
     ours = random_parameters(rows.float())
     naive = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
-    output = fake_quantized(rows, start, ours, spec, torch.bfloat16)
+    output = fake_quantized(rows, start, ours, grid, torch.bfloat16)
     expected = naive_fake_quantized(rows.float(), start, naive, 4, symmetric)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=2**-8, atol=1e-7)  # half a step of bfloat16
@@ -188,7 +188,7 @@ def gradients_by_hand(zero_point: float, symmetric: bool) -> tuple[list[float], 
     rows = torch.tensor([[-4.6, -4.4, -3.4, 0.25, 3.4, 3.6]])
     scale, s2, s3 = torch.ones(1, 1), torch.zeros(1, 6), torch.zeros(1, 1)
     grad_s2, _, grad_scale, _ = adascale.fake_quantized_gradients(
-        torch.ones(1, 6), rows, s2, s3, scale, torch.tensor([[zero_point]]), QuantSpec(bits=3, symmetric=symmetric)
+        torch.ones(1, 6), rows, s2, s3, scale, torch.tensor([[zero_point]]), IntegerGrid(bits=3, symmetric=symmetric)
     )
     return grad_s2[0].tolist(), grad_scale.item()
 
@@ -209,12 +209,12 @@ def test_clamped_weights_get_no_gradient_on_an_asymmetric_grid():
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_one_shared_step_scales_the_grid_and_keeps_its_zero_point(bits: int, symmetric: bool):
     """FlexRound: both ends move together, so the step is the only thing learned about the grid."""
-    spec = QuantSpec(bits=bits, symmetric=symmetric)
+    grid = IntegerGrid(bits=bits, symmetric=symmetric)
     rows = awkward_weight(11, 64)[3:]  # rows at the smallest scale have no step to learn
     rows = torch.cat([rows[:2], rows[3:]])
-    start = spec.start_range(rows)
+    start = grid.start_range(rows)
     step = (torch.randn(len(rows), 1) * 0.3).requires_grad_()
-    scale, zero_point = adascale.learned_grid(start, Trained(None, None, step, step), spec)
+    scale, zero_point = adascale.learned_grid(start, Trained(None, None, step, step), grid)
     start_scale = (start[1] - start[0]) / (2**bits - 1)
     start_zero_point = 0 * start_scale if symmetric else torch.round(-(2 ** (bits - 1)) - start[0] / start_scale)
     torch.testing.assert_close(scale, step.exp() * start_scale, rtol=1e-6, atol=0)
@@ -223,21 +223,21 @@ def test_one_shared_step_scales_the_grid_and_keeps_its_zero_point(bits: int, sym
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gradient_of_a_shared_step_is_that_of_plain_autograd(symmetric: bool):
-    spec = QuantSpec(bits=3, symmetric=symmetric)
+    grid = IntegerGrid(bits=3, symmetric=symmetric)
     rows = awkward_weight(11, 64)
-    start = spec.start_range(rows)
+    start = grid.start_range(rows)
     ours = random_parameters(rows)
     naive = {name: ours[name].detach().clone().requires_grad_() for name in ("s2", "s3", "beta")}
     grad_output = torch.randn_like(rows)
-    fake_quantized(rows, start, ours | {"gamma": ours["beta"]}, spec).backward(grad_output)
+    fake_quantized(rows, start, ours | {"gamma": ours["beta"]}, grid).backward(grad_output)
     naive_fake_quantized(rows, start, naive | {"gamma": naive["beta"]}, 3, symmetric).backward(grad_output)
     assert_same_gradients({name: ours[name] for name in naive}, naive, rows)
 
 
 @pytest.mark.parametrize("full_range", [False, True])
 def test_rounding_of_scales_passes_gradients_straight_through(full_range: bool):
-    rounded = QuantSpec(bits=4, full_range=full_range, scale_dtype="bfloat16")
-    exact = QuantSpec(bits=4, full_range=full_range)
+    rounded = IntegerGrid(bits=4, full_range=full_range, scale_dtype="bfloat16")
+    exact = IntegerGrid(bits=4, full_range=full_range)
     rows = awkward_weight(11, 64)
     start, parameters = exact.start_range(rows), random_parameters(rows)
     trained = as_trained(parameters)
@@ -251,15 +251,15 @@ def test_rounding_of_scales_passes_gradients_straight_through(full_range: bool):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_untrained_weight_leaves_only_the_grid_to_learn(symmetric: bool):
     """Learned clipping alone: without s2 and s3 everything is as with both at 0."""
-    spec = QuantSpec(bits=4, symmetric=symmetric)
+    grid = IntegerGrid(bits=4, symmetric=symmetric)
     rows = awkward_weight(11, 64)
-    start = spec.start_range(rows)
+    start = grid.start_range(rows)
     ours = random_parameters(rows) | {"s2": None, "s3": None}
     naive = {name: ours[name].detach().clone().requires_grad_() for name in ("beta", "gamma")}
     expected = naive_fake_quantized(
-        rows, start, naive | {"s2": torch.zeros(1), "s3": torch.zeros(1)}, spec.bits, symmetric
+        rows, start, naive | {"s2": torch.zeros(1), "s3": torch.zeros(1)}, grid.bits, symmetric
     )
-    output = fake_quantized(rows, start, ours, spec)
+    output = fake_quantized(rows, start, ours, grid)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-7)
     output.backward(torch.ones_like(rows))
     expected.backward(torch.ones_like(rows))
@@ -269,27 +269,27 @@ def test_untrained_weight_leaves_only_the_grid_to_learn(symmetric: bool):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_fold_gives_the_weight_that_was_trained(bits: int, symmetric: bool):
-    spec = QuantSpec(bits=bits, symmetric=symmetric)
+    grid = IntegerGrid(bits=bits, symmetric=symmetric)
     rows = awkward_weight(11, 64)
-    start, parameters = spec.start_range(rows), random_parameters(rows)
+    start, parameters = grid.start_range(rows), random_parameters(rows)
     with torch.no_grad():
         expected = naive_fake_quantized(rows, start, parameters, bits, symmetric)
-        grid = adascale.learned_grid(start, as_trained(parameters), spec)
-        codes = adascale.fold(rows, parameters["s2"], parameters["s3"], *grid, spec)
+        scales = adascale.learned_grid(start, as_trained(parameters), grid)
+        codes = adascale.fold(rows, parameters["s2"], parameters["s3"], *scales, grid)
     assert codes.dtype == torch.int8
     assert -(2 ** (bits - 1)) <= codes.min() and codes.max() <= 2 ** (bits - 1) - 1
-    torch.testing.assert_close((codes - grid[1]) * grid[0], expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close((codes - scales[1]) * scales[0], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_inputs_are_left_as_they_were():
-    spec = QuantSpec(bits=4, symmetric=False)
+    grid = IntegerGrid(bits=4, symmetric=False)
     rows = awkward_weight(11, 64)
-    start, parameters = spec.start_range(rows), random_parameters(rows)
+    start, parameters = grid.start_range(rows), random_parameters(rows)
     inputs = {"rows": rows, "min": start[0], "max": start[1]} | parameters
     before = {name: tensor.detach().clone() for name, tensor in inputs.items()}
     grad_output = torch.ones_like(rows)
-    fake_quantized(rows, start, parameters, spec).backward(grad_output)
-    fake_quantized(rows, start, parameters | {"s2": None, "s3": None}, spec).backward(grad_output)
+    fake_quantized(rows, start, parameters, grid).backward(grad_output)
+    fake_quantized(rows, start, parameters | {"s2": None, "s3": None}, grid).backward(grad_output)
     for name, tensor in inputs.items():
         assert torch.equal(tensor.detach(), before[name]), name
     assert torch.equal(grad_output, torch.ones_like(rows))
@@ -315,10 +315,10 @@ def bytes_kept(forward, num_rows: int) -> dict[int, int]:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_six_bytes_a_16_bit_weight_are_kept_for_backward(symmetric: bool):
     """The weight and s2 themselves, which are there anyway: no copy, nothing computed."""
-    spec = QuantSpec(bits=4, symmetric=symmetric)
+    grid = IntegerGrid(bits=4, symmetric=symmetric)
     rows = awkward_weight(11, 64).bfloat16()
-    start, parameters = spec.start_range(rows.float()), random_parameters(rows.float())
-    kept = bytes_kept(lambda: fake_quantized(rows, start, parameters, spec, torch.bfloat16), len(rows))
+    start, parameters = grid.start_range(rows.float()), random_parameters(rows.float())
+    kept = bytes_kept(lambda: fake_quantized(rows, start, parameters, grid, torch.bfloat16), len(rows))
     assert sum(kept.values()) <= 6 * rows.numel()
     assert set(kept) == {rows.data_ptr(), parameters["s2"].data_ptr()}
     naive = bytes_kept(lambda: naive_fake_quantized(rows, start, parameters, 4, symmetric).bfloat16(), len(rows))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shardq.quant import packing
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 WIDTHS = range(2, 9)
 
@@ -28,7 +28,7 @@ def packed_by_hand(row: list[int], bits: int) -> list[int]:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_packed_bytes_are_those_of_one_big_integer(bits: int, num_codes: int):
     codes = random_codes(4, num_codes, bits)
-    packed = packing.pack(codes, QuantSpec(bits=bits))
+    packed = packing.pack(codes, IntegerGrid(bits=bits))
     assert packed.dtype == torch.uint8
     assert packed.tolist() == [packed_by_hand(row, bits) for row in codes.tolist()]
 
@@ -38,7 +38,7 @@ def test_packed_bytes_are_those_of_one_big_integer(bits: int, num_codes: int):
 def test_unpacked_codes_are_those_that_were_packed_by_hand(bits: int, num_codes: int):
     codes = random_codes(4, num_codes, bits)
     packed = torch.tensor([packed_by_hand(row, bits) for row in codes.tolist()], dtype=torch.uint8)
-    unpacked = packing.unpack(packed, num_codes, QuantSpec(bits=bits))
+    unpacked = packing.unpack(packed, num_codes, IntegerGrid(bits=bits))
     assert unpacked.dtype == torch.int8
     assert torch.equal(unpacked, codes)
 
@@ -46,8 +46,8 @@ def test_unpacked_codes_are_those_that_were_packed_by_hand(bits: int, num_codes:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_code_survives_the_round_trip(bits: int):
     codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8)[None]
-    spec = QuantSpec(bits=bits)
-    assert torch.equal(packing.unpack(packing.pack(codes, spec), codes.shape[1], spec), codes)
+    grid = IntegerGrid(bits=bits)
+    assert torch.equal(packing.unpack(packing.pack(codes, grid), codes.shape[1], grid), codes)
 
 
 @pytest.mark.parametrize("num_codes", [1, 3, 8, 11])
@@ -68,7 +68,7 @@ def packed_by_numpy(codes: Tensor, bits: int) -> np.ndarray:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_weights_of_several_chunks_are_packed_as_one(bits: int, shape: tuple[int, int]):
     assert shape[0] * shape[1] > packing.CODES_AT_ONCE
-    codes, spec = random_codes(*shape, bits), QuantSpec(bits=bits)
-    packed = packing.pack(codes, spec)
+    codes, grid = random_codes(*shape, bits), IntegerGrid(bits=bits)
+    packed = packing.pack(codes, grid)
     assert np.array_equal(packed.numpy(), packed_by_numpy(codes, bits))
-    assert torch.equal(packing.unpack(packed, shape[1], spec), codes)
+    assert torch.equal(packing.unpack(packed, shape[1], grid), codes)

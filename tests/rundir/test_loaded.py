@@ -17,14 +17,14 @@ from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import commit, complete
 from shardq.rundir.record import RunRecord
 
-SPEC = IntegerGrid(bits=4, group_size=8)
+GRID = IntegerGrid(bits=4, group_size=8)
 OPTIONS = {"seed": 3, "quant": {"bits": 4, "group_size": 8}}
 
 
 @pytest.fixture(name="linears")
 def _linears() -> list[dict]:
     """Of two blocks; nothing of the first one is quantized."""
-    return [{}, {f"model.layers.1.mlp.experts.1.{name}": tiny.random_linear(SPEC, (6, 16)) for name in ("up", "down")}]
+    return [{}, {f"model.layers.1.mlp.experts.1.{name}": tiny.random_linear(GRID, (6, 16)) for name in ("up", "down")}]
 
 
 @pytest.fixture(name="output")
@@ -51,7 +51,7 @@ def test_blocks_are_what_was_committed(output, linears):
     assert not run.is_finished and run.options == OPTIONS
     assert [(block.index, block.name) for block in run.blocks] == [(0, "model.layers.0"), (1, "model.layers.1")]
     assert [set(block.grids) for block in run.blocks] == [set(), set(linears[1])]
-    assert set(run.blocks[1].grids.values()) == {SPEC}
+    assert set(run.blocks[1].grids.values()) == {GRID}
     assert run.blocks[1].facts == {"loss_before": 0.5, "loss_after": 0.25}
     assert run.blocks[1].seconds == {"load": 0.25, "train": 5.0}
     assert run.blocks[1].num_bytes == run.blocks[1].path.stat().st_size

@@ -16,17 +16,17 @@ from shardq.logs import Event
 from shardq.matrix import matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.quant.adascale import Kernels
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 
 def load(name: str) -> ModuleType:
     """A script of tools/bench as a module."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    grid = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(grid)
+    sys.modules[grid.name] = module  # dataclasses look their module up
+    grid.loader.exec_module(module)
     return module
 
 
@@ -58,7 +58,7 @@ def test_weight_and_scales_are_what_is_saved():
     shape = step.parse_shape("64x128x4x2")
     block, source, _ = step.make_block(shape, 8, torch.device("cpu"))
     quantizer = BlockQuantizer(
-        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), "adascale", Kernels(), torch.float32
+        block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=4)), "adascale", Kernels(), torch.float32
     )
     quantizer.start(source)
     saved = step.saved_bytes(quantizer, shape)

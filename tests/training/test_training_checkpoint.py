@@ -11,12 +11,12 @@ from shardq.optimize.best_iterate import BestIterate
 from shardq.parallel.engines import engine_for
 from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.quant.spec import QuantSpec
 from shardq.rundir.folder import RunFolder
 from shardq.training.checkpoint import Checkpoints, Progress, load, purpose_of, remove, save
 
-SPEC = QuantSpec(bits=3, symmetric=False, group_size=4)
+GRID = IntegerGrid(bits=3, symmetric=False, group_size=4)
 STATE = {"0.value": torch.randn(3, 4), "0.exp_avg": torch.randn(3, 4), "0.step": torch.tensor(5.0)}
 
 
@@ -28,12 +28,12 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 
 NAMES = ("mlp.up", "attn.q", "mlp.down")  # in an order that is not theirs by name
-GRIDS = {Matrix(name=name, module=name, shape=(3, 8), sources=(name,)): SPEC for name in NAMES}
+GRIDS = {Matrix(name=name, module=name, shape=(3, 8), sources=(name,)): GRID for name in NAMES}
 
 
 def make_best(loss: float = 0.25) -> BestIterate:
     linears = {
-        name: QuantizedLinear(torch.randint(-4, 4, (3, 8)).to(torch.int8), torch.rand(3, 2), torch.ones(3, 2), SPEC)
+        name: QuantizedLinear(torch.randint(-4, 4, (3, 8)).to(torch.int8), torch.rand(3, 2), torch.ones(3, 2), GRID)
         for name in NAMES
     }
     return BestIterate(linears, loss)
@@ -63,7 +63,7 @@ def test_state_and_progress_come_back_as_they_were(checkpoints):
     assert list(progress.best.linears) == list(best.linears)
     for name, linear in best.linears.items():
         found = progress.best.linears[name]
-        assert found.grid == SPEC and found.codes_OI.dtype == torch.int8
+        assert found.grid == GRID and found.codes_OI.dtype == torch.int8
         for kind in ("codes_OI", "scale_OG", "zero_point_OG"):
             assert torch.equal(getattr(found, kind), getattr(linear, kind))
 
@@ -123,7 +123,7 @@ def test_one_that_was_made_for_something_else_is_not_used(checkpoints):
         found, [line] = load_one(replace(checkpoints, engine=engine_for(*other)))
         assert found is None
         assert line == f"{RunFolder(checkpoints.output).checkpoint / name}: not used: made for another {differing}"
-    assert load(checkpoints, purpose_of(checkpoints) | {"number of ranks": 2}, SPEC, lines.append) is None
+    assert load(checkpoints, purpose_of(checkpoints) | {"number of ranks": 2}, GRID, lines.append) is None
     assert lines[0].endswith("made for another number of ranks")
     assert load_one(checkpoints)[0]
     (checkpoints.output / "ledger.jsonl").write_text('{"block": 0}\n')

@@ -46,7 +46,7 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import started
 from shardq.parallel.zero import Zero
 from shardq.quant.adascale import Kernels
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.training.memory import LargestBlock, saved_bytes, training_bytes
 from shardq.training.trainer import block_loss
 from shardq.verbs import return_freed_tensors
@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace, engine: Engine) -> dict:
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
     share = engine.share(next(iter(source.values())).dtype)
     quantizer = BlockQuantizer(
-        block, dict.fromkeys(matrices_in(block), QuantSpec(bits=4)), "adascale", kernels, options.dtype, share
+        block, dict.fromkeys(matrices_in(block), IntegerGrid(bits=4)), "adascale", kernels, options.dtype, share
     )
     stepper = engine.stepper(quantizer, options)
     quantizer.start(source, None, stepper.gathered)

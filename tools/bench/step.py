@@ -28,7 +28,7 @@ from shardq.optimize.distill import distill
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.optimize.stepper import LocalStepper
 from shardq.quant.adascale import Kernels
-from shardq.quant.spec import QuantSpec
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.training.memory import saved_tensors
 from shardq.training.trainer import block_loss
 
@@ -178,8 +178,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     compiled = eager if arguments.compile == "off" or why_not(device) else compiler(device, print)
     block, source, kwargs = make_block(shape, tokens, device)
     kernels = Kernels(*(compiled(kernel, True) for kernel in Kernels()))
-    spec = QuantSpec(bits=arguments.bits, group_size=None if arguments.group_size == -1 else arguments.group_size)
-    quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), spec), "adascale", kernels, options.dtype)
+    grid = IntegerGrid(bits=arguments.bits, group_size=None if arguments.group_size == -1 else arguments.group_size)
+    quantizer = BlockQuantizer(block, dict.fromkeys(matrices_in(block), grid), "adascale", kernels, options.dtype)
     stepper = LocalStepper(quantizer, options)
     quantizer.start(source)
     inputs, targets = torch.randn(2, arguments.batch_size, tokens, shape.hidden, device=device)
