@@ -23,7 +23,7 @@ def export(config: ExportConfig, ranks: Ranks) -> ExportSummary:
     """Convert a finished run for other programs, in the memory of one block; rank 0 does it.
 
     One that is finished is left as it is; one that was cut short, or is of a run that has changed since, is written
-    anew.
+    again.
 
     Raises:
         ConfigError: the format cannot express the run's grid, or what an option asks for; the output folder holds
@@ -65,7 +65,7 @@ def _export(config: ExportConfig, display: Display) -> dict:
                 display.line(f"{folder}: this export is finished, nothing is left to do")
                 return summary_of(folder, record)
             if record:
-                display.line(f"{why}; exported anew")
+                display.line(f"{why}; exported again")
             run.check_finished()
             return write_format(config, display)
     except ShardQError:
