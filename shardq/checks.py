@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from shardq.calib.options import TextOptions
+from shardq.calib.sets import parts_of
 from shardq.config import EvaluateConfig, QuantizeConfig, TuneConfig
 from shardq.errors import ConfigError
 from shardq.parallel.engines import candidates
@@ -102,6 +103,7 @@ def _check_text(section: str, text: TextOptions) -> None:
     _require(text.dataset != "", f"{section}.dataset", "an empty name", "a file or a hub name")
     _require(text.samples is None or text.samples >= 1, f"{section}.samples", text.samples, "at least 1")
     _require(text.sequence_length >= 2, f"{section}.sequence_length", text.sequence_length, "at least 2")
+    parts_of(text)
 
 
 def _require(holds: bool, option: str, value: object, allowed: str) -> None:

@@ -202,6 +202,11 @@ class ExportConfig:
     """Of the weights in `hf`: as --export.dtype of quantize."""
     activation_bits: Literal[8, 16] = 16
     """Of `compressed-tensors`: as --export.activation_bits of quantize."""
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub (owner/name) that the finished export is uploaded to, with the token that
+    HF_TOKEN or `hf auth login` gives; it is made where there is none."""
+    private: bool = False
+    """Of a repository that `push_to_hub` makes: only its owner can see it."""
     aimet: AimetOptions = field(default_factory=AimetOptions)
 
     @property
@@ -219,8 +224,7 @@ class VerifyConfig:
 
 
 EVALUATION_TEXT = TextOptions(
-    dataset="Salesforce/wikitext",
-    subset="wikitext-2-raw-v1",
+    dataset="wikitext",
     split="test",
     samples=None,
     sequence_length=2048,

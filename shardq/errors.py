@@ -42,7 +42,7 @@ class CalibrationError(ShardQError):
 
 
 class StorageError(ShardQError):
-    """The output folder or a cache cannot be written or read back."""
+    """The output folder or a cache cannot be written or read back, or an export not be uploaded."""
 
     exit_code = 5
 

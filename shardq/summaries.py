@@ -66,6 +66,8 @@ class ExportSummary(TypedDict):
     """Size of its files."""
     scale_change: float
     """Largest relative change of a scale by its rounding to the dtype that the format keeps it in."""
+    address: NotRequired[str]
+    """Where it was uploaded to, if it was."""
     seconds: float
     """Time that this call took."""
 

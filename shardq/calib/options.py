@@ -9,15 +9,19 @@ class TextOptions:
     """Where token sequences come from."""
 
     dataset: str = "allenai/c4"
-    """A file (.txt, .jsonl, .json, .parquet, or .safetensors with token ids [N, T]) or a hub name (owner/name)."""
+    """A file (.txt, .jsonl, .json, .parquet, or .safetensors with token ids [N, T]), a hub name (owner/name), or the
+    short name of a well-known one: `c4`, `code`, `pile-10k`, `ultrachat`, `wikitext`. Several with their shares are a
+    mix: `ultrachat:0.75,code:0.25`."""
     subset: str | None = None
-    """Subset (configuration) of a hub dataset; `en` for the default dataset."""
-    split: str = "train"
-    """Split of a hub dataset."""
+    """Subset (configuration) of a hub dataset (default: the one that a well-known dataset is used with)."""
+    split: str | None = None
+    """Split of a hub dataset (default: `train`, or the one that a well-known dataset is used with)."""
     column: str | None = None
-    """Column with the text (`text` where it is not given), or the tensor's name in a .safetensors file."""
+    """Column with text, or with conversations, which become text by the model's chat template (default: `text`, or else
+    `messages` or `conversations`); the tensor's name in a .safetensors file."""
     packing: Literal["packed", "row"] = "packed"
-    """`packed`: texts are joined and cut into sequences; `row`: one sequence a row, shorter rows are skipped."""
+    """`packed`: texts are joined and cut into sequences; `row`: one sequence a row, shorter rows are skipped.
+    Either way a sequence begins with what the tokenizer puts in front of a text, such as `<bos>`."""
     samples: int | None = 128
     """Number of sequences; null: all there are (in a file)."""
     sequence_length: int = 2048
@@ -29,13 +33,13 @@ class MovedText:
     """Where the text that a run was made with is now; what is left out is as the run had it."""
 
     dataset: str | None = None
-    """The file or hub name that gives the run's tokens now (default: where the run had it)."""
+    """What gives the run's tokens now, as --calib.dataset of quantize (default: where the run had it)."""
     subset: str | None = None
     """Subset (configuration) of a hub dataset."""
     split: str | None = None
     """Split of a hub dataset."""
     column: str | None = None
-    """Column with the text, or the tensor's name in a .safetensors file."""
+    """Column with text or conversations, or the tensor's name in a .safetensors file."""
     packing: Literal["packed", "row"] | None = None
     """As --calib.packing of quantize."""
 

@@ -3,21 +3,61 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from shardq.errors import CalibrationError
 
-Tokenize = Callable[[str], list[int]]
+Chat = list[dict[str, str]]
+Encode = Callable[[str], list[int]]
+
 TRANSFORMERS_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 SENTENCEPIECE_FILE, ADDED_FILE, CONFIG_FILE = "tokenizer.model", "added_tokens.json", "tokenizer_config.json"
 AHEAD = "\ue000"  # for private use: no piece has it, so what stands behind it is cut into pieces by itself
 
 
-def load_tokenizer(folder: Path) -> Tokenize:
-    """Function from a text to its token ids, without special tokens.
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """What a model's tokenizer makes of texts and of conversations.
+
+    Attributes:
+        encode: a text's token ids, without special tokens.
+        prefix: the special tokens that it puts in front of a text.
+        render: a conversation as text, by the chat template; None: it has none.
+    """
+
+    folder: Path
+    encode: Encode
+    prefix: list[int] = field(default_factory=list)
+    render: Callable[[Chat], str] | None = None
+
+    def written(self, chat: Chat, where: str) -> str:
+        """A conversation as text.
+
+        Raises:
+            CalibrationError: there is no chat template, or it refuses the conversation at `where`.
+        """
+        if self.render is None:
+            raise CalibrationError(
+                f"{where} holds a conversation, and the tokenizer in {self.folder} has no chat template; "
+                "pass texts, or a folder with the chat template"
+            )
+        try:
+            return self.render(chat)
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CalibrationError(
+                f"{where}: the model's chat template refuses it ({reason}); remove that row"
+            ) from error
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder.
 
     transformers reads `tokenizer.json`; a `tokenizer.model` without one, as Llama 2 ships it, goes to sentencepiece,
     and tokens that files beside it add are one id each, as in transformers.
@@ -29,9 +69,7 @@ def load_tokenizer(folder: Path) -> Tokenize:
         if (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file():
             return _sentencepiece(folder)
         if any((folder / name).is_file() for name in TRANSFORMERS_FILES):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            # Whole articles are longer than the model's context; they are cut afterwards, so no warning is due.
-            return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return _transformers(folder)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise CalibrationError(
             f"{folder}: its tokenizer cannot be read ({str(error).strip().splitlines()[0]}); copy it there again"
@@ -42,10 +80,32 @@ def load_tokenizer(folder: Path) -> Tokenize:
     )
 
 
-def _sentencepiece(folder: Path) -> Tokenize:
-    """A lone sentencepiece model with the tokens added to it; behind one of those no word begins, but for `legacy`."""
-    start = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE)).encode
+def _transformers(folder: Path) -> Tokenizer:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def encode(text: str) -> list[int]:
+        # Whole articles are longer than the model's context; they are cut afterwards, so no warning is due.
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    marked = tokenizer("a", return_special_tokens_mask=True)
+    num_ahead = [*marked["special_tokens_mask"], 0].index(0)
+    return Tokenizer(
+        folder=folder,
+        encode=encode,
+        prefix=marked["input_ids"][:num_ahead],
+        render=partial(tokenizer.apply_chat_template, tokenize=False) if tokenizer.chat_template else None,
+    )
+
+
+def _sentencepiece(folder: Path) -> Tokenizer:
+    library = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
     config = _read_object(folder / CONFIG_FILE)
+    prefix = [library.bos_id()] if config.get("add_bos_token") else []
+    return Tokenizer(folder=folder, encode=_with_added(library.encode, folder, config), prefix=prefix)
+
+
+def _with_added(start: Encode, folder: Path, config: dict) -> Encode:
+    """A sentencepiece model with the tokens added to it; behind one of those no word begins, but for `legacy`."""
     added = {text: {"id": int(number)} for text, number in _read_object(folder / ADDED_FILE).items() if text}
     added |= {
         token["content"]: token | {"id": int(number)}

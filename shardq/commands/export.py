@@ -8,6 +8,7 @@ from shardq.config import ExportConfig
 from shardq.errors import ConfigError, ResumeError, ShardQError
 from shardq.export import contents
 from shardq.export.chosen import check_options
+from shardq.export.push import check_push, push
 from shardq.export.write import summary_of, write_format
 from shardq.files import remove_asides
 from shardq.logs import Display
@@ -22,17 +23,27 @@ def export(config: ExportConfig, ranks: Ranks) -> ExportSummary:
     """Convert a finished run for other programs, in the memory of one block; rank 0 does it.
 
     One that is finished is left as it is; one that was cut short, or is of a run that has changed since, is written
-    anew.
+    again.
 
     Raises:
         ConfigError: the format cannot express the run's grid, or what an option asks for; the output folder holds
             something else.
         ResumeError: the folder holds no finished run, or its files have changed.
+        StorageError: it cannot be written, or not be uploaded.
     """
     check_options(config)
+    if config.push_to_hub is not None:
+        check_push(config.push_to_hub)
     start, display = time.perf_counter(), Display(ranks.rank)
-    summary = on_rank_zero(ranks, lambda: _export(config, display))
+    summary = on_rank_zero(ranks, lambda: _pushed(config, _export(config, display), display))
     return summary | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _pushed(config: ExportConfig, summary: dict, display: Display) -> dict:
+    """What an export's command prints, after the upload if one is asked for."""
+    if config.push_to_hub is None:
+        return summary
+    return summary | {"address": push(config.folder, config.push_to_hub, config.private, display.line)}
 
 
 def _export(config: ExportConfig, display: Display) -> dict:
@@ -54,7 +65,7 @@ def _export(config: ExportConfig, display: Display) -> dict:
                 display.line(f"{folder}: this export is finished, nothing is left to do")
                 return summary_of(folder, record)
             if record:
-                display.line(f"{why}; exported anew")
+                display.line(f"{why}; exported again")
             run.check_finished()
             return write_format(config, display)
     except ShardQError:

@@ -15,7 +15,7 @@ from shardq.rundir.record import RunRecord
 def folder_faults(record: RunRecord) -> Iterator[str]:
     """Files that belong to no finished run, and lines of ledger and logs that are no JSON."""
     output = record.output
-    known = {name for entry in record.entries.values() for name in entry["files"]}
+    known = set(record.files)
     folder, exports = RunFolder(output), set(exports_in(output))
     logs = folder.logs
     known |= {MANIFEST, folder.ledger.name, LOCK}
@@ -49,7 +49,7 @@ def unproved(record: RunRecord) -> dict[str, str]:
     if not record.is_of_before:
         return {}
     bare = [folder.name for folder in exports_in(record.output) if not (folder / contents.RECORD).exists()]
-    notes = {"folder": "ok, but manifest, tokenizer and files beside them have no digest: the run is of before"}
+    notes = {"folder": "ok, but manifest, tokenizer and other copied files have no digest: the run is of before"}
     return notes | ({"exports": f"not known of {', '.join(bare)}: written before exports had digests"} if bare else {})
 
 

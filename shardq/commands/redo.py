@@ -85,7 +85,7 @@ def _remove_export(output: Path, name: str, asked: Container[str], display: Disp
     remove(folder / RECORD)
     remove(folder / MODEL_CARD)
     if remove_folder(folder) and name not in asked:
-        display.line(f"{folder}: removed; shardq export {output} --format {name} makes it anew")
+        display.line(f"{folder}: removed; shardq export {output} --format {name} makes it again")
 
 
 def mend(record: RunRecord, skeleton: Skeleton, plan: Plan, manifest: dict, display: Display) -> None:

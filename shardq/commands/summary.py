@@ -34,7 +34,7 @@ def summary_of(run: Run, seconds: float) -> QuantizeSummary:
     Args:
         seconds: that this call took.
     """
-    entries = _block_entries(run)
+    entries = list(run.record.blocks.values())
     means = {f"{kind}_{when}": _mean(entries, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")}
     return {
         "output": str(run.output),
@@ -54,7 +54,7 @@ def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
     ]
     cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
     display.line(f"done: mean {', '.join(losses)}, {cost}")
-    for block, entry in zip(run.plan.blocks, _block_entries(run), strict=True):
+    for block, entry in zip(run.plan.blocks, run.record.blocks.values(), strict=True):
         if entry.get("failed_tries"):
             display.line(f"  {block.name}: {_not_finite(entry)}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
@@ -63,12 +63,7 @@ def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")
     for chosen in run.config.export.asked:
         display.line(f"  {output}/{chosen}/  the same model as {chosen}")
-    display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")
-
-
-def _block_entries(run: Run) -> list[dict]:
-    entries = run.record.entries
-    return [entries[block.index] for block in run.plan.blocks]
+    display.line(f"next: shardq evaluate {output} --eval.dataset FILE  measures its perplexity")
 
 
 def _mean(entries: list[dict], key: str) -> float | None:

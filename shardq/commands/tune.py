@@ -77,8 +77,8 @@ def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
     say_if_unchecked(config.self_check, display)
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
     skeleton = together(ranks, lambda: open_skeleton(folder))
-    with ExitStack() as held:
-        found = on_rank_zero(ranks, lambda: _find(config, skeleton, ranks, display, held))
+    with ExitStack() as folder_lock:
+        found = on_rank_zero(ranks, lambda: _find(config, skeleton, ranks, display, folder_lock))
         shared_by_all(ranks, output)
         plan = make_plan(skeleton, QuantOptions(**found.manifest["options"]["quant"]))
         losses = []
@@ -104,11 +104,11 @@ def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
     return summary
 
 
-def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display, held: ExitStack) -> Found:
+def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display, folder_lock: ExitStack) -> Found:
     """Check the run, the model and the output folder.
 
     Args:
-        held: keeps other runs out of that folder until it is closed.
+        folder_lock: keeps other runs out of that folder until it is closed.
     """
     run, output = Path(config.run), config.folder
     companions(skeleton.folder)  # one that must not be copied is refused now
@@ -130,7 +130,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         most = f"at most the run's {len(tokens_NT)} samples"
         raise ConfigError(f"tune.batch_size: {options.batch_size} is not allowed, it must be {most}")
     manifest = former | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
-    record, _ = take_folder(output, manifest, "auto", None, held, display)
+    record, _ = take_folder(output, manifest, "auto", None, folder_lock, display)
     skeleton.source.digests.update(quantized.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
     mend(record, skeleton, plan, manifest, display)

@@ -142,8 +142,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
 
 def _index_faults(skeleton: Skeleton, record: RunRecord) -> Iterator[str]:
     folder = skeleton.folder
-    files = (name for entry in record.entries.values() for name in entry["files"])
-    shards = sorted(name for name in files if Path(name).match("model-*.safetensors"))
+    shards = sorted(name for name in record.files if Path(name).match("model-*.safetensors"))
     expected, said = index_of(folder, shards), read_json(folder / INDEX_FILE)
     for name in sorted(expected["weight_map"].keys() | said["weight_map"].keys()):
         is_in, is_said = (weight_map.get(name) for weight_map in (expected["weight_map"], said["weight_map"]))
@@ -187,7 +186,7 @@ def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLi
 
 
 def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
-    """Parameters beside the quantized weights that have a value which is not finite."""
+    """Parameters, other than quantized weights, that have a value which is not finite."""
     outside = [skeleton.tensor(name) for name, _ in skeleton.model.named_parameters()]
     in_blocks = [
         skeleton.tensor(f"{block.name}.{name}")
@@ -203,7 +202,7 @@ def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
 
 
 class _Encodings:
-    """The encodings of each block, and beside them the model's, which are read on from block to block."""
+    """The encodings of each block, and those of the whole model, which are read on from block to block."""
 
     def __init__(self, output: Path, versions: list[encodings.Version]):
         self._output = output

@@ -14,7 +14,7 @@ def changed_files(folder: Path, entry: dict, is_quick: bool = False) -> Iterator
 
     Args:
         entry: of a ledger, or of an export's record; sizes may be missing.
-        is_quick: whether larger files are compared by their size alone.
+        is_quick: whether larger files are compared only by their size.
     """
     for name, digest in entry["files"].items():
         path, num_bytes = folder / name, entry.get("bytes", {}).get(name)

@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """The file that asks the run to end after the block at hand."""
+        """The file that asks the run to end after the present block."""
         return self.path / "stop"
 
     @property

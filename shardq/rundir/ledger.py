@@ -2,8 +2,8 @@
 
 A block counts as finished once its ledger line, with the digests of its files, is on the disk; that line is written
 after the files themselves. A line of another kind begins a redo: its blocks count no longer, and from there on the
-manifest is the one that it holds. The line that completes a run has all files beside the blocks, the manifest as well.
-Both files depend on the run's inputs alone: no times, no paths of the output.
+manifest is the one that it holds. The line that completes a run has all other files, the manifest too. Both files
+depend only on the run's inputs: no times, no paths of the output.
 """
 
 import json

@@ -14,7 +14,7 @@ from shardq.formats.shards import read_sample
 from shardq.formats.source import WeightSource
 
 # Of a config.json: who wrote it, and what decides no number here. Weights are computed with in dtypes of our own.
-BESIDE_THE_POINT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+IRRELEVANT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 # May differ when a run goes on.
 NOT_PART_OF_A_RUN = ("model", "revision", "output", "resume", "redo", "self_check", "device", "tensor_parallel",
                      "cache", "checkpoint", "parallel")  # fmt: skip
@@ -23,7 +23,7 @@ REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.m
 
 
 def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: str) -> dict:
-    """Everything that decides a run's result, but for the last bits that depend on ranks and engine."""
+    """Everything that decides a run's result, except the last bits, which depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"], options["export"]["aimet"]  # may be written at any time
@@ -61,21 +61,21 @@ def model_of(source: WeightSource) -> dict:
 
 
 def _settings(path: Path) -> str:
-    """Digest of a config.json that formatting, the order of entries and those beside the point do not change."""
+    """Digest of a config.json that formatting, the order of entries and irrelevant ones do not change."""
 
     def number(text: str) -> float:
         value = float(text)
         return int(value) if value.is_integer() else value  # some programs write 10000.0 as 10000
 
     def entries(pairs: list[tuple[str, object]]) -> dict:
-        return {name: value for name, value in pairs if name not in BESIDE_THE_POINT}
+        return {name: value for name, value in pairs if name not in IRRELEVANT}
 
     content = json.loads(path.read_text(encoding="utf-8"), parse_float=number, object_pairs_hook=entries)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differences(former: dict, current: dict) -> dict[str, str]:
-    """What differs between two manifests, but for what decides nothing: both values by dotted name.
+    """What differs between two manifests and decides something: both values by dotted name.
 
     Where the tokens are the same it does not matter which text they are from, and where the settings are, how
     config.json is written; of a run that was begun before there were settings, the file must be the same.

@@ -51,6 +51,11 @@ class RunRecord:
         return {number: entries[number] for number in sorted(number for number in entries if number is not None)}
 
     @property
+    def files(self) -> list[str]:
+        """Names, within the folder, of the files that the entries have digests of."""
+        return [name for entry in self.entries.values() for name in entry["files"]]
+
+    @property
     def is_finished(self) -> bool:
         """Whether all blocks are done, and what completes them."""
         return None in self.entries
@@ -126,7 +131,7 @@ class RunRecord:
         """The block, the path, and a line about it, of each file that is not what it was when it was done.
 
         Args:
-            is_quick: whether larger files are compared by their size alone.
+            is_quick: whether larger files are compared only by their size.
         """
         for block, entry in self.entries.items():
             for path, fault in changed_files(self.output, entry, is_quick):
@@ -154,7 +159,7 @@ class RunRecord:
             raise ResumeError(f"{fault}; restore it, or run its command again, which says how to mend it")
 
     def mend_manifest(self, manifest: dict, say: Callable[[str], None]) -> None:
-        """Write a finished run's manifest again where it is not what it was, and the one at hand is.
+        """Write a finished run's manifest again where it is not what it was, and the one that is given is.
 
         Args:
             say: is given a line where that was done.

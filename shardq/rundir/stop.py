@@ -1,4 +1,4 @@
-"""Ending a run after the block at hand, where it is asked to: by a file `stop` in its folder, or by SIGUSR1."""
+"""Ending a run after its present block, where it is asked to: by a file `stop` in its folder, or by SIGUSR1."""
 
 import signal
 import threading

@@ -58,7 +58,7 @@ def test_ids_are_the_librarys_without_special_tokens(tmp_path, library_tokenizer
     library_tokenizer.save(str(tmp_path / "tokenizer.json"))
     for name, content in companions.items():
         (tmp_path / name).write_text(content)
-    tokenize = load_tokenizer(tmp_path)
+    tokenize = load_tokenizer(tmp_path).encode
     for text in TEXTS[:4] + UNSEEN:
         ids = tokenize(text)
         assert ids == library_tokenizer.encode(text, add_special_tokens=False).ids
@@ -69,7 +69,7 @@ def test_text_longer_than_the_models_context_is_kept_whole(tmp_path, library_tok
     library_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 4}))
     text = " ".join(TEXTS)
-    ids = load_tokenizer(tmp_path)(text)
+    ids = load_tokenizer(tmp_path).encode(text)
     assert ids == library_tokenizer.encode(text, add_special_tokens=False).ids
     assert caplog.text == ""
 
@@ -79,7 +79,7 @@ def test_lone_sentencepiece_model_gives_the_ids_of_its_pieces(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("word"))
     library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ids = {library.id_to_piece(number): number for number in range(library.get_piece_size())}
-    tokenize = load_tokenizer(tmp_path)
+    tokenize = load_tokenizer(tmp_path).encode
     for text in TEXTS[:4]:
         assert tokenize(text) == [ids[f"▁{word}"] for word in text.split()]
     assert tokenize("the zebra") == [ids["▁the"], ids["<unk>"]]
@@ -89,7 +89,7 @@ def test_lone_sentencepiece_model_gives_the_ids_of_its_pieces(tmp_path):
 def test_lone_sentencepiece_model_gives_the_librarys_ids(tmp_path, model_type: str):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(model_type))
     library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    tokenize = load_tokenizer(tmp_path)
+    tokenize = load_tokenizer(tmp_path).encode
     for text in TEXTS[:4]:
         ids = tokenize(text)
         assert library.decode(ids) == text
@@ -102,7 +102,7 @@ def test_transformers_tokenizer_goes_before_the_sentencepiece_model(tmp_path, li
     library_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
     expected = library_tokenizer.encode(TEXTS[0], add_special_tokens=False).ids
-    assert load_tokenizer(tmp_path)(TEXTS[0]) == expected
+    assert load_tokenizer(tmp_path).encode(TEXTS[0]) == expected
 
 
 def test_folder_without_tokenizer_names_the_files_it_looked_for(tmp_path):
@@ -151,7 +151,7 @@ def test_sentencepiece_model_with_a_config_beside_it_is_read_as_llama_2_ships_it
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     library = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    tokenize = load_tokenizer(tmp_path)
+    tokenize = load_tokenizer(tmp_path).encode
     assert [tokenize(text) for text in UNSEEN] == [library.encode(text) for text in UNSEEN]
 
 
@@ -163,6 +163,39 @@ FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": F
 def in_config(**flags: bool) -> dict[str, dict]:
     tokens = {str(number): {"content": text} | FLAGS | flags for text, number in IN_JSON["added_tokens.json"].items()}
     return {"tokenizer_config.json": {"added_tokens_decoder": tokens}}
+
+
+def test_prefix_is_what_the_library_puts_in_front_of_a_text(tmp_path, library_tokenizer):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).prefix == [1]
+    library_tokenizer.post_processor = None
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).prefix == []
+
+
+@pytest.mark.parametrize("adds", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}])
+def test_prefix_of_a_lone_sentencepiece_model_is_transformers(tmp_path, adds: dict[str, bool]):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe", 330, **LLAMA_2))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | adds))
+    reference, own = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert reference("the dog")["input_ids"][: len(own.prefix) + 2] == own.prefix + own.encode("the dog")
+    assert len(own.prefix) == len(adds) - adds.get("add_eos_token", 0)
+
+
+TEMPLATE = (
+    "{% for turn in messages %}{% if turn.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<s>{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+)
+
+
+def test_conversations_are_written_by_the_models_chat_template(tmp_path, library_tokenizer):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    tokenizer = load_tokenizer(tmp_path)
+    chat = [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "runs"}]
+    assert tokenizer.written(chat, "a.jsonl: row 1") == "<s>user: the dog\n<s>assistant: runs\n"
+    with pytest.raises(CalibrationError, match="a.jsonl: row 2: the model's chat template refuses it .no system."):
+        tokenizer.written([{"role": "system", "content": "x"}], "a.jsonl: row 2")
 
 
 @pytest.mark.parametrize("legacy", [None, True, False])
@@ -177,7 +210,7 @@ def test_added_tokens_beside_a_lone_sentencepiece_model_are_transformers_ids(tmp
     for name, content in ({"tokenizer_config.json": {}} | files).items():
         own = content | config if name == "tokenizer_config.json" else content
         (tmp_path / name).write_text(json.dumps(own))
-    reference, tokenize = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    reference, tokenize = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path).encode
     marked = ["<|im_start|>the dog<|im_end|>\nfox", "a<|im_start|>", "dog <|im_start|>  the <|im|>", "<|im_end|>",
               "x<|im_start|><|im_end|>y", "<|im_start", "two  spaces"]  # fmt: skip
     for text in UNSEEN + marked:

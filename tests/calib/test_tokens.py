@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from shardq.calib.options import TextOptions
+from shardq.calib.sets import parts_of
 from shardq.calib.tokens import digest, load_tokens
-from shardq.errors import CalibrationError
+from shardq.errors import CalibrationError, ConfigError
 
 VOCABULARY = 50
 NEWLINE_ID = 49
@@ -331,6 +333,7 @@ def test_hub_dataset_is_named_when_the_hub_is_off(model, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = message_of("owner/name", model)
     assert "check its name and the network" in message and "local" in message
+    assert "did you mean ultrachat?" in message_of("ultra_chat", model)
 
 
 @pytest.fixture(name="empty_hub")
@@ -389,12 +392,144 @@ def test_row_without_text_is_named(tmp_path, model, suffix: str):
     assert "column 'text' of row 50 holds null" in message_of(path, model)
 
 
-@pytest.mark.parametrize("options", [{}, {"column": "messages"}], ids=["unasked", "asked"])
-def test_conversations_are_said_to_be_no_text(tmp_path, model, options: dict):
-    chat = [{"role": "user", "content": "w1 w2"}]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
-    message = message_of(tmp_path / "a.jsonl", model, **options)
-    assert "column 'messages' holds conversations" in message and "chat template" in message
+# Conversations
+
+
+CHAT = {"chat_template": "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}"}
+
+
+@pytest.fixture(name="chat_model")
+def _chat_model(tmp_path, model) -> Path:
+    """The model with a chat template and w0 in front of texts; `user` and `assistant` are words w7 and w8."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {"user": words.pop("w7"), "assistant": words.pop("w8")}
+    (tmp_path / "model").mkdir()
+    own = Tokenizer.from_str(json.dumps(tokenizer))
+    own.post_processor = processors.TemplateProcessing(single="w0 $A", special_tokens=[("w0", 0)])
+    own.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(CHAT))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("names", [("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")])
+@pytest.mark.parametrize("column", ["messages", "conversations", "own"])
+def test_conversations_go_through_the_chat_template(tmp_path, chat_model, names: tuple[str, ...], column: str):
+    role, content, user, assistant = names
+    chats = [[{role: user, content: "w1 w2"}, {role: assistant, content: "w3"}], [{role: user, content: "w4 w5"}]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({column: chat}) + "\n" for chat in chats))
+    options = {"column": column} if column == "own" else {}
+    assert loaded(tmp_path / "a.jsonl", chat_model, sequence_length=4, **options) == [[0, 7, 1, 2], [0, 8, 3, 7]]
+    by_row = loaded(tmp_path / "a.jsonl", chat_model, sequence_length=4, packing="row", **options)
+    assert by_row == [[0, 7, 1, 2], [0, 7, 4, 5]]
+
+
+def test_conversations_need_a_chat_template(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "w1"}]}) + "\n")
+    message = message_of(tmp_path / "a.jsonl", model)
+    assert "row 1 holds a conversation" in message and f"{model} has no chat template" in message
+
+
+@pytest.mark.parametrize("turn", [{"role": "user"}, {"role": "user", "content": None}, "w1", {"content": "w1"}])
+def test_turn_without_role_or_text_is_named(tmp_path, chat_model, turn: object):
+    chat = [{"role": "user", "content": "w1"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": chat}, {"messages": [turn]}]))
+    message = message_of(tmp_path / "a.json", chat_model)
+    assert "row 2 holds no conversation: each turn needs role and content" in message
+
+
+# What stands in front of a text
+
+
+@pytest.mark.parametrize("packing, expected", [("packed", [[0, 1, 2, 3], [0, 4, 5, 6]]), ("row", [[0, 3, 4, 5]])])
+def test_every_sequence_begins_with_what_the_tokenizer_puts_in_front(tmp_path, chat_model, packing, expected):
+    path = write_rows(tmp_path / "a.jsonl", ["w1 w2", "w0 w3 w4 w5 w6"])  # w0 once, also where a text begins with it
+    assert loaded(path, chat_model, sequence_length=4, packing=packing) == expected
+
+
+def test_ids_of_a_file_get_nothing_in_front(tmp_path, chat_model):
+    path = save_ids(tmp_path / "a.safetensors", torch.tensor([[1, 2, 3]]))
+    assert loaded(path, chat_model, sequence_length=3) == [[1, 2, 3]]
+
+
+# Mixes and short names
+
+
+def texts_of(word: str, num: int) -> list[str]:
+    return [" ".join([word] * 5)] * num
+
+
+@pytest.mark.parametrize(
+    "shares, samples, counts",
+    [(":3,:1", 4, (3, 1)), (":0.5,:0.5", 5, (3, 2)), (",", 4, (2, 2)), (":0.7,:0.3", 8, (6, 2)), (":9,:1", 6, (5, 1))],
+)
+def test_mix_takes_each_datasets_share(tmp_path, model, shares: str, samples: int, counts: tuple[int, int]):
+    first = write_rows(tmp_path / "a.jsonl", texts_of("w1", 9))
+    second = save_ids(tmp_path / "b.safetensors", torch.full((9, 5), 2))
+    of_first, of_second = shares.split(",")
+    rows = [row[0] for row in loaded(f"{first}{of_first}, {second}{of_second}", model, samples=samples)]
+    assert (rows.count(1), rows.count(2)) == counts
+    half = rows[: samples // 2]  # each stands among the other, so that a batch sees both and the last ones are of both
+    assert all(abs(half.count(word) - count / 2) <= 1 for word, count in zip((1, 2), counts, strict=True))
+
+
+def test_samples_of_a_mix_are_those_of_each_dataset_by_itself(tmp_path, model):
+    first = write_rows(tmp_path / "a.jsonl", [f"w{number} w1 w1 w1 w1" for number in range(2, 20)])
+    second = write_rows(tmp_path / "b.jsonl", [f"w{number} w1 w1 w1 w1" for number in range(20, 40)])
+    mixed = loaded(f"{first}:2,{second}:1", model, samples=9)
+    assert [row for row in mixed if row[0] < 20] == loaded(first, model, samples=6)
+    assert [row for row in mixed if row[0] >= 20] == loaded(second, model, samples=3)
+    assert mixed == loaded(f"{first}:0.5,{second}:0.25", model, samples=9)
+
+
+MIXES = [
+    ("a.jsonl:1,b.jsonl", "b.jsonl: has no share"), ("a.jsonl:x,b.jsonl:1", "a.jsonl: share 'x' of a mix is not"),
+    ("a.jsonl:0,b.jsonl:1", "a.jsonl: share '0'"), ("a.jsonl:nan,b:1", "share 'nan'"), (":1,b.jsonl:1", "share '1'"),
+    ("a.jsonl:1,a.jsonl:2", "a.jsonl: stands twice"), ("a.jsonl:1,b.jsonl:1000", "a.jsonl: its share is less than one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mix, said", MIXES)
+def test_mix_that_makes_no_sense_is_refused_before_anything_is_read(mix: str, said: str):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parts_of(TextOptions(dataset=mix, samples=8))
+    with pytest.raises(ConfigError, match="needs a number of samples"):
+        parts_of(TextOptions(dataset="a.jsonl,b.jsonl", samples=None))
+
+
+def test_file_with_a_comma_and_a_colon_in_its_name_is_no_mix(tmp_path, model):
+    path = write_rows(tmp_path / "a,b:c.jsonl", ["w1 w2 w3 w4 w5"])
+    assert loaded(path, model) == [[1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    "options, asked",
+    [
+        ({"dataset": "ultrachat"}, ("HuggingFaceH4/ultrachat_200k", None, "train_sft")),
+        (
+            {"dataset": "HuggingFaceH4/ultrachat_200k", "split": "test_sft"},
+            ("HuggingFaceH4/ultrachat_200k", None, "test_sft"),
+        ),
+        ({"dataset": "c4"}, ("allenai/c4", "en", "train")),
+        ({"dataset": "allenai/c4", "subset": "de"}, ("allenai/c4", "de", "train")),
+        ({"dataset": "wikitext", "split": "test"}, ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+        ({"dataset": "pile-10k"}, ("NeelNanda/pile-10k", None, "train")),
+        ({"dataset": "owner/name"}, ("owner/name", None, "train")),
+    ],
+)  # fmt: skip
+def test_hub_dataset_is_asked_for_as_it_is_used(chat_model, monkeypatch, options: dict, asked: tuple):
+    calls = []
+
+    def load(name: str, subset: str | None, split: str, **others: object) -> list[dict]:
+        calls.append((name, subset, split))
+        chat = [{"role": "user", "content": "w1 w2"}]
+        return [{"messages": chat}] if "ultrachat" in name else [{"text": "w1 w2 w3"}]
+
+    monkeypatch.setattr("shardq.calib.sets.load_dataset", load)
+    text = TextOptions(**options, samples=1, sequence_length=4)
+    expected = [0, 7, 1, 2] if "ultrachat" in asked[0] else [0, 1, 2, 3]
+    assert load_tokens(text, chat_model, VOCABULARY).tolist() == [expected]
+    assert calls == [asked]
 
 
 def test_text_beside_conversations_is_read(tmp_path, model):

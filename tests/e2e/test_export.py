@@ -294,7 +294,7 @@ class TestAgain:
         shard = folder / "model-00002-of-00004.safetensors"
         shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
         run_export(run)
-        assert re.search(rf"{shard}: (missing|changed).*; exported anew", capsys.readouterr().out)
+        assert re.search(rf"{shard}: (missing|changed).*; exported again", capsys.readouterr().out)
         assert result_files(folder) == before
 
     def test_a_run_writes_a_short_export_again(
@@ -314,7 +314,7 @@ class TestAgain:
         run_export(run, "--output", tmp_path / "out")
         run_quantize(llama, token_file, run, "--target", "vllm", "--redo", "0-2", "--optimize.iterations", 2)
         run_export(run, "--output", tmp_path / "out")
-        assert f"{tmp_path}/out: the run has changed since it was exported; exported anew" in capsys.readouterr().out
+        assert f"{tmp_path}/out: the run has changed since it was exported; exported again" in capsys.readouterr().out
         run_export(run, "--output", tmp_path / "other")
         assert result_files(tmp_path / "out") == result_files(tmp_path / "other")
 

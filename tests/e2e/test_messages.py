@@ -122,7 +122,7 @@ TEXTS = {
     "damaged": (write("a.jsonl", "x"), f"{RUN} --calib.dataset TMP/a.jsonl", 4, "cannot be read as .jsonl .*mend"),
     "null": (write("a.jsonl", rows(["a"] * 49 + [None])), f"{RUN} --calib.dataset TMP/a.jsonl", 4,
              "column 'text' of row 50 holds null, not text; remove that row"),
-    "chats": (write("a.jsonl", CHAT), f"{RUN} --calib.dataset TMP/a.jsonl", 4, "'messages' holds conversations"),
+    "chats": (write("a.jsonl", CHAT), f"{RUN} --calib.dataset TMP/a.jsonl", 4, "row 1 holds .* no chat template"),
     "other column": (write("a.jsonl", '{"body": "a"}'), f"{RUN} --calib.dataset TMP/a.jsonl", 4, "name one of body"),
     "too short": (None, f"{RUN} --calib.samples 9", 4, "gives 8 sequences of 64 tokens, 9 are needed"),
 }  # fmt: skip
