@@ -1,5 +1,6 @@
 """Files that come with the package: found by name wherever the command runs, and all of them in the wheel."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def test_package_data_has_every_file_of_the_configs():
     packed = {file.resolve() for pattern in patterns for file in (ROOT / "shardq").glob(pattern)}
     assert {file for file in ROOT.glob("configs/**/*") if file.is_file()} <= packed
     assert {file.resolve() for kind in (RECIPES, DEEPSPEED) for file in shipped(kind).values()} <= packed
+
+
+def test_dockerfile_copies_what_is_there_and_installs_extras_that_are_declared():
+    dockerfile, ignored = (ROOT / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text().splitlines()
+    copied = [name for line in re.findall(r"^COPY ([^-].*) \S+$", dockerfile, re.MULTILINE) for name in line.split()]
+    assert copied and all((ROOT / name).exists() and f"!{name}" in ignored for name in copied)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (extras,) = re.findall(r"\[([a-z,]+)\]\"", dockerfile)
+    assert set(extras.split(",")) <= declared.keys()
 
 
 @pytest.mark.parametrize("recipe", shipped(RECIPES))

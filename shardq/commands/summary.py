@@ -63,7 +63,7 @@ def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")
     for chosen in run.config.export.asked:
         display.line(f"  {output}/{chosen}/  the same model as {chosen}")
-    display.line(f"next: launch/evaluate.py --model {output} --eval.dataset FILE  measures its perplexity")
+    display.line(f"next: shardq evaluate {output} --eval.dataset FILE  measures its perplexity")
 
 
 def _mean(entries: list[dict], key: str) -> float | None:
