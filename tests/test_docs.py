@@ -24,7 +24,7 @@ from shardq.shipped import DEEPSPEED, shipped
 from shardq.verbs import COMMANDS
 from shown import LINES, PAGES, ROOT, ours
 
-OTHER_PROGRAMS = ("vllm", "llama-cli", "pip", "mkdocs", "export")
+OTHER_PROGRAMS = ("vllm", "llama-cli", "pip", "mkdocs", "docker", "export")
 COMMAND_LINES = [(page, line) for page, line in LINES if ours(line)]
 
 

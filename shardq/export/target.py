@@ -128,7 +128,7 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> 
             part = f"{name} has {size} {kind} channels{split}"
             if size % (parts[kind] * multiple):
                 return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
-            if kind == "input" and not grid.fits(size // parts[kind]):
+            if kind == "input" and not grid.divides(size // parts[kind]):
                 return _Fault(f"{part}; these must be whole groups of {grid.group_size}", name)
     return None
 
