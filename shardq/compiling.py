@@ -70,7 +70,7 @@ def eager(function: Function, varying: bool) -> Function:
     return function
 
 
-def apart(function: Function) -> Function:
+def uncompiled_copy(function: Function) -> Function:
     """A copy of a function that shares no compiled code with it.
 
     Compiled code is reused wherever arguments are alike, whatever hooks their modules have.

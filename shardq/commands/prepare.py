@@ -77,11 +77,11 @@ class Run:
         return RunFolder(self.output).cache(self.config.cache, self.record.num_redos)
 
 
-def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitStack) -> Run:
+def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock: ExitStack) -> Run:
     """Check everything that can be checked before work starts, and find what the output folder holds of the run.
 
     Args:
-        held: keeps other runs out of that folder until it is closed.
+        folder_lock: keeps other runs out of that folder until it is closed.
     """
     grid = together(ranks, lambda: config.quant.grid)  # first: the output folder may be named after it
     output = output_folder(config)
@@ -109,7 +109,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.source, digest(tokens_NT))
-        record, line = take_folder(output, manifest, config.resume, redo, held, display)
+        record, line = take_folder(output, manifest, config.resume, redo, folder_lock, display)
         if line is None:
             skeleton.source.digests.update(record.source)
             mend(record, skeleton, plan, manifest, display)
@@ -136,15 +136,15 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, held: ExitSt
 
 
 def take_folder(
-    output: Path, manifest: dict, resume: str, redo: list[int] | None, held: ExitStack, display: Display
+    output: Path, manifest: dict, resume: str, redo: list[int] | None, folder_lock: ExitStack, display: Display
 ) -> tuple[RunRecord, dict | None]:
     """Keep other runs out of a folder and find what it holds of the run, as `open_run` gives and raises it.
 
     Args:
-        held: keeps them out until it is closed.
+        folder_lock: keeps them out until it is closed.
     """
     check_folder(output, resume)
-    held.enter_context(only_run(output, display.line))
+    folder_lock.enter_context(only_run(output, display.line))
     remove_asides(output)
     for log in RunFolder(output).logs:
         cut_torn_line(log)

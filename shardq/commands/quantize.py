@@ -33,6 +33,9 @@ from shardq.training.tries import train
 def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda block: None) -> QuantizeSummary:
     """Quantize a model, or go on where an interrupted run stopped.
 
+    Args:
+        on_commit: called on rank 0 as each block is committed, and at the end.
+
     Raises:
         ShardQError: any of its kinds; the same on every rank where the cause is common.
     """

@@ -18,7 +18,7 @@ from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import Entries
 from shardq.rundir.plan import Plan
 from shardq.rundir.record import RunRecord
-from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_there, check_room
+from shardq.rundir.room import HEADER_BYTES, Need, bytes_there, check_room, code_bytes, other_bytes
 from shardq.training.memory import MOMENTS
 
 
@@ -126,21 +126,22 @@ def _files(
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
-    grid, itemsize = next(iter(plan.grids.values())), written_dtype(skeleton, plan, export.dtype).itemsize
+    itemsize = written_dtype(skeleton, plan, export.dtype).itemsize
     source_itemsize = written_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
     in_others = dict.fromkeys(formats, 0)
     for block in plan.blocks:
-        grids = {matrix.tensor: of_matrix for matrix, of_matrix in block.grids.items()}
-        sizes = block_bytes(skeleton.block_tensors(block.index), grids)
+        grids = {matrix.tensor: grid for matrix, grid in block.grids.items()}
+        tensors = skeleton.block_tensors(block.index)
         if block.index not in finished:
-            yield output / plan.block_shard(block.index), sizes.others + sizes.num_weights * itemsize
-            yield RunFolder(output).block(block.index), sizes.codes
+            yield output / plan.block_shard(block.index), other_bytes(tensors, grids) + block.num_weights * itemsize
+            codes = sum(code_bytes(matrix.shape, grid) for matrix, grid in block.grids.items())
+            yield RunFolder(output).block(block.index), codes
             for version in plan.encoding_versions:
                 path = RunFolder(output).encodings(version, block.index)
-                yield path, encodings.BYTES_A_SCALE[version] * sizes.num_scales
+                yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
         for name, chosen in formats.items():
-            num_bytes = chosen.block_bytes(sizes, grid, source_itemsize)
+            num_bytes = chosen.block_bytes(tensors, grids, source_itemsize)
             in_others[name] += num_bytes
             path = output / name / plan.block_shard(block.index)
             if name in checkpoints and (block.index not in finished or not path.exists()):

@@ -172,7 +172,7 @@ def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLi
         shapes = f"codes {list(linear.codes_OI.shape)}, its weight {list(tensor.shape)}"
         faults["codes"].append(f"{path}: {name} has {shapes}")
         return
-    if not linear.grid.has_zero_points(linear.zero_point_OG):
+    if not linear.grid.allows_zero_points(linear.zero_point_OG):
         faults["codes"].append(f"{path}: {name} has a zero point that its grid does not allow")
     if not linear.has_valid_scales:
         faults["scales"].append(f"{path}: {name} has a scale that its grid does not allow")

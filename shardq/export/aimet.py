@@ -12,7 +12,6 @@ from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
 from shardq.rundir.encodings import merge_encodings
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.room import BlockBytes
 
 USE_ENCODINGS = """AIMET encodings of the weights, by torch names, lists in [out, in] order: all in `model.encodings`
 or, version 0.6.1, in `model_torch.encodings`, and block by block in `encodings/`. The weights that belong to them are
@@ -39,8 +38,9 @@ class Aimet(Format):
             num_scales += integer_grid(self.name, grid).num_scales(num_outputs, num_inputs)
         encodings.check_size(self.version, num_scales)
 
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
-        return 2 * encodings.BYTES_A_SCALE[self.version] * block.num_scales  # its own file, and its part of the model's
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
+        files = 2  # the block's own, and its part of the model's
+        return files * encodings.BYTES_A_SCALE[self.version] * grid.num_scales(*shape)
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         run, num_blocks = skeleton.folder, len(skeleton.names)
@@ -50,5 +50,5 @@ class Aimet(Format):
         merge_encodings(folder, self.version, run, num_blocks)
         return 0.0
 
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
         return f"{USE_ENCODINGS}\n\n```python\n{LOAD_ENCODINGS}\n```"

@@ -6,11 +6,13 @@ from typing import ClassVar, Literal
 
 import torch
 
+from shardq.errors import ConfigError
 from shardq.formats.options import FormatName
+from shardq.formats.source import SourceTensor
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
-from shardq.rundir.room import BlockBytes
+from shardq.rundir.room import other_bytes
 
 Grids = dict[str, Grid]  # by full name of the linear
 
@@ -56,12 +58,23 @@ class Format(ABC):
         return True
 
     @abstractmethod
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
-        """About what a block takes.
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
+        """About what a quantized weight [O, I] takes.
 
         Args:
             itemsize: of a weight in the source's dtype.
         """
+
+    def block_bytes(self, tensors: dict[str, SourceTensor], grids: Grids, itemsize: int) -> int:
+        """About what a block takes.
+
+        Args:
+            tensors: all of the block's, by name within it.
+            grids: of those that are quantized, by the same name.
+            itemsize: as `matrix_bytes`'.
+        """
+        others = other_bytes(tensors, grids) if self.holds_weights else 0
+        return others + sum(self.matrix_bytes(tensors[name].shape, grid, itemsize) for name, grid in grids.items())
 
     @abstractmethod
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
@@ -77,5 +90,21 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
         """Markdown that says how a program loads it."""
+
+
+def only_grid(format_name: str, grids: Grids) -> Grid:
+    """The grid that all linears are on, for a format that describes one for the whole model.
+
+    Raises:
+        ConfigError: they are on several; names two.
+    """
+    (first, grid), *others = grids.items()
+    for name, other in others:
+        if other != grid:
+            raise ConfigError(
+                f"format: {format_name} has one grid for the whole model, but {first} is on {grid.bits} bits, "
+                f"{grid.description}, and {name} on {other.bits} bits, {other.description}; choose another format"
+            )
+    return grid

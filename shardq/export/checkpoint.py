@@ -24,7 +24,7 @@ from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.room import BlockBytes
+from shardq.rundir.room import code_bytes
 
 LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
 
@@ -43,7 +43,7 @@ class Checkpoint(Format):
             entering: the grid of what enters the linear, where the format asks for one and the run has it.
         """
 
-    def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
+    def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
         """The entry `quantization_config` of config.json; empty for plain weights.
 
         Args:
@@ -59,8 +59,8 @@ class Checkpoint(Format):
         """Dtype of the model that programs make of the checkpoint, in which they keep scales."""
         return model_dtype(skeleton, grid)
 
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
-        return block.others + block.codes
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
+        return code_bytes(shape, grid)
 
     def write_shard(self, run: Path, skeleton: Skeleton, block_index: int, path: Path) -> None:
         """Write a block's shard, once the run's own files of the block are there; it appears whole.
@@ -91,8 +91,7 @@ class Checkpoint(Format):
         write_tensors(path, tensors, {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
-        grid = next(iter(grids.values()))
-        described = self.described(skeleton, grid, _linears_left(skeleton, grids))
+        described = self.described(skeleton, grids, _linears_left(skeleton, grids))
         shards = sorted({info.file.name for info in skeleton.source.index.values()})
         for number, shard in enumerate(shards):
             if is_begun and (folder / shard).exists():
@@ -103,7 +102,7 @@ class Checkpoint(Format):
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
         copy_companions(skeleton.folder, folder)
-        dtype = self.weight_dtype(skeleton, grid)
+        dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
         write_config(skeleton.folder, folder, dtype, **({"quantization_config": described} if described else {}))
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 

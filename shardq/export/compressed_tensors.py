@@ -1,5 +1,6 @@
 """Codes and scales as compressed-tensors, for vLLM and transformers."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardq.export.base import Grids
+from shardq.export.base import Grids, only_grid
 from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, in_transformers, input_grids, with_vllm
 from shardq.formats import compressed_tensors
 from shardq.logs import Display
@@ -16,7 +17,6 @@ from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.record import RunRecord
-from shardq.rundir.room import BlockBytes
 
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
 LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
@@ -37,13 +37,12 @@ class CompressedTensors(Checkpoint):
         return {"activation_bits": self.activation_bits}
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
-        for grid in set(grids.values()):
-            compressed_tensors.check_grid(grid, self.activation_bits)
+        compressed_tensors.check_grid(only_grid(self.name, grids), self.activation_bits)
 
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
         if self.activation_bits == 8:
-            return block.others + block.num_weights  # a byte each at any width
-        return super().block_bytes(block, grid, itemsize)
+            return math.prod(shape)  # a byte each at any width
+        return super().matrix_bytes(shape, grid, itemsize)
 
     def linear_tensors(
         self, name: str, linear: QuantizedLinear, dtype: torch.dtype, entering: ActivationGrid | None
@@ -51,9 +50,10 @@ class CompressedTensors(Checkpoint):
         inputs = {name: entering} if entering else {}
         return compressed_tensors.linear_tensors(name, linear, dtype, self.activation_bits, inputs)
 
-    def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
+    def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
         blocks = range(len(skeleton.names))
         inputs = [grid for number in blocks for grid in input_grids(self, skeleton.folder, skeleton, number).values()]
+        grid = only_grid(self.name, grids)
         return compressed_tensors.quantization_config(grid, self.activation_bits, ignored, *inputs[:1])
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
@@ -62,5 +62,6 @@ class CompressedTensors(Checkpoint):
             display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
         return scale_change
 
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
+        grid = only_grid(self.name, grids)
         return with_vllm(in_transformers("compressed-tensors", LOAD_ASYMMETRIC if grid.has_zero_point else LOAD_PLAIN))

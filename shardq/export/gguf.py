@@ -1,5 +1,6 @@
 """One GGUF file, for llama.cpp."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -8,7 +9,6 @@ from shardq.export.base import Format, Grids
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
-from shardq.rundir.room import BlockBytes
 
 LOAD_GGUF = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", gguf_file="model.gguf")'
 
@@ -28,15 +28,15 @@ class Gguf(Format):
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float16
 
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
-        return block.others + block.num_weights * (34 if grid.bits > 4 else 20) // 32
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
+        return math.prod(shape) * (34 if grid.bits > 4 else 20) // 32
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         from shardq.export.gguf_file import write_gguf
 
         return write_gguf(skeleton, folder, grids)
 
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
         return (
             "```bash\nllama-cli -m path/to/this/folder/model.gguf\n```\n\n"
             f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF}\n```"

@@ -1,5 +1,6 @@
 """A finished run as one GGUF file, for llama.cpp: models of the Llama architecture."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -86,7 +87,7 @@ def write_gguf(skeleton: Skeleton, folder: Path, grids: dict[str, Grid]) -> floa
 
     def write(aside: Path) -> None:
         writer = gguf.GGUFWriter(aside, "llama")
-        _add_metadata(writer, skeleton, next(iter(grids.values())))
+        _add_metadata(writer, skeleton, grids)
         for entry in entries:
             num_bytes = gguf_tensors.num_bytes(entry.shape, entry.kind)
             writer.add_tensor_info(entry.name, entry.shape, np.dtype("float32"), num_bytes, entry.kind)
@@ -101,10 +102,11 @@ def write_gguf(skeleton: Skeleton, folder: Path, grids: dict[str, Grid]) -> floa
     return max(changes)
 
 
-def _add_metadata(writer: gguf.GGUFWriter, skeleton: Skeleton, grid: Grid) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, skeleton: Skeleton, grids: dict[str, Grid]) -> None:
     config = skeleton.model.config
     head_dim = _head_dim(config)
-    writer.add_file_type(FILE_TYPES[gguf_tensors.block_type(grid)])
+    [(most, _)] = Counter(map(gguf_tensors.block_type, grids.values())).most_common(1)
+    writer.add_file_type(FILE_TYPES[most])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

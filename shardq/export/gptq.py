@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from shardq.export.base import Grids
+from shardq.export.base import Grids, only_grid
 from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, in_transformers, with_vllm
 from shardq.formats import gptq
 from shardq.model.skeleton import Skeleton
@@ -21,8 +21,8 @@ class Gptq(Checkpoint):
     rounded_by = "vllm"
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
-        for name, grid in grids.items():
-            gptq.check_grid(grid)
+        gptq.check_grid(only_grid(self.name, grids))
+        for name in grids:
             gptq.check_shape(name, *skeleton.tensor(f"{name}.weight").shape)
 
     def linear_tensors(
@@ -30,12 +30,12 @@ class Gptq(Checkpoint):
     ) -> dict[str, Tensor]:
         return gptq.linear_tensors(name, linear, dtype)
 
-    def described(self, skeleton: Skeleton, grid: Grid, ignored: Iterable[str]) -> dict:
-        return gptq.quantization_config(grid, ignored)
+    def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
+        return gptq.quantization_config(only_grid(self.name, grids), ignored)
 
     def is_served(self, grid: Grid) -> bool:
         return gptq.is_served_by_vllm(grid)
 
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
         loaded = in_transformers("gptqmodel optimum", LOAD_PLAIN)
-        return with_vllm(loaded) if self.is_served(grid) else f"W{loaded[1:]}"
+        return with_vllm(loaded) if self.is_served(only_grid(self.name, grids)) else f"W{loaded[1:]}"

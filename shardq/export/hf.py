@@ -1,5 +1,6 @@
 """Plain weights, for anything that loads Hugging Face checkpoints."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,6 @@ from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
-from shardq.rundir.room import BlockBytes
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Hf(Checkpoint):
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         """Every grid fits."""
 
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
-        return block.others + block.num_weights * (4 if self.dtype == "float32" else itemsize)
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
+        return math.prod(shape) * (4 if self.dtype == "float32" else itemsize)
 
     def weight_dtype(self, skeleton: Skeleton, grid: Grid) -> torch.dtype:
         return torch.float32 if self.dtype == "float32" else super().weight_dtype(skeleton, grid)
@@ -41,5 +41,5 @@ class Hf(Checkpoint):
     ) -> dict[str, Tensor]:
         return plain_tensors(name, linear, dtype)
 
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
         return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"

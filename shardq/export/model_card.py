@@ -2,15 +2,14 @@
 
 import yaml
 
-from shardq.export.base import Format
-from shardq.quant.grid import Grid
+from shardq.export.base import Format, Grids
 
 
-def model_card(manifest: dict, grid: Grid, chosen: Format, scale_change: float) -> str:
+def model_card(manifest: dict, grids: Grids, chosen: Format, scale_change: float) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
-        manifest: of the run.
+        manifest, grids: of the run.
         scale_change: largest relative change of a scale by its rounding after codes were made.
     """
     head = yaml.safe_dump({"library_name": "transformers", "tags": ["shardq", chosen.name]}, sort_keys=False)
@@ -18,13 +17,13 @@ def model_card(manifest: dict, grid: Grid, chosen: Format, scale_change: float) 
     return f"""---
 {head}---
 
-# {_scheme(grid, chosen.activation_bits)}
+# {_scheme(grids, chosen.activation_bits)}
 
 Quantized by shardq {manifest["shardq"]}, weights of the decoder's linears alone. {_exactness(scale_change)}
 
 ## Serve it
 
-{chosen.how_to_serve(grid)}
+{chosen.how_to_serve(grids)}
 
 ## How it was made
 
@@ -46,8 +45,8 @@ def _tuning(manifest: dict) -> str:
     return f"\nScales were then tuned end to end by `launch/tune.py`, codes stayed:\n\n```yaml\n{options}```\n"
 
 
-def _scheme(grid: Grid, activation_bits: int) -> str:
-    return f"W{grid.bits}A{activation_bits}, {grid.description}"
+def _scheme(grids: Grids, activation_bits: int) -> str:
+    return "; ".join(f"W{grid.bits}A{activation_bits}, {grid.description}" for grid in dict.fromkeys(grids.values()))
 
 
 def _exactness(scale_change: float) -> str:

@@ -1,5 +1,6 @@
 """Graphs with packed codes, for onnxruntime."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from shardq.formats.integers import integer_grid
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
-from shardq.rundir.room import BlockBytes
 
 LOAD_ONNX = """session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
 (logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})  # int64 [N, T]"""
@@ -31,9 +31,8 @@ class Onnx(Format):
         for grid in set(grids.values()):
             integer_grid(self.name, grid)
 
-    def block_bytes(self, block: BlockBytes, grid: Grid, itemsize: int) -> int:
-        codes = block.num_weights if grid.bits > 4 else block.num_weights // 2
-        return block.others + codes + 5 * block.num_scales
+    def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
+        return math.prod(shape) // (1 if grid.bits > 4 else 2) + 5 * grid.num_scales(*shape)
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         from shardq.export.onnx_graphs import write_onnx  # its packages are an extra
@@ -43,5 +42,5 @@ class Onnx(Format):
         write_config(skeleton.folder, folder, torch.float32)
         return 0.0
 
-    def how_to_serve(self, grid: Grid) -> str:
+    def how_to_serve(self, grids: Grids) -> str:
         return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"

@@ -25,7 +25,7 @@ def write_onnx(skeleton: Skeleton, folder: Path, grids: dict[str, Grid], display
     Raises:
         UnsupportedModelError: torch's ONNX exporter cannot take the model.
     """
-    opset = onnx_graph.opset_for(next(iter(grids.values())))
+    opset = max(map(onnx_graph.opset_for, grids.values()))
     ends = _write_ends(skeleton, folder)
 
     def parts() -> Iterator[tuple[str, ir.Model]]:

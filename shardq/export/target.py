@@ -44,18 +44,18 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     Raises:
         ConfigError: naming the rule, and the linear that breaks it.
     """
-    grid, export = config.quant.grid, config.export
-    asked = formats_of(export)
+    asked = formats_of(config.export)
     if config.target:  # what it is to serve must be there in the end, by this run or by an export
-        served = served_as(config.target, export)
+        served = served_as(config.target, config.export)
         asked |= {served.name: served}
     for chosen in asked.values():
         check_installed(chosen)
-    if config.target == "vllm" and grid.bits not in compressed_tensors.BITS:
-        raise ConfigError(
-            f"quant.bits: vLLM has no kernel for {grid.bits} bits, only for 4 and 8; choose one of them, or leave out "
-            "target"
-        )
+    for grid in dict.fromkeys(plan.grids.values()):
+        if config.target == "vllm" and grid.bits not in compressed_tensors.BITS:
+            raise ConfigError(
+                f"quant.bits: vLLM has no kernel for {grid.bits} bits, only for 4 and 8; choose one of them, or leave "
+                "out target"
+            )
     for chosen in asked.values():
         chosen.check(skeleton, plan.grids)
     if config.target == "vllm":
@@ -63,24 +63,14 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
 
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
-    grid, activation_bits = config.quant.grid, config.export.activation_bits
-    if grid.group_size not in VLLM_GROUP_SIZES:
-        raise ConfigError(
-            f"quant.group_size: vLLM has no kernel for groups of {grid.group_size}; choose 32, 64, 128 or -1"
-        )
-    if grid.has_zero_point and grid.bits != 4:
-        raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {grid.bits} bits, only of 4")
+    for grid in dict.fromkeys(plan.grids.values()):
+        _check_vllm_grid(config, grid)
     if config.activations.kv_bits:
         raise ConfigError(
             "activations.kv_bits: vLLM takes no integer grids of keys and values from a checkpoint, float8 alone; "
             "leave it out"
         )
-    for chosen in formats_of(config.export).values():
-        if chosen.rounded_by == "vllm" and not chosen.is_served(grid):
-            raise ConfigError(
-                f"export.formats: vLLM takes {chosen.name} on symmetric grids with positive scales only; leave it out"
-            )
-    fault_on = partial(_shape_fault, skeleton, plan, grid, VLLM_MULTIPLE[activation_bits])
+    fault_on = partial(_shape_fault, skeleton, plan, VLLM_MULTIPLE[config.export.activation_bits])
     if fault := fault_on(config.tensor_parallel):
         served = [str(degree) for degree in (1, 2, 4, 8) if not fault_on(degree)]
         fault = fault if served else fault_on(1) or fault
@@ -88,6 +78,20 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
         raise ConfigError(f"target: {fault.reason}; {advice}")
     for block in plan.blocks:
         _check_fused(block, skeleton.blocks[block.index])
+
+
+def _check_vllm_grid(config: QuantizeConfig, grid: Grid) -> None:
+    if grid.group_size not in VLLM_GROUP_SIZES:
+        raise ConfigError(
+            f"quant.group_size: vLLM has no kernel for groups of {grid.group_size}; choose 32, 64, 128 or -1"
+        )
+    if grid.has_zero_point and grid.bits != 4:
+        raise ConfigError(f"quant.symmetric: vLLM has no kernel for asymmetric grids of {grid.bits} bits, only of 4")
+    for chosen in formats_of(config.export).values():
+        if chosen.rounded_by == "vllm" and not chosen.is_served(grid):
+            raise ConfigError(
+                f"export.formats: vLLM takes {chosen.name} on symmetric grids with positive scales only; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class _Fault:
     name: str = ""
 
 
-def _shape_fault(skeleton: Skeleton, plan: Plan, grid: Grid, multiple: int, degree: int) -> _Fault | None:
+def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> _Fault | None:
     """What keeps vLLM from splitting the quantized linears over `degree` GPUs, if anything does.
 
     Which side of a linear is split is the architecture's own declaration. Heads of keys and values that are fewer than
@@ -114,7 +118,8 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, grid: Grid, multiple: int, degr
         return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
     if max(kv_heads, degree) % min(kv_heads, degree):
         return _Fault(f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated")
-    for name, matrix in ((block.full_name(matrix), matrix) for block in plan.blocks for matrix in block.grids):
+    every = [(block.full_name(matrix), matrix, grid) for block in plan.blocks for matrix, grid in block.grids.items()]
+    for name, matrix, grid in every:
         way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
         over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
         parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
@@ -123,7 +128,7 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, grid: Grid, multiple: int, degr
             part = f"{name} has {size} {kind} channels{split}"
             if size % (parts[kind] * multiple):
                 return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
-            if kind == "input" and not grid.fits(size // parts[kind]):
+            if kind == "input" and not grid.divides(size // parts[kind]):
                 return _Fault(f"{part}; these must be whole groups of {grid.group_size}", name)
     return None
 

@@ -19,7 +19,7 @@ from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.lock import only_run
 from shardq.rundir.record import RunRecord
-from shardq.rundir.room import HEADER_BYTES, Need, block_bytes, bytes_there, check_room
+from shardq.rundir.room import HEADER_BYTES, Need, bytes_there, check_room
 from shardq.rundir.source import check_outside
 
 MODEL_CARD = "README.md"
@@ -92,21 +92,20 @@ def _write_files(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
             f"{scale_change:.2%}; a run with --target {chosen.rounded_by} rounds them before"
         )
-    manifest, grid = RunRecord.read(skeleton.folder).manifest(), next(iter(grids.values()))
-    write_text(folder / MODEL_CARD, model_card(manifest, grid, chosen, scale_change))
+    manifest = RunRecord.read(skeleton.folder).manifest()
+    write_text(folder / MODEL_CARD, model_card(manifest, grids, chosen, scale_change))
     return scale_change
 
 
 def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
     """About what an export of a run takes."""
-    grid, total = next(iter(grids.values())), 0
-    itemsize = model_dtype(skeleton, grid).itemsize
+    total, itemsize = 0, model_dtype(skeleton, next(iter(grids.values()))).itemsize
     left = dict(skeleton.source.index)
     for number, block_name in enumerate(skeleton.names):
         tensors = skeleton.block_tensors(number)
         names = {name: f"{block_name}.{name}".removesuffix(".weight") for name in tensors}
-        block = block_bytes(tensors, {name: grids[full] for name, full in names.items() if full in grids})
-        total += chosen.block_bytes(block, grid, itemsize)
+        quantized = {name: grids[full] for name, full in names.items() if full in grids}
+        total += chosen.block_bytes(tensors, quantized, itemsize)
         for info in stored_in(tensors.values()):
             left.pop(info.name, None)
     return total + chosen.holds_weights * sum(info.num_bytes + HEADER_BYTES for info in left.values())

@@ -125,7 +125,7 @@ def _described(path: Path) -> dict[str, tuple[int, Grid]]:
             name: (facts.pop("in_features"), IntegerGrid(**facts)) for name, facts in described.items()
         }
         for num_inputs, grid in linears.values():
-            if not grid.fits(num_inputs):
+            if not grid.divides(num_inputs):
                 raise ValueError(f"{num_inputs} input channels, {grid}")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(f"{path}: the grids in its header are damaged ({error})") from error

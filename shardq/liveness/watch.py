@@ -23,6 +23,8 @@ from shardq.logs import print_error, tell_launcher
 BEAT_SECONDS = 1.0
 # Counted in this process's own beats: while it was stopped itself, or the whole machine was, nobody else was silent.
 MAX_MISSED_BEATS = 20
+# For a rank to end by itself where another was ended by a signal: more than a rank takes that was signalled, too.
+INTERRUPTED_BEATS = 6
 
 
 @contextmanager
@@ -143,7 +145,7 @@ class Watch:
         one rank of a host mostly goes to all: each is given the time to end by itself, and one line a host is enough.
         """
         if interrupted:
-            time.sleep(2 * BEAT_SECONDS)
+            time.sleep(INTERRUPTED_BEATS * BEAT_SECONDS)
         if self._leaving:
             return
         if hung and hung[0] == self._launcher and hung[1] != os.getpid():

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 class Place:
     """A parameter of the block while it is trained: a matrix [O, I], or one for each expert [E, O, I]."""
 
-    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype):
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, num_matrices: int, dtype: torch.dtype):
+        self.parameter, self._num_matrices = parameter, num_matrices
         self._num_collecting = 0  # of its matrices, from which the gradient has not been taken yet
         self.make_room(dtype)
 
@@ -27,18 +27,14 @@ class Place:
         """Have it keep its shape, in another dtype if one is given, and take no memory."""
         self.parameter.data = self.parameter.data.new_zeros((), dtype=dtype).expand(self.parameter.shape)
 
-    def load(self, quantized: dict[int | None, Tensor], adding_up: bool) -> None:
-        """Take over fake-quantized weights [O, I], one for each expert where it is fused; it collects gradients then.
+    def load(self, values: Tensor, adding_up: bool) -> None:
+        """Take over fake-quantized values; it collects gradients then.
 
         Args:
             adding_up: gradients add up in float32.
         """
-        parameter, self._num_collecting = self.parameter, len(quantized)
-        parameter.data = (
-            quantized[None].detach()
-            if None in quantized
-            else torch.stack([quantized[expert].detach() for expert in sorted(quantized)])
-        )
+        parameter, self._num_collecting = self.parameter, self._num_matrices
+        parameter.data = values
         parameter.requires_grad_(True)
         parameter.grad = None
         parameter.grad_dtype = None  # any: what is added to a float32 sum need not be float32 itself

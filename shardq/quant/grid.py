@@ -78,8 +78,8 @@ class Grid(ABC):
         """In words, what shares a scale."""
         return f"in groups of {self.group_size}" if self.group_size else "per-channel"
 
-    def fits(self, num_inputs: int) -> bool:
-        """Whether so many input channels are whole groups."""
+    def divides(self, num_inputs: int) -> bool:
+        """Whether its groups divide so many input channels."""
         return num_inputs % (self.group_size or num_inputs) == 0
 
     def num_groups(self, num_inputs: int) -> int:
@@ -193,11 +193,11 @@ class Grid(ABC):
         """Whether scales may be negative."""
         return False
 
-    def has_scales(self, scale_OG: Tensor) -> bool:
+    def allows_scales(self, scale_OG: Tensor) -> bool:
         """Whether every scale is one of the grid's: finite and positive."""
         return bool((torch.isfinite(scale_OG) & (scale_OG > 0)).all())
 
-    def has_zero_points(self, zero_point_OG: Tensor) -> bool:
+    def allows_zero_points(self, zero_point_OG: Tensor) -> bool:
         """Whether every zero point is one of the grid's."""
         return not zero_point_OG.any()
 

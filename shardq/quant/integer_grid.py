@@ -167,21 +167,21 @@ class IntegerGrid(Grid):
     def has_signed_scales(self) -> bool:
         return self.full_range
 
-    def has_scales(self, scale_OG: Tensor) -> bool:
+    def allows_scales(self, scale_OG: Tensor) -> bool:
         """Whether every scale is finite and positive, or, where it may be negative, not zero.
 
         On a two-level grid, a whole multiple of its channel's, to the bit, too.
         """
-        if not super().has_scales(scale_OG.abs() if self.full_range else scale_OG):
+        if not super().allows_scales(scale_OG.abs() if self.full_range else scale_OG):
             return False
         if not self.decompressed_bits:
             return True
         multiplier_OG, channel_O1 = self.two_levels(scale_OG)
         return torch.equal(multiplier_OG * channel_O1, scale_OG)
 
-    def has_zero_points(self, zero_point_OG: Tensor) -> bool:
+    def allows_zero_points(self, zero_point_OG: Tensor) -> bool:
         if self.symmetric:
-            return super().has_zero_points(zero_point_OG)
+            return super().allows_zero_points(zero_point_OG)
         return not ((zero_point_OG < self.qmin) | (zero_point_OG > self.qmax)).any()
 
     def positive(self, scale_OG: Tensor, zero_point_OG: Tensor) -> tuple[Tensor, Tensor, Grid]:

@@ -27,7 +27,7 @@ class QuantizedLinear:
     @property
     def has_valid_scales(self) -> bool:
         """Whether every scale is one of the grid's."""
-        return self.grid.has_scales(self.scale_OG)
+        return self.grid.allows_scales(self.scale_OG)
 
     def of(self, outputs: slice) -> "QuantizedLinear":
         """Some of the output channels; a view."""

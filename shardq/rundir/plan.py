@@ -113,7 +113,7 @@ def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
 
 def _check_group_sizes(block: BlockPlan) -> None:
     for matrix, grid in block.grids.items():
-        if not grid.fits(matrix.shape[1]):
+        if not grid.divides(matrix.shape[1]):
             raise ConfigError(
                 f"quant.group_size: {grid.group_size} does not divide the {matrix.shape[1]} input channels of "
                 f"{block.full_name(matrix)}; choose a divisor, or -1 for per-channel"

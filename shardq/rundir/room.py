@@ -3,10 +3,9 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from shardq.errors import StorageError
 from shardq.files import nearest_folder
@@ -30,15 +29,6 @@ class Need:
     option: str = "--output"
 
 
-class BlockBytes(NamedTuple):
-    """Of a block: bytes of what is not quantized, of packed codes with their scales; numbers of weights and scales."""
-
-    others: int
-    codes: int
-    num_weights: int
-    num_scales: int
-
-
 def check_room(needs: list[Need]) -> None:
     """Check that there is room; disks are told apart by the file system's number.
 
@@ -57,17 +47,15 @@ def check_room(needs: list[Need]) -> None:
             )
 
 
-def block_bytes(tensors: dict[str, SourceTensor], grids: dict[str, Grid]) -> BlockBytes:
-    """What a block takes of whose tensors, by name within it, some have codes on a grid."""
-    codes = num_weights = num_scales = 0
-    for name, grid in grids.items():
-        num_outputs, num_inputs = tensors[name].shape
-        scales = grid.num_scales(num_outputs, num_inputs)
-        codes += num_outputs * packed_width(num_inputs, grid.bits)
-        codes += scales * (5 if grid.has_zero_point else 4) + 3 * HEADER_BYTES
-        num_weights, num_scales = num_weights + num_outputs * num_inputs, num_scales + scales
-    others = sum(HEADER_BYTES + tensor.stored_bytes * (name not in grids) for name, tensor in tensors.items())
-    return BlockBytes(others, codes, num_weights, num_scales)
+def code_bytes(shape: tuple[int, ...], grid: Grid) -> int:
+    """What a weight [O, I] takes as packed codes with scales and zero points."""
+    scales = grid.num_scales(*shape) * (5 if grid.has_zero_point else 4)
+    return shape[0] * packed_width(shape[1], grid.bits) + scales + 3 * HEADER_BYTES
+
+
+def other_bytes(tensors: Mapping[str, SourceTensor], quantized: Container[str]) -> int:
+    """What is left of a block, whose tensors are given by name, beside some that are quantized."""
+    return sum(HEADER_BYTES + tensor.stored_bytes * (name not in quantized) for name, tensor in tensors.items())
 
 
 def bytes_there(path: Path) -> int:

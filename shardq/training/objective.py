@@ -28,7 +28,7 @@ LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence
 
 OUTPUT_WEIGHT = 30.0  # of the output's relative error; divergence alone does worse on held-out text (measured)
 LIKELY_TOKENS = 8192  # of the vocabulary, to whose predictions the last block is trained; as good as all (measured)
-LOOKED_AT = 4  # one position in four is read to find the likely tokens
+POSITION_STRIDE = 4  # one position in four is read to find the likely tokens
 PREDICTION_STEPS = 2  # times as many as the other blocks'; with that weight more steps still gain (measured)
 
 
@@ -94,7 +94,7 @@ def _likely_tokens(job: Job, block_index: int, to_logits: ToLogits) -> tuple[Ten
     activations, head = job.activations, job.skeleton.model.get_output_embeddings()
 
     def load(sample: int) -> Tensor:
-        return activations.load("fp", block_index + 1, [sample])[:, ::LOOKED_AT]
+        return activations.load("fp", block_index + 1, [sample])[:, ::POSITION_STRIDE]
 
     expected_X = torch.zeros(head.out_features, device=activations.device)
     for _, hidden_NTD in activations.ahead(load, activations.samples):

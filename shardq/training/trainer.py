@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from shardq.calib.partition import largest_part
-from shardq.compiling import Compile, apart
+from shardq.compiling import Compile, uncompiled_copy
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
 from shardq.model.arguments import Entering, hidden_of
@@ -190,7 +190,7 @@ def _make_trainer(job: Job, loaded: LoadedBlock) -> BlockTrainer:
         quantizer=quantizer,
         stepper=job.engine.stepper(quantizer, optimize) if recipe.trains(loaded.plan) else None,
         inputs=RoundedInputs(loaded.module, grids if rounds else (), recipe.activations),
-        block_loss=job.compiled(apart(block_loss), False) if rounds else job.block_loss,
+        block_loss=job.compiled(uncompiled_copy(block_loss), False) if rounds else job.block_loss,
         written_dtype=recipe.written_dtype,
     )
     if trainer.stepper is not None:

@@ -282,7 +282,7 @@ def test_last_block_is_trained_to_the_float_models_predictions(llama, token_file
 def test_last_block_is_trained_to_the_tokens_that_the_float_model_expects(llama, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(objective, "OUTPUT_WEIGHT", 0.0)
     run_quantize(llama, token_file, tmp_path / "all")
-    expected = calibration_logits(llama, token_file)[:, :: objective.LOOKED_AT].softmax(-1).sum((0, 1))
+    expected = calibration_logits(llama, token_file)[:, :: objective.POSITION_STRIDE].softmax(-1).sum((0, 1))
     likely = sorted(expected.topk(9).indices.tolist())
     monkeypatch.setattr(objective, "LIKELY_TOKENS", 9)
     run_quantize(llama, token_file, tmp_path / "likely")

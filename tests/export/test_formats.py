@@ -1,5 +1,7 @@
 """Every format answers every question."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,15 @@ from shardq.export.chosen import (
     served_as,
 )
 from shardq.formats.options import AimetOptions
+from shardq.formats.shards import TensorInfo
+from shardq.formats.source import as_stored
 from shardq.model.skeleton import open_skeleton
 from shardq.quant.integer_grid import IntegerGrid
-from shardq.rundir.room import BlockBytes
+from shardq.rundir.room import HEADER_BYTES
 
 GRID = IntegerGrid(bits=4, symmetric=True, group_size=32)
-BLOCK = BlockBytes(others=1000, codes=20_000, num_weights=32_000, num_scales=1000)
+GRIDS = {"model.layers.0.mlp.up_proj": GRID}
+SHAPE = 1000, 32  # a scale for each output
 EVERY = [format_of(name, ExportOptions()) for name in FORMATS]
 SERVED = {
     "compressed-tensors": "vllm serve",
@@ -43,28 +48,45 @@ def test_a_format_has_the_name_that_options_give_it(chosen: Format):
 
 @every_format
 def test_a_format_says_how_it_is_served(chosen: Format):
-    assert SERVED[chosen.name] in chosen.how_to_serve(GRID)
+    assert SERVED[chosen.name] in chosen.how_to_serve(GRIDS)
 
 
 @every_format
 def test_a_format_knows_its_size(chosen: Format):
-    weights, scales = BLOCK.num_weights, BLOCK.num_scales
+    weights, scales = 32_000, 1000
+    packed = weights // 2 + 4 * scales + 3 * HEADER_BYTES
     expected = {
-        "compressed-tensors": 1000 + 20_000,
-        "gptq": 1000 + 20_000,
-        "hf": 1000 + 4 * weights,
-        "onnx": 1000 + weights // 2 + 5 * scales,
-        "gguf": 1000 + weights // 32 * 20,
+        "compressed-tensors": packed,
+        "gptq": packed,
+        "hf": 4 * weights,
+        "onnx": weights // 2 + 5 * scales,
+        "gguf": weights // 32 * 20,
         "aimet": 2 * 26 * scales,
     }
-    assert chosen.block_bytes(BLOCK, GRID, itemsize=2) == expected[chosen.name]
+    size = expected[chosen.name]
+    assert chosen.matrix_bytes(SHAPE, GRID, itemsize=2) == size
     assert chosen.holds_weights == (chosen.name != "aimet")
+    shapes = {"up": SHAPE, "norm": (9,)}
+    infos = [TensorInfo(name, Path("x"), "BF16", shape, 0, 2 * math.prod(shape)) for name, shape in shapes.items()]
+    tensors = {info.name: as_stored(info) for info in infos}
+    others = (2 * 9 + 2 * HEADER_BYTES) * chosen.holds_weights
+    assert chosen.block_bytes(tensors, {"up": GRID}, itemsize=2) == size + others
 
 
 def test_options_change_sizes():
     options = ExportOptions(dtype="source", activation_bits=8, aimet=AimetOptions(version="0.6.1"))
-    sizes = [format_of(name, options).block_bytes(BLOCK, GRID, 2) for name in ("hf", "compressed-tensors", "aimet")]
-    assert sizes == [1000 + 64_000, 1000 + 32_000, 2 * 160 * 1000]
+    sizes = [format_of(name, options).matrix_bytes(SHAPE, GRID, 2) for name in ("hf", "compressed-tensors", "aimet")]
+    assert sizes == [64_000, 32_000, 2 * 160 * 1000]
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_a_format_of_one_grid_names_linears_that_are_on_two(name: str, llama: Path):
+    up, down = (f"model.layers.0.mlp.{kind}_proj" for kind in ("up", "down"))
+    grids = {up: replace(GRID, bits=8), down: GRID}
+    chosen = format_of(name, ExportOptions())
+    with pytest.raises(ConfigError, match=f"{name} has one grid .*{up} is on 8 bits, .*{down} on 4 bits, .*choose an"):
+        chosen.check(open_skeleton(llama), grids)
+    format_of("hf", ExportOptions()).check(open_skeleton(llama), grids)
 
 
 @every_format

@@ -115,6 +115,12 @@ def test_error_on_which_all_ranks_agree_is_nobodys_failure(tmp_path):
     assert own_lines(tmp_path) == ["shardq: [rank 1] disk of one rank is full"] * NUM_RANKS
 
 
+def test_signal_to_all_leaves_each_the_time_to_end_in_order(tmp_path):
+    codes, _ = run("signalled", 0, tmp_path)
+    assert codes == [128 + signal.SIGTERM] * NUM_RANKS, own_lines(tmp_path)
+    assert own_lines(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "how", ["busy", "early", *(pytest.param(how, marks=pytest.mark.slow) for how in ("slow", "stranger"))]
 )

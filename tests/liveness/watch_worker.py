@@ -14,14 +14,16 @@ import time
 from pathlib import Path
 
 from rank_process import run_and_leave
-from shardq.errors import ShardQError, StorageError
+from shardq.errors import Interrupted, ShardQError, StorageError
 from shardq.liveness import meeting, stall, watch
+from shardq.liveness.interrupts import interruptible
 from shardq.logs import print_error
 from shardq.parallel.collectives import barrier, together
 from shardq.parallel.ranks import Ranks, started, this_rank
 
 BUSY_SECONDS = 6.0
 SLOW_SECONDS = 0.5
+TIDYING_SECONDS = 3.0
 IN_STEPS = ("endless", "still", "slow")
 
 watch.BEAT_SECONDS = 0.2  # so that silence is found after 4 s
@@ -71,6 +73,17 @@ def steps(ranks: Ranks, how: str, fails: bool) -> None:
         barrier(ranks)
 
 
+def end_by_signal(tidies: bool) -> None:
+    """What the signal that a launcher passes on does to a run; that of a rank which writes takes some time."""
+    with interruptible("go on"), started("cpu") as ranks:
+        barrier(ranks)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            time.sleep(TIDYING_SECONDS if tidies else 0)
+
+
 def main() -> None:
     """Join, meet, fail or wait for the one that does."""
     how, who, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -79,6 +92,9 @@ def main() -> None:
         signal.pause()
     if how == "stranger" and rank == who:
         knock()
+    if how == "signalled":
+        watch.BEAT_SECONDS = 1.0
+        end_by_signal(rank == who)
     with started("cpu") as ranks:
         barrier(ranks)
         (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -99,6 +115,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         run_and_leave(main)
+    except Interrupted as error:
+        os._exit(error.exit_code)
     except ShardQError as error:
         print_error(str(error), error.where if error.agreed else this_rank())
         os._exit(error.exit_code)

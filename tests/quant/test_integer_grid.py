@@ -272,7 +272,7 @@ def test_grid_says_what_it_takes_and_what_it_is_called():
     assert (plain.name, plain.description) == ("w4", "symmetric, per-channel")
     assert (grouped.name, grouped.description) == ("w3-g8", "asymmetric, in groups of 8")
     assert (plain.num_scales(6, 32), grouped.num_scales(6, 32)) == (6, 24)
-    assert plain.fits(31) and grouped.fits(32) and not grouped.fits(31)
+    assert plain.divides(31) and grouped.divides(32) and not grouped.divides(31)
     assert IntegerGrid(**grouped.as_dict()) == grouped
 
 
@@ -284,5 +284,5 @@ def test_nearest_levels_are_those_that_codes_stand_for(grid: IntegerGrid):
     assert torch.equal(levels * scale, grid.decode(grid.encode(rows, scale, zero_point), scale, zero_point))
     is_beyond = (rows / scale - levels).abs() > 0.5
     assert torch.equal(grid.is_inside(rows / scale, levels), ~is_beyond)
-    assert grid.has_scales(scale) and grid.has_zero_points(zero_point)
-    assert not grid.has_scales(0 * scale) and not grid.has_zero_points(zero_point + 2**grid.bits)
+    assert grid.allows_scales(scale) and grid.allows_zero_points(zero_point)
+    assert not grid.allows_scales(0 * scale) and not grid.allows_zero_points(zero_point + 2**grid.bits)
