@@ -1,9 +1,11 @@
 """One weight to quantize: where it lives in a block, and how its values and its input are reached there."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from shardq.errors import UnsupportedModelError
@@ -63,6 +65,17 @@ class Matrix:
             parameter.data = weight_OI
         else:
             parameter.data[self.expert] = weight_OI
+
+
+def assembled(weights: Iterable[tuple[Matrix, Tensor]]) -> dict[str, Tensor]:
+    """A block's parameters by name, made of matrices' weights [O, I]: the very one, or all experts' of it, stacked."""
+    parts: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
+    for matrix, weight_OI in weights:
+        parts[matrix.tensor][matrix.expert] = weight_OI
+    return {
+        name: experts[None] if None in experts else torch.stack([experts[number] for number in sorted(experts)])
+        for name, experts in parts.items()
+    }
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_other_commands_name_programs_and_options_that_are_there(page, line):
         assert program in OTHER_PROGRAMS or line == "shardq --help", line
         return
     assert (ROOT / script.group()).is_file(), line
-    source = "".join(other.read_text() for other in (ROOT / script.group()).parent.glob("*.py"))
+    source = "".join(other.read_text() for other in (ROOT / script.group()).parent.rglob("*.py"))
     if script.group().endswith(".py") and line.startswith("python"):
         options = [word.removeprefix("--") for word in shlex.split(line.split(" -- ")[0]) if word.startswith("--")]
         assert all(option in source for option in options), line

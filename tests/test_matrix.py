@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import UnsupportedModelError
-from shardq.matrix import Matrix, hooked, matrices_in
+from shardq.matrix import Matrix, assembled, hooked, matrices_in
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.quant.adascale import Kernels
 from shardq.quant.integer_grid import IntegerGrid
@@ -72,6 +72,14 @@ def test_an_expert_is_read_and_written_in_its_place():
     assert torch.equal(whole[1], weight_OI) and torch.equal(whole[0], other)
     assert EXPERTS[1].of(block.state_dict()).data_ptr() == whole[1].data_ptr()
     assert EXPERTS[1].tensor == "mlp.up"
+
+
+def test_parameters_are_made_of_their_matrices():
+    block, (second, first) = nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 6, 8)
+    whole = torch.randn(6, 8)
+    made = assembled([(EXPERTS[1], second), (EXPERTS[0], first), (matrices_in(block)[0], whole)])
+    assert made["mlp.up"].tolist() == [first.tolist(), second.tolist()]
+    assert made["0.weight"] is whole and len(made) == 2
 
 
 def test_a_whole_parameter_becomes_the_very_tensor_that_is_put_there():

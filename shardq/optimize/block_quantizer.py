@@ -1,5 +1,6 @@
 """The quantizers of a block's matrices, and how weights get into the block and out of it."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import QuantizationError
-from shardq.matrix import Matrix
+from shardq.matrix import Matrix, assembled
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
 from shardq.optimize.place import Collect, Place, leaving
 from shardq.optimize.share import Everything, Share
@@ -53,7 +54,8 @@ class BlockQuantizer(nn.Module):
         self._collecting: list[Tensor] = []
         parameters = {matrix.tensor: matrix.parameter_in(block) for matrix in grids}
         # Frees their memory; `load` and `serve` bring the weights that the block computes with.
-        self._places = {name: Place(parameter, dtype) for name, parameter in parameters.items()}
+        num_matrices = Counter(matrix.tensor for matrix in grids)
+        self._places = {name: Place(parameters[name], num, dtype) for name, num in num_matrices.items()}
         self.quantizers = nn.ModuleList()
         for matrix, grid in grids.items():
             like_OI = matrix.part_of(parameters[matrix.tensor])[self._share.outputs(matrix.shape[0])]
@@ -103,8 +105,8 @@ class BlockQuantizer(nn.Module):
             adding_up: several backward passes will come, whose gradients add up in float32.
         """
         loaded = list(zip(self.matrices, quantized, strict=True))
-        for name, place in self._places.items():
-            place.load({matrix.expert: weight_OI for matrix, weight_OI in loaded if matrix.tensor == name}, adding_up)
+        for name, values in assembled((matrix, weight_OI.detach()) for matrix, weight_OI in loaded).items():
+            self._places[name].load(values, adding_up)
         self._collecting = [
             Collect.apply(weight_OI, self._places[matrix.tensor], matrix.expert) for matrix, weight_OI in loaded
         ]

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 class Place:
     """A parameter of the block while it is trained: a matrix [O, I], or one for each expert [E, O, I]."""
 
-    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype):
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, num_matrices: int, dtype: torch.dtype):
+        self.parameter, self._num_matrices = parameter, num_matrices
         self._num_collecting = 0  # number of its matrices whose gradient has not been taken yet
         self.make_room(dtype)
 
@@ -27,18 +27,14 @@ class Place:
         """Free the values; the shape stays, and the dtype unless another is given."""
         self.parameter.data = self.parameter.data.new_zeros((), dtype=dtype).expand(self.parameter.shape)
 
-    def load(self, quantized: dict[int | None, Tensor], adding_up: bool) -> None:
-        """Take fake-quantized weights [O, I], one for each expert of a fused parameter, and collect their gradients.
+    def load(self, values: Tensor, adding_up: bool) -> None:
+        """Take fake-quantized values, and collect gradients from then on.
 
         Args:
             adding_up: gradients add up in float32.
         """
-        parameter, self._num_collecting = self.parameter, len(quantized)
-        parameter.data = (
-            quantized[None].detach()
-            if None in quantized
-            else torch.stack([quantized[expert].detach() for expert in sorted(quantized)])
-        )
+        parameter, self._num_collecting = self.parameter, self._num_matrices
+        parameter.data = values
         parameter.requires_grad_(True)
         parameter.grad = None
         parameter.grad_dtype = None  # any dtype: the terms of a float32 sum need not be float32

@@ -13,6 +13,7 @@ from shardq.formats.block_file import write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES
 from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.matrix import assembled
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
@@ -56,17 +57,16 @@ def write_block_files(
     """
     full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
     grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
-    quantized = {matrix.tensor: linears[matrix.name] for matrix in block.grids}
 
     def write_weights(path: Path) -> None:
+        quantized = assembled((matrix, linears[matrix.name].dequantized(dtype)) for matrix in block.grids)
         weights: dict[str, Tensor] = {}
         for name, tensor in skeleton.block_tensors(block.index).items():
-            linear = quantized.get(name)
-            if linear is None:
+            if name in quantized:
+                weights[tensor.name] = quantized.pop(name)
+                check_finite(path, {tensor.name: weights[tensor.name]})
+            else:
                 weights |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
-                continue
-            weights[tensor.name] = linear.dequantized(dtype)
-            check_finite(path, {tensor.name: weights[tensor.name]})
         write_tensors(path, weights, {"format": "pt"})
 
     folder = RunFolder(output)

@@ -15,6 +15,7 @@ from shardq.devices import to_device
 from shardq.errors import QuantizationError, UnsupportedModelError
 from shardq.formats.block_file import read_block
 from shardq.logs import Display, Events
+from shardq.matrix import assembled
 from shardq.model.arguments import Entering, hidden_of, with_hidden
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.ends import prologue, whole_epilogue
@@ -66,15 +67,14 @@ class Tuning:
         """Blocks with dequantized weights, in the dtype of the matrix multiplies: codes alone go to the device."""
         device, dtype = self.activations.device, self.options.dtype
 
+        def dequantized(linear: QuantizedLinear) -> Tensor:
+            parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
+            return QuantizedLinear(*(to_device(part, device) for part in parts), linear.grid).dequantized(dtype)
+
         def read(block: BlockPlan) -> dict[str, Tensor]:
             linears = self.linears(block)
             source = read_weights(self.skeleton, block, device, {matrix.tensor for matrix in block.grids})
-            for matrix in block.grids:
-                linear = linears[matrix.name]
-                parts = (linear.codes_OI, linear.scale_OG, linear.zero_point_OG)
-                on_device = QuantizedLinear(*(to_device(part, device) for part in parts), linear.grid)
-                source[matrix.tensor] = on_device.dequantized(dtype)
-            return source
+            return source | assembled((matrix, dequantized(linears[matrix.name])) for matrix in block.grids)
 
         return stream_blocks(self.skeleton, blocks, device, dtype, partial(self.events.waiting, "input"), read=read)
 

@@ -28,6 +28,7 @@ from disk_model import Disk
 from forked_runs import Setting, launch, output_of, what_is_wrong
 from runs import result_files
 from shardq.cache.store import DiskStore
+from shardq.commands import commit as committing
 from shardq.commands import quantize as run
 from shardq.export.checkpoint import Checkpoint
 from shardq.formats import tensor_file
@@ -44,10 +45,10 @@ POINTS = {  # name: where the function is looked up when it is called
     "write tensors": (tensor_file, "save_file"),
     "ledger line": (ledger, "append_line"),
     "commit": (ledger, "commit"),
-    "block files": (run, "write_block_files"),
+    "block files": (committing, "write_block_files"),
     "export shard": (Checkpoint, "write_shard"),
-    "export": (run, "write_format"),
-    "barrier": (run, "barrier"),
+    "export": (committing, "write_format"),
+    "barrier": (committing, "barrier"),
     "step": (LocalStepper, "step"),
     "save checkpoint": (checkpoint, "save"),
     "load checkpoint": (checkpoint, "load"),
@@ -56,7 +57,7 @@ POINTS = {  # name: where the function is looked up when it is called
     "write activations": (DiskStore, "write"),
     "drop activations": (DiskStore, "drop"),
     "read weights": (WeightSource, "read"),
-    "finish": (run, "write_run_files"),
+    "finish": (committing, "write_run_files"),
     "delete cache": (shutil, "rmtree"),
 }
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)

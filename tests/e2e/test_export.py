@@ -287,6 +287,19 @@ class TestAgain:
         assert f"{tmp_path}/hf: this export is finished, nothing is left to do" in capsys.readouterr().out
         assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
 
+    def test_an_export_is_uploaded_once_it_is_whole_and_refused_before_it_is_begun(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        uploads = []
+        monkeypatch.setenv("HF_TOKEN", "hf_one")
+        monkeypatch.setattr("shardq.commands.export.push", lambda *given: uploads.append(given[:3]) or "address")
+        for _ in range(2):  # the second time nothing is left to do but the upload
+            assert run_export(run, "--push_to_hub", "owner/model", "--private", "true")["address"] == "address"
+        assert uploads == [(run / "compressed-tensors", "owner/model", True)] * 2
+        with pytest.raises(ConfigError, match="push_to_hub: model names no owner"):
+            run_export(run, "--format", "hf", "--push_to_hub", "model")
+        assert not (run / "hf").exists()
+
     @pytest.mark.parametrize("damage", ["missing", "short"])
     def test_what_is_missing_or_short_is_written_again(self, run: Path, capsys: pytest.CaptureFixture, damage: str):
         folder = run / "compressed-tensors"

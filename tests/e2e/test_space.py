@@ -154,7 +154,7 @@ def test_export_that_will_not_fit_is_refused_before_it_begins(finished, tmp_path
 
 def test_tuning_that_will_not_fit_is_refused_before_it_begins(finished, llama, tmp_path, monkeypatch):
     arguments = [str(finished), "--model", str(llama), "--output", str(tmp_path / "out"), "--tune.steps", "1"]
-    largest, saved = [0], tune._save
+    largest, saved = [0], tune.write_checked
 
     def look(*args: object) -> None:
         saved(*args)
@@ -165,7 +165,7 @@ def test_tuning_that_will_not_fit_is_refused_before_it_begins(finished, llama, t
 
     counted = {}
     monkeypatch.setattr(space, "check_room", note)
-    monkeypatch.setattr(tune, "_save", look)
+    monkeypatch.setattr(tune, "write_checked", look)
     tune.tune(parse("tune", arguments), ONE_RANK)
     written = bytes_there(tmp_path / "out") + max(largest)
     assert 0.95 * written < counted["weights, encodings and state"] < 1.2 * written

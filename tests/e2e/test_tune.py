@@ -61,14 +61,14 @@ def tuned(run: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @contextmanager
 def stopping_after_a_save(output: Path) -> Iterator[None]:
     """Have the tuning that runs in the body stop once its state is saved."""
-    save = tuning._save
+    save = tuning.write_checked
 
     def save_and_stop(path: Path, *state: object) -> None:
         save(path, *state)
         RunFolder(output).stop.touch()
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tuning, "_save", save_and_stop)
+        patched.setattr(tuning, "write_checked", save_and_stop)
         yield
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
-sys.path[:0] = [str(BENCH), str(BENCH / "peers")]
+PEERS = Path(__file__).resolve().parents[2] / "tools" / "bench" / "peers"
+sys.path.insert(0, str(PEERS))
 import peer_worker  # noqa: E402
 import peers  # noqa: E402
 import peers_process  # noqa: E402

@@ -28,10 +28,14 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from peers import (
+from safetensors.numpy import load_file, save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "peers"))
+
+from peers import (  # noqa: E402
     CALIB_COLUMN,
     EVAL_COLUMN,
-    HERE,
     Bench,
     make_parser,
     peer_command,
@@ -39,10 +43,9 @@ from peers import (
     shardq_command,
     with_paths,
 )
-from peers_process import ProcessFailed
-from peers_truncate import graft, truncate
-from peers_workers import PEERS
-from safetensors.numpy import load_file, save_file
+from peers_process import ProcessFailed  # noqa: E402
+from peers_truncate import graft, truncate  # noqa: E402
+from peers_workers import PEERS  # noqa: E402
 
 
 def variant(text: str) -> tuple[str, list[str]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-WORKERS = Path(__file__).resolve().parent / "peers"
+WORKERS = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compare shardq with AIMET's AdaScale, AutoRound and llm-compressor's GPTQ: step and wall times, memory, perplexity.
 
-    python tools/bench/peers.py --model DIR --ids FILE --iterations N \\
+    python tools/bench/peers/peers.py --model DIR --ids FILE --iterations N \\
         --aimet PYTHON --autoround PYTHON --llmcompressor PYTHON
 
 All quantize the same decoder linears (4 bits, symmetric, per-channel) from the same token ids, with the same number of
@@ -30,7 +30,7 @@ from peers_process import ProcessFailed, run_process
 from peers_truncate import graft, read_headers, truncate
 from peers_workers import PEERS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from shardq.logs import Event  # noqa: E402  the checkout comes first on the path
 from shardq.rundir.record import RunRecord  # noqa: E402
@@ -102,7 +102,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="default: what AutoRound chooses, bfloat16 where the processor has it",
     )  # fmt: skip
     parser.add_argument(
-        "--checkout", type=Path, default=HERE.parents[1], help="shardq that is measured and evaluates (default: this)"
+        "--checkout", type=Path, default=HERE.parents[2], help="shardq that is measured and evaluates (default: this)"
     )
     parser.add_argument("--eval-samples", type=int, help="sequences to evaluate on (default: all in the file)")
     return parser
