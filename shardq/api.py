@@ -30,7 +30,7 @@ def quantize(model: Location | QuantizeConfig, *, config: Recipes = (), **option
 
     Args:
         model: Hugging Face folder, hub name, or all options in one object.
-        config: recipes, as `--config` takes them; later ones win, and single options over all.
+        config: recipes, as `--config` takes them; later ones override earlier ones, single options all.
         options: those of `shardq quantize --help`, among them `output`.
 
     Raises:
@@ -88,13 +88,13 @@ def verify(run: Location | VerifyConfig) -> VerifySummary:
         run: its folder.
 
     Raises:
-        ResumeError: the folder holds neither, or something in it is damaged; names what.
+        ResumeError: the folder holds neither a run nor an export, or a file in it is damaged; names the file.
     """
     return cast(VerifySummary, _call("verify", run, (), {}))
 
 
 def load_run(run: Location) -> "LoadedRun":
-    """Read what a run has made so far: its blocks with their grids, losses and times; codes when they are asked for.
+    """Read the result of a run so far: its blocks with their grids, losses and times; codes when they are asked for.
 
     Args:
         run: output folder of a run, finished or not.
@@ -123,7 +123,7 @@ def _call(verb: str, first: Location | Config, recipes: Recipes, options: Mappin
 
 
 def config_of(verb: str, first: Location | Config, recipes: Recipes, options: Mapping[str, object]) -> Config:
-    """A verb's options from what its function was given, checked as the command line checks them.
+    """A verb's options from its function's arguments, checked as the command line checks them.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong type, or a recipe cannot be read.
@@ -142,7 +142,7 @@ def config_of(verb: str, first: Location | Config, recipes: Recipes, options: Ma
 
 
 def _settings(options: Mapping[str, object], where: str, prefix: str = "") -> Iterator[Setting]:
-    """Options as a recipe would hold them: sections taken apart, values as text or lists of text."""
+    """Options as a recipe has them: one setting for each field of a section, values as text or lists of text."""
     for name, value in options.items():
         value = _by_name(value) if is_dataclass(value) else value
         if isinstance(value, Mapping):

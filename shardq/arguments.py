@@ -1,7 +1,7 @@
-"""Arguments and recipes to the options of a command.
+"""From arguments and recipes to the options of a command.
 
-Values are text until they meet their field, wherever they stand: what may be written in a recipe may be written behind
-an option, and the other way round. Options are the fields of the command's dataclass, sections its dataclass fields.
+A value is text until it is converted to its field's type, so recipes and the command line take the same values. Options
+are the fields of the command's dataclass, sections its dataclass fields.
 """
 
 import math
@@ -24,12 +24,12 @@ RECIPE = "config"
 NULLS = ("null", "~")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 WORDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-SHOWN = 60  # characters of a value that a message repeats
+SHOWN = 60  # most characters of a value that a message repeats
 
 
 @dataclass
 class Given:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     positional: list[str] = field(default_factory=list)
     recipes: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Given:
 
 
 def take_apart(arguments: list[str], config_class: type) -> Given:
-    """Tell options, recipes and the rest of a command line apart; every option but the flags takes one value.
+    """Parse a command line into options, recipes and other arguments; every option except a flag takes one value.
 
     Raises:
         ConfigError: an option has no value, or one dash.
@@ -67,7 +67,7 @@ def take_apart(arguments: list[str], config_class: type) -> Given:
 
 
 def make_config(config_class: type[Config], given: Given, verb: str) -> Config:
-    """Defaults, then recipes from left to right, then single options, wherever each stands.
+    """A config of defaults, overridden by recipes from left to right, then by single options, in any place.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong type, or a recipe cannot be read.
@@ -109,7 +109,7 @@ def option_types(config_class: type, prefix: str = "") -> dict[str, object]:
 
 
 def required(config_class: type) -> list[str]:
-    """Options without a default; the first of them may stand alone, without its name."""
+    """Options without a default; the first of them may be given by its value only, without its name."""
     return [each.name for each in fields(config_class) if each.default is each.default_factory is MISSING]
 
 
@@ -134,7 +134,7 @@ def _check_known(setting: Setting, hints: dict[str, object], verb: str) -> None:
 
 
 def _typed_value(text: str) -> Value:
-    """What is typed behind an option: null, a YAML list, or text."""
+    """The value of an option on the command line: null, a YAML list, or text."""
     if text in NULLS:
         return None
     if text.startswith("[") and text.endswith("]"):
@@ -146,7 +146,7 @@ def _typed_value(text: str) -> Value:
 
 
 def _converted(value: Value, hint: object) -> object:
-    """A value as its field holds it; raises ValueError where it cannot."""
+    """A value converted to the type of its field; raises ValueError where that is impossible."""
     parts = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         for part in parts:
@@ -179,7 +179,7 @@ def _chosen(value: str, choices: dict[str, object]) -> object:
 
 
 def _described(hint: object) -> str:
-    """What a field takes, in words."""
+    """The values that a field takes, in words."""
     parts = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         lists = [part for part in parts if get_origin(part) is tuple]
@@ -198,7 +198,7 @@ def _shown(value: Value) -> str:
 
 
 def _filled(config_class: type[Config], start: Config | None, values: dict[str, object], prefix: str) -> Config:
-    """An object of the class with the values whose names begin with a prefix, and the rest from `start` or defaults."""
+    """An object of the class: values whose names begin with a prefix, all others from `start` or defaults."""
     hints, given = get_type_hints(config_class), {}
     for each in fields(config_class):
         name = prefix + each.name

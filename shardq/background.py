@@ -1,4 +1,4 @@
-"""Work that goes on beside the computation, in background threads."""
+"""Work in background threads while the computation goes on."""
 
 import threading
 from collections import deque
@@ -13,10 +13,10 @@ import torch
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 Waiting = Callable[[], AbstractContextManager]
-"""Gives a context that is entered while the computation waits for the background."""
+"""Gives a context that is entered while the computation waits for a background thread."""
 
-THREADS = "background"  # how the names of all threads here begin
-SPARE = 1  # values that may wait to be taken care of beside those under way
+THREADS = "background"  # prefix of the names of all threads in this module
+SPARE = 1  # values that may wait for a thread in addition to those in work
 
 
 def lookahead(
@@ -24,7 +24,7 @@ def lookahead(
 ) -> Iterator[tuple[Key, Value]]:
     """Yield `(key, load(key))` in order, with one load running ahead in each thread.
 
-    Alive are the value in use and one for each thread. An error in `load` is raised where its value would have been
+    In memory are the value in use and one for each thread. An error in `load` is raised where its value would have been
     yielded.
     """
     remaining = iter(keys)
@@ -41,14 +41,14 @@ def lookahead(
                 value = future.result()
             start(1)
             yield key, value
-            # The value just used must not stay alive while the generator waits for the next.
+            # Frees the value just used while the generator waits for the next.
             del value, future
 
 
 def one_by_one(
     load: Callable[[Key], Value], keys: Iterable[Key], waiting: Waiting = nullcontext
 ) -> Iterator[tuple[Key, Value]]:
-    """As `lookahead`, but nothing runs ahead: only the value in use is alive."""
+    """Yield `(key, load(key))` as `lookahead` does, without running ahead: only the value in use is in memory."""
     for key in keys:
         with waiting():
             value = load(key)
@@ -60,7 +60,7 @@ def one_by_one(
 def behind(
     work: Callable[..., None], waiting: Waiting = nullcontext, threads: int = 1
 ) -> Iterator[Callable[..., None]]:
-    """Yield a function that has `work` done on its arguments later, one call after the other in each thread.
+    """Yield a function that queues `work` on its arguments, one call after the other in each thread.
 
     All work is done when the body has ended. An error in `work` is raised at one of the next calls, or at the end.
     """
@@ -81,10 +81,9 @@ def behind(
 
 
 def finish_interrupted() -> None:
-    """Wait for the threads that an interruption has left at work.
+    """Wait for the threads that still work after an interruption.
 
-    Their executors, which are closed, wait for them, but for one that was just being started: it runs, and its executor
-    does not know it yet.
+    Their closed executors wait for them, except for one that was just being started: its executor does not know it yet.
     """
     for thread in threading.enumerate():
         if thread.name.startswith(THREADS):
@@ -92,7 +91,7 @@ def finish_interrupted() -> None:
 
 
 def _threads(num: int) -> ThreadPoolExecutor:
-    # One core: a background thread with a team of its own would take the cores from the computation's team. Asking
-    # settles this thread's own number first; a thread that computes later than the setting would take that over.
+    # One core: a background thread with its own team would take cores from the computation's team. The question fixes
+    # this thread's own number first; otherwise a thread that computes only later would take over the new setting.
     torch.get_num_threads()
     return ThreadPoolExecutor(num, thread_name_prefix=THREADS, initializer=torch.set_num_threads, initargs=(1,))

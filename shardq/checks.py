@@ -1,4 +1,4 @@
-"""The checks of a command's options that need more than one of them, or none of the model."""
+"""Checks of a command's options, single and combined, that need no model."""
 
 from pathlib import Path
 

@@ -60,7 +60,7 @@ def _run(command: Command, config: Config) -> None:
 
 
 def parse(verb: str, arguments: list[str]) -> Config:
-    """Defaults, then --config files from left to right, then single options; --help and the like print and leave.
+    """The config of a command line: defaults, --config files from left to right, options; --help prints and exits.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong type; the same on every rank of a host.
@@ -88,7 +88,7 @@ def _leave(code: int) -> None:
     """Exit at once.
 
     An orderly shutdown of a broken process group may wait for ranks that are gone; and at the end of a good run, a
-    thread of torch's that wakes while the interpreter is being taken down aborts the process.
+    torch thread that wakes during the interpreter's shutdown aborts the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

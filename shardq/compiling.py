@@ -1,7 +1,7 @@
 """Fused kernels from plain functions: `torch.compile` where a compiler is present, the function itself where not.
 
-The home of what is used of torch's private compiler, `_dynamo`, `_inductor` and `_triton`; checked with torch 2.13. The
-functions that need it import it: that takes seconds and 150 MB.
+The only module that uses torch's private compiler packages, `_dynamo`, `_inductor` and `_triton`; checked with torch
+2.13. The functions that need them import them: that takes seconds and 150 MB.
 """
 
 import os
@@ -16,11 +16,11 @@ from shardq.files import can_be_written, temporary_folder
 
 Function = TypeVar("Function", bound=Callable)
 Compile = Callable[[Function, bool], Function]
-"""Takes a function and whether its sizes vary; gives the function that is to be called in its place."""
+"""Takes a function and whether its sizes vary; gives the function to call in its place."""
 
 RECOMPILE_LIMIT = 64
 COMPILER_FILES = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
-"""A thread that compiles is in one of them."""
+"""Files in which a thread stands while it compiles."""
 
 
 def why_not(device: torch.device) -> str | None:
@@ -42,19 +42,19 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _wanted_folder() -> Path:
-    """Where compiled kernels stay for later processes: where the environment says, or in the user's cache."""
+    """The folder that keeps compiled kernels for later processes: the environment's, or one in the user's cache."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    # Torch writes its own choice into the environment, a temporary folder, where its compiler is imported first.
+    # If torch's compiler is imported first, it writes its own choice, a temporary folder, into the environment.
     if given is not None and given != default_cache_dir():
         return Path(given).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "shardq", "compiled")
 
 
 def _kernel_folder() -> Path | None:
-    """The wanted folder, a temporary one where that cannot be written or code cannot be run from it, or none."""
-    wanted = _wanted_folder()  # not absolute where the system knows of no home
+    """The wanted folder, or a temporary one if it cannot be written or code cannot run from it, or None."""
+    wanted = _wanted_folder()  # not absolute where the system has no home folder
     if wanted.is_absolute() and can_be_written(wanted) and _code_can_run(wanted):
         return wanted
     folder = temporary_folder("compiled")
@@ -73,17 +73,17 @@ def eager(function: Function, varying: bool) -> Function:
 def uncompiled_copy(function: Function) -> Function:
     """A copy of a function that shares no compiled code with it.
 
-    Compiled code is reused wherever arguments are alike, whatever hooks their modules have.
+    Torch reuses compiled code for arguments that look alike, even if their modules have other hooks.
     """
     return FunctionType(function.__code__.replace(), function.__globals__, argdefs=function.__defaults__)
 
 
 def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
-    """What compiles functions whole, without a graph break, for a device.
+    """A compiler of whole functions, without graph breaks, for a device.
 
-    Where sizes vary, a CPU has one kernel for all of them, which is as fast and compiled once; a GPU one for each,
+    Where sizes vary, a CPU uses one kernel for all sizes, which is as fast and compiled once; a GPU one for each size,
     which is up to 17 times as fast (measured: the gradient of groups of 128). A function that cannot be compiled whole
-    runs as it is, and `say` is told once; it also hears where compiled code goes if not where it is wanted.
+    runs uncompiled, and `say` gets a line once; it also gets a line if the wanted folder cannot be used.
     """
     folder = _kernel_folder()
     if folder is None:
@@ -96,11 +96,11 @@ def compiler(device: torch.device, say: Callable[[str], None]) -> Compile:
     from torch._inductor import config
     from torch._inductor.exc import CppCompileError
 
-    # For the whole process: torch.compile of torch 2.11 takes no such argument.
+    # Set for the whole process: torch.compile of torch 2.11 takes no such argument.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     if config.cpp.vec_isa_ok is None:
-        # The processor says itself what it can do. Whether torch's headers can be compiled for that takes four tests of
-        # 2 s to learn; a compiler that knows their C++20 compiles them.
+        # The processor reports its instruction sets. Torch would also test whether its headers compile for them, in
+        # four tests of 2 s each; a compiler that knows their C++20 compiles them.
         config.cpp.vec_isa_ok = True
 
     def compiled(function: Function, varying: bool) -> Function:

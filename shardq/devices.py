@@ -1,4 +1,4 @@
-"""What differs between CPU and GPU, in one place: precision, and tensors on their way between the two."""
+"""The differences between CPU and GPU: precision, sizes of work, memory, and transfers between the two."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 
 from shardq.errors import MemoryShortageError
 
-# What torch's messages hold when the GPU's allocator, its libraries, or the host's allocator got no memory.
+# Parts of torch's messages when the GPU's allocator, its libraries, or the host's allocator got no memory.
 SIGNS_OF_SHORTAGE = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
@@ -33,34 +33,34 @@ def pass_tokens(device: torch.device) -> int:
 
 
 def values_at_once(device: torch.device) -> int:
-    """Values of a piece that many passes are made over before the next one comes.
+    """Number of values in a piece over which many passes are made before the next piece.
 
-    So few that a CPU's cache holds them, and so many on a GPU that a pass is worth a kernel's launch.
+    Few enough for a CPU's cache; on a GPU, enough to make a kernel's launch worthwhile.
     """
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def storage_threads(device: torch.device, num_samples: int = 1) -> int:
-    """Background threads that bring activations from the store, or take them there.
+    """Number of background threads that read activations from the store or write them.
 
-    A CPU computes with its cores. A GPU leaves them free, and one of them is slower than it: a sample of 2048 tokens of
-    8192 channels takes 23 ms to read and check, and a step uses two of them in 29 (measured, H100).
+    A CPU needs its cores for the computation. A GPU leaves them free, and one core is slower than the GPU: a sample of
+    2048 tokens of 8192 channels takes 23 ms to read and check, and a step uses two of them in 29 (measured, H100).
 
     Args:
-        num_samples: that a thread brings at once; it keeps them in the GPU's memory until they are asked for.
+        num_samples: samples that a thread reads at once; it keeps them in the GPU's memory until they are asked for.
     """
     return 1 if device.type == "cpu" else max(2, 4 // num_samples)
 
 
 def training_attention(device: torch.device, sequence_length: int, dtype: torch.dtype) -> list[SDPBackend]:
-    """Attention kernels to train a block with, the first that fits being taken.
+    """Attention kernels to train a block with; the first that fits is used.
 
     On a CPU in float32, plain matrix multiplies with a fused softmax between them are faster than the flash kernel,
-    whose backward is slow, as long as a head's scores stay in the cache (measured: 0.8 of the whole step's time at
-    512 tokens, 1.2 at 2048). In bf16 causal attention of so few tokens is not torch's at all (`model/attention.py`).
+    whose backward is slow, while a head's scores stay in the cache (measured: 0.8 of the whole step's time at 512
+    tokens, 1.2 at 2048). In bf16, causal attention of so short sequences is our own (`model/attention.py`).
 
     Args:
-        dtype: of the matrix multiplies.
+        dtype: dtype of the matrix multiplies.
     """
     if device.type == "cpu" and sequence_length <= 1024 and dtype == torch.float32:
         return [SDPBackend.MATH]
@@ -70,7 +70,7 @@ def training_attention(device: torch.device, sequence_length: int, dtype: torch.
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device, ready for any stream; for background threads.
 
-    On a GPU the bytes go through pinned memory on a stream of their own, and only the calling thread waits for them.
+    On a GPU the bytes go through pinned memory on a side stream, and only the calling thread waits for them.
     """
     if device.type != "cuda":
         return tensor
@@ -83,10 +83,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None) -> Tensor:
-    """A tensor in CPU memory, pinned if it comes from a GPU; for any thread, which waits for it.
+    """A copy of a tensor in CPU memory, pinned if it comes from a GPU; the calling thread waits for it.
 
     Args:
-        ready: from `mark_ready`, once the tensor's computation was under way.
+        ready: the result of `mark_ready` after the tensor's computation was queued.
     """
     if ready is None:
         return tensor
@@ -100,7 +100,7 @@ def to_host(tensor: Tensor, ready: torch.cuda.Event | None) -> Tensor:
 
 
 def mark_ready(tensor: Tensor) -> torch.cuda.Event | None:
-    """A mark on the current stream behind what computes `tensor`; None where nothing runs asynchronously."""
+    """A mark on the current stream after the computation of `tensor`; None where nothing runs asynchronously."""
     return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
 
@@ -119,7 +119,7 @@ def memory_errors(advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        # Torch says first how much was asked for and how much there is, then how to tune its allocator.
+        # Torch's message says first how much memory was asked for and is free, then how to tune its allocator.
         reason = ". ".join(" ".join(str(error).split()).split(". ")[:3]) or type(error).__name__
         raise MemoryShortageError(f"out of memory ({reason}); {advice}") from error
 
@@ -133,5 +133,5 @@ def is_shortage(error: Exception) -> bool:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for the whole process: torch keeps freed memory by stream, and more streams would keep more.
+    # One stream for the whole process: torch keeps freed memory by stream, and more streams would keep more.
     return torch.cuda.Stream(device)

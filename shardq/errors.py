@@ -8,8 +8,8 @@ from contextlib import contextmanager
 class ShardQError(Exception):
     """One line that says what is wrong, where, and what to do.
 
-    `agreed` is set once every rank raises the same error, so that one rank a host prints it; `where` is then the rank
-    that it happened on, if not on all.
+    `agreed` is set when every rank raises the same error, so that only one rank a host prints it; `where` is then the
+    rank that it happened on, unless it was all of them.
     """
 
     exit_code = 1
@@ -36,19 +36,19 @@ class UnsupportedModelError(ShardQError):
 
 
 class CalibrationError(ShardQError):
-    """The text, the token ids or the tokenizer cannot serve."""
+    """The text, the token ids or the tokenizer cannot be used."""
 
     exit_code = 4
 
 
 class StorageError(ShardQError):
-    """The output folder or a cache cannot be written or read back, or an export not be uploaded."""
+    """The output folder or a cache cannot be written or read back, or an export cannot be uploaded."""
 
     exit_code = 5
 
 
 class ResumeError(ShardQError):
-    """The output folder belongs to another run, or its files are not what the ledger says."""
+    """The output folder belongs to another run, or its files differ from their digests in the ledger."""
 
     exit_code = 6
 
@@ -61,7 +61,7 @@ class QuantizationError(ShardQError):
 
 @contextmanager
 def located(place: str) -> Iterator[None]:
-    """Have an error about numbers begin with the place where they are."""
+    """Prefix the text of a QuantizationError in the body with a place, such as the block and the matrix."""
     try:
         yield
     except QuantizationError as error:

@@ -1,4 +1,4 @@
-"""Files that appear whole: written aside, synced, renamed."""
+"""Files that appear whole: written under a temporary name, synced, renamed."""
 
 import errno
 import hashlib
@@ -17,26 +17,26 @@ import xxhash
 from shardq.errors import StorageError
 
 ASIDE = ".partial"
-SAFETENSORS_ASIDE = ".tmp??????"  # that library writes to a name of its own before it takes the one it was given
+SAFETENSORS_ASIDE = ".tmp??????"  # the temporary name to which the safetensors library writes before it renames
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Make `path` appear with all its bytes or not at all, for whom the umask lets read it.
+    """Make `path` appear with all its bytes or not at all, readable by those whom the umask allows.
 
     Args:
         path: the final name; its folder is made if missing.
-        write: fills the file whose name it is given, or puts another there.
+        write: fills or replaces the file whose name it is given.
 
     Raises:
-        StorageError: the disk is full, read-only or not ours to write.
+        StorageError: the disk is full or read-only, or this user may not write there.
     """
     aside = path.with_name(path.name + ASIDE)
     with storage_errors(path):
         make_folder(path.parent)
         try:
-            aside.unlink(missing_ok=True)  # a dead process's, with a mode of its own
+            aside.unlink(missing_ok=True)  # left by a dead process, maybe with another mode
             aside.touch()
-            mode = aside.stat().st_mode  # by umask and folder; safetensors gives what it writes to its owner alone
+            mode = aside.stat().st_mode  # as umask and folder set it; safetensors lets only the owner read its files
             write(aside)
             if aside.stat().st_mode != mode:  # some network disks refuse any change
                 aside.chmod(stat.S_IMODE(mode))
@@ -59,7 +59,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def json_text(value: object) -> str:
-    """The text of a JSON file of ours."""
+    """The text of a JSON file as `write_json` writes it."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
@@ -82,13 +82,13 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there; raises StorageError where the disk does not let it go."""
+    """Remove a file, if it exists; raises StorageError where that is impossible."""
     with storage_errors(path):
         path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder with all that is in it, a power cut or not; False if there was none; raises as `remove`."""
+    """Remove a folder with its content, also after a power cut; False if there was none; raises as `remove`."""
     with storage_errors(folder):
         if not folder.exists():
             return False
@@ -98,7 +98,7 @@ def remove_folder(folder: Path) -> bool:
 
 
 def remove_asides(folder: Path) -> None:
-    """Remove what dead processes have left half-written in a folder and those below it."""
+    """Remove half-written files of dead processes in a folder and those below it."""
     for pattern in (f"*{ASIDE}", SAFETENSORS_ASIDE):
         for aside in folder.rglob(pattern):
             remove(aside)
@@ -114,24 +114,24 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest that says which file this is, 64 digits."""
+    """SHA-256 of a file as 64 hex digits, which identifies its content."""
     with storage_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def xxh128_of(path: Path) -> str:
-    """Hex digest that shows damage, 32 digits: XXH3 of 128 bits, faster than a disk where SHA-256 is slower."""
+    """XXH3 of 128 bits of a file as 32 hex digits, which shows damage: faster than a disk, as SHA-256 is not."""
     with storage_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def nearest_folder(folder: Path) -> Path:
-    """A folder, or the first above it that is there."""
+    """A folder, or the nearest one above it that exists."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
 def can_be_written(folder: Path) -> bool:
-    """Whether files can be made in a folder, which is made if it is missing."""
+    """Whether files can be made in a folder, which is created if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -141,9 +141,10 @@ def can_be_written(folder: Path) -> bool:
 
 
 def temporary_folder(name: str) -> Path | None:
-    """A folder of this user's below the system's temporary one, which may be gone tomorrow; None if there can be none.
+    """A folder of this user below the system's temporary one, which may be gone tomorrow; None if there can be none.
 
-    Anyone may write beside it: one of that name that others may write to is not taken.
+    Anyone may write to the temporary folder, so an existing folder of that name is used only if no one else can write
+    to it.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"shardq-{os.getuid()}")

@@ -1,4 +1,4 @@
-"""What --help prints: every option of a command with its docstring, type and default."""
+"""The text of --help: every option of a command with its docstring, type and default."""
 
 import ast
 import inspect
@@ -46,7 +46,7 @@ def help_text(verb: str, description: str, config_class: type) -> str:
 
 
 def docstrings(config_class: type) -> dict[str, str]:
-    """The text below each field of a class, or of a class that it is built on."""
+    """The docstring below each field of a class, or of one of its base classes, by the field's name."""
     inherited = [docstrings(base) for base in config_class.__bases__ if is_dataclass(base)]
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
     own = {
@@ -78,7 +78,7 @@ def _metavar(hint: object) -> str:
 
 
 def _default(field: Field, value: object) -> str:
-    """What is taken where an option is not given, if its docstring leaves that to be said."""
+    """The default of an option in words; empty if its docstring says it."""
     if value in (None, MISSING, ()):
         return " (required)" if value is MISSING else ""
     shown = ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs to read: console lines, a progress bar, events.jsonl."""
+"""Output of a run for people and programs: console lines, a progress bar, events.jsonl."""
 
 import json
 import os
@@ -28,27 +28,27 @@ SHOW_CURSOR = "\r\033[?25h"
 
 
 def print_error(text: str, speaker: str = "") -> None:
-    """Write one line on standard error, in one piece; `speaker` is the rank that it is about, if that matters."""
-    cursor = SHOW_CURSOR if sys.stderr.isatty() else ""  # a progress bar that cannot end in order has hidden it
+    """Write one line on standard error, in one piece; `speaker` is the rank that the line is about, if that matters."""
+    cursor = SHOW_CURSOR if sys.stderr.isatty() else ""  # a progress bar hides it, and may not come to its own end
     sys.stderr.write(f"{cursor}shardq: {f'[{speaker}] ' if speaker else ''}{text}\n")
     sys.stderr.flush()
 
 
 def tell_launcher(words: str, exit_code: int) -> None:
-    """Have the report that torchrun prints at its end say why this rank ends; nothing where none has started it."""
+    """Put the reason why this rank ends into torchrun's final report; does nothing without torchrun."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
     more = {"timestamp": str(int(time.time())), "py_callstack": f"shardq: {words}"}
     report = {"message": {"message": words, "errorCode": exit_code, "extraInfo": more}}
-    with suppress(OSError):  # it has been printed already
+    with suppress(OSError):  # the reason has been printed already
         Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the launcher held before it became this program
+    if status.exists():  # getrusage would count memory of the launcher before it executed this program
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
@@ -61,7 +61,7 @@ def peak_device_bytes(device: "torch.device") -> int:
 
 
 def seconds_since_process_start() -> float:
-    """How long this process has been running, imports included; 0 where the system does not say."""
+    """How long this process has been running, imports included; 0 where the system does not report it."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return 0.0
@@ -74,10 +74,10 @@ class Event:
     """A span that a rank has finished.
 
     Attributes:
-        span: its name.
-        seconds: that it took.
-        time: of its end, in seconds since 1970.
-        facts: what else is known of it: its `block`, `iterations`, seconds that it waited, ...
+        span: name of the span.
+        seconds: duration.
+        time: end of the span, in seconds since 1970.
+        facts: further facts, such as `block`, `iterations` and waiting times.
     """
 
     span: str
@@ -91,7 +91,7 @@ class Event:
         """The event of a line that `Events` has written.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the line is no event.
         """
         facts = json.loads(line)
         try:
@@ -104,8 +104,8 @@ class Event:
 class Events:
     """Appends one JSON line per finished span to a log; every rank of a host writes to the same file.
 
-    The spans of a block follow one another and are inside none but `run`, so that their seconds add up to it. A line
-    is written by a single `write` to a file opened for appending, which keeps lines of several ranks apart.
+    The spans of a block follow one another and lie directly inside `run`, so their seconds add up to it. A line is
+    written by a single `write` to a file opened for appending, so lines of several ranks do not mix.
     """
 
     def __init__(self, path: Path, rank: int):
@@ -114,7 +114,7 @@ class Events:
 
     @contextmanager
     def span(self, name: str, **facts: object) -> Iterator[dict]:
-        """Time the body in seconds; what the body puts into the yielded dict is written too."""
+        """Time the body in seconds; facts that the body puts into the yielded dict are written too."""
         start = time.perf_counter()
         self._open.append(facts)
         try:
@@ -145,7 +145,7 @@ class Events:
 
 
 class Display:
-    """Console of one run: lines everywhere, a progress bar with time left on a terminal, silence off rank 0."""
+    """Console of a run: lines, and on a terminal a bar with the time left; ranks other than 0 print nothing."""
 
     def __init__(self, rank: int):
         self._console = Console(quiet=rank != 0, soft_wrap=True, highlight=False)
@@ -167,7 +167,8 @@ class Display:
         """Show a bar over blocks and one over the iterations of a block, where the output is a terminal.
 
         Args:
-            outer, inner: what they are over, if not that; `first` of `num` are done.
+            num, first: units of the outer bar, and how many of them are done.
+            outer, inner: names of the bars' units.
         """
         if not self._console.is_terminal or self._console.quiet:
             yield
@@ -185,20 +186,20 @@ class Display:
         self.start_training(0)
 
     def start_part(self, what: str, number: int, total: int) -> None:
-        """Part `number`, from 0, of a long work begins: the inner bar goes there, or a line says so where none is."""
+        """Begin part `number`, from 0, of long work: the inner bar shows it, or a line where there is no bar."""
         if self._bar:
             self._bar.reset(self._iterations, completed=number, total=total, description=what)
         else:
             self.line(f"{what} {number + 1}/{total}")
 
     def start_training(self, done: int, num_iterations: int | None = None) -> None:
-        """The block's iterations go on from here, to so many in all; not given: as many as the block before."""
+        """Show that `done` of `num_iterations` are done (default: as many iterations as the block before)."""
         self._steps = done
         if self._bar:
             self._bar.reset(self._iterations, completed=done, total=num_iterations, description=self._name)
 
     def advance_iteration(self, loss: "Tensor | None" = None) -> None:
-        """One optimizer step is done; its loss is read, which waits for the device, only now and then."""
+        """Count an optimizer step; its loss is read only sometimes, as reading waits for the device."""
         if not self._bar:
             return
         self._steps += 1
@@ -207,6 +208,6 @@ class Display:
         self._bar.advance(self._iterations)
 
     def advance_block(self, steps: int = 1) -> None:
-        """One block is done; or some less are than before, as they have to be done again."""
+        """Count finished blocks; negative `steps` for blocks that have to be done again."""
         if self._bar:
             self._bar.advance(self._blocks, steps)

@@ -1,4 +1,4 @@
-"""One weight to quantize: where it lives in a block, and how its values and its input are reached there."""
+"""A weight to quantize: its place in a block, and access to its values and its input there."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +16,12 @@ class Matrix:
     """One weight [O, I] of a block that can be quantized; it knows nothing of grids.
 
     Attributes:
-        name: within the block, under which codes, encodings and files have it, such as `mlp.down_proj`.
+        name: name within the block, used for codes, encodings and in files, such as `mlp.down_proj`.
         module: name within the block of the module that has the parameter.
         parameter: the parameter's name in that module.
-        expert: the matrix's place in the first dimension of a fused parameter [E, O, I]; None: it is the parameter.
-        shape: outputs and inputs.
-        sources: names of the source's tensors that its values come from.
+        expert: index in the first dimension of a fused parameter [E, O, I]; None: the matrix is the whole parameter.
+        shape: number of outputs and inputs.
+        sources: names of the source's tensors that the values come from.
     """
 
     name: str
@@ -33,33 +33,33 @@ class Matrix:
 
     @property
     def tensor(self) -> str:
-        """Name within the block of the parameter that it is, or is part of."""
+        """Name within the block of the parameter that contains the matrix."""
         return f"{self.module}.{self.parameter}".removeprefix(".")
 
     @property
     def input(self) -> str:
-        """Name within the block of the activation that it is multiplied with."""
+        """Name within the block of the activation that the matrix multiplies."""
         return f"{self.name}.input"
 
     @property
     def num_weights(self) -> int:
-        """Numbers in it."""
+        """Number of values."""
         return self.shape[0] * self.shape[1]
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Its values [O, I] among a block's tensors by name; a view."""
+        """The values [O, I] in a block's tensors by name; a view."""
         return self.part_of(tensors[self.tensor])
 
     def part_of(self, parameter: Tensor) -> Tensor:
-        """Its part [O, I] of its parameter, or of a tensor of that shape; a view."""
+        """The matrix' part [O, I] of its parameter, or of a tensor of that shape; a view."""
         return parameter if self.expert is None else parameter[self.expert]
 
     def parameter_in(self, block: nn.Module) -> nn.Parameter:
-        """The parameter of a block that it is, or is part of."""
+        """The parameter of a block that contains the matrix."""
         return block.get_submodule(self.module).get_parameter(self.parameter)
 
     def put(self, block: nn.Module, weight_OI: Tensor) -> None:
-        """Have a block compute with a weight: with this very tensor, but for an expert's, which is copied."""
+        """Have a block compute with a weight: the tensor itself is put in place; an expert's is copied."""
         parameter = self.parameter_in(block)
         if self.expert is None:
             parameter.data = weight_OI
@@ -82,7 +82,7 @@ def assembled(weights: Iterable[tuple[Matrix, Tensor]]) -> dict[str, Tensor]:
 def hooked(block: nn.Module, hooks: Mapping[Matrix, Callable]) -> Iterator[None]:
     """While the body runs, have torch call `hook(module, (input,))` before the block multiplies an input with a matrix.
 
-    What a hook returns, unless it is None, is multiplied in place of the input [..., I].
+    The return value of a hook, unless it is None, takes the place of the input [..., I].
 
     Raises:
         UnsupportedModelError: one of several fused experts, for which their module picks positions of its own input.
@@ -99,7 +99,7 @@ def matrices_in(block: nn.Module, source_name: Callable[[str], str] = str) -> li
     """The matrices of a block that can be quantized, in the order of its modules: the weights of its linears.
 
     Args:
-        source_name: from a parameter's name within the block to the source's name of it (default: the same).
+        source_name: from a parameter's name within the block to its name in the source (default: the same).
     """
     return [
         Matrix(name=name, module=name, shape=tuple(module.weight.shape), sources=(source_name(f"{name}.weight"),))
@@ -109,5 +109,5 @@ def matrices_in(block: nn.Module, source_name: Callable[[str], str] = str) -> li
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies what enters it with its `weight` [O, I], and does nothing else but add a bias."""
+    """Whether a module multiplies its input by its `weight` [O, I], adds at most a bias, and does nothing else."""
     return isinstance(module, nn.Linear)

@@ -16,7 +16,7 @@ STANDARD_TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that is given, and where: `recipe.yaml, line 3: ` or, for an option, nothing."""
+    """An option's value, and the place where it is given: `recipe.yaml, line 3: `, or empty on the command line."""
 
     name: str
     value: Value
@@ -30,7 +30,7 @@ def read_recipe(path: str, options: Iterable[str]) -> list[Setting]:
         options: names of the command's options, whose first parts are sections.
 
     Raises:
-        ConfigError: there is no such recipe, or it holds something else than options.
+        ConfigError: there is no such recipe, or it holds something other than options.
     """
     try:
         node = yaml.compose(read_named(path, RECIPES, "--config"), Loader=yaml.SafeLoader)
@@ -51,7 +51,7 @@ def read_recipe(path: str, options: Iterable[str]) -> list[Setting]:
 
 
 def _settings_in(node: yaml.MappingNode, path: str, prefix: str, sections: set[str]) -> Iterator[Setting]:
-    """Settings of a recipe's mapping; what is no section is a value, and an empty section gives nothing."""
+    """Settings of a recipe's mapping; an entry that is no section is a value, and an empty section gives none."""
     for key, value in node.value:
         where = f"{path}, line {key.start_mark.line + 1}: "
         if not isinstance(key, yaml.ScalarNode):
@@ -64,7 +64,7 @@ def _settings_in(node: yaml.MappingNode, path: str, prefix: str, sections: set[s
 
 
 def value_of(node: yaml.Node, where: str) -> Value:
-    """A scalar's text or a list of such; null as None."""
+    """The text of a scalar, or a list of texts; null as None."""
     if _is_null(node):
         return None
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]

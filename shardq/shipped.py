@@ -18,10 +18,10 @@ def read_named(name: str, kind: str, option: str) -> bytes:
     """Content of a file of the package by its name, or of any other by its path.
 
     Args:
-        option: that gives it, for messages.
+        option: the option that gives the name, for messages.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no such file, or it cannot be read.
     """
     own = shipped(kind)
     try:

@@ -1,4 +1,4 @@
-"""What a name that nobody knows may have been meant to be."""
+"""Suggestions for a name that is not known."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def _plain(name: str) -> str:
 
 
 def _close(wanted: str, known: Iterable[str]) -> list[str]:
-    """Names that are like another, and about as much as the one that is most."""
+    """Known names that are similar to the wanted one, nearly as much as the most similar."""
     likeness = {name: difflib.SequenceMatcher(None, wanted, name).ratio() for name in known}
     least = max(0.6, max(likeness.values()) - 0.05)
     return sorted((name for name in likeness if likeness[name] >= least), key=likeness.get, reverse=True)

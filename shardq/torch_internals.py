@@ -1,6 +1,6 @@
-"""What the package uses of torch's private parts, with the reason; checked with torch 2.13.
+"""Private parts of torch that the package uses, with the reason for each; checked with torch 2.13.
 
-Two private parts have homes of their own: the compiler in `compiling`, the tracer in `model.graph`.
+Two private parts are used elsewhere: the compiler in `compiling`, the tracer in `model.graph`.
 """
 
 from torch import Tensor, nn, optim
@@ -15,7 +15,7 @@ __all__ = ["flattened", "unflattened", "keystr", "tree_flatten", "tree_flatten_w
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that tensors have in common where they share storage; on the meta device `data_ptr` is always 0."""
+    """A number that is equal for tensors that share storage; on the meta device `data_ptr` is always 0."""
     return tensor.untyped_storage()._cdata
 
 
@@ -25,5 +25,5 @@ def non_persistent_buffers(module: nn.Module) -> list[str]:
 
 
 def allow_fused_on_gpu(optimizer: optim.Adagrad) -> None:
-    """Leave out Adagrad's check that its fused parameters are on a CPU: the GPU's kernel exists, too."""
+    """Skip Adagrad's check that its fused parameters are on a CPU: the kernel for GPUs exists too."""
     optimizer._need_device_dtype_check_for_fused = False

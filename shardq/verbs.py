@@ -1,6 +1,6 @@
-"""Every verb of the command line and of the Python API: its options, what carries it out, how to go on after a failure.
+"""Every verb of the command line and of the Python API: its options, its function, how to go on after a failure.
 
-What computes is imported by the functions that need it: torch takes seconds, which help and a refused option save.
+The functions that compute import torch, which takes seconds; help and a refused option do without it.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ class Command:
 
     Attributes:
         config: the class of its options.
-        run: carries it out on a rank; gives its summary.
-        help: what it does, in a line.
-        memory_advice: what to do where memory is short.
+        run: executes the verb on a rank and returns its summary.
+        help: one line that says what the verb does.
+        memory_advice: what to do if memory is short.
         resume_advice: how to go on after an interruption.
     """
 
@@ -91,13 +91,13 @@ COMMANDS = {
 def running(
     command: Command, config: Config, joined: Callable[[str], AbstractContextManager["Ranks"]]
 ) -> Iterator["Ranks"]:
-    """Carry out a command in the body: with the other ranks, failed allocations as errors, and silent libraries.
+    """Run a command in the body: with the other ranks, failed allocations as errors, and silent libraries.
 
     Args:
         joined: joins the other ranks on a device, as `shardq.parallel.ranks` does.
 
     Raises:
-        ShardQError: whatever the body raises; it says on which rank, if not on all.
+        ShardQError: any error of the body; it names the rank unless all ranks raise it.
     """
     from shardq.devices import memory_errors
     from shardq.parallel.ranks import this_rank
@@ -126,10 +126,10 @@ def _quiet(libraries: tuple[str, ...]) -> Iterator[None]:
 
 
 def return_freed_tensors() -> None:
-    """Have freed tensors of large models go back to the system, and keep the rest of the memory in one piece.
+    """Return freed tensors of large models to the system, and keep all other memory in one arena.
 
-    glibc would keep more and more of what is freed and give each thread memory of its own, so that peak memory grew
-    with the number of blocks. Smaller tensors stay for reuse: fetching them again costs up to half of a step or a pass.
+    By default glibc keeps more and more of the freed memory and gives each thread an arena, so that peak memory grows
+    with the number of blocks. Smaller tensors stay for reuse: new memory for them costs up to half of a step or a pass.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 
-WATCHED = 8  # samples that show how far a block is off; every one is a forward through it
+WATCHED = 8  # samples on which a block's loss is measured if none is held out; each costs a forward
 
 
 def owned_samples(num_samples: int, rank: int, world_size: int) -> range:
-    """Samples of a rank: every `world_size`-th. It keeps them, so activations never cross the network.
+    """Samples of a rank: every `world_size`-th. They stay with the rank, so activations never cross the network.
 
     A rank has none if there are fewer samples than ranks.
     """
@@ -19,10 +19,10 @@ def step_samples(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield `(iteration, samples)`: this rank's part of each optimizer step's batch.
 
-    The places of all batches, one after the other, go to the ranks in turn, and each rank fills its own with its
-    samples in order, wrapping around. So a step sees `batch_size` neighbouring samples, the same whatever the world
-    size, where it divides `num_samples`; where it does not, the ranks with one sample less come round to theirs
-    sooner. Parts are equal where the world size divides `batch_size`, else they differ by one, and may be empty.
+    The places of all batches, in order, go to the ranks in turn, and each rank fills its places with its samples in
+    order, wrapping around. So a step sees `batch_size` consecutive samples, the same for any world size that divides
+    `num_samples`; for others, ranks with one sample less wrap around sooner. Parts are equal where the world size
+    divides `batch_size`; otherwise they differ by one, and may be empty.
     """
     own = owned_samples(num_samples, rank, world_size)
     for iteration in range(num_iterations):
@@ -31,14 +31,14 @@ def step_samples(
 
 
 def largest_part(batch_size: int, world_size: int) -> int:
-    """The most samples of a step's batch that a rank has."""
+    """The largest number of samples that a rank has in a step's batch."""
     return math.ceil(batch_size / world_size)
 
 
 def watched_samples(num_samples: int, num_held_out: int, rank: int, world_size: int) -> list[int]:
     """This rank's part of the samples on which a block's loss is measured: the last ones.
 
-    Those that are held out of training, or a few of the others where none is.
+    They are the held-out samples or, where there are none, a few of the others.
     """
     first = num_samples - (num_held_out or min(WATCHED, num_samples))
     return [sample for sample in owned_samples(num_samples, rank, world_size) if sample >= first]

@@ -20,13 +20,13 @@ from shardq.spelling import nearest
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 IDS = ".safetensors"
-CHATS = ("messages", "conversations", "conversation")  # what columns of conversations are called
+CHATS = ("messages", "conversations", "conversation")  # usual names of columns with conversations
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for roles
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubSet:
-    """A dataset of the hub, with what has to be known to read it."""
+    """A well-known dataset of the hub, with the subset, split and column to read."""
 
     name: str
     subset: str | None = None
@@ -44,9 +44,9 @@ SHORT_NAMES = {
 
 
 def parts_of(options: TextOptions) -> list[TextOptions]:
-    """The single datasets of a mix, each with its own number of samples; one that is no mix, by itself.
+    """The datasets of a mix, each with its own number of samples; a single dataset unchanged.
 
-    Where shares give no whole numbers, those with the largest remainders get a sample more.
+    Where shares do not give whole numbers, those with the largest remainders get one sample more.
 
     Raises:
         ConfigError: a share is no number above 0, or is missing; a mix of all samples; a dataset without a sample.
@@ -94,7 +94,7 @@ def _share(name: str, text: str) -> float:
 
 
 def _known(options: TextOptions) -> TextOptions:
-    """The hub's name of a well-known dataset, and what is not given of subset, split and column."""
+    """The options with a well-known dataset's name on the hub, and its subset, split and column where none is given."""
     by_name = {known.name: known for known in SHORT_NAMES.values()}
     known = SHORT_NAMES.get(options.dataset) or by_name.get(options.dataset) or HubSet(name=options.dataset)
     return replace(
@@ -133,10 +133,10 @@ def read_texts(options: TextOptions) -> Iterator[str | Chat]:
 
 
 def _chat(turns: list, where: str) -> Chat:
-    """A conversation as chat templates take it."""
+    """A conversation in the form that chat templates take."""
     chat = []
     for turn in turns:
-        if isinstance(turn, str):  # so the library gives turns of a .json file that have not all the same entries
+        if isinstance(turn, str):  # the library's form for turns of a .json file whose entries differ
             with suppress(ValueError):
                 turn = json.loads(turn)
         entries = turn if isinstance(turn, dict) else {}
@@ -150,7 +150,7 @@ def _chat(turns: list, where: str) -> Chat:
 
 
 def _rows(options: TextOptions) -> Iterator[dict]:
-    """Rows of a file or a hub dataset, streamed: nothing is downloaded or held beyond what is asked for."""
+    """Rows of a file or a hub dataset, streamed: only rows that are asked for are downloaded and kept."""
     name, path = options.dataset, Path(options.dataset)
     if path.is_dir():
         raise CalibrationError(f"{name}: is a folder; pass one file in it ({', '.join(BUILDERS)}), or a hub name")
@@ -186,7 +186,7 @@ def _rows_of_file(path: Path) -> Iterable[dict]:
 
 
 def _library_cache() -> str | None:
-    """A temporary folder where the library's own cannot be written, which it asks for although it only streams."""
+    """A temporary cache folder if the library's own cannot be written; the library needs one even for streaming."""
     if can_be_written(Path(library.HF_DATASETS_CACHE)):
         return None
     return str(temporary_folder("datasets") or "") or None

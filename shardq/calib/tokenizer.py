@@ -1,4 +1,4 @@
-"""Text to token ids, with the tokenizer that lies in the model's folder."""
+"""Text to token ids, with the tokenizer in the model's folder."""
 
 import json
 import re
@@ -18,17 +18,17 @@ Encode = Callable[[str], list[int]]
 
 TRANSFORMERS_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 SENTENCEPIECE_FILE, ADDED_FILE, CONFIG_FILE = "tokenizer.model", "added_tokens.json", "tokenizer_config.json"
-AHEAD = "\ue000"  # for private use: no piece has it, so what stands behind it is cut into pieces by itself
+AHEAD = "\ue000"  # a private-use character: no piece contains it, so the text after it is split independently
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What a model's tokenizer makes of texts and of conversations.
+    """A model's tokenizer and its chat template.
 
     Attributes:
-        encode: a text's token ids, without special tokens.
-        prefix: the special tokens that it puts in front of a text.
-        render: a conversation as text, by the chat template; None: it has none.
+        encode: from a text to its token ids, without special tokens.
+        prefix: the special tokens that the tokenizer puts in front of a text.
+        render: from a conversation to its text, by the chat template; None: there is no template.
     """
 
     folder: Path
@@ -84,7 +84,7 @@ def _transformers(folder: Path) -> Tokenizer:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def encode(text: str) -> list[int]:
-        # Whole articles are longer than the model's context; they are cut afterwards, so no warning is due.
+        # Texts may be longer than the model's context: they are cut afterwards, so no warning is needed.
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     marked = tokenizer("a", return_special_tokens_mask=True)
@@ -105,7 +105,7 @@ def _sentencepiece(folder: Path) -> Tokenizer:
 
 
 def _with_added(start: Encode, folder: Path, config: dict) -> Encode:
-    """A sentencepiece model with the tokens added to it; behind one of those no word begins, but for `legacy`."""
+    """A sentencepiece model with its added tokens; except with `legacy`, no word begins after an added token."""
     added = {text: {"id": int(number)} for text, number in _read_object(folder / ADDED_FILE).items() if text}
     added |= {
         token["content"]: token | {"id": int(number)}
@@ -136,7 +136,7 @@ def _with_added(start: Encode, folder: Path, config: dict) -> Encode:
 
 
 def _pattern_of(text: str, token: dict) -> str:
-    """Pattern with one group; an added token may take the blanks beside it along, or stand as a word alone."""
+    """Pattern with one group; an added token may include the blanks around it, or match only as a whole word."""
     edge = (r"(?<!\w)", r"(?!\w)") if token.get("single_word") else ("", "")
     before, behind = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
     return f"{before}{edge[0]}({re.escape(text)}){edge[1]}{behind}"

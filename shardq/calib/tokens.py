@@ -20,10 +20,10 @@ POOL_FACTOR = 16  # candidate sequences read for each one taken, so that a large
 def load_tokens(options: TextOptions, model_folder: Path, vocabulary_size: int) -> Tensor:
     """Token ids [N, T], int64.
 
-    `samples` sequences are taken at even distances from the first `samples * 16` that a text gives, or from all where
-    it has fewer, and from all rows of a .safetensors file; those of a mix stand evenly among each other. All that is
-    deterministic, without a seed. A text's sequences all begin with what the tokenizer puts in front of a text, such
-    as `<bos>`; those of a .safetensors file are as they are.
+    `samples` sequences are taken at even distances from the first `samples * 16` of a text, or from all where it has
+    fewer, and from all rows of a .safetensors file; datasets of a mix alternate evenly. The choice is deterministic,
+    without a seed. Each sequence of a text begins with the tokenizer's special tokens, such as `<bos>`; sequences of a
+    .safetensors file are unchanged.
 
     Raises:
         CalibrationError: no such dataset, column or tokenizer; too few tokens; an id beyond the vocabulary.
@@ -63,7 +63,7 @@ def digest(tokens_NT: Tensor) -> str:
 
 
 def next_tokens(tokens_NT: Tensor) -> Tensor:
-    """The token that comes next at each position [N, T]; -1 behind a sample's last, where none is known."""
+    """The next token at each position [N, T]; -1 after a sample's last token, where none is known."""
     return torch.nn.functional.pad(tokens_NT[:, 1:], (0, 1), value=-1)
 
 
@@ -78,7 +78,7 @@ def _spread(pool: list[list[int]], options: TextOptions) -> list[list[int]]:
 
 
 def _sequences(options: TextOptions, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Sequences that a dataset's texts give: packed, joined and cut, or one a row."""
+    """Sequences from a dataset's texts: `packed`, joined and cut, or one a row."""
     length, prefix = options.sequence_length - len(tokenizer.prefix), tokenizer.prefix
     if length < 1:
         raise CalibrationError(
@@ -91,7 +91,7 @@ def _sequences(options: TextOptions, tokenizer: Tokenizer) -> Iterator[list[int]
         if prefix and ids[: len(prefix)] == prefix:  # a chat template writes it, too
             ids = ids[len(prefix) :]
         if options.packing == "row":
-            pending = ids[:length]  # a shorter row gives none
+            pending = ids[:length]  # a shorter row gives no sequence
         else:
             pending += ids
         whole = len(pending) // length * length
@@ -100,9 +100,9 @@ def _sequences(options: TextOptions, tokenizer: Tokenizer) -> Iterator[list[int]
 
 
 def _texts(options: TextOptions, tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts of the dataset; the lines of a .txt file are joined again to pieces of some size for packing.
+    """Texts of the dataset; for packing, lines of a .txt file are joined again to pieces of limited size.
 
-    Tokens are thus the whole text's but for one boundary a piece, and memory does not grow with the file.
+    So tokens are those of the whole text except at one boundary a piece, and memory does not grow with the file.
     """
     texts = read_texts(options)
     if options.dataset.lower().endswith(".txt") and options.packing == "packed":
