@@ -1,7 +1,7 @@
 """Activations [T, D] that enter block k: generation k of the fp and of the quantized stream.
 
-Generation 0 is the embeddings' output, the same for both streams, and is kept once. What else enters a block, sample by
-sample, lies beside them under names of its own.
+Generation 0 is the embeddings' output, the same for both streams, and is kept once. Other tensors that enter a block
+sample by sample are kept under names of their own.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from shardq.files import remove
 from shardq.formats.tensor_file import read_checked, write_checked
 
 Stream = str
-"""What is kept: `fp` or `quant`, the hidden states, or a name of something else that enters a block."""
+"""Name of a kept tensor: `fp` or `quant` for hidden states, or the name of another tensor that enters a block."""
 STREAMS: tuple[Stream, ...] = ("fp", "quant")
 HIDDEN = "hidden"
 
 
 class ActivationStore(Protocol):
-    """Keeps hidden states, and what else enters a block, by stream, generation and sample."""
+    """Keeps hidden states, and other tensors that enter a block, by stream, generation and sample."""
 
     def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
         """Keep one sample's hidden states [T, D]."""
@@ -32,10 +32,10 @@ class ActivationStore(Protocol):
         """Hidden states [T, D] in CPU memory."""
 
     def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
-        """Whether these streams of a sample are there, and whole."""
+        """Whether these streams of a sample are kept and undamaged."""
 
     def drop(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> None:
-        """Forget these streams of a sample; what is not there is no error."""
+        """Forget these streams of a sample; one that is not kept is no error."""
 
 
 class MemoryStore:
@@ -45,11 +45,11 @@ class MemoryStore:
         self._hidden: dict[tuple[str, int, int], Tensor] = {}
 
     def write(self, stream: Stream, generation: int, sample: int, hidden_TD: Tensor) -> None:
-        """Keep a copy of its own: a view would keep the whole batch alive."""
+        """Keep a copy: a view would keep the whole batch in memory."""
         self._hidden[_kept_stream(stream, generation), generation, sample] = hidden_TD.detach().cpu().clone()
 
     def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
-        """Hidden states [T, D], not a copy."""
+        """The kept hidden states [T, D] themselves, no copy."""
         return self._hidden[_kept_stream(stream, generation), generation, sample]
 
     def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
@@ -76,7 +76,7 @@ class DiskStore:
         write_checked(self._path(stream, generation, sample), {HIDDEN: hidden_TD})
 
     def read(self, stream: Stream, generation: int, sample: int) -> Tensor:
-        """Read one file into CPU memory. A damaged one is deleted, so that a resume computes it anew.
+        """Read one file into CPU memory. A damaged one is deleted, so that a resume computes it again.
 
         Raises:
             StorageError: the file is gone or damaged.
@@ -91,7 +91,7 @@ class DiskStore:
             ) from error
 
     def holds(self, generation: int, sample: int, streams: Sequence[Stream] = STREAMS) -> bool:
-        """Whether these streams of a sample are there, and whole: they are read."""
+        """Whether the files are there and undamaged; reads them."""
         try:
             for stream in streams:
                 self.read(stream, generation, sample)
@@ -109,7 +109,7 @@ def open_store(options: CacheOptions, folder: Path, device: torch.device) -> Act
     """The store that the options ask for; `folder` holds its files if it is on disk.
 
     Args:
-        device: where activations go: a GPU's are read into pinned memory, which it takes them from without a copy.
+        device: where the activations are used; for a GPU they are read into pinned memory, from which it copies.
     """
     return MemoryStore() if options.placement == "cpu" else DiskStore(folder, device.type == "cuda")
 

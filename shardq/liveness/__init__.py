@@ -1,1 +1,1 @@
-"""Who is alive: signals, ranks that are gone, work that stands still."""
+"""Detection of signals, of ranks that are gone, and of work that hangs."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end the program in order, within seconds, and with a line that says how to go on."""
+"""SIGTERM and SIGINT end the program cleanly, within seconds, and with a line that says how to go on."""
 
 import os
 import signal
@@ -19,14 +19,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def interruptible(advice: str) -> Iterator[None]:
-    """During the body, which must be the main thread's, the first of these signals raises Interrupted there.
+    """During the body, which has to run in the main thread, the first SIGTERM or SIGINT raises Interrupted.
 
-    Further ones are ignored, and what threads in the background have begun is finished. If the main thread does not
-    come to hear of it, as in a collective that waits for a rank that is gone, or does not come to its end, the process
-    is ended some seconds later.
+    Further signals are ignored, and background threads finish the work that they have begun. If the main thread cannot
+    raise the exception, as in a collective that waits for a rank that is gone, or does not end after it, the process is
+    ended some seconds later.
 
     Args:
-        advice: how to go on.
+        advice: how to go on after the interruption.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -36,7 +36,7 @@ def interruptible(advice: str) -> Iterator[None]:
 
     def end_late() -> None:
         while received := listening.recv(1):
-            if received[0] in SIGNALS:  # any other handler's signal is told, too
+            if received[0] in SIGNALS:  # Python writes the numbers of all handled signals into this socket
                 time.sleep(GRACE_SECONDS)
                 error = Interrupted(received[0], advice)
                 print_interruption(error)
@@ -45,12 +45,12 @@ def interruptible(advice: str) -> Iterator[None]:
     listening, told = socket.socketpair()
     told.setblocking(False)
     former = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    former_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # written to at once, whatever runs
+    former_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # written to even in a blocking call
     threading.Thread(target=end_late, name="interrupts", daemon=True).start()
     try:
         yield
     except Interrupted:
-        finish_interrupted()  # here, where no further signal cuts it short
+        finish_interrupted()  # here, where further signals are ignored
         raise
     finally:
         signal.set_wakeup_fd(former_fd)
@@ -60,6 +60,6 @@ def interruptible(advice: str) -> Iterator[None]:
 
 
 def print_interruption(error: Interrupted) -> None:
-    """Say it once a host, as all its ranks get the signal that their launcher gets."""
+    """Print the interruption once a host: all its ranks get the signal that their launcher gets."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print_error(str(error))

@@ -1,4 +1,4 @@
-"""How ranks find one another at the start: rank 0 listens, the others come within a time."""
+"""How ranks find one another when they start: rank 0 listens, the others connect within a time limit."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from shardq.errors import ConfigError, RankError
 
-PATIENCE = "SHARDQ_MEETING_SECONDS"  # of the environment, as importing from a cold network disk may take minutes
+PATIENCE = "SHARDQ_MEETING_SECONDS"  # environment variable: importing from a cold network disk may take minutes
 MEETING_SECONDS = 60.0
 LOOK_SECONDS = 0.1
 SEND_SECONDS = 5.0
@@ -23,10 +23,10 @@ MEETING_PLACE = "watch"
 
 @dataclass
 class Peer:
-    """The rank at the other end of a connection, and what was heard from it.
+    """The rank at the other end of a connection, and the messages received from it.
 
-    `launcher` is the process that started it, on which host; `last_words` are empty where it leaves in order;
-    `interrupted`: a signal has asked it to end.
+    `launcher` names the process that started the rank, and its host; `last_words` is the reason why the rank ends,
+    empty for a regular end; `interrupted`: a signal has asked the rank to end.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Peer:
 
 
 def gather(name: str, world_size: int, store: dist.Store) -> list[Peer]:
-    """Rank 0's connections, once every other rank has come."""
+    """Rank 0's connections, after every other rank has connected."""
     token, peers = secrets.token_hex(16), {}
     seconds = _meeting_seconds()
     deadline = time.monotonic() + seconds
@@ -58,7 +58,7 @@ def gather(name: str, world_size: int, store: dist.Store) -> list[Peer]:
                     f"not all ranks have come within {seconds:g} s, missing: {missing}; see their messages, "
                     f"or raise {PATIENCE}"
                 ) from None
-            with suppress(OSError, ValueError):  # some other program knocked at this port
+            with suppress(OSError, ValueError):  # some other program has connected to this port
                 connection.settimeout(SEND_SECONDS)
                 given, rank, *who = json.loads(_read_line(connection))
                 if given == token:
@@ -71,7 +71,7 @@ def connect(name: str, rank: int, store: dist.Store) -> Peer:
     address, seconds = os.environ["MASTER_ADDR"], _meeting_seconds()
     try:
         deadline = time.monotonic() + seconds
-        while not store.check([MEETING_PLACE]):  # torch's own waiting ends in several lines of its log
+        while not store.check([MEETING_PLACE]):  # torch's own wait logs several lines when it times out
             if time.monotonic() > deadline:
                 raise TimeoutError(f"it has not come within {seconds:g} s")
             time.sleep(LOOK_SECONDS)
@@ -79,7 +79,7 @@ def connect(name: str, rank: int, store: dist.Store) -> Peer:
         connection = socket.create_connection((address, port), timeout=seconds)
         connection.sendall(json.dumps([token, rank, name, os.getpid(), launcher()]).encode() + b"\n")
         connection.settimeout(seconds + SEND_SECONDS)  # rank 0 gives up first: it can say who is missing
-        if not _read_line(connection):  # the first beat: all have come
+        if not _read_line(connection):  # the first beat: all ranks have connected
             raise ConnectionError("it has ended")
         connection.settimeout(SEND_SECONDS)
     except (OSError, RuntimeError) as error:  # torch reports trouble with its store as RuntimeError
@@ -92,11 +92,11 @@ def connect(name: str, rank: int, store: dist.Store) -> Peer:
 
 
 def meeting_store(rank: int, world_size: int) -> dist.Store:
-    """The store that the launcher has named to all ranks.
+    """The store whose address the launcher gives to all ranks.
 
     Raises:
-        RankError: it cannot be reached.
-        ConfigError: the environment asks for a time that is none.
+        RankError: the store cannot be reached.
+        ConfigError: the environment's time limit is not a number of seconds.
     """
     seconds = _meeting_seconds()
     try:
@@ -116,7 +116,7 @@ def _wait_for_store(seconds: float) -> None:
     """Wait until something listens where the store is to be: torch would try for twice as long, and print its stack."""
     address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     deadline = time.monotonic() + seconds
-    while all(address):  # torch says what is missing
+    while all(address):  # where one is missing, torch's own error says which
         try:
             socket.create_connection(address, timeout=max(LOOK_SECONDS, deadline - time.monotonic())).close()
             return
@@ -127,7 +127,7 @@ def _wait_for_store(seconds: float) -> None:
 
 
 def _meeting_seconds() -> float:
-    """How long ranks wait for one another at the start."""
+    """Seconds that ranks wait for one another when they start."""
     text = os.environ.get(PATIENCE, f"{MEETING_SECONDS}")
     try:
         seconds = float(text)
@@ -135,7 +135,7 @@ def _meeting_seconds() -> float:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         wrong = ConfigError(f"{PATIENCE}: {text!r} is not allowed, it must be a number of seconds above 0")
-        wrong.agreed = True  # the ranks of a host have one environment
+        wrong.agreed = True  # all ranks of a host have the same environment
         raise wrong
     return seconds
 
@@ -148,5 +148,5 @@ def _read_line(connection: socket.socket) -> bytes:
 
 
 def launcher() -> str:
-    """The process that started this one, and on which host."""
+    """Host and number of the process that started this process."""
     return f"{socket.gethostname()} {os.getppid()}"

@@ -1,4 +1,4 @@
-"""Whether this process hangs outside every collective: it stands still, or does not come to the end of a step."""
+"""Detects that this process hangs outside every collective: it makes no progress, or a step does not end."""
 
 import math
 import sys
@@ -14,20 +14,20 @@ from shardq.compiling import COMPILER_FILES
 
 Item = TypeVar("Item")
 
-STALL_SECONDS = 600.0  # a disk, a server of files or a stopped terminal may be silent for minutes and come back
-# A step waits for nothing but other ranks, and is like those before it; slower where a core is throttled or memory is
+STALL_SECONDS = 600.0  # a disk, a file server or a stopped terminal may pause for minutes and then continue
+# A step waits only for other ranks, and takes as long as earlier steps; longer where a core is throttled or memory is
 # swapped.
 STEP_SECONDS, STEP_RATIO = 20.0, 20.0
-# A tokenizer's own threads, a compiler, a download: whatever works takes more of a core than this, or writes.
+# Any work, such as a tokenizer's threads, a compiler or a download, uses more of a core than this, or writes.
 IDLE_SHARE = 0.01
 WAITING_IN = ("/torch/distributed/", "/deepspeed/", "/shardq/parallel/")  # where a rank waits for others
-# No part of a step, wherever it comes: compiling for sizes not met before; waiting for a thread that reads or writes.
+# Not counted as part of a step: compiling for new sizes, and waiting for a thread that reads or writes.
 ASIDE_IN = (*COMPILER_FILES, "/shardq/background.py")
 
 
 @dataclass
 class Step:
-    """A step under way: seconds that it may take, and when it has ended those that it took."""
+    """A step of the main thread: its time limit in seconds, and the seconds that it took once it has ended."""
 
     limit: float
     begun: float = field(default_factory=time.monotonic)
@@ -35,16 +35,16 @@ class Step:
 
 
 class Pace:
-    """The main thread's way through steps that are much alike, of a training or a pass."""
+    """Progress of the main thread through similar steps, those of a training or of a pass."""
 
     def __init__(self):
         self.step: Step | None = None
 
     def steps(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items; what is done with each, until `end_step` or until the next is asked for, is a step.
+        """Yield the items; the time from an item to `end_step`, or to the request for the next item, is a step.
 
-        The first may take any time, and so tells what the others may. What counts of it are its waits for other ranks,
-        too: so a rank whose first part of a batch is empty learns how long a part takes.
+        The first step has no limit, and sets the limit of the others. Its waits for other ranks count too, so a rank
+        whose first part of a batch is empty learns how long a part takes.
         """
         limit, slowest = math.inf, 0.0
         for item in items:
@@ -53,23 +53,23 @@ class Pace:
                 yield item
             finally:
                 self.end_step()
-            del item  # it must not stay alive while the next is made
+            del item  # free its memory before the next item is made
             slowest = max(slowest, step.seconds)
             limit = max(STEP_SECONDS, STEP_RATIO * slowest)
 
     def end_step(self) -> None:
-        """The step is done: what comes before the next may take any time."""
+        """End the step; the time until the next step begins has no limit."""
         if self.step:
             self.step.seconds = time.monotonic() - self.step.begun
             self.step = None
 
 
 class Stall:
-    """Says when the main thread hangs; a thread of its own looks once a beat, and time is counted in such beats.
+    """Detects that the main thread hangs. The watch's thread calls `look` once a beat; time is counted in beats.
 
-    It stands still if no other Python thread has been given a core at all, no more than a hundredth of one was used,
-    and nothing was written. It does not come to a step's end if the process has used one core for longer than the step
-    may take; other programs that take the cores do not count for that. Waiting for other ranks is neither.
+    The process makes no progress if no other Python thread has run, less than a hundredth of a core was used, and
+    nothing was written. A step does not end if the process has used one core for longer than the step's limit; time
+    that other programs take from the cores does not count. Waiting for other ranks is no hang.
     """
 
     def __init__(self, pace: Pace):
@@ -78,9 +78,9 @@ class Stall:
         self._still = self._worked = self._cpu_start = self._cpu_seen = 0.0
 
     def look(self, beat_seconds: float) -> str | None:
-        """How the main thread hangs, and where; None as long as it does not."""
+        """A text that says how and where the main thread hangs; None while it does not."""
         waits, seen = _main_waits(), _traces()
-        cpu = time.process_time() - time.thread_time()  # of all threads but this
+        cpu = time.process_time() - time.thread_time()  # of all threads except this one
         step = None if waits or _is_aside() else self._pace.step
         self._still += beat_seconds
         if waits or seen is None or seen != self._seen or cpu - self._cpu_start > IDLE_SHARE * self._still:
@@ -99,7 +99,7 @@ class Stall:
 
 
 def main_place() -> str:
-    """Where the main thread is: the innermost line of this program's own, or of any where there is none."""
+    """Position of the main thread: the innermost line in this package, else the innermost line of all."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident)
     innermost = frame
     while frame is not None and "/shardq/" not in frame.f_code.co_filename:
@@ -115,7 +115,7 @@ def _main_waits() -> bool:
 
 
 def _is_aside() -> bool:
-    """Whether any thread, as backward has its own on a GPU, is in what is no part of a step."""
+    """Whether any thread does work that is not part of a step; on a GPU backward has a thread of its own."""
     for frame in sys._current_frames().values():
         while frame is not None:
             if frame.f_code.co_filename.endswith(ASIDE_IN):
@@ -125,7 +125,7 @@ def _is_aside() -> bool:
 
 
 def _traces() -> list[str] | None:
-    """What changes whenever another Python thread runs, or this process writes; None where the system does not say."""
+    """Values that change when another Python thread runs or this process writes; None where the system has none."""
     others = sorted(
         thread.native_id or 0 for thread in threading.enumerate() if thread is not threading.current_thread()
     )
@@ -134,5 +134,5 @@ def _traces() -> list[str] | None:
         for thread in others:
             lines += Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
         return [line for line in lines if line.startswith(("wchar", "voluntary_ctxt", "nonvoluntary_ctxt"))]
-    except OSError:  # not Linux, or a thread that begins or ends just now
+    except OSError:  # not Linux, or a thread is starting or ending
         return None

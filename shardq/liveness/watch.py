@@ -1,7 +1,7 @@
-"""Ranks that end together: where one fails, dies or falls silent, every other hears of it within seconds, and ends.
+"""The end of one rank ends all: where a rank fails, dies or falls silent, the others learn it in seconds, and end.
 
-Rank 0 keeps a connection to each other rank. Both ends send a beat a second, and their last words before they end; a
-thread of its own listens, so that a rank hears also while it is blocked in a collective or in a long computation.
+Rank 0 keeps a connection to each other rank. Both sides send a beat a second, and their last words before they end. A
+separate thread listens, so a rank receives messages even while it is blocked in a collective or a long computation.
 """
 
 import json
@@ -21,9 +21,9 @@ from shardq.liveness.stall import Pace, Stall
 from shardq.logs import print_error, tell_launcher
 
 BEAT_SECONDS = 1.0
-# Counted in this process's own beats: while it was stopped itself, or the whole machine was, nobody else was silent.
+# Counted in this process's own beats: time in which this process or the whole machine was stopped does not count.
 MAX_MISSED_BEATS = 20
-# For a rank to end by itself where another was ended by a signal: more than a rank takes that was signalled, too.
+# Time for a rank to end by itself after a signal has ended another: more than a rank that got the signal too needs.
 INTERRUPTED_BEATS = 6
 
 
@@ -31,15 +31,15 @@ INTERRUPTED_BEATS = 6
 def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> Iterator[Pace]:
     """During the body, the end of any rank ends this process with one line that names that rank and says why.
 
-    If this rank's body fails, the others hear its error, but for one on which all ranks agree. Steps of which it tells
-    the pace that is yielded are watched most closely.
+    If this rank's body fails, the others get its error, unless all ranks raise the same one. The yielded pace takes the
+    steps of the main thread, which have a tighter limit than other work.
 
     Args:
-        name: what lines call this rank.
-        store: reached by all ranks.
+        name: this rank's name in lines.
+        store: one that all ranks can reach.
 
     Raises:
-        RankError: a rank has not come in time, or rank 0 cannot be reached.
+        RankError: a rank has not connected in time, or rank 0 cannot be reached.
     """
     pace = Pace()
     watch = Watch(name, gather(name, world_size, store) if rank == 0 else [connect(name, rank, store)], pace)
@@ -47,14 +47,14 @@ def ended_together(name: str, rank: int, world_size: int, store: dist.Store) -> 
         yield pace
     except BaseException as error:
         if isinstance(error, RankError):
-            watch.wait()  # it knows which rank failed first, and why
+            watch.wait()  # the watch knows which rank failed first, and why
         watch.leave(_last_words(error), isinstance(error, Interrupted))
         raise
     watch.leave("")
 
 
 class Watch:
-    """Listens to the peers in a thread of its own from the start on; see `ended_together`."""
+    """Listens to the peers in a separate thread, from construction on; see `ended_together`."""
 
     def __init__(self, name: str, peers: list[Peer], pace: Pace):
         self._name, self._peers, self._leaving = name, peers, False
@@ -65,11 +65,11 @@ class Watch:
         self._thread.start()
 
     def wait(self) -> None:
-        """Give the watch the time to find out which rank is gone; returns only if it finds none."""
+        """Wait while the watch finds out which rank is gone; returns only if it finds none."""
         self._thread.join((MAX_MISSED_BEATS + 5) * BEAT_SECONDS)
 
     def leave(self, last_words: str, interrupted: bool = False) -> None:
-        """Tell the peers that this rank ends, and why; they act on it once it has ended."""
+        """Tell the peers that this rank ends, and why; they react after it has ended."""
         self._leaving = True
         self._send_all("leaving", last_words, interrupted)
 
@@ -89,7 +89,7 @@ class Watch:
                         self._end_alone(how)
 
     def _hear(self, peer: Peer) -> bool:
-        """Take in what a peer sent; False once it has left."""
+        """Process a peer's messages; False once it has left."""
         reason = "it was killed, by a scheduler or for want of memory (its host's system log says)"
         try:
             data = peer.connection.recv(1 << 16)
@@ -132,17 +132,17 @@ class Watch:
             self._end(verdict, hung, interrupted)
 
     def _end_alone(self, words: str) -> None:
-        """End this process for a reason of its own, which the others hear."""
+        """End this process for a reason that lies in it; the others get the reason."""
         self.leave(words)
         print_error(words, self._name)
         tell_launcher(words, RankError.exit_code)
         os._exit(RankError.exit_code)
 
     def _end(self, verdict: str, hung: tuple[str, int] | None, interrupted: bool) -> None:
-        """End this process, unless it is about to end with words of its own.
+        """End this process, unless it is about to end with its own last words.
 
         A hung rank of the same launcher is killed: torchrun would give it 30 s to leave by itself. A signal that ends
-        one rank of a host mostly goes to all: each is given the time to end by itself, and one line a host is enough.
+        one rank of a host mostly goes to all of them: each gets time to end by itself, and one line a host is enough.
         """
         if interrupted:
             time.sleep(INTERRUPTED_BEATS * BEAT_SECONDS)
@@ -160,12 +160,12 @@ class Watch:
         line = json.dumps(message).encode() + b"\n"
         with self._sending:
             for peer in self._peers:
-                with suppress(OSError):  # receiving from this peer will say what has become of it
+                with suppress(OSError):  # the next receive from this peer reports its state
                     peer.connection.sendall(line)
 
 
 def _last_words(error: BaseException) -> str:
-    """Why a rank ends; nothing where all ranks do with the same error, or in order."""
+    """The reason why a rank ends; empty if it ends regularly or all ranks raise the same error."""
     if isinstance(error, ShardQError):
         return "" if error.agreed else str(error)
     if isinstance(error, Interrupted):

@@ -1,4 +1,4 @@
-"""The best of what training passes through, so that a block is never worse than its start."""
+"""The best iterate of training, so that a block is never worse than its start."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from shardq.quant.quantized import QuantizedLinear
 
 @dataclass
 class BestIterate:
-    """Quantized linears with the lowest loss on samples that training does not see; begins with the start.
+    """The quantized linears with the lowest loss on samples that training does not see; first those of the start.
 
     Attributes:
         linears: by name; the codes as they would be written, a byte a weight.
@@ -18,6 +18,6 @@ class BestIterate:
     loss: float
 
     def offer(self, linears: dict[str, QuantizedLinear], loss: float) -> None:
-        """Keep these quantized linears if their loss is lower than the lowest so far."""
+        """Keep quantized linears if their loss is lower than the lowest so far."""
         if loss < self.loss:
             self.linears, self.loss = linears, loss

@@ -20,17 +20,16 @@ Gathered = Callable[..., AbstractContextManager]
 
 
 def whole(module: nn.Module, changed: bool = False) -> AbstractContextManager:
-    """A stepper's `gathered` where every rank holds all parameters."""
+    """The `gathered` of a stepper whose ranks hold all parameters: does nothing."""
     return nullcontext()
 
 
 class BlockQuantizer(nn.Module):
-    """One LinearQuantizer for each matrix of a block; made once, started anew for each block's weights.
+    """One LinearQuantizer for each matrix of a block; made once, started again for each block's weights.
 
-    The block stays what it is: its matrices are overwritten, first with fake-quantized ones that collect gradients, in
-    the end with the ones that are served. So a forward and a backward through the block are the model's own, the same
-    compiled code for every block, and the weights are quantized once per optimizer step however many micro-batches go
-    through.
+    The block's modules stay in place; only their weights are overwritten, first with fake-quantized weights that
+    collect gradients, in the end with the weights that are served. So forward and backward are the model's own, all
+    blocks share the compiled code, and the weights are quantized once per optimizer step, not once per micro-batch.
     """
 
     def __init__(
@@ -42,11 +41,11 @@ class BlockQuantizer(nn.Module):
         dtype: torch.dtype,
         share: Share | None = None,
     ):
-        """Allocate for matrices of a block, which leave it and will be in `dtype` from here on.
+        """Allocate for matrices of a block, whose values leave the block; from here on they are in `dtype`.
 
         Args:
-            grids: of each matrix; of a fused parameter all experts are among them.
-            share: the outputs that are quantized here (default: all).
+            grids: the grid of each matrix; of a fused parameter all experts are among them.
+            share: the outputs that are quantized on this rank (default: all).
         """
         super().__init__()
         self.matrices = list(grids)
@@ -54,7 +53,7 @@ class BlockQuantizer(nn.Module):
         self._num_outputs = [matrix.shape[0] for matrix in grids]
         self._collecting: list[Tensor] = []
         parameters = {matrix.tensor: matrix.parameter_in(block) for matrix in grids}
-        # To make room; the weights that the block will compute with come by `load` and `serve`.
+        # Frees their memory; `load` and `serve` bring the weights that the block computes with.
         num_matrices = Counter(matrix.tensor for matrix in grids)
         self._places = {name: Place(parameters[name], num, dtype) for name, num in num_matrices.items()}
         self.quantizers = nn.ModuleList()
@@ -73,19 +72,19 @@ class BlockQuantizer(nn.Module):
 
         Args:
             source: the block's tensors, by name within it.
-            importance: by matrix' name, of its input channels [I]; the start grid of those named is searched with it.
+            importance: of the input channels [I], by name of the matrix; named matrices have their start grid searched.
             gathered: the stepper's, where there is one.
         """
         for matrix, quantizer in zip(self.matrices, self.quantizers, strict=True):
             weight_OI = matrix.of(source)
             part_OI = weight_OI[self._share.outputs(len(weight_OI))]
             if len(part_OI) < len(weight_OI):
-                part_OI = part_OI.clone()  # a view would keep the whole in memory
+                part_OI = part_OI.clone()  # a view would keep the whole tensor in memory
             with gathered(quantizer, True):
                 quantizer.start(part_OI, (importance or {}).get(matrix.name))
 
     def restart(self, gathered: Gathered = whole) -> None:
-        """Go back to the start for the weights at hand.
+        """Go back to the start for the same weights.
 
         Args:
             gathered: the stepper's, where there is one.
@@ -113,23 +112,23 @@ class BlockQuantizer(nn.Module):
         ]
 
     def leaving(self) -> AbstractContextManager:
-        """Have each parameter leave the block as the backward pass of what is computed in the body comes past it.
+        """In the body, free each parameter's values as soon as the backward pass no longer needs them.
 
-        So its gradient takes its place, instead of one beside it. Nothing is computed with the block after that until
+        So the gradient takes the memory of the values instead of more memory. The block cannot compute after that until
         the next `load`.
         """
         return leaving(self._places.values())
 
     def collected(self) -> Tensor:
-        """A zero whose backward pass takes what was collected since the last `load` on to what was loaded.
+        """A zero whose backward pass hands the gradients collected since the last `load` to the loaded weights.
 
-        It takes the weights and their gradients out of the block, so that they make room for those of s2.
+        It takes the weights and their gradients out of the block, which makes room for the gradients of s2.
         """
         collecting, self._collecting = self._collecting, []
         return torch.stack(collecting).sum()
 
     def folded(self, gathered: Gathered = whole) -> dict[str, QuantizedLinear]:
-        """The quantized linears by name that the quantizers stand for now.
+        """The quantized linears, by name, that the quantizers represent now.
 
         Args:
             gathered: the stepper's, where there is one.
@@ -151,11 +150,11 @@ class BlockQuantizer(nn.Module):
 
     @torch.no_grad()
     def serve(self, linears: dict[str, QuantizedLinear], as_written: Callable[[Tensor], Tensor]) -> None:
-        """Write quantized weights into the block, as they will be served.
+        """Write quantized weights into the block, as they are served later.
 
         Args:
-            as_written: rounds a dequantized weight to what the output checkpoint holds of it; with bf16 matrix
-                multiplies the weights are then rounded to that.
+            as_written: rounds a dequantized weight to its value in the output checkpoint; the result is then rounded to
+                the dtype of the matrix multiplies.
         """
         self._collecting = []
         for place in self._places.values():
@@ -166,7 +165,7 @@ class BlockQuantizer(nn.Module):
                 weight_OI[outputs] = as_written(linears[matrix.name].of(outputs).dequantized())
 
     def release(self) -> None:
-        """Let go of the source."""
+        """Free the source weights."""
         for quantizer in self.quantizers:
             quantizer.release()
 

@@ -1,4 +1,4 @@
-"""How strong each input channel of a block's matrices is."""
+"""The power of each input channel of a block's matrices."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from shardq.matrix import Matrix, hooked
 
 @contextmanager
 def channel_power(block: nn.Module, matrices: Iterable[Matrix]) -> Iterator[dict[str, Tensor]]:
-    """Add up the squares of what enters some matrices, while the block computes within the body.
+    """Sum the squares of the inputs of some matrices, while the block computes within the body.
 
     Yields:
-        for each matrix' name the sum over all positions of the squared input channels [I], float32; 0 for a matrix that
-        no position reached.
+        by name of the matrix, the sum over all positions of the squared input channels [I], float32; 0 for a matrix
+        that no position reached.
     """
 
     def added_to(sums_I: Tensor):

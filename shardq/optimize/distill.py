@@ -1,4 +1,4 @@
-"""Blockwise knowledge distillation: train a block's quantizers to give the fp block's output."""
+"""Blockwise knowledge distillation: train a block's quantizers towards the fp block's output."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,15 +21,15 @@ def distill(
     """Train in place, one optimizer step a batch; yield this rank's loss, on the device, after each step.
 
     Nothing in a step waits for the device. Training ends with the batches, or where the caller leaves the loop; between
-    two steps no batch is held.
+    two steps no batch is kept in memory.
 
     Args:
-        loss_of: mean loss over the samples of a micro-batch, from what a batch has of them.
-        batches: this rank's inputs and targets, both [N, T, D], and whatever else `loss_of` takes, one value a sample;
+        loss_of: mean loss over the samples of a micro-batch, from their part of the batch's tensors.
+        batches: this rank's inputs and targets, both [N, T, D], and further arguments of `loss_of`, one value a sample;
             one batch an iteration; N may be 0.
         micro_batch: samples that go through the block at once.
-        mean_over: samples that a batch's loss is divided by (default: its own). The same number on all ranks, the
-            batch's mean part of a rank, makes the mean of the ranks' gradients that of the batch, however it is split.
+        mean_over: number of samples that a batch's loss is divided by (default: the rank's own). If it is the whole
+            batch's samples over the ranks, the mean of the ranks' gradients is the batch's gradient for any split.
     """
     for batch in batches:
         quantizer.load(stepper.forward(), adding_up=micro_batch < len(batch[0]))
@@ -47,10 +47,10 @@ def accumulate(
     mean_over: float,
     last: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tensor:
-    """Collect the gradient of a batch's loss in the block's weights; gives that loss.
+    """Collect the gradient of a batch's loss in the block's weights, and return the loss.
 
-    It is the sum over the batch's samples, divided by `mean_over`. The gradient of a loss that is not finite is NaN
-    everywhere: so all ranks learn of it from what they reduce anyway.
+    The loss is the sum over the batch's samples, divided by `mean_over`. The gradient of a loss that is not finite is
+    NaN everywhere, so all ranks learn of it from the gradients that they reduce.
 
     Args:
         last: entered for the last micro-batch's forward pass.

@@ -17,7 +17,7 @@ class LinearQuantizer(nn.Module):
     """AdaScale's parameters for one weight, allocated once and reused for each block's weight of that shape.
 
     The method chooses what is trained: `adascale` beta, gamma, s2, s3; `flexround` s2, s3 and `step`, one logarithm
-    for both ends of the grid; `lwc` beta and gamma; `rtn` nothing. Parameters are float32. The frozen weight is held
+    for both ends of the grid; `lwc` beta and gamma; `rtn` nothing. Parameters are float32. The frozen weight is kept
     in the source's dtype, and only between `start` and `release`.
     """
 
@@ -44,7 +44,8 @@ class LinearQuantizer(nn.Module):
         """Take a weight of any float dtype and go to the start, round-to-nearest; in place.
 
         Args:
-            importance_I: of each input channel: the start grid is searched with it (`quant/search.py`). None: min-max.
+            importance_I: weight of each input channel in the search of the start grid (`quant/search.py`). None:
+                the start grid holds the extremes (min-max).
         """
         self._hold(self.grid.rows(weight_OI))
         ends = [self.grid.start_range(self.rows[some].float()) for some in row_chunks(self.rows)]
@@ -58,25 +59,25 @@ class LinearQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Go back to the start for the weight at hand; in place."""
+        """Go back to the start for the same weight; in place."""
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
                 parameter.grad = None
 
     def release(self) -> None:
-        """Let go of the weight."""
+        """Free the frozen weight."""
         self._hold(None)
 
     def make_shardable(self, dtype: torch.dtype) -> None:
-        """Have a parameter for frozen weights of that dtype: what holds a module's parameters may shard it."""
+        """Keep the frozen weight as a parameter of that dtype, so that ZeRO can shard it with the others."""
         rows_Rg = self.min.new_empty(len(self.min), self.shape.numel() // len(self.min), dtype=dtype)
         self.rows = nn.Parameter(rows_Rg, requires_grad=False)
 
     def _hold(self, rows_Rg: Tensor | None) -> None:
         if not isinstance(self.rows, nn.Parameter):
             self.rows = rows_Rg
-        elif rows_Rg is not None:  # a shard's memory is kept for the next block
+        elif rows_Rg is not None:  # without a weight, a shard keeps its memory for the next block
             if rows_Rg.dtype != self.rows.dtype:
                 raise QuantizationError(
                     f"one linear's weight is in {rows_Rg.dtype}, another's in {self.rows.dtype}, which sharded weights "
@@ -86,7 +87,7 @@ class LinearQuantizer(nn.Module):
 
     @property
     def trained(self) -> adascale.Trained:
-        """The parameters as AdaScale's: one step stands for both ends of its grid."""
+        """The parameters in AdaScale's terms: `step` takes the place of both beta and gamma."""
         ends = (self.beta, self.gamma) if self.step is None else (self.step, self.step)
         return adascale.Trained(self.s2, self.s3, *ends)
 
@@ -99,7 +100,7 @@ class LinearQuantizer(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> QuantizedLinear:
-        """Codes and grid that the trained quantizer becomes."""
+        """The codes and the grid of the trained quantizer."""
         scale_R1, zero_point_R1 = adascale.learned_grid((self.min, self.max), self.trained, self.grid, self.num_groups)
         codes_Rg = adascale.fold(self.rows, self.s2, self.s3, scale_R1, zero_point_R1, self.grid)
         return QuantizedLinear(

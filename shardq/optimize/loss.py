@@ -1,4 +1,4 @@
-"""How far a quantized block's output is from the fp block's: the hidden states themselves, or what they predict."""
+"""Losses between a quantized block's output and the fp block's: of the hidden states, or of their predictions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ PredictionError = Callable[..., tuple[Tensor, Tensor]]
 def distillation_loss(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> Tensor:
     """Training loss: squared error summed over the sequence, mean over samples and channels.
 
-    `squared` is AIMET's AdaScale's. `token` divides each position's error by the target's mean square there. The
-    optimizers do not see the loss's size but for their eps, which these sizes keep negligible.
+    `squared` is the loss of AIMET's AdaScale. `token` divides each position's error by the target's mean square there.
+    The optimizers' steps depend on the size of the loss only through their eps, which is negligible at these sizes.
     """
     return _errors(output_NTD, target_NTD, kind).sum(1).mean()
 
@@ -33,23 +33,23 @@ def _errors(output_NTD: Tensor, target_NTD: Tensor, kind: Loss) -> Tensor:
 
 @torch.no_grad()
 def summed_probabilities(hidden_NTD: Tensor, to_logits: ToLogits) -> Tensor:
-    """How often each token [V] is expected next: its probability, summed over all positions."""
+    """Expected count of each token [V] as the next one: its probability, summed over all positions."""
     return sum(to_logits(hidden_1TD).float().softmax(-1).sum((0, 1)) for (hidden_1TD,) in _pieces(hidden_NTD))
 
 
 def prediction_error(
     logits_NTV: Tensor, target_NTV: Tensor, labels_NT: Tensor, label_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How far predictions are from the target's and from the text, in nats, and its gradient in the logits.
+    """Distance in nats of the predictions from the target's and from the text, and its gradient in the logits.
 
     Args:
-        labels_NT: tokens that come next, or -1 where none is known.
-        label_weight: of the labels' cross-entropy, w; the rest of 1 is the KL divergence's. A tensor of one value, so
-            that code which is compiled holds for every weight.
+        labels_NT: the next tokens of the text, or -1 where none is known.
+        label_weight: weight w of the labels' cross-entropy; the KL divergence has 1 - w. A tensor of one value, so
+            that compiled code is valid for every weight.
 
     Returns:
         sum over the positions of (1 - w) sum_v p_v (log p_v - log q_v) - w log q_label, where p is the target's softmax
-        and q the other, and w is 0 without a label; its gradient [N, T, V] in the logits' dtype.
+        and q the prediction's, and w is 0 without a label; its gradient [N, T, V] in the logits' dtype.
     """
     log_q_NTV, log_p_NTV = (logits.float().log_softmax(-1) for logits in (logits_NTV, target_NTV))
     p_NTV = log_p_NTV.exp()
@@ -58,8 +58,8 @@ def prediction_error(
     divergence_NT1 = (p_NTV * (log_p_NTV - log_q_NTV)).sum(-1, keepdim=True)
     cross_entropy_NT1 = -log_q_NTV.gather(-1, labels_NT1.clamp(min=0))
     value = ((1 - weight_NT1) * divergence_NT1 + weight_NT1 * cross_entropy_NT1).sum()
-    # Comparing, unlike writing at indices, becomes part of one pass over the logits when it is compiled; in float32,
-    # which holds every token exactly, with vectors of the logits' own width.
+    # A comparison, unlike a write at indices, is fused into one pass over the logits when it is compiled; in float32,
+    # which represents every token exactly, its vectors have the width of the logits'.
     is_label_NTV = torch.arange(p_NTV.shape[-1], dtype=torch.float32, device=p_NTV.device) == labels_NT1.float()
     wanted_NTV = torch.where(is_label_NTV, weight_NT1, 0) + (1 - weight_NT1) * p_NTV
     return value, (log_q_NTV.exp() - wanted_NTV).to(logits_NTV.dtype)
@@ -73,15 +73,15 @@ def prediction_loss(
     to_logits: ToLogits,
     kernel: PredictionError = prediction_error,
 ) -> Tensor:
-    """Training loss of what the last block gives: `prediction_error` summed over the sequence, mean over samples.
+    """Training loss of the last block's output: `prediction_error` summed over the sequence, mean over samples.
 
-    Of the logits [T, V] there are never more than some positions' in memory: each position's gradient in the hidden
-    state is computed with its loss.
+    Only some positions' logits [T, V] are in memory at a time: each position's gradient in the hidden state is computed
+    with its loss.
 
     Args:
-        labels_NT, label_weight: as `prediction_error`'s.
-        to_logits: from hidden states [N, T, D] to logits [N, T, V], each position for itself; differentiable.
-        kernel: `prediction_error`, as it is or compiled.
+        labels_NT, label_weight: as in `prediction_error`.
+        to_logits: from hidden states [N, T, D] to logits [N, T, V], position by position; differentiable.
+        kernel: `prediction_error`, plain or compiled.
     """
     return _PredictionLoss.apply(output_NTD, target_NTD, labels_NT, label_weight, to_logits, kernel) / len(output_NTD)
 
@@ -107,18 +107,18 @@ class _PredictionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """The gradient in the output alone."""
+        """The gradient in the output; the other arguments have none."""
         return ctx.saved_tensors[0] * gradient, None, None, None, None, None
 
 
 def _pieces(*given: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some positions [1, T, ...] of each, whatever sample they are of."""
+    """The same positions [1, T, ...] of each tensor, piece by piece; a piece may cross samples."""
     return zip(*(values_NTX.flatten(0, 1)[None].split(LOGITS_TOKENS, 1) for values_NTX in given), strict=True)
 
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums from which the loss that users see is made; over ranks and passes they add up.
+    """Sums from which the reported loss is computed; they add up over ranks and passes.
 
     Attributes:
         error: sum of (output - target)^2 over all elements, or of the positions' divergences.
@@ -138,7 +138,7 @@ class ErrorSums:
 
 
 def error_sums(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -> ErrorSums:
-    """Error and power of one pass, summed in float64; `token`: relative error of each position, 1 for its power."""
+    """Error and power of one pass, summed in float64; `token`: each position's relative error, and power 1."""
     error = _errors(output_NTD, target_NTD, kind).sum(dtype=torch.float64)
     power = target_NTD.square().sum(dtype=torch.float64) if kind == "squared" else target_NTD.numel()
     return ErrorSums(float(error), float(power))
@@ -148,7 +148,7 @@ def error_sums(output_NTD: Tensor, target_NTD: Tensor, kind: Loss = "squared") -
 def prediction_sums(
     output_NTD: Tensor, target_NTD: Tensor, to_logits: ToLogits, kernel: PredictionError = prediction_error
 ) -> ErrorSums:
-    """KL divergence of one pass's predictions, and its positions; arguments as `prediction_loss`."""
+    """Summed KL divergence of one pass's predictions, and the number of positions; arguments as `prediction_loss`."""
     without_NT = torch.full(output_NTD.shape[:2], -1, device=output_NTD.device)
     pieces, weight = _pieces(output_NTD, target_NTD, without_NT), output_NTD.new_zeros(())
     total = sum(

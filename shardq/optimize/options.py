@@ -108,12 +108,12 @@ PRESETS = {
 
 
 def resolved(options: OptimizeOptions, bits: int, world_size: int, has_bf16: bool) -> OptimizeOptions:
-    """Options with every value that was not given filled in from the preset, the grid, the ranks and the device.
+    """Options in which the preset, the grid, the ranks and the device fill in every value that was not given.
 
     The micro-batch is left open: it depends on the model.
 
     Args:
-        bits: of the grid.
+        bits: bits of the grid.
         has_bf16: the device multiplies bfloat16 in hardware.
     """
     defaults = PRESETS[options.preset] | {"batch_size": world_size}
@@ -123,7 +123,7 @@ def resolved(options: OptimizeOptions, bits: int, world_size: int, has_bf16: boo
 
 
 def resolved_tuning(options: TuneOptions, num_samples: int, has_bf16: bool) -> TuneOptions:
-    """Options with every value that was not given filled in from the number of samples and the device."""
+    """Options in which the number of samples and the device fill in every value that was not given."""
     batch_size = options.batch_size or math.ceil(num_samples / options.steps)
     return replace(options, batch_size=batch_size, precision=_precision(options.precision, has_bf16))
 

@@ -1,4 +1,4 @@
-"""A block's parameter while the matrices in it are trained: weights come, gradients go, and neither stays too long."""
+"""A block's parameter while its matrices are trained: holds weights or gradients, and each only while it is needed."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,20 +15,20 @@ class Place:
 
     def __init__(self, parameter: nn.Parameter, num_matrices: int, dtype: torch.dtype):
         self.parameter, self._num_matrices = parameter, num_matrices
-        self._num_collecting = 0  # of its matrices, from which the gradient has not been taken yet
+        self._num_collecting = 0  # number of its matrices whose gradient has not been taken yet
         self.make_room(dtype)
 
     @property
     def storage(self) -> int:
-        """Where its values are."""
+        """Key of the memory that holds its values."""
         return self.parameter.untyped_storage().data_ptr()
 
     def make_room(self, dtype: torch.dtype | None = None) -> None:
-        """Have it keep its shape, in another dtype if one is given, and take no memory."""
+        """Free the values; the shape stays, and the dtype unless another is given."""
         self.parameter.data = self.parameter.data.new_zeros((), dtype=dtype).expand(self.parameter.shape)
 
     def load(self, values: Tensor, adding_up: bool) -> None:
-        """Take over fake-quantized values; it collects gradients then.
+        """Take fake-quantized values, and collect gradients from then on.
 
         Args:
             adding_up: gradients add up in float32.
@@ -37,13 +37,13 @@ class Place:
         parameter.data = values
         parameter.requires_grad_(True)
         parameter.grad = None
-        parameter.grad_dtype = None  # any: what is added to a float32 sum need not be float32 itself
+        parameter.grad_dtype = None  # any dtype: the terms of a float32 sum need not be float32
         if adding_up:
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
 
     def take_gradient(self, expert: int | None) -> Tensor:
-        """A matrix' gradient [O, I], once; with the last one's, parameter and gradient leave the block."""
-        # A parameter that no sample reached, such as an idle expert's, has none; all ranks step it all the same.
+        """A matrix' gradient [O, I]; can be taken once. The last one frees parameter and gradient."""
+        # A parameter that no sample reached, such as an idle expert's, has none; all ranks still step it.
         gradient = torch.zeros_like(self.parameter) if self.parameter.grad is None else self.parameter.grad
         self._num_collecting -= 1
         if not self._num_collecting:
@@ -55,27 +55,27 @@ class Place:
         """Collect no more gradients, and have memory for values."""
         self.parameter.requires_grad_(False)
         self.parameter.grad = None
-        if not self.parameter.is_contiguous():  # it has none
+        if not self.parameter.is_contiguous():  # its values have been freed
             self.parameter.data = self.parameter.new_empty(self.parameter.shape)
 
 
 class Collect(torch.autograd.Function):
-    """Zero, whose gradient in a fake-quantized weight is the one that its place in the block has collected by then."""
+    """Zero; its gradient in a fake-quantized weight is the gradient that the weight's place has collected."""
 
     @staticmethod
     def forward(ctx, weight_OI, place, expert):
-        """Return the zero."""
+        """The zero."""
         ctx.place, ctx.expert, ctx.dtype = place, expert, weight_OI.dtype
         return weight_OI.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        """The matrix' gradient [O, I], rounded to the weight's dtype; it leaves the block."""
+        """The matrix' gradient [O, I], rounded to the weight's dtype; taken from its place."""
         return ctx.place.take_gradient(ctx.expert).to(ctx.dtype), None, None
 
 
 class _Use(NamedTuple):
-    """A view of a block's parameter that a backward pass will ask for: size, stride and offset."""
+    """A view of a block's parameter that the backward pass needs: size, stride and offset."""
 
     place: Place
     view: tuple[torch.Size, tuple[int, ...], int]
@@ -83,7 +83,7 @@ class _Use(NamedTuple):
 
 @contextmanager
 def leaving(places: Iterable[Place]) -> Iterator[None]:
-    """Have parameters leave their block as the backward pass of what is computed in the body comes past them."""
+    """In the body, have each parameter freed as soon as the backward pass no longer needs its values."""
     by_storage = {place.storage: place for place in places}
     uses: Counter[Place] = Counter()
 

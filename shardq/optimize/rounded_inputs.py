@@ -1,4 +1,4 @@
-"""What enters a block's matrices, rounded to its grid while the block is trained."""
+"""Rounding of the inputs of a block's matrices to their grids while the block is trained."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from shardq.quant.options import ActivationOptions
 
 
 class RoundedInputs:
-    """Rounds what enters some matrices of a block; made once, for each block's grids in turn.
+    """Rounds the inputs of some matrices of a block; made once, then used with each block's grids in turn.
 
-    Static grids are tensors that are overwritten in place, and the hooks are the same for all blocks: what was compiled
-    with them goes on to hold.
+    Static grids are tensors that are overwritten in place, and the hooks are the same for all blocks, so code that was
+    compiled with them stays valid.
     """
 
     def __init__(self, block: nn.Module, matrices: Iterable[Matrix], options: ActivationOptions):
-        """Allocate for some matrices of a block, on its device; none where activations stay as they are."""
+        """Allocate for some matrices of a block, on its device; nothing where activations are not quantized."""
         self._block = block
         self._grids: dict[Matrix, tuple[Tensor, Tensor] | None] = {}
         self._hooks: dict[Matrix, Callable] = {}
@@ -34,7 +34,7 @@ class RoundedInputs:
         """Round while the body runs.
 
         Args:
-            grids: by name of the activation; of those not named, the last block's, or a token's own.
+            grids: by name of the activation; one not named keeps the last block's grid, or has one for each token.
         """
         for matrix, static in self._grids.items():
             if static and matrix.input in grids:

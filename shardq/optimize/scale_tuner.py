@@ -4,7 +4,7 @@
     dL/df = sum over a group of dL/dW^ * W^
 
 Source of the idea: EfficientQAT, arXiv 2407.11062, section 3.3, end-to-end training of quantization parameters; the
-logarithm, the optimizer and what is trained to are ours.
+logarithm, the optimizer and the target are ours.
 """
 
 import torch
@@ -34,10 +34,10 @@ class ScaleTuner:
         return list(self._log_factors.values())
 
     def rescaled(self, linears: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
-        """The block's linears under the scales as they are tuned by now.
+        """The block's linears with the scales as tuned so far.
 
         Raises:
-            QuantizationError: a scale is one that its grid does not have.
+            QuantizationError: a scale is not one of its grid's.
         """
         tuned = {name: linear.rescaled(self._log_factors[name].detach()) for name, linear in linears.items()}
         for name, linear in tuned.items():
@@ -46,9 +46,9 @@ class ScaleTuner:
         return tuned
 
     def gradients(self, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Gradients of the logarithms, in CPU memory, from dequantized weights [O, I] and what they have collected.
+        """Gradients in the logarithms, in CPU memory, from dequantized weights [O, I] and their gradients.
 
-        A linear that no sample reached, such as an idle expert's, has collected none: zeros.
+        A linear that no sample reached, such as an idle expert's, has no gradient: zeros.
         """
         gradients = {}
         for name, weight_OI in weights.items():
@@ -61,7 +61,7 @@ class ScaleTuner:
         return gradients
 
     def step(self, gradients: dict[str, Tensor], done: int, num_steps: int) -> None:
-        """One optimizer step after `done` of so many; the learning rate follows a cosine to 0."""
+        """One optimizer step after `done` of `num_steps`; the learning rate follows a cosine to 0."""
         if self._optimizer is None:
             return
         for name, gradient_OG in gradients.items():
@@ -71,10 +71,10 @@ class ScaleTuner:
         self._optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """The logarithms and what the optimizer keeps."""
+        """The logarithms and the optimizer's state."""
         return dict(state_of(self._optimizer, self._parameters)) if self._optimizer else {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Load what `state` returned."""
         if self._optimizer:
             take_over(self._optimizer, self._parameters, state)

@@ -1,4 +1,4 @@
-"""What of a linear's quantizer this process holds: which output channels it quantizes, and how they become whole."""
+"""The part of each linear that this process quantizes: which output channels, and how all ranks' parts are joined."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
@@ -11,39 +11,36 @@ Result = TypeVar("Result")
 
 
 class Share(Protocol):
-    """The part of every linear's outputs that a rank quantizes; what is joined is whole, and equal, on every rank."""
+    """The part of every linear's outputs that a rank quantizes; joined tensors are complete and equal on every rank."""
 
     def outputs(self, num_outputs: int) -> slice:
-        """The rank's outputs of a linear with so many."""
+        """The rank's outputs of a linear that has `num_outputs`."""
 
     def made(self, quantizer: LinearQuantizer) -> None:
-        """Called with each quantizer once it has been allocated, before the next is: it may be sharded from here on."""
+        """Take note of a quantizer that has been allocated, before the next is: the share may shard it from here on."""
 
     def joined(self, parts: Iterable[Tensor], num_outputs: Iterable[int]) -> list[Tensor]:
-        """Tensors [O, ...] from every rank's parts of them; differentiable: a part gets the mean of ranks' gradients.
+        """Join every rank's parts into tensors [O, ...]; differentiable: a part gets the mean of the ranks' gradients.
 
         Args:
             num_outputs: O of each tensor.
         """
 
     def agreed(self, work: Callable[[], Result]) -> Result:
-        """Run `work`, which is without collectives; if it fails on any rank, every rank raises the error."""
+        """Run `work`, which calls no collective; if it fails on any rank, every rank raises the error."""
 
 
 class Everything:
     """The share of a rank that quantizes all linears by itself."""
 
     def outputs(self, num_outputs: int) -> slice:
-        """All of them."""
         return slice(num_outputs)
 
     def made(self, quantizer: LinearQuantizer) -> None:
-        """It stays whole."""
+        """Do nothing: the quantizer is not sharded."""
 
     def joined(self, parts: Iterable[Tensor], num_outputs: Iterable[int]) -> list[Tensor]:
-        """The parts themselves."""
         return list(parts)
 
     def agreed(self, work: Callable[[], Result]) -> Result:
-        """Nobody else has to agree."""
         return work()

@@ -1,4 +1,4 @@
-"""What turns a loss into changed parameters. The training loop knows only this; ranks are the stepper's business."""
+"""Steppers: they turn a loss into changed parameters. The training loop knows no ranks; its stepper does."""
 
 import math
 from collections.abc import Iterator
@@ -18,43 +18,43 @@ class Stepper(Protocol):
     """One optimizer over a block's trainable parameters, built once and started for each block."""
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
-        """Have the parameters of some of the quantizers whole while the body runs; every rank has to take part.
+        """Have all parameters of a part of the quantizers on this rank during the body; every rank has to take part.
 
         Args:
-            changed: the body writes to them, the same on every rank.
+            changed: the body writes to the parameters, the same values on every rank.
         """
 
     def start(self, iterations: int, rate: float = 1.0) -> None:
-        """Forget what the last block left: moments and the place in the schedule. The quantizers are at their start.
+        """Forget the last block's moments and place in the schedule. The quantizers are at their start.
 
         Args:
             iterations: steps until the learning rates are 0.
-            rate: the learning rates are multiplied by it.
+            rate: factor of the learning rates.
         """
 
     def forward(self) -> list[Tensor]:
         """Fake-quantized weights of all quantizers, in order; differentiable."""
 
     def backward(self, collected: Tensor) -> None:
-        """Take the gradient of this rank's loss from `BlockQuantizer.collected` on to the parameters."""
+        """Propagate the gradient of this rank's loss from `BlockQuantizer.collected` to the parameters."""
 
     def step(self) -> None:
         """Change the parameters by the mean of the ranks' gradients, and clear it; a non-finite one changes nothing."""
 
     def is_finite(self) -> bool:
-        """Whether all gradients since the start were finite; from one that was not on, no step changes anything.
+        """Whether all gradients since the start were finite; after one that was not, no step changes anything.
 
-        All ranks are told the same. Waits for the device.
+        The answer is the same on all ranks. Waits for the device.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank holds of the parameters and the optimizer's moments, by name; no copies."""
+        """This rank's part of the parameters and the optimizer's moments, by name; no copies."""
 
     def restore(self, state: dict[str, Tensor], done: int) -> None:
-        """After `start`: go on from what `state` gave once `done` steps were done, on the same ranks."""
+        """After `start`: continue from what `state` returned after `done` steps on the same ranks."""
 
     def release(self) -> None:
-        """Training is over until the next start: let go of what that can make again."""
+        """End training until the next `start`: free what `start` can allocate again."""
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rms": torch.optim.Adagrad}
@@ -74,7 +74,7 @@ class LocalStepper:
         self._not_finite = skipped_where(self._optimizer, self._watched[0].device)
 
     def start(self, iterations: int, rate: float = 1.0) -> None:
-        """Zero what the optimizer keeps, in place where it is there, and go to the start of the schedule."""
+        """Zero the optimizer's state, in place where it exists, and go to the start of the schedule."""
         if self._optimizer is None:
             self._make()
         for state in self._optimizer.state.values():
@@ -84,19 +84,15 @@ class LocalStepper:
         self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
-        """Nothing to do: they are whole."""
         return nullcontext()
 
     def forward(self) -> list[Tensor]:
-        """The quantizers' own forward."""
         return self._module()
 
     def backward(self, collected: Tensor) -> None:
-        """Accumulate the gradient."""
         collected.backward()
 
     def step(self) -> None:
-        """One step at the schedule's learning rate."""
         self._not_finite.masked_fill_(~self._gradient_norm().isfinite(), 1.0)
         set_learning_rates(self._optimizer, self._done, self._iterations, self._rate)
         self._optimizer.step()
@@ -104,24 +100,21 @@ class LocalStepper:
         self._done += 1
 
     def release(self) -> None:
-        """Let go of the moments."""
+        """Free the moments."""
         self._optimizer = None
 
     def is_finite(self) -> bool:
-        """Read the flag: all ranks have set it by the same gradients."""
         return not self._not_finite.item()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, the same on all ranks."""
         return dict(state_of(self._optimizer, self._parameters()))
 
     def restore(self, state: dict[str, Tensor], done: int) -> None:
-        """Take everything over."""
         take_over(self._optimizer, self._parameters(), state)
         self._done = done
 
     def _gradient_norm(self) -> Tensor:
-        """Not finite where a gradient is not."""
+        """Norm of all gradients; not finite if one of them is not."""
         return nn.utils.get_total_norm([parameter.grad for parameter in self._watched])
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -137,26 +130,26 @@ def make_optimizer(kind: str, groups: list[dict]) -> torch.optim.Optimizer:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, done: int, iterations: int, rate: float = 1.0) -> None:
-    """Set the learning rates of the step after `done` others of so many, for groups as `parameter_groups` gives them.
+    """Set the learning rates of the step after `done` of `iterations`, for the groups of `parameter_groups`.
 
     Args:
-        rate: multiplies them.
+        rate: factor of all learning rates.
     """
     factor = rate * cosine_factor(done, iterations)
-    if isinstance(optimizer, torch.optim.Adagrad):  # `rms`: of the mean of all squared gradients, not of their sum
+    if isinstance(optimizer, torch.optim.Adagrad):  # `rms` divides by the root of the mean square, Adagrad of the sum
         factor *= math.sqrt(done + 1)
     for group in optimizer.param_groups:
         group["lr"] = group["start_lr"] * factor
 
 
 def skipped_where(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
-    """A flag for a fused optimizer: while it is 1, a step changes nothing; the host need not know its value."""
-    optimizer.found_inf = torch.zeros((), device=device)  # as torch.amp.GradScaler tells it
+    """A flag for a fused optimizer: while it is 1, a step changes nothing; the host need not read its value."""
+    optimizer.found_inf = torch.zeros((), device=device)  # the attribute that torch.amp.GradScaler sets
     return optimizer.found_inf
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Some of an optimizer's parameters, and what it keeps for each, with names; plain numbers as tensors of int64."""
+    """Parameters of an optimizer and its state for each, with names; plain numbers as tensors of int64."""
     for number, parameter in enumerate(parameters):
         yield f"{number}.value", parameter.detach()
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -165,7 +158,7 @@ def state_of(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iter
 
 @torch.no_grad()
 def take_over(optimizer: torch.optim.Optimizer, parameters: list[Tensor], state: dict[str, Tensor]) -> None:
-    """Put back what `state_of` gave, in place where there is a place for it."""
+    """Load what `state_of` gave, in place where the tensors exist."""
     for number, parameter in enumerate(parameters):
         prefix, kept = f"{number}.", optimizer.state[parameter]
         saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -178,7 +171,7 @@ def take_over(optimizer: torch.optim.Optimizer, parameters: list[Tensor], state:
 
 
 def cosine_factor(done: int, iterations: int) -> float:
-    """What the learning rates are multiplied by after `done` steps: `(1 + cos(pi * done / iterations)) / 2`."""
+    """Factor of the learning rates after `done` steps: `(1 + cos(pi * done / iterations)) / 2`."""
     return 0.5 * (1 + math.cos(math.pi * done / iterations))
 
 
@@ -197,7 +190,7 @@ def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
 
 
 def watched(module: nn.Module) -> list[nn.Parameter]:
-    """Trainable parameters whose gradients show whether all are finite: s3's are sums of s2's, and many fewer."""
+    """Trainable parameters whose gradients show whether all are finite; s3's stand for s2's, whose sums they are."""
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     summed = {name.removesuffix("3") + "2" for name in named if name.endswith(".s3")}
     return [parameter for name, parameter in named.items() if name not in summed]

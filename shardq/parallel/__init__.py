@@ -1,1 +1,1 @@
-"""The only code that talks to other processes."""
+"""Communication between ranks: the only code that talks to other processes, with liveness/."""

@@ -13,30 +13,28 @@ from shardq.parallel.engine import Demand, Engine
 from shardq.parallel.ranks import contact
 from shardq.torch_internals import flattened, unflattened
 
-# Values that travel together at least: smaller gradients, all but those of s2, wait for one another. From about a
-# megabyte on, what a collective costs beside its bytes is small.
+# Least number of values in one collective: gradients smaller than that, which are all but those of s2, wait for one
+# another. From about a megabyte on, the fixed cost of a collective is small.
 BUCKET_SIZE = 1 << 18
 
 
 class AllReduce(Engine):
-    """The engine of ranks that each hold everything."""
+    """The engine in which every rank holds the whole training state."""
 
     def demands(self) -> Iterator[Demand]:
-        """There are others."""
         several = self.ranks.world_size > 1
         yield several, "parallel.engine", self.options.engine, "local or zero* on one rank"
         yield from super().demands()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "AllReduceStepper":
-        """The ranks take the same step."""
         return AllReduceStepper(quantizer, options, self.options.dtype, self.ranks.world_size)
 
 
 class AllReduceStepper(LocalStepper):
-    """A LocalStepper whose gradients are averaged over ranks first; equal parameters stay equal.
+    """A LocalStepper that averages gradients over ranks before each step, so that equal parameters stay equal.
 
-    A gradient leaves as soon as backward has made it, while backward goes on with the next linear; `step` waits for
-    what comes back. The graph being the same on all ranks, gradients leave everywhere in the same order.
+    A gradient is sent as soon as backward has computed it, while backward goes on with the next linear; `step` waits
+    for the means. The graph is the same on all ranks, so all send their gradients in the same order.
     """
 
     def __init__(self, module: nn.Module, options: OptimizeOptions, dtype: torch.dtype, world_size: int):
@@ -49,7 +47,6 @@ class AllReduceStepper(LocalStepper):
                 parameter.register_post_accumulate_grad_hook(self._leave)
 
     def step(self) -> None:
-        """Wait for the gradients' means and step by them."""
         if self._waiting:
             self._send(self._waiting)
             self._waiting = []
@@ -74,6 +71,6 @@ class AllReduceStepper(LocalStepper):
     def _send(self, parameters: list[nn.Parameter]) -> None:
         bucket = flattened([parameter.grad for parameter in parameters]).to(self._dtype)
         for parameter in parameters:
-            parameter.grad = None  # comes back with the mean; until then only the bucket takes memory
+            parameter.grad = None  # `step` sets the mean here; until then only the bucket takes memory
         with contact("averaging gradients"):
             self._sent.append((parameters, bucket, dist.all_reduce(bucket, async_op=True)))

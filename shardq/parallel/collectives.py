@@ -1,4 +1,4 @@
-"""Agreement between ranks. With one rank every function here is the plain operation."""
+"""Operations in which all ranks take part. With one rank each is the plain operation."""
 
 import secrets
 from collections.abc import Callable
@@ -49,10 +49,10 @@ def on_every_host(ranks: Ranks, work: Callable[[], Result]) -> Result:
 
 
 def shared_by_all(ranks: Ranks, folder: Path) -> None:
-    """Make sure that a folder is one and the same for every rank: rank 0 leaves a token there that all have to read.
+    """Check that every rank sees the same folder: rank 0 writes a token file into it, and every rank reads it.
 
     Raises:
-        StorageError: naming the rank, and its host, that does not find the token.
+        StorageError: a rank does not find the token; names the rank and its host.
     """
     if ranks.world_size == 1:
         return
@@ -100,7 +100,7 @@ def reduce_over_ranks(
 
 
 def barrier(ranks: Ranks) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this function."""
     sum_over_ranks(ranks, [0.0])
 
 

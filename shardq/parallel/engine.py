@@ -19,7 +19,7 @@ Demand = tuple[bool, str, object, str]  # whether it is met, the option, its val
 
 @dataclass(frozen=True)
 class BlockSize:
-    """A block's bytes in the checkpoint, and its weights to train: of all its linears, and of the largest."""
+    """A block's bytes in the checkpoint, and its number of trained weights: in all linears, and in the largest one."""
 
     source: int
     num_weights: int
@@ -27,17 +27,17 @@ class BlockSize:
 
 
 class Engine:
-    """How ranks share training: here each holds everything and steps by itself; subclasses say what they do otherwise.
+    """How ranks share the training of a block. In this base class each rank holds everything and steps by itself.
 
     Attributes:
-        options: in which the engine is this one.
+        options: the options that chose this engine.
     """
 
     def __init__(self, options: ParallelOptions, ranks: Ranks):
         self.options, self.ranks = options, ranks
 
     def demands(self) -> Iterator[Demand]:
-        """What has to hold for the options.
+        """Conditions that the options have to meet.
 
         Raises:
             ConfigError: a file that the options name cannot be used.
@@ -47,33 +47,33 @@ class Engine:
         yield file is None, "parallel.deepspeed", file, f"left out {without} (zero1, zero2, zero3)"
 
     def share(self, dtype: torch.dtype) -> Share:
-        """What a rank quantizes of linears whose weights the source has in a dtype."""
+        """The share of each linear that a rank quantizes; `dtype` is that of the source's weights."""
         return Everything()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> Stepper:
-        """What steps a quantizer that was made with the engine's share."""
+        """The stepper of a quantizer that was made with the engine's share."""
         return LocalStepper(quantizer, options)
 
     def rank_bytes(self, kind: Kind, num_bytes: int) -> int:
-        """Bytes that a rank has on its device of so many of a block; `weights` are the frozen ones and s2."""
+        """Bytes on a rank's device out of a block's `num_bytes` of one kind; `weights` are frozen weights and s2."""
         return num_bytes
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether the place for gradients is there when the first is made, and the quantized weights still are."""
+        """Whether the memory for gradients is allocated while the fake-quantized weights are still in memory."""
         return False
 
     def moved_bytes(self, size: BlockSize) -> int:
-        """What is copied at once to be reduced and gathered."""
+        """Bytes of copies that exist at the same time in order to be reduced and gathered."""
         return 0
 
     @property
     def writer(self) -> int:
-        """The rank that saves what this one holds of the training state."""
+        """The rank that saves this rank's part of the training state."""
         return 0
 
     def made_with(self) -> dict:
-        """Everything that saved training state goes on with only where it is the same."""
+        """The settings that have to be unchanged for saved training state to be resumed."""
         chosen = asdict(self.options)
-        del chosen["deepspeed"]  # the name of a file
+        del chosen["deepspeed"]  # the name of a file, not its content
         return chosen

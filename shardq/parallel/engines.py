@@ -12,7 +12,7 @@ from shardq.parallel.zero import Zero
 
 
 def engine_for(options: ParallelOptions, ranks: Ranks) -> Engine:
-    """The engine that options name, which is not `auto`."""
+    """The engine that the options name; not for `auto`."""
     match options.engine:
         case "local":
             return Local(options, ranks)
@@ -25,7 +25,7 @@ def engine_for(options: ParallelOptions, ranks: Ranks) -> Engine:
 
 
 def candidates(options: ParallelOptions, ranks: Ranks) -> list[Engine]:
-    """The engine that options name; for `auto` those to choose from, from the fastest to the one that takes least."""
+    """The engine that the options name; for `auto` the engines to choose from, ordered from fastest to smallest."""
     names = [options.engine]
     if options.engine == "auto":
         names = ["local"] if ranks.world_size == 1 else ["allreduce", "rows"]

@@ -1,4 +1,4 @@
-"""Ranks as torchrun starts them, ended as a command of shardq ends: with its line last, and with its exit code."""
+"""Start ranks through torchrun, and end as a command of shardq ends: with its line last and its exit code."""
 
 import logging
 import signal
@@ -18,7 +18,7 @@ def main() -> None:
 
     torchrun itself exits with 1 whatever a rank's code is, and prints a stack of its own after a rank's last line.
     """
-    logging.disable(logging.CRITICAL)  # this process is torchrun's alone, and what it has to say are ranks' ends
+    logging.disable(logging.CRITICAL)  # only torchrun runs in this process, and it logs only that ranks ended
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
@@ -29,10 +29,10 @@ def main() -> None:
 
 
 def _cause(ends: list[tuple[int, int]]) -> int:
-    """The exit code of the rank that failed by itself, of those of all that failed.
+    """Of all failed ranks, the exit code of the one that failed first and by itself.
 
     Args:
-        ends: of each the second and the code; torchrun looks several times a second, and ends the others in turn.
+        ends: second and exit code of each failed rank; torchrun polls several times a second, then ends the others.
     """
     first = min(second for second, _ in ends)
     codes = [code for second, code in sorted(ends, key=lambda end: end[0]) if second <= first + 1]

@@ -1,4 +1,4 @@
-"""One rank alone."""
+"""The engine for a single rank."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,6 @@ class Local(Engine):
     """The engine of one rank."""
 
     def demands(self) -> Iterator[Demand]:
-        """There are no others."""
         alone = self.ranks.world_size == 1
         yield alone, "parallel.engine", self.options.engine, "allreduce or zero* on several ranks"
         yield from super().demands()

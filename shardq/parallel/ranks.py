@@ -1,4 +1,4 @@
-"""Who am I: rank, world size, device. Made once, passed down."""
+"""The identity of this process: rank, world size, device. Made once, passed down."""
 
 import os
 import socket
@@ -17,8 +17,8 @@ from shardq.liveness.stall import Pace
 from shardq.liveness.watch import ended_together
 from shardq.logs import seconds_since_process_start
 
-# Rank 0 may download a model or tokenize a large dataset while the others wait. A rank that is gone or stopped is found
-# by the watch long before.
+# Rank 0 may download a model or tokenize a large dataset while the others wait. The watch finds a rank that is gone or
+# stopped long before this time-out.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
@@ -26,9 +26,9 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 class Ranks:
     """This process among those that torchrun started; a plain python process is rank 0 of 1.
 
-    `local_world_size` is the number of ranks on this host, which share its memory; `local_rank` is this one's number
-    among them. Whoever takes the main thread through steps says so to `pace`. `start_up_seconds` is the process's age
-    when it joined, where the command is all that the process is for.
+    `local_world_size` is the number of ranks on this host, which share its memory; `local_rank` is this rank's number
+    among them. Loops of the main thread report their steps to `pace`. `start_up_seconds` is the age of the process
+    when it joined; 0 in a process that does other work than this command.
     """
 
     rank: int
@@ -41,12 +41,12 @@ class Ranks:
 
     @property
     def first_on_host(self) -> int:
-        """The rank that does what a host needs done once; torchrun numbers the ranks host by host."""
+        """The rank that does the work that each host needs once; torchrun numbers the ranks host by host."""
         return self.rank - self.local_rank
 
 
 def this_rank() -> str:
-    """What lines and errors call this process: `rank 3`, on several hosts `rank 3 on HOST`; nothing if it is alone."""
+    """Name of this process in lines and errors: `rank 3`, on several hosts `rank 3 on HOST`; empty for one rank."""
     rank, world_size, _, local_world_size = _place()
     if world_size == 1:
         return ""
@@ -55,14 +55,14 @@ def this_rank() -> str:
 
 @contextmanager
 def started(device: str) -> Iterator[Ranks]:
-    """Join the other ranks for the duration of the body; from then on they end together.
+    """Join the other ranks for the duration of the body; if one of them ends early, all end.
 
     Args:
         device: `auto` (CUDA where there is one), `cpu` or `cuda`; rank r of a host takes its GPU r.
 
     Raises:
         ConfigError: CUDA is asked for and absent, or there are fewer GPUs than ranks on this host.
-        RankError: the other ranks do not come or cannot be reached.
+        RankError: the other ranks do not arrive in time or cannot be reached.
     """
     rank, world_size, local_rank, local_world_size = _place()
     age = seconds_since_process_start()
@@ -78,19 +78,19 @@ def started(device: str) -> Iterator[Ranks]:
         _init_process_group(ranks, dist.PrefixStore("group", store))
         _leave_after_tracebacks()
         yield ranks
-        # Not in a `finally`: after an error the other ranks may be gone, and leaving in order could wait for them.
+        # Not in a `finally`: after an error the other ranks may be gone, and an orderly exit could wait for them.
         dist.destroy_process_group()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """As `started`, but for a body after which this process goes on, whatever becomes of the body.
+    """Join the other ranks as `started` does, in a process that goes on after the body, even when the body fails.
 
-    A process group that is there is used and left as it is; one that is missing is made, and ended after the body. No
-    rank watches the others: one that fails is found by the next collective, or ended by torchrun with all others.
+    An existing process group is used and left in place; a missing one is made, and destroyed after the body. No rank
+    watches the others: the next collective finds a failed rank, or torchrun ends all of them.
 
     Raises:
-        ConfigError: as `started`; or a process group is there that lacks what the ranks need.
+        ConfigError: as `started`; or an existing process group lacks what the ranks need.
         RankError: as `started`.
     """
     rank, world_size, local_rank, local_world_size = _place()
@@ -107,7 +107,7 @@ def joined(device: str) -> Iterator[Ranks]:
         _init_process_group(ranks, dist.PrefixStore(f"group-{calls}", store))
         yield ranks
     finally:
-        sys.excepthook = show  # torch has put its own there
+        sys.excepthook = show  # init_process_group has installed torch's own
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -124,7 +124,7 @@ def _init_process_group(ranks: Ranks, store: dist.Store) -> None:
 
 
 def _check_process_group(world_size: int) -> None:
-    """Check that a process group of the program's own can do what ours does."""
+    """Check that the calling program's process group supports the same operations as ours."""
     if world_size > 1 and "cpu:" not in dist.get_backend_config():
         raise ConfigError(
             f"process group: {dist.get_backend()} has no backend for CPU tensors; "
@@ -138,33 +138,33 @@ def _check_process_group(world_size: int) -> None:
 
 
 def backend_for(device: torch.device) -> str:
-    """Torch's backends on a device: CPU tensors and Python objects travel over gloo also where GPUs have NCCL."""
+    """Torch's backends for a device: CPU tensors and Python objects go over gloo even where GPUs use NCCL."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager
 def contact(doing: str) -> Iterator[None]:
-    """Turn what torch raises about other ranks into a RankError."""
+    """Turn torch's errors about other ranks into a RankError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        # torch reports a lost peer as RuntimeError (gloo) or its subclasses (NCCL, time-out).
+        # Torch reports a lost peer as RuntimeError (gloo) or as a subclass of it (NCCL, time-out).
         reason = str(error).strip().splitlines()[0]
         raise RankError(f"lost contact with another rank while {doing} ({reason}); see that rank's message") from error
 
 
 def _place() -> tuple[int, int, int, int]:
-    """What torchrun says: rank, world size, rank on this host, ranks on this host."""
+    """Torchrun's environment: rank, world size, rank on this host, ranks on this host."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
 
 
 def _leave_after_tracebacks() -> None:
-    """Have a fault of the program's own end this process at once, as soon as its traceback is printed.
+    """End this process as soon as the traceback of an unexpected exception is printed.
 
     An orderly shutdown of a broken process group may wait for ranks that are gone.
     """
-    show = sys.excepthook  # torch's, which puts the rank before every line
+    show = sys.excepthook  # torch's hook, which puts the rank before every line
 
     def show_and_leave(*error: object) -> None:
         show(*error)

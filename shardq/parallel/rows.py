@@ -1,9 +1,9 @@
-"""Rows over ranks: each rank quantizes and trains its part of every linear's outputs, and only weights travel.
+"""The `rows` engine: each rank quantizes and trains its rows of every linear, and only weights and gradients travel.
 
-Rounding, its gradient and the optimizer's step act on each output channel alone. So a rank holds frozen weight, s2,
-moments and s2's gradient of its outputs and no others; what all ranks need of it is the fake-quantized weight, and what
-they know of its gradient, both in the dtype of the matrix multiplies. It is ZeRO's second stage (arXiv 1910.02054,
-section 5), with all that the weight is computed from in the place of the optimizer's float32 copy.
+Rounding, its gradient and the optimizer's step treat each output channel separately. So a rank holds frozen weight, s2,
+moments and s2's gradient of its own output channels only. Ranks exchange fake-quantized weights and the gradients in
+them, both in the dtype of the matrix multiplies. This is ZeRO's second stage (arXiv 1910.02054, section 5), where the
+tensors that the weight is computed from take the place of the optimizer's float32 copy.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,28 +25,24 @@ from shardq.quant.grid import row_chunks
 
 
 class Rows(Engine):
-    """The engine of ranks that each hold their part of every linear's outputs."""
+    """The engine in which each rank holds its part of every linear's outputs."""
 
     def share(self, dtype: torch.dtype) -> "RowShare":
-        """The rank's rows."""
         return RowShare(self.ranks, self.options.dtype)
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "RowStepper":
-        """Each rank steps its rows."""
         return RowStepper(quantizer, options)
 
     def rank_bytes(self, kind: Kind, num_bytes: int) -> int:
-        """Everything is shared out."""
         return num_bytes // self.ranks.world_size
 
     @property
     def writer(self) -> int:
-        """Each rank saves its rows."""
         return self.ranks.rank
 
 
 class RowStepper(LocalStepper):
-    """A LocalStepper over this rank's rows; whether a step counts is all ranks' affair."""
+    """A LocalStepper over this rank's rows; a step is skipped on all ranks if a gradient is not finite on any."""
 
     def _gradient_norm(self) -> Tensor:
         norm = super()._gradient_norm()
@@ -56,21 +52,20 @@ class RowStepper(LocalStepper):
 
 
 class RowShare:
-    """A rank's part of every linear's outputs: neighbours, as many as the others have or one more."""
+    """A rank's part of every linear's outputs: consecutive channels, in parts that differ in size by at most one."""
 
     def __init__(self, ranks: Ranks, dtype: torch.dtype):
         self._ranks, self._dtype = ranks, dtype
         self._under_way: list[dist.Work] = []
 
     def outputs(self, num_outputs: int) -> slice:
-        """This rank's."""
         return self._slices(num_outputs)[self._ranks.rank]
 
     def made(self, quantizer: LinearQuantizer) -> None:
-        """It is one of the rank's own rows."""
+        """Do nothing: the quantizer was allocated for this rank's rows only."""
 
     def joined(self, parts: Iterable[Tensor], num_outputs: Iterable[int]) -> list[Tensor]:
-        """Every rank's parts; a part leaves while the next is computed."""
+        """Join every rank's parts; one part is sent while the next is computed."""
         whole = [_Join.apply(part, self, num) for part, num in zip(parts, num_outputs, strict=True)]
         with contact("exchanging weights"):
             for work in self._under_way:
@@ -79,11 +74,10 @@ class RowShare:
         return whole
 
     def agreed(self, work: Callable[[], Result]) -> Result:
-        """Work that fails on all ranks if on any."""
         return together(self._ranks, work)
 
     def spread(self, part: Tensor, num_outputs: int) -> Tensor:
-        """The whole that every rank's part becomes, once what is under way has come."""
+        """Gather the ranks' parts [O/ranks, ...] into one tensor [O, ...]; waits for the pending transfer."""
         whole = part.new_empty(num_outputs, *part.shape[1:])
         whole[self.outputs(num_outputs)] = part
         with contact("exchanging weights"):
@@ -93,7 +87,7 @@ class RowShare:
         return whole
 
     def averaged(self, gradient: Tensor) -> Tensor:
-        """The mean over ranks of this rank's part of a whole gradient [O, I], added up in float32 piece by piece."""
+        """The mean over ranks of this rank's rows of a gradient [O, I], summed in float32 piece by piece."""
         dtype = self._dtype if gradient.itemsize > self._dtype.itemsize else gradient.dtype
         shares = self._slices(len(gradient))
         mean = gradient.new_empty(len(gradient[shares[self._ranks.rank]]), gradient.shape[1])
@@ -113,15 +107,15 @@ class RowShare:
 
 
 class _Join(torch.autograd.Function):
-    """`RowShare.spread`, and `averaged` on the way back."""
+    """`RowShare.spread` as the forward pass, `RowShare.averaged` as the backward pass."""
 
     @staticmethod
     def forward(ctx, part, share, num_outputs):
-        """Return the whole [O, ...]."""
+        """The joined tensor [O, ...]."""
         ctx.share = share
         return share.spread(part, num_outputs)
 
     @staticmethod
     def backward(ctx, gradient):
-        """The part's gradient."""
+        """The gradient in this rank's part."""
         return ctx.share.averaged(gradient), None, None

@@ -1,4 +1,4 @@
-"""ZeRO: a block's training state spread over ranks by DeepSpeed, which no other file knows."""
+"""The ZeRO engines: DeepSpeed shards a block's training state over ranks. The only file that uses DeepSpeed."""
 
 import json
 import logging
@@ -31,9 +31,9 @@ from shardq.parallel.options import ParallelOptions
 from shardq.parallel.ranks import Ranks, backend_for
 from shardq.shipped import DEEPSPEED, read_named
 
-# Elements that are reduced or gathered at once: DeepSpeed's own 500 million would take more than most blocks.
+# Elements in one reduction or gathering: DeepSpeed's default of 500 million would take more memory than most blocks.
 BUCKET_SIZE = 1 << 25
-# What the run decides itself; a file that sets one of these would contradict it or be ignored.
+# Settings that the run decides; a file that sets one of these would contradict the run or be ignored.
 OWN_SETTINGS = {
     "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "communication_data_type",
@@ -42,7 +42,7 @@ OWN_ZERO_SETTINGS = {"stage", "offload_optimizer", "offload_param", "compute_gra
 
 
 class Zero(Engine):
-    """The engine of ranks that share, by its stage, the moments, the gradients too, or frozen weight and s2 too."""
+    """The engine that shards by stage: 1 the moments, 2 also the gradients, 3 also frozen weight, s2 and s3."""
 
     def __init__(self, options: ParallelOptions, ranks: Ranks):
         super().__init__(options, ranks)
@@ -51,10 +51,10 @@ class Zero(Engine):
 
     @cached_property
     def settings(self) -> dict:
-        """DeepSpeed's configuration, with what the user's file adds.
+        """DeepSpeed's configuration, with the settings that the user's file adds.
 
         Raises:
-            ConfigError: the file cannot be read, or sets what the run decides itself.
+            ConfigError: the file cannot be read, or sets a value that the run decides.
         """
         zero = {
             "stage": self.stage, "overlap_comm": False, "contiguous_gradients": True,
@@ -62,14 +62,14 @@ class Zero(Engine):
             "use_multi_rank_bucket_allreduce": False,  # it would send every rank all gradients, not each its shard's
         }  # fmt: skip
         if self.stage == 3:
-            # It would replace torch's linear for the whole process, for the sake of linears that it shards.
+            # DeepSpeed's memory-efficient linear would replace torch's for the whole process.
             zero |= {"stage3_prefetch_bucket_size": BUCKET_SIZE, "stage3_max_live_parameters": BUCKET_SIZE,
                      "stage3_max_reuse_distance": 0, "memory_efficient_linear": False}  # fmt: skip
         if self.options.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         own = {
             "train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 31, "zero_allow_untested_optimizer": True,
-            "gradient_clipping": 0.0,  # by default it clips at 1
+            "gradient_clipping": 0.0,  # DeepSpeed's default clips at 1
             "communication_data_type": "bf16" if self.options.reduce_dtype == "bf16" else "fp32",
             # DeepSpeed's own CPU Adam would have to be compiled; torch's is fused too.
             "zero_force_ds_cpu_optimizer": False,
@@ -78,20 +78,16 @@ class Zero(Engine):
         return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
 
     def demands(self) -> Iterator[Demand]:
-        """A file that cannot be used is refused before any work."""
-        _ = self.settings  # reads it
+        _ = self.settings  # reads the file, so that one that cannot be used is refused before any work
         yield from ()
 
     def share(self, dtype: torch.dtype) -> Everything:
-        """Everything, sharded in stage 3."""
         return ZeroShare(self, dtype) if self.stage == 3 else Everything()
 
     def stepper(self, quantizer: BlockQuantizer, options: OptimizeOptions) -> "DeepSpeedStepper":
-        """Each rank steps its shard."""
         return DeepSpeedStepper(quantizer, options, self)
 
     def rank_bytes(self, kind: Kind, num_bytes: int) -> int:
-        """A shard from some stage on; offloaded moments are not on the device."""
         if kind == "moments" and self.options.offload:
             return 0
         sharded_from = {"moments": 1, "gradients": 2, "weights": 3}[kind]
@@ -99,20 +95,19 @@ class Zero(Engine):
 
     @property
     def keeps_gradients(self) -> bool:
-        """DeepSpeed has a place for the gradient of a shard of s2."""
         return self.collects_in_place or self.stage == 3 or self.ranks.world_size == 1
 
     def moved_bytes(self, size: BlockSize) -> int:
-        """Buckets that are reduced, and what is gathered."""
+        """Bytes of the buckets that are reduced, and of the parameters that are gathered."""
         world_size = self.ranks.world_size
-        if world_size == 1:  # it copies gradients instead, one after the other, to a place that it has for all of them
+        if world_size == 1:  # DeepSpeed copies one gradient at a time into a buffer that it has for all of them
             return 0 if self.collects_in_place else 4 * size.largest_linear
         zero = self.settings["zero_optimization"]
         bucket = min(zero["reduce_bucket_size"], size.num_weights)
         if self.stage < 3:
             return 4 * bucket
-        # A gradient is reduced when the next linear's is there too, from a copy, into a shard; meanwhile s2 and source
-        # of what is computed are gathered.
+        # A gradient is copied and reduced into a shard after the next linear's gradient is computed; at that time s2
+        # and the source weight of the linear in computation are gathered.
         reduced = max(bucket, size.largest_linear)
         gathered = max(min(zero["stage3_max_live_parameters"], size.num_weights), size.largest_linear)
         moved = 4 * (2 * reduced + size.largest_linear) + 4 * reduced // world_size
@@ -120,22 +115,21 @@ class Zero(Engine):
 
     @property
     def writer(self) -> int:
-        """Each rank saves its shard."""
         return self.ranks.rank
 
     def made_with(self) -> dict:
-        """DeepSpeed's settings too."""
+        """Those of every engine, and DeepSpeed's settings."""
         return super().made_with() | self.settings
 
 
 class ZeroShare(Everything):
-    """All of every linear's outputs, each quantizer sharded by ZeRO 3 as soon as it is made."""
+    """The share of a rank that quantizes all outputs; ZeRO 3 shards each quantizer as soon as it is made."""
 
     def __init__(self, engine: Zero, dtype: torch.dtype):
         self._zero, self._settings, self._dtype = _imported(engine.ranks).zero, engine.settings, dtype
 
     def made(self, quantizer: LinearQuantizer) -> None:
-        """Its parameters, the frozen weight among them, are empty from here on but while they are gathered."""
+        """Shard the quantizer: its parameters and its frozen weight are empty except while they are gathered."""
         quantizer.make_shardable(self._dtype)
         self._zero.Init(quantizer, config_dict_or_path=self._settings, dtype=torch.float32)
 
@@ -144,7 +138,7 @@ class DeepSpeedStepper:
     """An optimizer over quantizers whose state DeepSpeed shards; built once for a kind of block, reused for all."""
 
     def __init__(self, module: BlockQuantizer, options: OptimizeOptions, engine: Zero):
-        """Take over the parameters of quantizers; those for ZeRO 3 have been made with a `ZeroShare`."""
+        """Take over the quantizers' parameters; for ZeRO 3 the quantizers have been made with a `ZeroShare`."""
         self._deepspeed = _imported(engine.ranks)
         stand_in = torch.optim.SGD(parameter_groups(module, options))
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
@@ -161,7 +155,7 @@ class DeepSpeedStepper:
         self._not_finite = skipped_where(self._optimizer.optimizer, self._shards()[0].device)
 
     def start(self, iterations: int, rate: float = 1.0) -> None:
-        """Take the parameters' start into the shards, zero the moments, go to the start of the schedule."""
+        """Copy the parameters into the shards, zero the moments, go to the start of the schedule."""
         self._optimizer.refresh_fp32_params()
         for state in self._optimizer.optimizer.state.values():
             for value in state.values():
@@ -170,42 +164,36 @@ class DeepSpeedStepper:
         self._not_finite.zero_()
 
     def gathered(self, module: nn.Module, changed: bool = False) -> AbstractContextManager:
-        """Have the module's parameters whole on every rank; every rank has to take part."""
         if not self._shards_parameters:
             return nullcontext()
         writer = 0 if changed else None
         return self._deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=writer)
 
     def forward(self) -> list[Tensor]:
-        """The fake-quantized weights, gathered linear by linear."""
         return self._engine()
 
     def backward(self, collected: Tensor) -> None:
-        """Average the gradient over ranks as it is made, each rank keeping its shard."""
         collected.backward()
 
     def step(self) -> None:
-        """Step each rank's shard, and give the others what changed."""
         set_learning_rates(self._optimizer.optimizer, self._done, self._iterations, self._rate)
         self._engine.step()
-        # DeepSpeed adds up the gradients' norm over all ranks, and leaves out a step whose norm is not finite.
+        # DeepSpeed sums the gradients' norm over all ranks and skips a step whose norm is not finite.
         if self._optimizer.overflow:
             self._not_finite.fill_(1.0)
         self._done += 1
 
     def release(self) -> None:
-        """Nothing: DeepSpeed keeps its flat buffers."""
+        """Do nothing: DeepSpeed keeps its flat buffers."""
 
     def is_finite(self) -> bool:
-        """Read the flag: all ranks have set it by the same norms."""
         return not self._not_finite.item()
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's shard of the parameters and the moments."""
         return dict(state_of(self._optimizer.optimizer, self._shards()))
 
     def restore(self, state: dict[str, Tensor], done: int) -> None:
-        """Take the shard over, and bring the parameters to where a step would leave them."""
+        """Load this rank's shard, and update the parameters from the shards as a step would."""
         take_over(self._optimizer.optimizer, self._shards(), state)
         if self._shards_parameters:
             self._optimizer.checkpoint_event_prologue()
@@ -217,13 +205,13 @@ class DeepSpeedStepper:
         self._done = done
 
     def _shards(self) -> list[Tensor]:
-        """What DeepSpeed has the optimizer step on this rank."""
+        """The tensors that the optimizer steps on this rank."""
         if self._shards_parameters:
             return self._optimizer.fp32_partitioned_groups_flat
         return self._optimizer.single_partition_of_fp32_groups
 
     def _over_shards(self, kind: str, groups: list[dict]) -> torch.optim.Optimizer:
-        """Made here: DeepSpeed would put all of Adagrad's shards into one group, with one learning rate."""
+        """An optimizer over the shards: DeepSpeed would put Adagrad's into one group, with one learning rate."""
         groups = [{"params": [], "start_lr": group["start_lr"]} for group in groups]
         owners = self._optimizer.sub_group_to_group_id if self._shards_parameters else range(len(groups))
         for number, shard in enumerate(self._shards()):
@@ -235,7 +223,7 @@ class DeepSpeedStepper:
         return optimizer
 
     def _step_in_place(self) -> None:
-        """Have DeepSpeed step this rank's shard of the parameters themselves, float32 as they are, and no copy."""
+        """Have DeepSpeed step this rank's shard of the float32 parameters in place, without its own float32 copy."""
         if self._shards_parameters:
             own = self._optimizer.fp16_partitioned_groups_flat
         else:
@@ -243,10 +231,10 @@ class DeepSpeedStepper:
         for stepped, shard in zip(self._shards(), own, strict=True):
             stepped.data = shard.data
         if not self._shards_parameters:
-            self._optimizer._link_all_hp_params()  # its map from parameters to what is stepped would keep the copy
+            self._optimizer._link_all_hp_params()  # the map from parameters to shards would keep the copy in memory
 
     def _collect_in_place(self) -> None:
-        """Have ZeRO 2 collect gradients where they are stepped, as it does for parameters of another dtype."""
+        """Have ZeRO 2 collect gradients in the tensors that are stepped, as it does for parameters of another dtype."""
         self._optimizer.use_grad_accum_attribute = True
         self._optimizer._use_compact_grad_partition_buffer = lambda group: True
 
@@ -276,14 +264,14 @@ def _imported(ranks: Ranks) -> ModuleType:
     """DeepSpeed, quiet, on the ranks' device, with a process group to work in."""
     os.environ["DS_ACCELERATOR"] = ranks.device.type
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls collectives by names that torch is about to give up, once a linear and step.
+    # DeepSpeed calls collectives by names that torch has deprecated, once for each linear and step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # takes seconds, which other engines need not wait for
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU it would compile, for a minute, a collective that only its inference uses.
+    # On a CPU DeepSpeed would spend a minute compiling a collective that only its inference uses.
     deepspeed.ops.__compatible_ops__ = {}
-    # It takes gradients' norms in float64, for which each would be copied; here they are to show what is not finite.
+    # DeepSpeed computes gradients' norms in float64, which copies each; the norms only have to show non-finite ones.
     deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher even here
