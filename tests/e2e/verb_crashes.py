@@ -112,7 +112,7 @@ def attempt(arguments: list[str], before: Callable[[], None] = lambda: None, tol
     before()
     try:
         with interruptible("the same command goes on"):
-            COMMANDS[arguments[0]][1](parse(arguments[0], arguments[1:]), ONE_RANK)
+            COMMANDS[arguments[0]].run(parse(arguments[0], arguments[1:]), ONE_RANK)
         message = ""
     except (ShardQError, Interrupted) as error:
         message = str(error)
