@@ -1,1 +1,1 @@
-"""One decoder block, from its weights and activations to codes."""
+"""Quantization of a decoder block, from its weights and activations to codes."""

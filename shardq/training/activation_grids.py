@@ -1,4 +1,4 @@
-"""Which activations of a block get a grid, how it is found from the calibration samples, and a block that has them."""
+"""Grids of a block's activations: which activations have one, finding it from samples, and rounding a block to it."""
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +20,7 @@ from shardq.quant.options import ActivationOptions
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
-KEPT = (".key", ".value")  # what a KV cache keeps
+KEPT = (".key", ".value")  # the activations in a KV cache
 
 
 def plan_activations(skeleton: Skeleton, plan: Plan, length: int, options: ActivationOptions) -> Plan:
@@ -91,7 +91,7 @@ def activation_grids(
     """The grids that all ranks' statistics make together, the same on every rank.
 
     Args:
-        asked: a plan's, of the activations that there are statistics of.
+        asked: the plan's grids of the activations for which there are statistics.
 
     Raises:
         QuantizationError: an activation is not finite, or no sample reached it.

@@ -1,4 +1,4 @@
-"""The steps that take one decoder block from its weights, and the activations that enter it, to quantized linears."""
+"""The steps of quantizing a decoder block: from its weights and input activations to quantized linears."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from shardq.training.trainer import Job, served_forward, trainer_for
 from shardq.training.tries import BlockInTraining, Start, agreed_loss
 
 Grids = dict[str, ActivationGrid]
-"""Of a block's activations, by their name within it."""
+"""Grids of a block's activations, by name within the block."""
 
 
 def float_pass(job: Job, loaded: LoadedBlock, check: Check) -> tuple[dict[str, Tensor], Grids]:
@@ -28,8 +28,8 @@ def float_pass(job: Job, loaded: LoadedBlock, check: Check) -> tuple[dict[str, T
         check: compares the block's output with the model's own.
 
     Returns:
-        what is seen on the way: the mean square of each input channel, by matrix, where the start range is searched
-        for; and the grids of the activations that are rounded in training.
+        the mean square of each input channel, by matrix, where the start range is searched; and the grids of the
+        activations that are rounded in training.
     """
     plan, recipe = loaded.plan, job.recipe
     searched = plan.grids if recipe.optimize.start == "search" else ()
@@ -45,7 +45,7 @@ def float_pass(job: Job, loaded: LoadedBlock, check: Check) -> tuple[dict[str, T
 
 @contextmanager
 def in_training(job: Job, loaded: LoadedBlock, grids: Grids) -> Iterator[BlockInTraining]:
-    """Yield a block with what trains it; its activations are rounded to the grids meanwhile."""
+    """Yield a block with its trainer; in the body its activations are rounded to the grids."""
     trainer = trainer_for(job, loaded)
     with trainer.inputs.active(grids), objective_of(job, trainer, loaded) as objective:
         forward = served_forward(job, loaded)
@@ -54,7 +54,7 @@ def in_training(job: Job, loaded: LoadedBlock, grids: Grids) -> Iterator[BlockIn
 
 
 def start_at_nearest(block: BlockInTraining, power: dict[str, Tensor]) -> Start:
-    """Round a block's weights to nearest, which are taken out of its source, and find how far that is off.
+    """Move a block's weights from its source into the quantizers, round them to nearest, and measure the loss.
 
     Raises:
         QuantizationError: the loss is not finite; the same on all ranks.
@@ -62,7 +62,7 @@ def start_at_nearest(block: BlockInTraining, power: dict[str, Tensor]) -> Start:
     job, trainer = block.job, block.trainer
     with job.events.span("start", block=block.index):
         trainer.start(block.loaded.source, power)
-        block.loaded.source.clear()  # the quantizers hold it, or their shard of it
+        block.loaded.source.clear()  # the quantizers hold the weights now, or their shard of them
         linears = trainer.served()
     with job.events.span("loss", block=block.index):
         loss = agreed_loss(block)
@@ -71,12 +71,12 @@ def start_at_nearest(block: BlockInTraining, power: dict[str, Tensor]) -> Start:
 
 
 def quantized_pass(job: Job, loaded: LoadedBlock, grids: Grids) -> Grids:
-    """Move the quantized stream on through a block as it is served; give all grids of the block's activations.
+    """Move the quantized stream on through a block as it is served; return all grids of the block's activations.
 
-    Nothing reads the last block's output: there the stream moves on only to find grids.
+    Nothing reads the last block's output: there the stream moves on only if grids have to be found.
 
     Args:
-        grids: those that there are, to which activations are rounded.
+        grids: the grids known so far, to which activations are rounded.
 
     Raises:
         QuantizationError: an activation is not finite; the same on all ranks.

@@ -1,8 +1,8 @@
-"""The training of a block, saved now and then, so that a killed run goes on within the block.
+"""Checkpoints of a block's training, from which a killed run goes on within the block.
 
-`OUT/checkpoint/block-00003-try-0-iteration-000150/` holds what each rank keeps of parameters and moments, in one file
-where all keep the same, and the best iterate where there is one. It counts where every rank finds its files whole and
-made for what it is doing now. Its predecessor is removed once all ranks have written theirs.
+`OUT/checkpoint/block-00003-try-0-iteration-000150/` holds each rank's part of parameters and moments, in one file if
+all ranks hold the same, and the best iterate if there is one. It is used if every rank finds its files undamaged and
+made for the same purpose. The previous checkpoint is removed after all ranks have written the new one.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ BEST = "best.safetensors"
 
 @dataclass
 class Progress:
-    """How far the training of a block is.
+    """The progress of a block's training.
 
     Attributes:
         failed: tries that have ended at a number that is not finite.
@@ -44,12 +44,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a run's checkpoints are and how often there is one.
+    """The place of a run's checkpoints, and the interval between them.
 
     Attributes:
         output: the run's folder, which all ranks share.
-        every: iterations from one to the next; 0: none is written.
-        engine: whose training state is saved.
+        every: iterations between two checkpoints; 0: none is written.
+        engine: the engine whose training state is saved.
     """
 
     output: Path
@@ -58,7 +58,7 @@ class Checkpoints:
 
     @property
     def state_file(self) -> str:
-        """The file with what this rank holds."""
+        """Name of the file with this rank's part of the state."""
         return f"state-{self.engine.writer:05d}.safetensors"
 
 
@@ -118,7 +118,7 @@ def load(
 
     Args:
         grids: of the block's matrices.
-        say: is given a line about each one that does not.
+        say: gets a line about each checkpoint that does not.
     """
     ranks = checkpoints.engine.ranks
 

@@ -1,4 +1,4 @@
-"""What training a block takes, and the micro-batch that fits."""
+"""The memory that training a block takes, and the micro-batch that fits it."""
 
 import copy
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from shardq.rundir.plan import Plan
 from shardq.torch_internals import storage_key
 from shardq.training.objective import LIKELY_TOKENS
 
-# A weight while it is trained: the frozen one in its source dtype, s2 and the optimizer's moments in float32; the
-# quantized one, in whose place its gradient comes, in the matrix multiplies' dtype; in the place of that s2's
-# gradient, in float32.
+# Memory for each weight in training: the frozen weight in the source's dtype, s2 and the optimizer's moments in
+# float32; the fake-quantized weight in the matrix multiplies' dtype, whose memory its gradient takes; later, in that
+# memory's place, the gradient of s2 in float32.
 MOMENTS = {"adam": 2, "rms": 1}  # in float32 numbers a weight
 
 
 @dataclass(frozen=True)
 class LargestBlock:
-    """The block with the most weights to train, which decides what a run takes.
+    """The block with the most weights to train, which decides how much memory a run takes.
 
     Attributes:
-        sample_bytes: what one sample keeps there.
-        head_bytes: what training to the model's predictions takes beside a block.
+        sample_bytes: memory that one sample's forward keeps for backward.
+        head_bytes: further memory for training to the model's predictions.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LargestBlock:
 
 
 def largest_block(skeleton: Skeleton, plan: Plan, sequence_length: int, options: OptimizeOptions) -> LargestBlock:
-    """The first block with the most weights to train; it is taken for the last, which may have the head beside it.
+    """The first block with the most weights to train; it counts as the last block, for which the head may be loaded.
 
     Args:
         plan: with the blocks' arguments.
@@ -88,7 +88,7 @@ def choose_engine(
         engines: as `candidates` gives them.
         limit: bytes that a rank may use.
     """
-    if len(engines) == 1:  # of those that `auto` may mean
+    if len(engines) == 1:  # no choice
         return engines[0], "one rank"
     taken: list[str] = []
     for engine in engines:
@@ -100,21 +100,21 @@ def choose_engine(
 
 
 def _needed_bytes(block: LargestBlock, options: OptimizeOptions, engine: Engine) -> dict[int, int]:
-    """What training takes with each micro-batch in question: the one that is asked for, or all in equal pieces."""
+    """Bytes that training takes by micro-batch: the one that is asked for, or all that divide a part equally."""
     part = largest_part(options.batch_size, engine.ranks.world_size)
     sizes = [options.micro_batch] if options.micro_batch else [n for n in range(1, part + 1) if part % n == 0]
     return {size: training_bytes(block, options, engine, size) for size in sizes}
 
 
 def memory_limit(options: OptimizeOptions, ranks: Ranks) -> int:
-    """Bytes that a rank may use on its device: what the options say, or what it has to spare."""
+    """Bytes that a rank may use on its device: the options' limit, or else its spare memory."""
     if options.memory_gib:
         return int(options.memory_gib * 2**30)
     return spare_bytes(ranks.device, ranks.local_world_size)
 
 
 def reads_ahead(block: LargestBlock, options: OptimizeOptions, engine: Engine, limit: int) -> bool:
-    """Whether there is room for the next block's weights beside a block's training.
+    """Whether the next block's weights fit in memory during a block's training.
 
     Args:
         options: resolved.
@@ -149,10 +149,10 @@ def state_bytes(size: BlockSize, options: OptimizeOptions, engine: Engine, addin
     if options.held_out:
         state += num_weights  # the best iterate's codes
     quantized, gradients = options.dtype.itemsize * num_weights, engine.rank_bytes("gradients", 4 * num_weights)
-    if adding_up:  # beside it stands the sum of the gradients in float32, and what is added to it
+    if adding_up:  # also in memory: the sum of the gradients in float32, and the gradient that is added to it
         quantized += (4 + options.dtype.itemsize) * num_weights
     at_once = quantized + gradients if engine.keeps_gradients else max(quantized, gradients)
-    # One linear's gradient beside that of its s2.
+    # One linear's gradient is in memory together with that of its s2.
     return state + at_once + engine.moved_bytes(size) + 4 * size.largest_linear
 
 
@@ -183,7 +183,7 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
 
 
 def saved_tensors(work: Callable[[], object]) -> list[Tensor]:
-    """What `work` keeps for backward on any device, one tensor for each storage: views of one count once."""
+    """Tensors that `work` keeps for backward on any device, one for each storage: views of a tensor count once."""
     kept: dict[int, Tensor] = {}
 
     def count(tensor: Tensor) -> Tensor:

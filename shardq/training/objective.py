@@ -1,4 +1,4 @@
-"""What a block is trained to, and judged by: the fp block's output or, of the last block, what the model predicts."""
+"""The training target and loss of a block: the fp block's output or, for the last block, the fp model's predictions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,24 +24,25 @@ from shardq.parallel.collectives import reduce_over_ranks
 from shardq.training.trainer import BlockTrainer, Job
 
 LOSSES = {"loss": "relative loss {:.3e} -> {:.3e}", "divergence": "KL divergence {:.4f} -> {:.4f} nats a token"}
-"""Kinds of objective, and what users read of one: the loss before and after training."""
+"""Kinds of objective, which name the losses that are reported before and after training."""
 
-OUTPUT_WEIGHT = 30.0  # of the output's relative error; divergence alone does worse on held-out text (measured)
-LIKELY_TOKENS = 8192  # of the vocabulary, to whose predictions the last block is trained; as good as all (measured)
+OUTPUT_WEIGHT = 30.0  # weight of the output's relative error; only divergence does worse on held-out text (measured)
+LIKELY_TOKENS = 8192  # tokens whose predictions the last block is trained to; as good as all tokens (measured)
 POSITION_STRIDE = 4  # one position in four is read to find the likely tokens
-PREDICTION_STEPS = 2  # times as many as the other blocks'; with that weight more steps still gain (measured)
+PREDICTION_STEPS = 2  # factor on the other blocks' steps; with OUTPUT_WEIGHT more steps still gain (measured)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """How far a block is from the fp block.
+    """A block's training loss, and the error that is reported.
 
     Attributes:
-        kind: `loss`, of its output, relative to the target; `divergence`, of the model's predictions, in nats a token.
-        iterations: optimizer steps to train to it.
-        loss: the training loss, from inputs and targets [N, T, D] and labels [N, T], at each position the token that
-            comes next, or -1 where none is known.
-        errors: what is reported and what iterates are chosen by, from outputs and targets [N, T, D].
+        kind: `loss`: error of the output relative to the target; `divergence` of the model's predictions, in nats a
+            token.
+        iterations: number of optimizer steps.
+        loss: the training loss, from inputs and targets [N, T, D] and labels [N, T], the next token at each position,
+            or -1 where none is known.
+        errors: from outputs and targets [N, T, D] to the error that is reported and that chooses the best iterate.
     """
 
     kind: Literal["loss", "divergence"]
@@ -52,7 +53,7 @@ class Objective:
 
 @contextmanager
 def objective_of(job: Job, trainer: BlockTrainer, loaded: LoadedBlock) -> Iterator[Objective]:
-    """Yield a block's objective; the model's head is in memory meanwhile where it is needed."""
+    """Yield a block's objective; if it needs the model's head, the head is in memory during the body."""
     optimize = job.recipe.optimize
     if not (loaded.plan.is_last and trainer.stepper is not None and optimize.last_block == "predictions"):
         of_output = trainer.loss_of(loaded, optimize.loss)
@@ -89,7 +90,7 @@ def _likely_tokens(job: Job, block_index: int, to_logits: ToLogits) -> tuple[Ten
     """The tokens [V] that the fp model expects most over all ranks' samples, in the vocabulary's order.
 
     Returns:
-        beside them, for every token of the vocabulary and for -1, its place among them, or -1 where it has none.
+        these tokens; and for every token of the vocabulary and for -1, its place among them, or -1 if it has none.
     """
     activations, head = job.activations, job.skeleton.model.get_output_embeddings()
 

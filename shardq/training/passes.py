@@ -22,15 +22,15 @@ from shardq.model.weights import stream_blocks
 from shardq.optimize.loss import ErrorSums
 
 Forward = Callable[[Tensor | Entering], Tensor | Entering]
-"""From what enters a block, for some samples, to what leaves it."""
+"""Function from a block's input, for some samples, to its output."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """This rank's samples, where their activations are kept, and the device that computes.
+    """This rank's samples, the store of their activations, and the device that computes.
 
-    `waiting`, given `input` or `output`, is entered while the computation waits for the store; `pace` hears of steps.
-    `blocks` say what else enters each; left out where nothing does.
+    `waiting`, given `input` or `output`, is entered while the computation waits for the store; steps are reported to
+    `pace`. `blocks` are the plans whose arguments tell what enters a block besides hidden states; may be left out.
     """
 
     store: ActivationStore
@@ -46,7 +46,7 @@ class Activations:
         return torch.stack([to_device(self.store.read(stream, generation, sample), self.device) for sample in samples])
 
     def entering(self, stream: Stream, block_index: int, samples: list[int]) -> Tensor | Entering:
-        """What enters a block of a stream for some samples, on the device."""
+        """A stream's input to a block for some samples, on the device."""
         hidden_NTD = self.load(stream, block_index, samples)
         own = tuple(self.load(name, block_index, samples) for name in self._own(block_index))
         carried = tuple(self.load(name, block_index, samples) for name in self._carried(stream, block_index))
@@ -57,7 +57,7 @@ class Activations:
         return self.blocks[generation].arguments.own_names if generation < len(self.blocks) else ()
 
     def _carried(self, stream: Stream, generation: int) -> tuple[Stream, ...]:
-        """Names of what earlier blocks have left in a stream for this one and later ones."""
+        """Names of the tensors that earlier blocks have left in a stream for this block and later ones."""
         names = self.blocks[generation].arguments.carried_names if generation < len(self.blocks) else ()
         return tuple(f"{stream}-{name}" for name in names)
 
@@ -66,17 +66,17 @@ class Activations:
         return (*STREAMS, *self._own(generation), *carried)
 
     def ahead(self, load: Callable, keys: Iterable, num_samples: int = 1) -> Iterator:
-        """`(key, load(key))` in order, each loaded while those before are in use: what is done with one is a step.
+        """Yield `(key, load(key))` in order, loaded ahead of their use; the use of each is a step.
 
         Args:
-            num_samples: that are loaded for a key where much else is in the device's memory.
+            num_samples: samples that a key loads, if the device's memory is nearly full.
         """
         threads = storage_threads(self.device, num_samples)
         return self.pace.steps(lookahead(load, keys, partial(self.waiting, "input"), threads))
 
     @contextmanager
     def keeping(self, stream: Stream, generation: int) -> Iterator[Callable[[list[int], Tensor], None]]:
-        """Yield a function that writes to the store, in the background, what has left a block for some samples."""
+        """Yield a function that writes a block's output for some samples to the store, in the background."""
 
         def write(samples: list[int], values: dict[Stream, Tensor], ready: torch.cuda.Event | None) -> None:
             for name, values_N in values.items():
@@ -85,7 +85,7 @@ class Activations:
 
         def keep(samples: list[int], left: Tensor | Entering) -> None:
             values = {stream: hidden_of(left)}
-            if isinstance(left, Entering):  # behind the last block nothing needs what is carried
+            if isinstance(left, Entering):  # after the last block nothing needs carried tensors
                 values |= zip(self._carried(stream, generation), left.carried, strict=False)
             write_later(samples, values, mark_ready(hidden_of(left)))
 
@@ -105,7 +105,7 @@ class Activations:
         return chunks(self.samples, max(1, pass_tokens(self.device) // self.sequence_length))
 
     def holds(self, generation: int) -> bool:
-        """Whether both streams of all samples are there, and all that later blocks need of them."""
+        """Whether both streams of all samples are kept, with all that later blocks need of them."""
         later = range(generation + 1, len(self.blocks))
         return all(
             self.store.holds(generation, sample, self._streams(generation))
@@ -155,14 +155,14 @@ def replay(
     written: Callable[[BlockPlan], Iterable[tuple[Matrix, Tensor]]],
     rounding: Callable[[LoadedBlock], AbstractContextManager],
 ) -> None:
-    """Compute what enters the block after `blocks`: the embeddings, then both streams through these.
+    """Compute the input of the block after `blocks`: the embeddings, then both streams through these blocks.
 
     Args:
-        blocks: all before it.
-        dtype: of their matrix multiplies.
-        served: gives what computes a block once the quantized weights are in it.
-        written: gives these on the device, in the dtype that they are computed with.
-        rounding: rounds a block's activations where the quantized stream moves on through rounded ones.
+        blocks: all blocks before it.
+        dtype: dtype of their matrix multiplies.
+        served: gives the function that computes a block after the quantized weights have been put into it.
+        written: gives the quantized weights on the device, in the dtype of the computation.
+        rounding: rounds a block's activations in its body if the quantized stream uses rounded activations.
     """
     with prologue(skeleton, activations.device) as embed:
         embed_samples(activations, tokens_NT, skeleton, embed)
@@ -174,7 +174,7 @@ def replay(
         with rounding(loaded):
             advance(activations, "quant", loaded.index, served_forward)
         activations.drop(loaded.index)
-        del loaded, served_forward  # its source must not stay in memory while the block after the next is read
+        del loaded, served_forward  # frees the block's source before the block after the next is read
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def compare(
     """Error of a block on some samples' quantized stream against the fp stream's next generation.
 
     Args:
-        errors: of an output and its target [1, T, D].
+        errors: from an output and its target [1, T, D] to their error.
     """
 
     def load(sample: int) -> tuple[Tensor | Entering, Tensor]:

@@ -37,13 +37,13 @@ from shardq.training.trainer import collecting, training_output
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What tuning needs, the same in every step.
+    """The state of a tuning that all steps share.
 
     Attributes:
-        run: the folder whose codes stay.
-        skeleton: of the float model.
-        tuners: one a block.
-        activations: generation 0 of this rank's samples, and the fp stream's last.
+        run: folder of the run that has the codes.
+        skeleton: skeleton of the float model.
+        tuners: one tuner for each block.
+        activations: generation 0 of this rank's samples, and the fp stream's last generation.
     """
 
     run: Path
@@ -58,13 +58,13 @@ class Tuning:
     display: Display
 
     def linears(self, block: BlockPlan) -> dict[str, QuantizedLinear]:
-        """A block's linears under their tuned scales, by name within the block, in the plan's order, in CPU memory."""
+        """A block's linears with their tuned scales, by name within the block, in the plan's order, in CPU memory."""
         codes = read_block(RunFolder(self.run).block(block.index))
         linears = {matrix.name: codes[block.full_name(matrix)] for matrix in block.grids}
         return self.tuners[block.index].rescaled(linears)
 
     def loaded(self, blocks: Iterable[BlockPlan]) -> Iterator[LoadedBlock]:
-        """Blocks with dequantized weights, in the dtype of the matrix multiplies: codes alone go to the device."""
+        """Blocks with dequantized weights, in the dtype of the matrix multiplies; only codes go to the device."""
         device, dtype = self.activations.device, self.options.dtype
 
         def dequantized(linear: QuantizedLinear) -> Tensor:
@@ -85,7 +85,7 @@ def embed_and_target(
 ) -> Plan:  # fmt: skip
     """Fill generation 0 and the fp stream's last, the target; give the plan with the blocks' arguments.
 
-    An error is the caller's to share with other ranks.
+    The caller has to share an error with the other ranks.
 
     Args:
         checks: whether each block is checked against transformers' own forward.
@@ -108,15 +108,15 @@ def embed_and_target(
             advance(activations, "fp", loaded.index, loaded)
             check(loaded)
             _forget(activations, loaded.index)
-            del loaded  # its source must not stay in memory while the block after the next is read
+            del loaded  # frees the block's source before the block after the next is read
     return plan
 
 
 def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
     """One optimizer step on this rank's part of a batch; give the batch's loss before it, in nats a token.
 
-    What enters each block is kept on the way forward. On the way back each block is computed once more for its
-    gradient, and its scales take their step at once: nothing of a block outlives its turn.
+    The forward pass keeps each block's input. The backward pass computes each block once more for its gradient, and
+    steps its scales at once, so that no part of a block stays in memory after its turn.
 
     Raises:
         QuantizationError: the loss is not finite; the same on every rank.
@@ -140,12 +140,12 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
 
 
 def _forward(loaded: LoadedBlock) -> Forward:
-    """Function from what enters a block to the hidden states [N, T, D] that leave it, with training's attention."""
+    """Function from a block's input to its hidden states [N, T, D], with the attention kernel of training."""
     return lambda entering: training_output(loaded.module, *loaded.plan.arguments.bound(entering), loaded.dtype)
 
 
 def _forget(activations: Activations, generation: int) -> None:
-    """Drop what enters a block, but for what every step begins with: embeddings' output, samples' own arguments."""
+    """Drop a block's input, except the embeddings' output and the samples' own arguments, which every step uses."""
     if generation:
         activations.drop(generation, STREAMS)
 

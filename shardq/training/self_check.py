@@ -1,7 +1,7 @@
 """A check of every block of a stream against transformers' own forward, on two samples.
 
-Each block's output is compared with what the model's own code gives for what enters that block in the stream, and what
-enters it with what the model passes on. So a difference is seen at the block where it arises, whatever its cause.
+Each block's output is compared with the output of the model's own code for the same input, and each block's input with
+the input that the model passes. So a difference is found at the block where it arises, whatever its cause.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ from shardq.model.skeleton import Skeleton
 from shardq.parallel.ranks import Ranks
 from shardq.training.passes import Activations, Forward
 
-SHARE = 0.01  # of the tokens that a run takes through a block
+SHARE = 0.01  # checked tokens, as a share of those that a run takes through a block
 LEAST_TOKENS = 16
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
-"""How far a token may be off, as a share of what the block adds to it, by the dtype of the stream's multiplies."""
-RESIDUAL_TOLERANCE = 4e-6  # as a share of the token itself: what it is added to is rounded too
-OFF_TOKENS = 1 / 64  # a router may send a token elsewhere for a difference in the last bit
+"""Largest allowed error of a token, as a share of the block's addition to it, by dtype of the stream's multiplies."""
+RESIDUAL_TOLERANCE = 4e-6  # further allowed error, as a share of the token itself: the sum is rounded too
+OFF_TOKENS = 1 / 64  # share of tokens that may differ: a difference in the last bit may change a router's choice
 
 Check = Callable[..., None]
-"""Takes the block and, where the stream's activations were rounded in it, what computes it without that."""
+"""Takes the block and, if the stream's activations were rounded in it, the function that computes it without that."""
 
 
 @contextmanager
@@ -36,12 +36,12 @@ def self_check(
     skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype,
     num_tokens: int, first: int = 0,
 ) -> Iterator[Check]:  # fmt: skip
-    """Yield what checks a block on which the fp stream has moved on; samples of rank 0 are checked, by that rank alone.
+    """Yield a function that checks a block after the fp stream has moved through it; only rank 0 checks, its samples.
 
     Args:
-        tokens_NT: of all samples.
-        dtype: of the matrix multiplies of the stream.
-        num_tokens: that a rank takes through each block, which decides how many are checked; 0: none are.
+        tokens_NT: tokens of all samples.
+        dtype: dtype of the stream's matrix multiplies.
+        num_tokens: tokens that a rank takes through each block, which decides how many are checked; 0: none.
         first: the first block that is checked.
     """
     if num_tokens == 0 or ranks.rank != 0:
@@ -59,14 +59,14 @@ def self_check(
             under_way[:] = [_Checked(forward, activations, samples, length, dtype, first)]
 
         def check(loaded: LoadedBlock, unrounded: Forward | None = None) -> None:
-            if not under_way:  # here, where an error is the caller's to share with other ranks
+            if not under_way:  # begun only here, where the caller shares an error with the other ranks
                 begin(_checked_length(whole, num_tokens, activations.blocks[first].arguments, first), first)
             try:
                 under_way[0].check(loaded, unrounded)
             except _Different as different:
                 if under_way[0].length == whole:
                     raise _explained(str(different)) from None
-                # A few tokens may be computed in another way than as part of a whole sample: that decides.
+                # A few tokens may be computed differently than as part of a whole sample: the whole sample decides.
                 begin(whole, loaded.index)
                 check(loaded, unrounded)
 
@@ -74,7 +74,7 @@ def self_check(
 
 
 def say_if_unchecked(checks: bool, display: Display) -> None:
-    """Say where a command is to go on without the check."""
+    """Print a line if the check is turned off."""
     if not checks:
         display.line("self_check: off; blocks are not compared with transformers' own forward")
 
@@ -89,7 +89,7 @@ def _explained(different: str) -> UnsupportedModelError:
 def _checked_length(length: int, num_tokens: int, arguments: BlockArguments, first: int) -> int:
     """Tokens of each sample that are checked: all where that is cheap, else the first."""
     if first and arguments.carried_names:
-        return length  # what earlier blocks have left is there for whole samples
+        return length  # tensors of earlier blocks are kept for whole samples only
     return min(length, max(LEAST_TOKENS, int(SHARE * num_tokens / 2)))
 
 
@@ -142,7 +142,7 @@ class _Checked:
         self._forward.at_next_block(respond)
 
     def _cut(self, hidden_NTD: Tensor) -> Tensor:
-        """Hidden states of the tokens that are checked, laid out as a model's own are."""
+        """Hidden states of the checked tokens, in the memory layout of the model's own."""
         is_whole = self.length == self._activations.sequence_length
         return hidden_NTD if is_whole else hidden_NTD[:, : self.length].contiguous()
 
@@ -156,7 +156,7 @@ class _Checked:
     def _fault(
         self, what: str, own_NTD: Tensor, streamed_NTD: Tensor, entering_NTD: Tensor, dtype: torch.dtype
     ) -> str | None:
-        """How hidden states of the stream differ from the model's own; None where they do not."""
+        """A text that says how hidden states of the stream differ from the model's own; None where they do not."""
         if own_NTD.shape != streamed_NTD.shape:
             return f"{what} has another shape than in transformers' own forward"
         error_NT = _norms(own_NTD - streamed_NTD)

@@ -1,4 +1,4 @@
-"""What trains the blocks of one kind, built for the first of them, and the job that all blocks of a run share."""
+"""The trainer of all blocks of a kind, built for the first of them, and the job that all blocks of a run share."""
 
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -40,9 +40,9 @@ class Recipe:
     """How a run's blocks are quantized: its options, resolved.
 
     Attributes:
-        method: `rtn`, or what is trained.
-        activations: how activations get their grids.
-        written_dtype: of the quantized weights in the output.
+        method: `rtn`, or the method of training.
+        activations: options of the activations' grids.
+        written_dtype: dtype of the quantized weights in the output.
     """
 
     seed: int
@@ -58,13 +58,13 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Job:
-    """What quantizing a block needs beside the block, the same for all blocks of a run.
+    """The context of quantizing a block, the same for all blocks of a run.
 
     Attributes:
         tokens_NT: the calibration samples of all ranks.
-        checkpoints: of the training, by the engine that shares it among ranks.
+        checkpoints: the checkpoints of the training, and the engine that shares it among ranks.
         compiled: compiles a function, or leaves it as it is.
-        trainers: built so far, by the module that blocks share and the grids of the matrices quantized in it.
+        trainers: trainers built so far, by the module that blocks share and the grids of its matrices.
     """
 
     recipe: Recipe
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def ranks(self) -> Ranks:
-        """All that work on the run."""
+        """This rank among all that work on the run."""
         return self.engine.ranks
 
     @property
@@ -106,13 +106,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTrainer:
-    """What trains blocks of one kind: built for the first of them, started from each.
+    """Trains all blocks of a kind: built for the first of them, then started with each block's weights.
 
     Attributes:
         stepper: None where nothing is trained.
-        inputs: rounds what enters the matrices, where that is part of training.
+        inputs: rounds the matrices' inputs, where that is part of training.
         block_loss: the function of that name, compiled for these blocks.
-        written_dtype: of the quantized weights in the output.
+        written_dtype: dtype of the quantized weights in the output.
     """
 
     quantizer: BlockQuantizer
@@ -134,7 +134,7 @@ class BlockTrainer:
         self.quantizer.restart(self._gathered)
 
     def folded(self) -> Linears:
-        """The quantized linears that the quantizers stand for now.
+        """The quantized linears that the quantizers represent now.
 
         Raises:
             QuantizationError: a parameter or a scale is not finite; the same on all ranks.
@@ -146,13 +146,13 @@ class BlockTrainer:
         self.quantizer.serve(linears, rounding_to(self.written_dtype))
 
     def served(self) -> Linears:
-        """The folded linears, with which the block computes from here on; raises what `folded` raises."""
+        """Fold the linears and serve them: the block computes with them from here on; raises as `folded`."""
         linears = self.folded()
         self.serve(linears)
         return linears
 
     def loss_of(self, loaded: LoadedBlock, kind: Loss) -> Callable[[Tensor | Entering, Tensor], tuple[Tensor, Tensor]]:
-        """Function from what enters a block and targets [N, T, D] to its training loss and its output [N, T, D]."""
+        """Function from a block's input and targets [N, T, D] to its training loss and its output [N, T, D]."""
 
         def loss(entering: Tensor | Entering, targets_NTD: Tensor) -> tuple[Tensor, Tensor]:
             inputs_NTD, args, kwargs = loaded.plan.arguments.bound(entering)
@@ -166,7 +166,7 @@ class BlockTrainer:
 
 
 def trainer_for(job: Job, loaded: LoadedBlock) -> BlockTrainer:
-    """What trains blocks of a block's kind; built and compiled if it is the first of them."""
+    """The trainer for a block's kind; built and compiled if the block is the first of its kind."""
     key = (loaded.module, tuple((matrix.name, grid) for matrix, grid in loaded.plan.grids.items()))
     if key not in job.trainers:
         begun, compiles = time.perf_counter(), job.recipe.optimize.compile == "on"
@@ -213,11 +213,11 @@ def _warm_up(job: Job, trainer: BlockTrainer, loaded: LoadedBlock) -> None:
 
 
 def served_forward(job: Job, loaded: LoadedBlock) -> Forward:
-    """Function from what enters a block, as it is served, to what leaves it, hidden states in float32.
+    """Function from a served block's input to its output, hidden states in float32.
 
-    Where the job compiles, and nothing is to be seen of the activations within, it is training's code for as many
-    samples as are trained at once, which takes half of the time (measured, on a CPU). The same in a replay as in the
-    block's turn, to the last bit; so no other rank is waited for.
+    If the job compiles and no activation within the block is observed, it uses the compiled training code, for as many
+    samples as are trained at once, which halves the time (measured, on a CPU). A replay gives the same bits as the
+    block's own turn; no other rank is waited for.
     """
     plan, arguments, optimize = loaded.plan, loaded.plan.arguments, job.recipe.optimize
     if optimize.compile == "off" or not job.recipe.trains(plan) or plan.activations or not arguments.is_fixed:
@@ -238,7 +238,7 @@ def served_forward(job: Job, loaded: LoadedBlock) -> Forward:
 
 @contextmanager
 def collecting(weights: Collection[nn.Parameter]) -> Iterator[None]:
-    """Have a block's weights ask for gradients, and collect them, while the body runs."""
+    """In the body, have a block's weights require gradients and collect them."""
     for weight in weights:
         weight.requires_grad_(True)
     try:
@@ -258,7 +258,7 @@ def block_loss(
     dtype: torch.dtype,
     kind: Loss = "squared",
 ) -> tuple[Tensor, Tensor]:
-    """Training loss of a block, and its output [N, T, D]: what is compiled, forward and backward, as one piece."""
+    """Training loss of a block, and its output [N, T, D]; compiled, forward and backward, as one piece."""
     output_NTD = training_output(block, inputs_NTD, args, kwargs, dtype)
     return distillation_loss(output_NTD, targets_NTD, kind), output_NTD
 

@@ -1,4 +1,4 @@
-"""Training one block's quantizers to the end, whatever comes between: a kill, or numbers that are not finite."""
+"""Training a block's quantizers to the end, across kills and numbers that are not finite."""
 
 import math
 from collections.abc import Iterator
@@ -27,17 +27,17 @@ from shardq.training.objective import Objective
 from shardq.training.passes import Forward, compare
 from shardq.training.trainer import BlockTrainer, Job, Linears
 
-LOOKS = 10  # times that a try looks whether all numbers were finite, and at the held-out samples where there are some
-RETRY_RATE = 0.5  # learning rates of a try, as a share of those of the one before
+LOOKS = 10  # looks in a try: were all numbers finite, and what is the loss on the held-out samples, if there are any
+RETRY_RATE = 0.5  # learning rates of a try, as a share of the previous try's
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInTraining:
-    """A block with what trains it, and what it is trained to.
+    """A block with its trainer and its objective.
 
     Attributes:
-        trainer: of the block's kind.
-        forward: from what enters the block to its output, computed as the quantized model will compute it.
+        trainer: the trainer of the block's kind.
+        forward: from the block's input to its output, computed as the quantized model computes it.
     """
 
     job: Job
@@ -53,7 +53,7 @@ class BlockInTraining:
 
 
 class Start(NamedTuple):
-    """Where training begins: the loss there, and the linears as the best iterate so far, where they may be kept."""
+    """The start of training: its loss, and its linears as the best iterate so far, if a best iterate is kept."""
 
     loss: float
     best: BestIterate | None
@@ -61,13 +61,13 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """A block's quantized linears by name within it, and what there is to say about them.
+    """A block's quantized linears by name within it, with their losses.
 
     Attributes:
-        kind: the objective's.
-        loss_before, loss_after: over the watched samples.
+        kind: kind of the objective.
+        loss_before, loss_after: losses over the watched samples.
         failed_tries: trainings that ended at a number that is not finite.
-        gave_up: all did.
+        gave_up: whether all trainings did.
     """
 
     linears: Linears
@@ -79,7 +79,7 @@ class BlockResult:
 
     @property
     def facts(self) -> dict[str, object]:
-        """What the ledger keeps beside the linears."""
+        """The facts about the block that the ledger keeps."""
         losses = {f"{self.kind}_before": self.loss_before, f"{self.kind}_after": self.loss_after}
         return losses | ({"failed_tries": self.failed_tries, "gave_up": self.gave_up} if self.failed_tries else {})
 
@@ -133,7 +133,7 @@ def _result(block: BlockInTraining, start: Start, linears: Linears, loss: float,
 
 
 def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Linears, float]:
-    """Train from where `progress` is to the end; serve the linears that come out, and give them and their loss.
+    """Train from `progress` to the end; serve the resulting linears, and return them and their loss.
 
     Raises:
         QuantizationError: a loss, a gradient, a parameter or a scale is not finite; the same on all ranks.
@@ -144,7 +144,7 @@ def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Lin
     iterations, every = block.objective.iterations, job.checkpoints.every
     with span("train") as facts:
         for progress.done, loss in _steps(block, first):
-            job.activations.pace.end_step()  # looks, checkpoints and a terminal that is stopped take any time
+            job.activations.pace.end_step()  # looks, checkpoints and a stopped terminal have no time limit
             job.display.advance_iteration(loss)
             is_last = progress.done == iterations
             looks = is_last or progress.done % math.ceil(iterations / LOOKS) == 0
@@ -168,7 +168,7 @@ def _try(block: BlockInTraining, progress: Progress, purpose: dict) -> tuple[Lin
 
 
 def _steps(block: BlockInTraining, first: int) -> Iterator[tuple[int, Tensor]]:
-    """Take the optimizer steps that follow the first ones; yield how many are done, and the loss, after each."""
+    """Take the optimizer steps from number `first` on; yield the number of steps done, and the loss, after each."""
     trainer, optimize = block.trainer, block.job.recipe.optimize
     batches, mean_over = _batches(block, first), optimize.batch_size / block.job.ranks.world_size
     steps = distill(block.objective.loss, trainer.quantizer, trainer.stepper, batches, optimize.micro_batch, mean_over)
@@ -176,7 +176,7 @@ def _steps(block: BlockInTraining, first: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _go_back(block: BlockInTraining, progress: Progress, loss_before: float) -> None:
-    """After a failed try: keep its last iterate if it is the best so far, and bring the quantizers to the start."""
+    """After a failed try, keep its last iterate if it is the best so far, and reset the quantizers to the start."""
     trainer = block.trainer
     try:
         last = trainer.served()
@@ -200,9 +200,9 @@ def _what_follows(job: Job, progress: Progress) -> str:
 
 
 def _batches(block: BlockInTraining, first: int) -> Iterator[tuple[Tensor | Entering, Tensor, Tensor]]:
-    """What enters, targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
+    """Inputs, targets [N, T, D] and labels [N, T] of this rank, one batch an iteration from `first` on.
 
-    Each is prepared during the one before. What is drawn depends on the iteration's number, not on those before it.
+    Each is prepared during the previous step. Random draws depend only on the iteration's number.
     """
     job, block_index = block.job, block.index
     activations, optimize = job.activations, job.recipe.optimize
@@ -231,7 +231,7 @@ def _batches(block: BlockInTraining, first: int) -> Iterator[tuple[Tensor | Ente
 
 @torch.no_grad()
 def agreed_loss(block: BlockInTraining) -> float:
-    """Loss of the block as it is now, over all ranks' watched samples.
+    """The block's present loss, over all ranks' watched samples.
 
     Raises:
         QuantizationError: it is not finite.
