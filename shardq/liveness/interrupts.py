@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -49,7 +50,9 @@ def interruptible(advice: str) -> Iterator[None]:
     threading.Thread(target=end_late, name="interrupts", daemon=True).start()
     try:
         yield
-    except Interrupted:
+    except Interrupted as error:
+        # Generators that the frames still hold have threads that wait for more to load, and would never end.
+        traceback.clear_frames(error.__traceback__)
         finish_interrupted()  # here, where further signals are ignored
         raise
     finally:

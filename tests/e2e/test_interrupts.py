@@ -102,6 +102,33 @@ def test_main_thread_that_does_not_come_to_its_end_is_ended(what):
     assert (process.returncode, stderr) == (128 + signal.SIGTERM, "shardq: ended by SIGTERM; go on\n")
 
 
+LOADING = """
+import os, signal, sys, time
+from shardq.background import lookahead
+from shardq.errors import Interrupted
+from shardq.liveness.interrupts import interruptible
+
+def compute():
+    loaded = lookahead(lambda key: key, range(9))
+    next(loaded)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+try:
+    with interruptible("go on"):
+        compute()
+except Interrupted:
+    print("in order", flush=True)
+    os._exit(0)
+"""
+
+
+def test_thread_that_waits_for_more_to_load_does_not_hold_up_the_end():
+    """What loads ahead is not closed while the frame that uses it is kept for a traceback."""
+    ended = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "in order\n"), ended.stderr
+
+
 WRITING = """
 import os, signal, sys, threading, time
 from dataclasses import replace
