@@ -16,12 +16,13 @@ from shardq.calib.tokens import load_tokens
 from shardq.checks import check_evaluate
 from shardq.config import EvaluateConfig
 from shardq.errors import ConfigError
+from shardq.formats.quantized_source import open_served, rounds_activations
 from shardq.logs import Display, peak_rss_bytes
 from shardq.model.block import LoadedBlock, block_plans
 from shardq.model.ends import epilogue, prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.loss import LOGITS_TOKENS
@@ -48,6 +49,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
     display.line(f"evaluation: reading {config.eval.dataset}")
     tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
     display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")
+    if rounds_activations(folder):
+        display.line(f"{config.model}: programs also round its activations; this evaluates its weights only")
     say_if_unchecked(config.self_check, display)
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
@@ -72,9 +75,10 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
 
 
 def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
-    skeleton = open_skeleton(folder)
     if config.quant.method == "none":
+        skeleton = skeleton_of(open_served(folder))
         return skeleton, Plan(blocks=block_plans(skeleton), rest=[])
+    skeleton = open_skeleton(folder)  # quantized weights are not quantized again
     return skeleton, make_plan(skeleton, config.quant)
 
 
