@@ -118,7 +118,7 @@ def with_vllm(otherwise: str) -> str:
 
 
 def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
-    """The 8-bit grids of a block's linears' inputs, by the linears' names in the checkpoint, if the format asks for any.
+    """The 8-bit grids of a block's linears' inputs, by the linears' names in the checkpoint, if asked for.
 
     Raises:
         ConfigError: the block has other grids.
