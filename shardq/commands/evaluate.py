@@ -83,7 +83,7 @@ def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
 
 
 def _embedded(skeleton: Skeleton, plan: Plan, tokens_NT: Tensor, activations: Activations) -> Plan:
-    """Write generation 0; give the plan with what blocks are passed."""
+    """Write generation 0; return the plan with the blocks' arguments."""
     with prologue(skeleton, activations.device) as embed:
         plan = plan.with_arguments(record_arguments(skeleton, embed, tokens_NT.shape[1]))
         embed_samples(replace(activations, blocks=plan.blocks), tokens_NT, skeleton, embed)
@@ -120,7 +120,7 @@ def _through_blocks(
             check(loaded, loaded if grids[loaded.index] else None)
             activations.drop(loaded.index)
             display.advance_block()
-            del loaded  # its source must not stay in memory while the block after the next is read
+            del loaded  # frees the block's source before the block after the next is read
 
 
 def _round_to_nearest(loaded: LoadedBlock) -> None:
@@ -132,8 +132,7 @@ def _round_to_nearest(loaded: LoadedBlock) -> None:
 def _summed_loss(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, num_blocks: int) -> float:
     """Negative log-likelihood summed over this rank's predicted tokens, in nats.
 
-    The vocabulary comes in slices, each for all samples: the logarithm of the exponentials' sum and the target's
-    logit are put together from them.
+    The vocabulary comes in slices, each for all samples; log-sum-exp and the target's logit are accumulated over them.
     """
     targets_NT = tokens_NT[:, 1:].to(activations.device)
     log_sums_NT = torch.full(targets_NT.shape, -torch.inf, device=activations.device)

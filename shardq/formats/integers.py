@@ -9,10 +9,10 @@ from shardq.quant.integer_grid import IntegerGrid
 
 
 def integer_grid(format_name: str, grid: Grid) -> IntegerGrid:
-    """The grid, which is one of integers.
+    """The grid as an integer grid.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the grid is of another kind.
     """
     if not isinstance(grid, IntegerGrid):
         raise ConfigError(f"{format_name}: only integer grids are supported, not {grid.description}; export hf instead")

@@ -1,1 +1,1 @@
-"""Decoder blocks built from config.json without weights, and the streams that fill them."""
+"""Decoder blocks built from config.json without weights, and reading weights into them."""

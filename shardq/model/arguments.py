@@ -1,4 +1,4 @@
-"""What the model passes to a decoder block beside the hidden states: once for all samples, or sample by sample."""
+"""Arguments of a decoder block other than the hidden states: the same for all samples, or one for each sample."""
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from shardq.torch_internals import tree_flatten, tree_unflatten
 
 
 class Call(NamedTuple):
-    """One call of a block by the model: hidden states [N, T, D], then what else it is passed."""
+    """One call of a block by the model: hidden states [N, T, D], then its other arguments."""
 
     hidden: Tensor
     args: tuple
@@ -21,12 +21,12 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Entering:
-    """What enters a block for some samples, where that is more than hidden states.
+    """The input of a block for some samples, where that is more than hidden states.
 
     Attributes:
-        hidden: [N, T, D].
+        hidden: hidden states [N, T, D].
         own: arguments that follow the sample, [N, K, ...]: K rows of the argument's batch dimension each.
-        carried: what earlier blocks have left for later ones, [N, ...].
+        carried: tensors that earlier blocks have left for later ones, [N, ...].
     """
 
     hidden: Tensor
@@ -42,23 +42,23 @@ class Entering:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.hidden.device
 
 
 def hidden_of(entering: Tensor | Entering) -> Tensor:
-    """The hidden states [N, T, D] of what enters or leaves a block."""
+    """The hidden states [N, T, D] of a block's input or output."""
     return entering.hidden if isinstance(entering, Entering) else entering
 
 
 def with_hidden(entering: Tensor | Entering, hidden_NTD: Tensor) -> Tensor | Entering:
-    """What enters a block, with other hidden states."""
+    """A block's input, with other hidden states."""
     return replace(entering, hidden=hidden_NTD) if isinstance(entering, Entering) else hidden_NTD
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A mapping that blocks pass on: where it stands among a call's leaves, its type, and what is in it by then.
+    """A mapping that blocks pass on: its place among a call's leaves, its type, and its tensors at this block.
 
     Attributes:
         entering, leaving: key and place of each tensor in it before and after the block.
@@ -82,22 +82,22 @@ class Shared:
         return filled
 
     def left_in(self, mapping: MutableMapping) -> tuple[Tensor, ...]:
-        """What is in the mapping after the block, in the order of `leaving`."""
+        """The tensors in the mapping after the block, in the order of `leaving`."""
         return tuple(mapping[key][place] if self.is_tuple[key] else mapping[key] for key, place in self.leaving)
 
 
 @dataclass(frozen=True)
 class BlockArguments:
-    """What the model passes to one block beside the hidden states: masks, position embeddings, position ids, ...
+    """Arguments of a block other than the hidden states: masks, position embeddings, position ids, ...
 
     Attributes:
-        args, kwargs: of a call with one sequence.
+        args, kwargs: the arguments of a call with one sequence.
         width: channels of the hidden states that enter the block.
-        own: places, among their leaves, of tensors that follow the sample, and the dimension of their batch.
-        repeated: places of those that hold for any sample but grow with the batch, and along which dimension.
-        rows: places of those among them that the block broadcasts from the one row of one sample.
+        own: places, among the arguments' leaves, of tensors that follow the sample, and their batch dimension.
+        repeated: places of tensors that are the same for any sample but grow with the batch, and the dimension.
+        rows: places of the repeated tensors that the block broadcasts from one row.
         shared: the mapping that blocks pass on, if there is one.
-        example: on the meta device, what enters the block for one sample, but for the hidden states.
+        example: the block's input for one sample without the hidden states, on the meta device.
     """
 
     args: tuple
@@ -121,7 +121,7 @@ class BlockArguments:
 
     @property
     def carried_names(self) -> tuple[str, ...]:
-        """Names under which what earlier blocks have left for this one is kept."""
+        """Names under which the tensors that earlier blocks have left for this block are kept."""
         return tuple(f"{key}{place}" for key, place in self.shared.entering) if self.shared else ()
 
     @property
@@ -131,7 +131,7 @@ class BlockArguments:
 
     @property
     def carried_bytes(self) -> int:
-        """Bytes of what earlier blocks have left for this one, of a sample."""
+        """Bytes of a sample's tensors that earlier blocks have left for this block."""
         return sum(values.nbytes for values in self.example.carried) if self.example else 0
 
     def own_of(self, call: Call) -> tuple[Tensor, ...]:
@@ -140,12 +140,12 @@ class BlockArguments:
         return tuple(leaves[place].movedim(dim, 0).unflatten(0, (num, -1)) for place, dim in self.own)
 
     def entering(self, left: Tensor | Entering, own: tuple[Tensor, ...]) -> Tensor | Entering:
-        """What enters the block: what has left the one before it, and this one's own arguments."""
+        """The block's input: the output of the block before it, and this block's own arguments."""
         carried = left.carried if isinstance(left, Entering) else ()
         return Entering(hidden_of(left), own, carried) if own or carried else hidden_of(left)
 
     def bound(self, entering: Tensor | Entering) -> Call:
-        """The call of a block on what enters it."""
+        """The call of the block with its input."""
         if self.is_fixed:
             return Call(hidden_of(entering), self.args, self.kwargs)
         given = entering if isinstance(entering, Entering) else Entering(entering)
@@ -159,7 +159,7 @@ class BlockArguments:
         return Call(given.hidden, *tree_unflatten(leaves, structure))
 
     def leaving(self, hidden_NTD: Tensor, call: Call) -> Tensor | Entering:
-        """What enters the next block, but for that one's own arguments, after a block's call gave hidden states."""
+        """The block's output after a call that gave hidden states; the next block's own arguments are not in it."""
         if self.shared is None or not self.shared.leaving:
             return hidden_NTD
         return Entering(hidden_NTD, carried=self.shared.left_in(self.shared_in(call)))
@@ -169,7 +169,7 @@ class BlockArguments:
         return tree_flatten((call.args, call.kwargs))[0][self.shared.place]
 
     def on_meta(self, hidden_shape: tuple[int, int, int]) -> Call:
-        """The call for hidden states [N, T, D], nothing of which is computed."""
+        """The call for hidden states [N, T, D] on the meta device, where nothing is computed."""
         num, hidden = hidden_shape[0], torch.empty(hidden_shape, device="meta")
         if self.is_fixed:
             return Call(*to_meta(self.bound(hidden)))

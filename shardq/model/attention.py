@@ -1,7 +1,7 @@
 """Causal attention on a CPU in bfloat16, in pieces; anything else is left to torch.
 
-Transformers' models look their attention up by name. It takes the place of torch's under that one's own name, `sdpa`:
-some models ask for the name to decide what they compute.
+Transformers' models look their attention up by name. This one replaces torch's under the same name, `sdpa`, because
+some models decide by the name how they compute.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "sdpa"
 PIECE_TOKENS = 256
-MAX_TOKENS = 1024  # beyond, a piece's scores leave the cache
+MAX_TOKENS = 1024  # with more tokens, a piece's scores do not fit the cache
 
 
 def use_pieces() -> None:
@@ -25,7 +25,7 @@ def use_pieces() -> None:
 
 @contextmanager
 def torchs_own() -> Iterator[None]:
-    """Have models call torch's attention as it is, while the body runs."""
+    """Have models call torch's own attention, while the body runs."""
     ALL_ATTENTION_FUNCTIONS[NAME] = sdpa_attention_forward
     try:
         yield
@@ -44,8 +44,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Context [N, T, H, D] of query [N, H, T, D], key and value [N, K, T, D], K dividing H; as transformers calls it.
 
-    The kernel that torch has for a CPU takes its small products one by one: in bfloat16 pieces as products of
-    matrices are 2 to 4 times as fast at 512 tokens, and of what causality makes zero they compute little.
+    Torch's CPU kernel computes small products one by one. In bfloat16, products of larger pieces are 2 to 4 times as
+    fast at 512 tokens, and they skip most of the scores that causality makes zero.
     """
     on_cpu, tokens = query.device.type == "cpu", query.shape[2]
     dtype = torch.get_autocast_dtype("cpu") if on_cpu and torch.is_autocast_enabled("cpu") else query.dtype
@@ -59,19 +59,19 @@ def attend(
 
 
 def is_causal(module: nn.Module, asked: bool | None) -> bool:
-    """Whether an attention module that gets no mask looks back alone: as its caller asks, or else as it says itself."""
+    """Whether an attention module without a mask is causal: as its caller asks, or else as the module declares."""
     return getattr(module, "is_causal", True) if asked is None else asked
 
 
 def scale_of(query: Tensor, scaling: float | None) -> float:
-    """What scores are multiplied by."""
+    """Factor of the scores."""
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def causal_attention(query_NHTD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, scale: float) -> Tensor:
     """Softmax of `scale * query @ key^T` over the tokens up to each query's own, times value; [N, H, T, D].
 
-    Query heads in a row share a head of key and value. Products are in the dtype of what comes in, softmax in float32.
+    Consecutive query heads share a head of key and value. Products are in the inputs' dtype, softmax is in float32.
     """
     num, heads, tokens, _ = query_NHTD.shape
     kv_heads = key_NKTD.shape[1]

@@ -1,4 +1,4 @@
-"""A decoder block: what is known of it before it is loaded, and with its weights."""
+"""A decoder block: its plan before it is loaded, and the block with its weights."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,15 +16,15 @@ from shardq.quant.grid import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """A decoder block and what is to become of it.
+    """A decoder block and how it is to be quantized.
 
     Attributes:
         index: its place in the model.
-        name: in the checkpoint, such as `model.layers.0`.
+        name: its name in the checkpoint, such as `model.layers.0`.
         is_last: whether no block follows.
-        grids: of each matrix to quantize, in the order of the block's modules.
+        grids: the grid of each matrix to quantize, in the order of the block's modules.
         activations: the grids that are asked for, by name of the activation within the block, in the order of its code.
-        arguments: what the model passes to it beside the hidden states; None until that is recorded.
+        arguments: its arguments other than the hidden states; None until they are recorded.
     """
 
     index: int
@@ -36,24 +36,24 @@ class BlockPlan:
 
     @property
     def num_weights(self) -> int:
-        """Of all matrices to quantize together."""
+        """Number of weights in all matrices to quantize."""
         return sum(matrix.num_weights for matrix in self.grids)
 
     @property
     def num_scales(self) -> int:
-        """Of all matrices to quantize together."""
+        """Number of scales of all matrices to quantize."""
         return sum(grid.num_scales(*matrix.shape) for matrix, grid in self.grids.items())
 
     def full_name(self, matrix: Matrix) -> str:
-        """A matrix' name in the model, under which files have its codes."""
+        """A matrix' name in the model, which is the name of its codes in files."""
         return f"{self.name}.{matrix.name}"
 
 
 def block_plans(skeleton: Skeleton, grids: Sequence[dict[Matrix, Grid]] | None = None) -> list[BlockPlan]:
-    """A plan of each block of a model.
+    """The plans of a model's blocks, in order.
 
     Args:
-        grids: for each block those of the matrices to quantize; None: nothing is quantized.
+        grids: for each block, the grid of each matrix to quantize; None: nothing is quantized.
     """
     last = len(skeleton.names) - 1
     return [
@@ -64,12 +64,12 @@ def block_plans(skeleton: Skeleton, grids: Sequence[dict[Matrix, Grid]] | None =
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBlock:
-    """A block with its weights; called with what enters it, for some samples, it gives what leaves it.
+    """A block with its weights; a call with its input, for some samples, gives its output.
 
     Attributes:
-        module: its weights are float32; the same module, with other weights, for all blocks that are built alike.
+        module: has float32 weights; all blocks of the same structure share one module, with other weights in turn.
         source: parameters and persistent buffers by name within the block, in the source's dtype.
-        dtype: of the matrix multiplies.
+        dtype: dtype of the matrix multiplies.
     """
 
     plan: BlockPlan
@@ -83,7 +83,7 @@ class LoadedBlock:
         return self.plan.index
 
     def __call__(self, entering: Tensor | Entering) -> Tensor | Entering:
-        """Hidden states [N, T, D], float32, and what the block carries for later ones."""
+        """Hidden states [N, T, D], float32, and tensors that are carried for later blocks."""
         call = self.plan.arguments.bound(entering)
         return self.plan.arguments.leaving(run_block(self.module, *call, self.dtype), call)
 
@@ -92,8 +92,8 @@ def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, d
     """Hidden states [N, T, D] that leave a block, float32.
 
     Args:
-        args, kwargs: what the model passes beside the hidden states.
-        dtype: of the matrix multiplies; norms, softmax and the residual stream stay in float32.
+        args, kwargs: the block's other arguments.
+        dtype: dtype of the matrix multiplies; norms, softmax and the residual stream stay in float32.
     """
     with multiplying_in(dtype, hidden_NTD.device):
         output = block(hidden_NTD, *args, **kwargs)
@@ -101,5 +101,5 @@ def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, d
 
 
 def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Where matrix multiplies are in a dtype."""
+    """Context in which matrix multiplies are in a dtype."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -63,7 +63,7 @@ def _check_is_causal(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its name in the model; where there is a vision tower, not that one's.
+    """The list of the text decoder's blocks, and its name in the model; a vision tower's list is not meant.
 
     Raises:
         UnsupportedModelError: there is none, or there are several.

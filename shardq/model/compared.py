@@ -14,11 +14,11 @@ from shardq.model.skeleton import Skeleton
 from shardq.torch_internals import keystr, tree_flatten, tree_flatten_with_path
 
 PLAIN = (NoneType, bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
-ROUNDING = 1e-5  # of values computed twice, as a share of the largest
+ROUNDING = 1e-5  # allowed difference of values computed twice, as a share of the largest
 
 
 def argument_names(skeleton: Skeleton, number: int, call: Call) -> list[str]:
-    """What each leaf of a call's arguments is called by the block's own forward."""
+    """The name that the block's own forward has for each leaf of a call's arguments."""
     parameters = list(inspect.signature(skeleton.blocks[number].forward).parameters)[1:]
     names = []
     for path, _ in tree_flatten_with_path((call.args, call.kwargs))[0]:
@@ -31,12 +31,12 @@ def argument_names(skeleton: Skeleton, number: int, call: Call) -> list[str]:
 
 
 def is_equal(one: object, other: object) -> bool:
-    """Whether two leaves are the same but for rounding; objects that may change are not."""
+    """Whether two leaves are the same except for rounding; mutable objects are not."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same_kind = one.shape == other.shape and one.dtype == other.dtype
         if not same_kind or not one.is_floating_point():
             return same_kind and torch.equal(one, other)
-        # Two sequences at once may be rounded otherwise than one.
+        # Two sequences at once may be rounded differently from one.
         rounding = ROUNDING * one.nan_to_num(0, 0, 0).abs().amax().item() if one.numel() else 0.0
         return torch.allclose(one, other, rtol=ROUNDING, atol=rounding, equal_nan=True)
     return type(one) is type(other) and isinstance(one, PLAIN) and (one == other or one != one)

@@ -1,4 +1,4 @@
-"""What stands before and after the blocks: tokens to hidden states, hidden states to logits.
+"""The model before and after the blocks: tokens to hidden states, hidden states to logits.
 
 Both run the model's own forward with stand-ins in the blocks' places, so embedding scales, learned positions, masks,
 final norms and logit caps are the model's, whatever its architecture.
@@ -67,19 +67,19 @@ def _token_tables(skeleton: Skeleton) -> dict[nn.Embedding, SourceTensor]:
 def _reading_rows(
     source: WeightSource, device: torch.device, tensor: SourceTensor
 ) -> Callable[[nn.Embedding, tuple], tuple]:
-    """A hook that gives a table the rows for the tokens it is called with alone, and renumbers these."""
+    """A hook that gives a table only the rows for the tokens of the call, and renumbers the tokens."""
 
     def read_rows(table: nn.Embedding, inputs: tuple) -> tuple:
         used, renumbered_NT = inputs[0].unique(return_inverse=True)
         table.weight = _frozen(source.read_rows(tensor, used.tolist()), device)
-        table.padding_idx = None  # torch would check it against the smaller table; it is for training alone
+        table.padding_idx = None  # torch would check it against the smaller table; it matters only in training
         return (renumbered_NT,)
 
     return read_rows
 
 
 def _blank(weight: nn.Parameter, table: nn.Embedding, inputs: tuple, output: Tensor) -> None:
-    """A hook that leaves a table without rows: whoever reads it beside the lookup finds NaN, not other tokens' rows."""
+    """A hook that removes a table's rows: code that reads the table outside the lookup gets NaN, not wrong rows."""
     table.weight = weight
 
 
@@ -101,9 +101,9 @@ def _head_parameters(skeleton: Skeleton) -> list[str]:
 def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tuple[int, Callable[[Tensor], Tensor]]]]:
     """Yield `(first, to_logits)` for one slice of the vocabulary after the other.
 
-    `to_logits` takes the hidden states [N, T, D] after the last block to the logits [N, T, V] of the tokens from
-    `first` on; the head's rows for them are in memory until the next slice is asked for. Norm and head act on each
-    position alone, so T may be any slice of a sequence.
+    `to_logits` computes from the hidden states [N, T, D] after the last block the logits [N, T, V] of the tokens from
+    `first` on; the head's rows for them are in memory until the next slice is asked for. Norm and head treat each
+    position separately, so T may be any slice of a sequence.
     """
     head = skeleton.model.get_output_embeddings()
     rows_a_slice = max(1, HEAD_SLICE_BYTES // (4 * head.in_features))
@@ -123,13 +123,13 @@ def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tupl
 def whole_epilogue(
     skeleton: Skeleton, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Callable[[Tensor | None], Callable[[Tensor], Tensor]]]:
-    """Yield what gives, for some tokens, a function from hidden states [N, T, D] after the last block to logits.
+    """Yield a function that makes, for some tokens, a function from hidden states after the last block to logits.
 
-    That function is differentiable, and its logits [N, T, V] are those of the tokens [V] asked for, in their order, or
-    of all where None is.
+    That function, from [N, T, D] to [N, T, V], is differentiable; its logits are those of the tokens [V] asked for, in
+    their order, or for None those of all tokens.
 
     Args:
-        dtype: of the head, which is held whole, of its rows for some tokens, a copy, and of its matrix multiply.
+        dtype: dtype of the head, which is in memory whole, of a copy of its rows for some tokens, and of its product.
     """
     head = skeleton.model.get_output_embeddings()
     with _last_layers(skeleton, device) as (tensors, to_logits):

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, or a hub name that is downloaded first."""
+"""The folder of a model's files: a local one, or that of a hub name, which is downloaded first."""
 
 import errno
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from shardq.errors import CheckpointError, ConfigError, ShardQError, StorageErro
 from shardq.formats.checkpoint import COMPANIONS
 from shardq.formats.shards import open_index
 
-# In these patterns * stands for slashes, too: what lies in a folder is left there, but for chat templates.
+# In these patterns * matches slashes too: files in subfolders are not downloaded, except chat templates.
 NEEDED = ("*.safetensors", "*.json", *COMPANIONS)
 OTHER_LAYOUTS = ("consolidated*", *(f"*/{pattern}" for pattern in NEEDED if not pattern.endswith(".jinja")))
 PATTERNS = {"allow_patterns": list(NEEDED), "ignore_patterns": list(OTHER_LAYOUTS)}
@@ -21,9 +21,9 @@ ANSWER_SECONDS = 20.0
 
 
 def local_folder(name: str, revision: str | None, say: Callable[[str], None]) -> Path:
-    """Folder with the model's files; what is no folder is a hub name, downloaded to the Hugging Face cache first.
+    """Folder with the model's files; any other name is one of the hub, downloaded to the Hugging Face cache first.
 
-    Where the hub does not answer, a copy that the cache holds is used.
+    If the hub does not answer, a copy in the cache is used.
 
     Args:
         revision: branch, tag or commit of a hub name; None: the hub's main one.
@@ -67,7 +67,7 @@ def _kept(name: str, revision: str | None) -> Path | None:
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True, **PATTERNS))
     except (HFValidationError, LocalEntryNotFoundError) as error:
-        folder = getattr(error, "snapshot_path", None)  # it lacks some file that is asked for
+        folder = getattr(error, "snapshot_path", None)  # a snapshot that lacks a file that is asked for
     try:
         return Path(folder) if folder and open_index(Path(folder)) else None
     except ShardQError:

@@ -1,4 +1,4 @@
-"""Whatever the code of a model's own family raises, told in one line as what it is."""
+"""Errors of transformers' code for a model family, turned into one line of ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from shardq.devices import is_shortage
 from shardq.errors import ShardQError, UnsupportedModelError
 
-REASON_LETTERS = 240  # of an error's text; some hold whole shapes or tables
+REASON_LETTERS = 240  # most letters of an error's text that are repeated; some texts hold whole tables
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def own_code(where: str, what: str) -> Iterator[None]:
 
     Args:
         where: the folder, or the class of the model or the block.
-        what: says what cannot be done.
+        what: the operation that failed, in words.
 
     Raises:
         UnsupportedModelError: `where: what (reason)`, for any error but our own and those of memory.
@@ -29,7 +29,7 @@ def own_code(where: str, what: str) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error that tells something, after the error's kind."""
+    """The kind of an error, and the first line of its text that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A line that ends in a colon announces the next.
     told = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))

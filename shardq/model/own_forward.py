@@ -1,7 +1,7 @@
-"""Transformers' own forward of a few samples, which waits in each block's place until that block is at hand.
+"""Transformers' own forward of a few samples, which waits in each block's place until that block is loaded.
 
-So all that stands between the blocks is the model's, in the order in which the model runs it, while memory holds one
-block. The forward runs in a thread of its own; blocks are computed by whoever asks, one at a time.
+So everything between the blocks is the model's, in the model's order, while memory holds one block. The forward runs in
+a thread of its own; the caller computes the blocks, one at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,29 +20,29 @@ from shardq.model.skeleton import Skeleton, skeleton_of
 
 
 class _Ended(BaseException):
-    """The forward is not needed any more; no handler of the model's is to catch it."""
+    """Ends a forward that is no longer needed; a BaseException, so that no handler of the model catches it."""
 
 
-_ENDED = object()  # what a block gives in that case
+_ENDED = object()  # the response to a block's call in that case
 
 
 class OwnForward:
     """A forward under way; made by `own_forward`.
 
     Attributes:
-        skeleton: of the same checkpoint as the stream's, but another: its blocks share nothing with that one's.
+        skeleton: a second skeleton of the stream's checkpoint; its blocks share nothing with the stream's.
     """
 
     def __init__(self, skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_NT: Tensor, first: int):
-        """Start it; blocks before `first` give what they are called with."""
+        """Start the forward; blocks before `first` return their input."""
         self.skeleton = skeleton
         self._called: SimpleQueue[tuple[int, Call] | None] = SimpleQueue()  # None: the forward is over
         self._returned: SimpleQueue[object] = SimpleQueue()
         for number, stand_in in enumerate(skeleton.stand_ins):
             if number >= first:
                 stand_in.answer = lambda *call, number=number: self._wait_for_block(number, Call(*call))
-        # None of `background`'s: an interruption waits for those, and this one waits for its block. As there, asking
-        # keeps the setting from threads that compute later.
+        # Not a thread of `background`: an interruption waits for those, and this one waits for its block. As there, the
+        # question keeps the setting from threads that compute later.
         torch.get_num_threads()
         executor = ThreadPoolExecutor(1, "own-forward", torch.set_num_threads, (1,))
         self._over = executor.submit(embed, tokens_NT)
@@ -50,9 +50,9 @@ class OwnForward:
         executor.shutdown(wait=False)
 
     def at_next_block(self, respond: Callable[[int, Call], object]) -> None:
-        """Have the forward get to the next block, and go on behind it with what `respond` gives for number and call.
+        """Run the forward up to the next block, and continue with what `respond` returns for number and call.
 
-        Raises what the model raises on its way there.
+        Raises the errors of the model's own code before that block.
         """
         called = self._called.get()
         if called is None:
@@ -61,7 +61,7 @@ class OwnForward:
         self._returned.put(respond(*called))
 
     def end(self) -> None:
-        """Leave the forward where it is."""
+        """End the forward at its present place."""
         self._returned.put(_ENDED)
         wait([self._over])
 
@@ -75,7 +75,7 @@ class OwnForward:
 
 @contextmanager
 def own_forward(skeleton: Skeleton, tokens_NT: Tensor, device: torch.device, first: int = 0) -> Iterator[OwnForward]:
-    """Yield the forward of a checkpoint, of a model of its own, on tokens [N, T]; it is over with the body.
+    """Yield the forward of a checkpoint on tokens [N, T], with a separate model; it ends with the body.
 
     Args:
         first: the first block that is waited for.
@@ -91,10 +91,10 @@ def own_forward(skeleton: Skeleton, tokens_NT: Tensor, device: torch.device, fir
 
 @torch.no_grad()
 def computed(block: nn.Module, like: nn.Module, call: Call, dtype: torch.dtype) -> object:
-    """What a block on the meta device returns for a call with the tensors of a loaded one.
+    """Output of a block on the meta device for a call, computed with the tensors of a loaded block.
 
     Args:
-        dtype: of the matrix multiplies.
+        dtype: dtype of the matrix multiplies.
     """
     tensors = {**dict(like.named_parameters()), **dict(like.named_buffers())}
     what = "transformers' own code fails in it"

@@ -1,9 +1,9 @@
-"""Finds out what the model passes to its decoder blocks, and on what it varies.
+"""Records the arguments that the model passes to its decoder blocks, and finds what each depends on.
 
-The model's own forward is run with stand-ins in the blocks' places, on two sequences, apart and together. What is the
-same in all three calls is passed to every sample. What follows the sequence is kept for each sample, like hidden
-states. Keys and values that a block leaves in a mapping for later blocks travel with the hidden states. Anything else
-that differs is refused by name.
+The model's own forward is run with stand-ins in the blocks' places on two sequences, one by one and both at once. An
+argument that is equal in all three calls is passed to every sample. One that follows the sequence is kept for each
+sample, like hidden states. Keys and values that a block leaves in a mapping for later blocks travel with the hidden
+states. Any other argument that differs is refused by name.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
@@ -19,7 +19,7 @@ from shardq.model.compared import argument_names, is_equal
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.torch_internals import tree_flatten
 
-CHAIN_TOKENS = 16  # of the call that shows in which order blocks are called, and on what
+CHAIN_TOKENS = 16  # tokens of the call that shows in which order blocks are called, and with which inputs
 _UNSUPPORTED = "such models are not supported yet"
 
 
@@ -120,10 +120,10 @@ def _chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Ten
 
 
 def _check_end(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], sequences: tuple[Tensor, Tensor]) -> None:
-    """Check that what follows the blocks computes from the last one's hidden states alone, not from the tokens.
+    """Check that the code after the blocks uses only the last block's hidden states, not the tokens.
 
     Raises:
-        UnsupportedModelError: it does not; logits of a stream would be those of other tokens.
+        UnsupportedModelError: it uses others; logits of a stream would be those of other tokens.
     """
     base, last, outputs = skeleton.model.get_submodule(skeleton.base_name), len(skeleton.blocks) - 1, []
 

@@ -1,6 +1,6 @@
-"""A model without weights: its decoder blocks on the meta device and stand-ins where they stood.
+"""A model without weights: its decoder blocks on the meta device, and stand-ins in their places.
 
-What the checkpoint stores under which name is checked against it before any weight is read.
+The names and shapes of the checkpoint's tensors are checked against the model before any weight is read.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 class StandIn(nn.Module):
     """Takes a block's place in the model: records what the model passes, returns the hidden states unchanged.
 
-    They are returned as the block would return them, alone or first of a tuple; what a block returns beside them is
-    there without values, on the meta device. Plain attributes of the block are copied, because some models read them
-    (such as `attention_type`). If `injected` is set, that is returned instead: so the model's own code turns given
-    hidden states into logits. If `answer` is set, it is called with the hidden states and what else the model passes,
-    and gives what is returned.
+    They are returned in the block's form, single or first of a tuple; further outputs of the block are on the meta
+    device, without values. Plain attributes of the block are copied, because some models read them (such as
+    `attention_type`). If `injected` is set, it is returned instead, so that the model's own code turns given hidden
+    states into logits. If `answer` is set, it is called with the hidden states and the other arguments, and gives the
+    return value.
     """
 
     def __init__(self, block: nn.Module):
@@ -63,7 +63,7 @@ class StandIn(nn.Module):
 
     @torch.no_grad()
     def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:
-        """What the block returns for a call on the meta device: structure and shapes, without computing.
+        """The block's return value for a call on the meta device: structure and shapes, without computing.
 
         Raises:
             UnsupportedModelError: the block does not take that.
@@ -123,7 +123,7 @@ class Skeleton:
 
     @property
     def base_name(self) -> str:
-        """Name of the model's part that takes tokens and calls the blocks, which is all of it but the head."""
+        """Name of the model's part that takes tokens and calls the blocks: everything except the head."""
         first, _, inner = self.list_name.partition(".")
         return first if inner else ""
 
@@ -189,13 +189,13 @@ def _aliases(source: WeightSource, model: nn.Module) -> dict[str, str]:
             )
         if name != source_name and name in expected:
             renamed[name] = source_name
-    # A head that is stored beside the embedding is a matrix of its own, whatever the config says.
+    # A head that is stored in addition to the embedding is a separate matrix, even if the config says it is tied.
     tied = {name: other for name, other in model.all_tied_weights_keys.items() if name not in source.tensors}
     return {name: renamed.get(other, other) for name, other in tied.items()} | renamed
 
 
 def _conversion(converter: WeightConverter, name: str) -> str:
-    """What transformers makes of a stored tensor as it loads it into `name`, in words."""
+    """The conversion, in words, by which transformers loads a stored tensor into `name`."""
     num_parts, num_results = len(converter.source_patterns), len(converter.target_patterns)
     if "expert" in name:
         return f"is of fused experts, and becomes {name}"
@@ -233,7 +233,7 @@ def _check_tensors(skeleton: Skeleton) -> None:
 
 
 def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
-    """What a block's parameter of more than two dimensions is of, in words where these can be told."""
+    """The kind of a block's parameter with more than two dimensions, in words where it is known."""
     prefix, block = next(pair for pair in skeleton.named_blocks.items() if name.startswith(f"{pair[0]}."))
     inner = name.removeprefix(f"{prefix}.").rpartition(".")[0]
     owner = block.get_submodule(inner)

@@ -1,4 +1,4 @@
-"""The activations inside a block, by name, while it computes: to look at them, or to put others in their place.
+"""Access to the activations inside a block, by name, while it computes: to read them, or to replace them.
 
 `input` and `output` are the block's own, the residual stream; `NAME.input` and `NAME.output` those of a module in it
 that has no submodules (linears, norms, activation functions); `NAME.query`, `NAME.key`, `NAME.value` and `NAME.context`
@@ -47,7 +47,7 @@ def activation_names(block: nn.Module, arguments: BlockArguments, hidden_shape: 
 
 @contextmanager
 def tapped(block: nn.Module, tap: Tap, wanted: Wanted = lambda name: True) -> Iterator[None]:
-    """While the body runs, `tap` gets each activation that is wanted, and what it gives goes on in its place."""
+    """While the body runs, `tap` gets each wanted activation, and its return value takes the activation's place."""
     with ExitStack() as stack:
         for module_name, module in block.named_modules():
             is_inner = module is not block and next(module.children(), None) is not None
@@ -97,7 +97,7 @@ def _attention_replaced(
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args, **kwargs
     ) -> tuple:
-        # `eager` is in no table: each model's file has a function of its own under one name.
+        # `eager` is in no table: each model's file has its own function of the same name.
         function = former or sys.modules[type(module).__module__].eager_attention_forward
         name = names_of[module]
 
@@ -122,7 +122,7 @@ def _attention_replaced(
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[implementation]
-        if ALL_ATTENTION_FUNCTIONS.get(implementation) is not former:  # replaced before, by an outer body
+        if ALL_ATTENTION_FUNCTIONS.get(implementation) is not former:  # an outer body has replaced it before
             ALL_ATTENTION_FUNCTIONS[implementation] = former
 
 
@@ -135,9 +135,9 @@ def _attended(
     scale: float,
     tap: Callable[[str, Tensor], Tensor],
 ) -> Tensor | None:
-    """The context [N, T, H, D] by way of scores and probabilities; None where `tap` leaves both as they are.
+    """The context [N, T, H, D], computed from tapped scores and probabilities; None where `tap` changes neither.
 
-    Then the model goes its own way, and what is only looked at changes nothing, to the last bit.
+    For None the model computes its own context, so a tap that only reads does not change a bit.
     """
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
     scores = query @ key.transpose(-1, -2) * scale

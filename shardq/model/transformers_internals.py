@@ -1,4 +1,4 @@
-"""What the package uses of transformers' private parts, with the reason; checked with transformers 5.23."""
+"""Private parts of transformers that the package uses, with the reason for each; checked with transformers 5.23."""
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,7 +11,7 @@ __all__ = ["WeightConverter", "WeightRenaming", "get_model_conversion_mapping", 
 
 
 def block_classes(model: PreTrainedModel) -> set[str]:
-    """Names of the classes that the model calls its blocks; what public functions make of them needs weights."""
+    """Names of the classes that the model declares as blocks; the public functions that use them need weights."""
     return set(model._no_split_modules or ())
 
 

@@ -1,4 +1,4 @@
-"""Real tensors into meta modules, and out again."""
+"""Loading weights into modules on the meta device, and freeing them."""
 
 import copy
 import ctypes
@@ -53,13 +53,13 @@ def stream_blocks(
 ) -> Iterator[LoadedBlock]:
     """Yield blocks with their weights on the device.
 
-    Blocks that are built alike share one module, whose storage is allocated once: what is yielded is valid until the
-    next is asked for.
+    Blocks of the same structure share one module, whose storage is allocated once, so a yielded block is valid until
+    the next is asked for.
 
     Args:
-        dtype: of the blocks' matrix multiplies.
+        dtype: dtype of the blocks' matrix multiplies.
         waiting: entered while the next block's weights are waited for.
-        ahead: read the next block's weights meanwhile, which takes their memory; else when it is asked for.
+        ahead: read the next block's weights during the use of a block, which takes their memory; else on demand.
         read: gives a block's tensors on the device, by name within it (default: those of the checkpoint).
     """
     slots: dict[tuple, nn.Module] = {}
@@ -77,14 +77,14 @@ def stream_blocks(
 
 
 def _signature(block: nn.Module) -> tuple:
-    """What blocks must have in common to share a module: submodules and the shapes of their tensors."""
+    """A key that is equal for blocks that can share a module: submodules and the shapes of their tensors."""
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     tensors = (*block.named_parameters(), *block.named_buffers())
     return modules, tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
 
 
 def _carry_attributes(block: nn.Module, slot: nn.Module) -> None:
-    """Give a shared module the plain attributes of the block that it is to be, such as `layer_idx`."""
+    """Copy a block's plain attributes, such as `layer_idx`, to the shared module that represents it."""
     for source, target in zip(block.modules(), slot.modules(), strict=True):
         for name, value in vars(source).items():
             is_plain = isinstance(value, (bool, int, float, str, tuple, NoneType))
@@ -93,14 +93,14 @@ def _carry_attributes(block: nn.Module, slot: nn.Module) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Give what a block has freed back to the system, so that the next block starts from the same memory."""
+    """Return a block's freed memory to the system, so that the next block starts from the same memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim:
         trim(0)
 
 
 def _model_around(skeleton: Skeleton, name: str) -> PreTrainedModel:
-    """The innermost transformers model that a module, of this name, is in or is; it knows how to initialise it."""
+    """The innermost transformers model that contains the module of a name, or is it; it can initialise the module."""
     model = skeleton.model
     for end in range(name.count(".") + bool(name)):
         module = skeleton.model.get_submodule(".".join(name.split(".")[: end + 1]))
@@ -109,12 +109,12 @@ def _model_around(skeleton: Skeleton, name: str) -> PreTrainedModel:
 
 
 def fill(model: nn.Module, module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put tensors into a module in the compute dtype; empties `tensors` so that no second copy stays alive.
+    """Put tensors into a module in the compute dtype; empties `tensors` so that no second copy stays in memory.
 
     A parameter on the meta device is allocated, one that has storage is overwritten in place.
 
     Args:
-        model: the transformers model around the module, which knows how to make buffers that checkpoints do not store.
+        model: the transformers model around the module, which can compute buffers that checkpoints do not store.
         tensors: parameters and persistent buffers by name within the module.
     """
     _make_buffers(model, module, device)
@@ -190,7 +190,7 @@ def materialised(
 ) -> Iterator[None]:
     """Hold the weights of a module outside the blocks (embeddings, norm, head) while the body runs.
 
-    Models beside the text decoder, as for images, stay without: tokens alone do not reach them, and would fail there.
+    Models besides the text decoder, such as those for images, get no weights: tokens do not reach them.
 
     Args:
         prefix: the module's name in the model, "" for the model itself.
@@ -203,7 +203,7 @@ def materialised(
         if name.startswith(beside):
             continue
         tensor = skeleton.tensor(f"{prefix}.{name}" if prefix else name)
-        if tensor.name not in by_source:  # a tied tensor is read, and held, once
+        if tensor.name not in by_source:  # a tied tensor is read and kept once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(tensor.shape)
             read = zeros if tensor.name in unread else skeleton.source.read(tensor, name in buffers)
             by_source[tensor.name] = _computed(read, device)
