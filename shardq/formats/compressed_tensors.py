@@ -149,20 +149,24 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
 
 
 def _check_scheme(scheme: dict) -> None:
+    groups = scheme.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if not groups or not all(isinstance(group, dict) and isinstance(group.get("weights"), dict) for group in groups):
+        raise UnsupportedModelError("compressed-tensors: config_groups of config.json describes no weights")
     more = [key for key in ("kv_cache_scheme", "sparsity_config", "transform_config") if scheme.get(key)]
     if (scheme.get("sparsity_config") or {}).get("format") == "dense":
         more.remove("sparsity_config")
     found = ", ".join(more)
-    for group in scheme.get("config_groups", {}).values():
-        weights, stored_as = group.get("weights") or {}, group.get("format") or scheme.get("format")
+    for group in groups:
+        weights, stored_as = group["weights"], group.get("format") or scheme.get("format")
         kind = f"{weights.get('type', 'int')}{weights.get('num_bits')} by {weights.get('strategy')}, {stored_as}"
         is_read = weights.get("type", "int") == "int" and weights.get("num_bits") in BITS
         is_read &= weights.get("strategy") in ("tensor", "channel", "group") and not group.get("output_activations")
         if not is_read or stored_as not in ("pack-quantized", "int-quantized", "naive-quantized"):
             found = found or kind
-    if found or not scheme.get("config_groups"):
+    if found:
         raise UnsupportedModelError(
-            f"compressed-tensors: {found or 'no config_groups'}: cannot be read, only integer weights of 4 and 8 bits"
+            f"compressed-tensors: {found}: cannot be read, only integer weights of 4 and 8 bits can"
         )
 
 
@@ -174,10 +178,11 @@ def _encoded(
     groups: TensorInfo | None,
     shape: TensorInfo | None,
 ) -> SourceTensor:
-    num_outputs, num_inputs = codes.shape if codes.dtype == "I8" else read_tensor(shape).tolist() if shape else (0, 0)
+    sizes = codes.shape if codes.dtype == "I8" else read_tensor(shape).tolist() if shape else ()
+    num_outputs, num_inputs = sizes if len(sizes) == 2 and len(codes.shape) == 2 else (0, 0)
     bits = next((bits for bits in BITS if codes.shape == (num_outputs, -(-num_inputs * bits // 32))), None)
     num_groups = scale.shape[1] if len(scale.shape) > 1 else 1
-    fits = scale.shape[0] in (1, num_outputs) and num_inputs % num_groups == 0
+    fits = num_outputs and num_groups and scale.shape[:1] in ((1,), (num_outputs,)) and num_inputs % num_groups == 0
     if not fits or (bits is None and codes.dtype != "I8"):
         raise CheckpointError(f"{codes.file}: shape, codes and scales of {name} do not fit together")
     grid = IntegerGrid(bits=bits or 8)

@@ -137,6 +137,8 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
 
 def _encoded(name: str, stored: tuple[TensorInfo, ...], zeros_less_one: bool) -> SourceTensor:
     words, zeros, scales = stored[:3]
+    if any(len(part.shape) != 2 or 0 in part.shape for part in (words, zeros, scales)):
+        raise CheckpointError(f"{words.file}: qweight, qzeros and scales of {name} are not three matrices")
     num_groups, num_outputs = scales.shape
     bits = zeros.shape[1] * 32 // num_outputs
     num_inputs = words.shape[0] * 32 // max(bits, 1)

@@ -35,7 +35,8 @@ def grid_points(
     num_inputs, num_groups = codes_OI.shape[1], scale_OG.shape[1]
     if group_I is None:
         group_I = torch.arange(num_inputs) // (num_inputs // num_groups)
-    if not 0 <= int(group_I.min()) <= int(group_I.max()) < num_groups:
+    is_whole = group_I.shape == (num_inputs,)
+    if not (is_whole and 0 <= int(group_I.min()) <= int(group_I.max()) < num_groups):
         raise CheckpointError(f"{where}: an input channel is of none of the {num_groups} groups; download it again")
     codes_OI = codes_OI.float()
     if zero_OG is not None:

@@ -29,4 +29,4 @@ def open_served(folder: Path) -> WeightSource:
 def rounds_activations(folder: Path) -> bool:
     """Whether programs that serve a folder which `open_served` takes round what enters its linears."""
     scheme = read_config(folder).get("quantization_config") or {}
-    return any(group.get("input_activations") for group in scheme.get("config_groups", {}).values())
+    return any(group.get("input_activations") for group in (scheme.get("config_groups") or {}).values())

@@ -87,6 +87,8 @@ class TestCompressedTensors:
             ({"transform_config": {"R1": {}}}, "transform_config"),
             ({"format": "nvfp4-pack-quantized", "config_groups": {"g": {"weights": {"type": "float", "num_bits": 4}}}},
              "float4 by None, nvfp4-pack-quantized"),
+            ({"config_groups": None}, "describes no weights"),
+            ({"config_groups": {"group_0": {"weights": 4}}}, "describes no weights"),
         ],
     )  # fmt: skip
     def test_what_is_not_read_is_named(self, tmp_path: Path, changed: dict, named: str):
@@ -100,6 +102,8 @@ class TestCompressedTensors:
             opened(tmp_path, {name: one for name, one in tensors.items() if "zero" not in name}, config)
         with pytest.raises(CheckpointError, match=r"l\.weight do not fit"):
             opened(tmp_path, tensors | {"l.weight_packed": tensors["l.weight_packed"][:, :-1]}, config)
+        with pytest.raises(CheckpointError, match=r"l\.weight do not fit"):
+            opened(tmp_path, tensors | {"l.weight_shape": torch.tensor([O])}, config)
         with pytest.raises(CheckpointError, match=r"l\.weight is stored encoded and plain"):
             opened(tmp_path, tensors | {"l.weight": torch.ones(O, I)}, config)
         with pytest.raises(CheckpointError, match="no tensor is quantized although config.json says compressed-tens"):
@@ -153,6 +157,10 @@ class TestGptq:
             opened(tmp_path, unordered, {"quant_method": "gptq", "desc_act": True})
         with pytest.raises(CheckpointError, match="of l do not fit"):
             opened(tmp_path, by_hand | {"l.qzeros": by_hand["l.qzeros"][:1]}, {"quant_method": "gptq"})
+        with pytest.raises(CheckpointError, match="of l are not three matrices"):
+            opened(tmp_path, by_hand | {"l.scales": by_hand["l.scales"][0]}, {"quant_method": "gptq"})
+        with pytest.raises(CheckpointError, match="an input channel is of none of the 2 groups"):
+            weight(opened(tmp_path, by_hand | {"l.g_idx": by_hand["l.g_idx"][1:]}, {"quant_method": "gptq"}))
         ambiguous = by_hand | {"l.qzeros": torch.full((2, 4), -1, dtype=torch.int32)}
         with pytest.raises(CheckpointError, match=r"l has a zero point that programs read as 0 or as 2\^4"):
             weight(opened(tmp_path, ambiguous, {"quant_method": "gptq"}))
