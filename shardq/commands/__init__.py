@@ -1,1 +1,1 @@
-"""What each verb does: a page each, and what they share."""
+"""The verbs, one module each, and the code that they share."""

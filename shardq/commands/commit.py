@@ -1,4 +1,4 @@
-"""What makes work count: a finished block's files and its line in the ledger, and at the end those of the whole run."""
+"""Commits: writing a finished block's files and its line in the ledger, and at the end those of the whole run."""
 
 import shutil
 from collections.abc import Callable
@@ -25,11 +25,11 @@ OnCommit = Callable[[int | None], None]
 def commit_block(
     run: Run, job: Job, block: BlockPlan, result: BlockResult, grids: dict[str, ActivationGrid], on_commit: OnCommit
 ) -> int:
-    """Write a block's files, make them count, add its line to the run's record, and drop what only it needed.
+    """Write a block's files, append its line to the ledger, and drop the activations that only it needed.
 
     Returns:
-        how many blocks more are done than before; less than one where others are no longer, as they were made for what
-        this one was before.
+        the change in the number of finished blocks; less than 1 if later blocks no longer count, because they were
+        computed from this block's former bytes.
     """
 
     def commit() -> dict:
@@ -53,24 +53,24 @@ def commit_block(
 
 
 def complete(run: Run, job: Job, on_commit: OnCommit) -> None:
-    """Write what a finished run has beside its blocks, and the line that completes it."""
+    """Write a finished run's files outside its blocks, and the line that completes it."""
 
     def commit() -> dict:
         checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
         files = write_run_files(run.output, run.skeleton, run.plan, job.recipe.written_dtype)
         for chosen in checkpoints_of(run.config.export):
-            # Until the line is there the folder holds shards of this run's blocks alone, each from before its commit.
+            # Until the line is written, the folder holds only shards of this run's blocks, each from before its commit.
             write_format(_export_of(run, chosen), run.display, is_begun=True)
         on_commit(None)
         return ledger.complete(run.output, files)
 
     with job.events.span("export"):
-        shutil.rmtree(run.cache, ignore_errors=True)  # on every rank: each host may have one of its own
+        shutil.rmtree(run.cache, ignore_errors=True)  # on every rank: each host may have its own cache
         run.record.lines.append(on_rank_zero(run.ranks, commit))
 
 
 def export_missing(run: Run) -> None:
-    """Write the formats that were asked for and that a finished run does not have."""
+    """Write the formats that the options ask for and a finished run does not have yet."""
     exports = (_export_of(run, chosen) for chosen in run.config.export.asked)
     on_rank_zero(run.ranks, lambda: write_missing_formats(exports, run.display))
 

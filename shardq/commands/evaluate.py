@@ -16,12 +16,13 @@ from shardq.calib.tokens import load_tokens
 from shardq.checks import check_evaluate
 from shardq.config import EvaluateConfig
 from shardq.errors import ConfigError
+from shardq.formats.quantized_source import open_served, rounds_activations
 from shardq.logs import Display, peak_rss_bytes
 from shardq.model.block import LoadedBlock, block_plans
 from shardq.model.ends import epilogue, prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.loss import LOGITS_TOKENS
@@ -48,6 +49,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
     display.line(f"evaluation: reading {config.eval.dataset}")
     tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
     display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")
+    if rounds_activations(folder):
+        display.line(f"{config.model}: programs also round its activations; this evaluates its weights only")
     say_if_unchecked(config.self_check, display)
 
     samples = owned_samples(len(tokens_NT), ranks.rank, ranks.world_size)
@@ -72,14 +75,15 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
 
 
 def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
-    skeleton = open_skeleton(folder)
     if config.quant.method == "none":
+        skeleton = skeleton_of(open_served(folder))
         return skeleton, Plan(blocks=block_plans(skeleton), rest=[])
+    skeleton = open_skeleton(folder)  # quantized weights are not quantized again
     return skeleton, make_plan(skeleton, config.quant)
 
 
 def _embedded(skeleton: Skeleton, plan: Plan, tokens_NT: Tensor, activations: Activations) -> Plan:
-    """Write generation 0; give the plan with what blocks are passed."""
+    """Write generation 0; return the plan with the blocks' arguments."""
     with prologue(skeleton, activations.device) as embed:
         plan = plan.with_arguments(record_arguments(skeleton, embed, tokens_NT.shape[1]))
         embed_samples(replace(activations, blocks=plan.blocks), tokens_NT, skeleton, embed)
@@ -116,7 +120,7 @@ def _through_blocks(
             check(loaded, loaded if grids[loaded.index] else None)
             activations.drop(loaded.index)
             display.advance_block()
-            del loaded  # its source must not stay in memory while the block after the next is read
+            del loaded  # frees the block's source before the block after the next is read
 
 
 def _round_to_nearest(loaded: LoadedBlock) -> None:
@@ -128,8 +132,7 @@ def _round_to_nearest(loaded: LoadedBlock) -> None:
 def _summed_loss(skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, num_blocks: int) -> float:
     """Negative log-likelihood summed over this rank's predicted tokens, in nats.
 
-    The vocabulary comes in slices, each for all samples: the logarithm of the exponentials' sum and the target's
-    logit are put together from them.
+    The vocabulary comes in slices, each for all samples; log-sum-exp and the target's logit are accumulated over them.
     """
     targets_NT = tokens_NT[:, 1:].to(activations.device)
     log_sums_NT = torch.full(targets_NT.shape, -torch.inf, device=activations.device)

@@ -22,14 +22,13 @@ from shardq.summaries import ExportSummary
 def export(config: ExportConfig, ranks: Ranks) -> ExportSummary:
     """Convert a finished run for other programs, in the memory of one block; rank 0 does it.
 
-    One that is finished is left as it is; one that was cut short, or is of a run that has changed since, is written
-    again.
+    A finished export is not written again, unless the run has changed since; an interrupted one is.
 
     Raises:
         ConfigError: the format cannot express the run's grid, or what an option asks for; the output folder holds
             something else.
         ResumeError: the folder holds no finished run, or its files have changed.
-        StorageError: it cannot be written, or not be uploaded.
+        StorageError: the export cannot be written or uploaded.
     """
     check_options(config)
     if config.push_to_hub is not None:
@@ -40,14 +39,14 @@ def export(config: ExportConfig, ranks: Ranks) -> ExportSummary:
 
 
 def _pushed(config: ExportConfig, summary: dict, display: Display) -> dict:
-    """What an export's command prints, after the upload if one is asked for."""
+    """The summary of an export, after the upload if one is asked for."""
     if config.push_to_hub is None:
         return summary
     return summary | {"address": push(config.folder, config.push_to_hub, config.private, display.line)}
 
 
 def _export(config: ExportConfig, display: Display) -> dict:
-    """Write an export, or what is left of one, if it is not finished yet."""
+    """Write an export, or its missing part, if it is not finished yet."""
     folder = config.folder
     contents.check_place(folder)
     run = RunRecord.read(Path(config.run))
@@ -70,5 +69,5 @@ def _export(config: ExportConfig, display: Display) -> dict:
             return write_format(config, display)
     except ShardQError:
         with suppress(OSError):
-            folder.rmdir()  # of an export that was refused; not one that holds something
+            folder.rmdir()  # the folder of a refused export, only if it is empty
         raise

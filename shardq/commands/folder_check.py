@@ -1,4 +1,4 @@
-"""Whether a run's folder holds what it has to, and nothing else: strays, logs, exports."""
+"""Checks of a run's folder: files that do not belong there, damaged logs, exports."""
 
 import json
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def folder_faults(record: RunRecord) -> Iterator[str]:
 
 
 def export_faults(record: RunRecord) -> Iterator[str]:
-    """What of the exports in a run's folder is not as it was finished, or not of this run's blocks."""
+    """Exports in a run's folder that have changed since they were finished, or are not of this run's blocks."""
     blocks = record.blocks_digest
     for folder in exports_in(record.output):
         try:
@@ -45,7 +45,7 @@ def export_faults(record: RunRecord) -> Iterator[str]:
 
 
 def unproved(record: RunRecord) -> dict[str, str]:
-    """What has no digest, by check, in a run of before there were."""
+    """Files without a digest, by check, in a run made before there were digests of them."""
     if not record.is_of_before:
         return {}
     bare = [folder.name for folder in exports_in(record.output) if not (folder / contents.RECORD).exists()]

@@ -1,4 +1,4 @@
-"""Everything that is decided and checked before work starts: options, model, plan, calibration data, output folder."""
+"""Decisions and checks before work starts: options, model, plan, calibration data, output folder."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -49,13 +49,13 @@ from shardq.training.self_check import say_if_unchecked
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has passed all checks, on one rank; `begin` has it take its folder.
+    """A run that has passed all checks, on one rank; `begin` writes the start of it to its folder.
 
     Attributes:
-        manifest: what it is.
-        record: what its folder holds of it, the line that begins a redo included.
+        manifest: the manifest of the run.
+        record: the record in its folder, with the line that begins a redo.
         begins_redo: whether that line has still to be written.
-        reads_ahead: whether a block's weights are read while the one before is trained.
+        reads_ahead: whether a block's weights are read while the block before is trained.
     """
 
     config: QuantizeConfig
@@ -78,7 +78,7 @@ class Run:
 
 
 def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock: ExitStack) -> Run:
-    """Check everything that can be checked before work starts, and find what the output folder holds of the run.
+    """Check everything that can be checked before work starts, and read the record in the output folder.
 
     Args:
         folder_lock: keeps other runs out of that folder until it is closed.
@@ -86,7 +86,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     grid = together(ranks, lambda: config.quant.grid)  # first: the output folder may be named after it
     output = output_folder(config)
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
-    # The grid as it is: a run that was begun with another default is another run.
+    # The resolved grid: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=grid.full_range)
     config = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
     together(ranks, lambda: check_quantize(config, ranks))
@@ -94,7 +94,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
 
     def open_and_plan() -> tuple[Skeleton, Plan]:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
-        companions(folder)  # they are copied after the last block; one that must not be is refused now
+        companions(folder)  # copied after the last block; one that must not be copied is refused now
         _check_length(skeleton, length)
         plan = as_served(config, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
@@ -118,9 +118,9 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     skeleton, plan = together(ranks, open_and_plan)
     length = config.calib.sequence_length
     largest = together(ranks, lambda: largest_block(skeleton, plan, length, config.optimize))
-    limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all
+    limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
     tokens_NT, manifest, (record, redo), chosen = on_rank_zero(ranks, find)
-    config = replace(chosen, cache=config.cache)  # where activations are kept is each host's own affair
+    config = replace(chosen, cache=config.cache)  # each host decides where it keeps activations
     shared_by_all(ranks, output)
     if redo or not record.is_finished:
         begin_with(skeleton, record.source, ranks, display.line)
@@ -138,10 +138,10 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
 def take_folder(
     output: Path, manifest: dict, resume: str, redo: list[int] | None, folder_lock: ExitStack, display: Display
 ) -> tuple[RunRecord, dict | None]:
-    """Keep other runs out of a folder and find what it holds of the run, as `open_run` gives and raises it.
+    """Keep other runs out of a folder, and read the run in it; returns and raises as `open_run`.
 
     Args:
-        folder_lock: keeps them out until it is closed.
+        folder_lock: keeps other runs out until it is closed.
     """
     check_folder(output, resume)
     folder_lock.enter_context(only_run(output, display.line))
@@ -153,7 +153,7 @@ def take_folder(
 
 
 def begin(run: Run) -> None:
-    """Make the output folder this run's, and have the blocks of a redo count no longer."""
+    """Begin the run in its output folder, and take the blocks of a redo out of the record."""
     on_rank_zero(run.ranks, lambda: ledger.begin_run(run.output, run.manifest))
     if run.begins_redo:
         former = RunFolder(run.output).cache(run.config.cache, run.record.num_redos - 1)
@@ -162,10 +162,10 @@ def begin(run: Run) -> None:
 
 
 def _resolved(config: QuantizeConfig, former: dict, ranks: Ranks) -> OptimizeOptions:
-    """Options with every value filled in that does not depend on the model."""
+    """Options in which every value that does not depend on the model is filled in."""
     optimize = config.optimize
     if optimize.batch_size is None:
-        # A run that goes on keeps its batches, on however many ranks: an iteration means the same in all its blocks.
+        # A run that goes on keeps its batches with any number of ranks: all its blocks have the same iterations.
         optimize = replace(optimize, batch_size=former.get("batch_size"))
     return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
 
@@ -184,7 +184,7 @@ def _fitted(
     if engine.options != config.parallel:
         display.line(f"parallel.engine: {engine.options.engine} ({reason})")
     if optimize.micro_batch is None:
-        # A run that goes on keeps its micro-batch, whatever memory is free today: another would round differently.
+        # A run that goes on keeps its micro-batch even if memory has changed: another would round differently.
         micro_batch = former.get("micro_batch")
         if micro_batch is None or former.get("batch_size") != optimize.batch_size:  # the latter: a redo's own
             micro_batch = choose_micro_batch(largest, optimize, engine, limit)

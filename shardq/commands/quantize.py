@@ -1,4 +1,4 @@
-"""A whole quantization run, top to bottom: the checks, the blocks one after the other, what completes the output."""
+"""A quantization run from top to bottom: the checks, the blocks one after the other, the files that complete it."""
 
 import time
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
                             result = train(training, start_at_nearest(training, power))  # ends with the fold
                         grids = quantized_pass(job, loaded, grids)
                     gained = commit_block(run, job, block, result, grids, on_commit)
-                    del loaded, training  # the source must not stay in memory while the block after the next is read
+                    del loaded, training  # frees the block's source before the block after the next is read
                     say_block_done(run, block, result, gained, time.perf_counter() - block_begun)
                     if run.record.num_done < run.plan.num_blocks:
                         stop_if_asked(run.output, ranks, run.record.num_done, run.plan.num_blocks)
@@ -67,12 +67,12 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
 
 @contextmanager
 def _under_way(run: Run, begun: float) -> Iterator[Job]:
-    """Yield the job of an unfinished run, which can be asked to stop meanwhile, and whose time is noted.
+    """Yield the job of an unfinished run; in the body the run can be asked to stop, and its time is logged.
 
     Args:
-        begun: when `quantize` was called, on the performance counter.
+        begun: time at which `quantize` was called, on the performance counter.
     """
-    # No file to write to before the checks have passed.
+    # The log is opened only now: before the checks have passed, nothing may be written.
     events = Events(RunFolder(run.output).log(run.ranks), run.ranks.rank)
     events.record("start-up", run.ranks.start_up_seconds)
     events.record("prepare", time.perf_counter() - begun)

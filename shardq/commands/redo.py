@@ -1,4 +1,4 @@
-"""Blocks that are done again because they are asked for, with other settings or damaged; and what completes a run."""
+"""Doing blocks of a run again, if they are damaged or get other settings, and the files that complete a run."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ def blocks_asked(text: str, num_blocks: int) -> list[int]:
     """Numbers in rising order from a list such as `3,12-14`; `end` stands for the files that complete a run.
 
     Raises:
-        ConfigError: it is no such list, or names a block that the model does not have.
+        ConfigError: the text is no such list, or names a block that the model does not have.
     """
     blocks: set[int] = set()
     for part in text.replace(" ", "").split(","):
@@ -45,9 +45,9 @@ def blocks_asked(text: str, num_blocks: int) -> list[int]:
 
 
 def begin_redo(output: Path, cache: Path, line: dict, asked: Container[str], ranks: Ranks, display: Display) -> None:
-    """Have the blocks that a line names count no longer, once the activations and exports that came from them are gone.
+    """Remove activations and exports made from the blocks that a line names, then append the line to the ledger.
 
-    Outside the output folder, where other hosts may keep activations, their folder's next name is another.
+    Activations outside the output folder, which other hosts may keep, get another folder name from then on.
 
     Args:
         asked: formats that this run will write.
@@ -66,7 +66,7 @@ def begin_redo(output: Path, cache: Path, line: dict, asked: Container[str], ran
 
 
 def remove_what_completes(output: Path, asked: Container[str], display: Display) -> None:
-    """Remove what only a finished run has, so that nothing loads a mixture of blocks, and shards of other formats.
+    """Remove files that only a finished run has, so that no program loads mixed blocks, and shards of other formats.
 
     Args:
         asked: formats that this run will write; their shards are those of its blocks, and stay.
@@ -81,7 +81,7 @@ def remove_what_completes(output: Path, asked: Container[str], display: Display)
 
 def _remove_export(output: Path, name: str, asked: Container[str], display: Display) -> None:
     folder = output / name
-    # First: with these the rest of the folder would look whole to a run that is finished.
+    # First: with these files, the folder would look complete to a finished run.
     remove(folder / RECORD)
     remove(folder / MODEL_CARD)
     if remove_folder(folder) and name not in asked:
@@ -89,10 +89,10 @@ def _remove_export(output: Path, name: str, asked: Container[str], display: Disp
 
 
 def mend(record: RunRecord, skeleton: Skeleton, plan: Plan, manifest: dict, display: Display) -> None:
-    """Write what completes a finished run again, where a quick check finds it missing or changed.
+    """Write the files that complete a finished run again, if a quick check finds one missing or changed.
 
     Raises:
-        ResumeError: it does not come out as it was.
+        ResumeError: a file's bytes are not the former ones.
     """
     if not record.is_finished:
         return

@@ -1,4 +1,4 @@
-"""The blocks that a run has still to do, loaded in order, with the activations that enter them."""
+"""The blocks that a run has still to do, loaded in order, with their input activations."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from shardq.training.trainer import Job, served_forward
 
 
 def blocks_to_do(run: Run, job: Job) -> Iterator[tuple[LoadedBlock, Check]]:
-    """Blocks that are not finished, and what checks them; stretch by stretch where finished ones lie between them.
+    """Yield the blocks that are not finished, each with its check; finished blocks between them are skipped.
 
-    The line of a block has been added to the run's record before the next block is asked for.
+    The caller adds a block's line to the run's record before it asks for the next block.
     """
     num_blocks = run.plan.num_blocks
     with run.display.bars(num_blocks, run.record.num_done):
@@ -43,14 +43,14 @@ def blocks_to_do(run: Run, job: Job) -> Iterator[tuple[LoadedBlock, Check]]:
 
 
 def _tokens_through_block(run: Run) -> int:
-    """About how many tokens a rank takes through each block, both ways in training; 0 where blocks are not checked."""
+    """Approximate number of tokens that a rank takes through each block, training included; 0 if none is checked."""
     optimize, (num_samples, length) = run.config.optimize, run.tokens_NT.shape
     trained = 0 if run.config.quant.method == "rtn" else 3 * optimize.iterations * optimize.batch_size
     return run.config.self_check * length * (2 * num_samples + trained) // run.ranks.world_size
 
 
 def _agreed_blocks(run: Run, job: Job, blocks: list[BlockPlan]) -> Iterator[LoadedBlock]:
-    """Blocks as they are streamed; a rank that cannot read one, or reads another, stops all with its message."""
+    """Stream blocks; a rank that cannot read one, or reads other bytes, stops all ranks with its message."""
     stream = stream_blocks(run.skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
                            partial(job.events.waiting, "input"), ahead=run.reads_ahead)  # fmt: skip
     for block in blocks:
@@ -63,9 +63,9 @@ def _agreed_blocks(run: Run, job: Job, blocks: list[BlockPlan]) -> Iterator[Load
 
 
 def _prepare_activations(run: Run, job: Job, first: int) -> None:
-    """Bring every rank's samples to block `first`, which is next, and say what a resume has to compute again.
+    """Bring every rank's samples to block `first`, and print what a resume has to compute again.
 
-    On the disk, samples are found by whichever rank owns them now.
+    Samples on the disk are found by the ranks that own them now, which may not be those that wrote them.
     """
     activations = job.activations
     if run.config.cache.placement == "cpu":
@@ -87,7 +87,7 @@ def _prepare_activations(run: Run, job: Job, first: int) -> None:
 
     def compute() -> None:
         if first and are_there:
-            activations.drop(first - 1)  # a kill right after a commit leaves it
+            activations.drop(first - 1)  # left by a kill right after a commit
         if not are_there:
             replay(activations, run.tokens_NT, run.skeleton, run.plan.blocks[:first], run.config.optimize.dtype,
                    served, partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
@@ -96,7 +96,7 @@ def _prepare_activations(run: Run, job: Job, first: int) -> None:
 
 
 def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tensor]]:
-    """A finished block's quantized weights as they are served and computed with."""
+    """A finished block's quantized weights, as they are served and in the dtype of the computation."""
     device, dtype = run.ranks.device, run.config.optimize.dtype
     written = read_header(run.output / run.plan.block_shard(block.index))
     for matrix in block.grids:
@@ -105,7 +105,7 @@ def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tenso
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:
-    """Round a finished block's activations as it did when the quantized stream moved on through it."""
+    """Round a finished block's activations as in the run's pass of the quantized stream through it."""
     if not run.config.activations.in_training:
         return nullcontext()
     return simulated(loaded.module, written_grids(run.output, loaded.plan))

@@ -1,4 +1,4 @@
-"""What a run has still to write, against the room on each disk, before work starts."""
+"""Checks before work starts that each disk has room for the files that a run has still to write."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,29 +23,29 @@ from shardq.training.memory import MOMENTS
 
 
 def check_space(run: Run) -> None:
-    """Check on every host that there is room for what it writes.
+    """Check on every host that there is room for the files that it writes.
 
     Raises:
-        StorageError: naming the folder, the bytes that are needed and those that are there.
+        StorageError: a disk has too little room; names the folder, the needed and the free bytes.
     """
     if not run.record.is_finished:
         together(run.ranks, lambda: check_room(needed(run)) if run.ranks.local_rank == 0 else None)
 
 
 def needed(run: Run) -> list[Need]:
-    """What this host's ranks have still to write; rank 0 writes all but the activations."""
+    """Bytes that this host's ranks have still to write; rank 0 writes everything except the activations."""
     needs = []
     if run.ranks.rank == 0:
         files = dict(_files(run.output, run.skeleton, run.plan, run.config.export, run.record.entries))
         needs.append(Need("weights and encodings", run.output, _growth(files)))
         if run.config.checkpoint.every_iterations:
-            # The newest of s2 and its moments stands beside its predecessor.
+            # A new checkpoint of s2 and its moments is written before the previous one is removed.
             num_tensors = 1 + MOMENTS[run.config.optimize.optimizer]
             needs.append(Need("checkpoints", run.output, int(2 * num_tensors * 4 * run.largest.size.num_weights)))
     if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
         there, num_redos = 0, run.record.num_redos - run.begins_redo
         if RunFolder(run.output).manifest.exists():
-            # Kept, or removed as a redo begins.
+            # Kept, or removed when a redo begins.
             there = bytes_there(RunFolder(run.output).cache(run.config.cache, num_redos))
         folder = Path(run.config.cache.folder or run.output)
         needs.append(Need("activations", folder, max(0, cache_bytes(run) - there), "--cache.folder"))
@@ -55,12 +55,12 @@ def needed(run: Run) -> list[Need]:
 def check_space_for_tuning(
     config: TuneConfig, skeleton: Skeleton, plan: Plan, manifest: dict, record: RunRecord, ranks: Ranks, shape: tuple
 ) -> None:
-    """Check on every host that there is room for what a tuning writes.
+    """Check on every host that there is room for the files that a tuning writes.
 
     Args:
-        skeleton: of the float model.
-        manifest, record: of the tuned run.
-        shape: samples, and tokens of each.
+        skeleton: skeleton of the float model.
+        manifest, record: manifest and record of the tuned run.
+        shape: number of samples, and of tokens in each.
 
     Raises:
         StorageError: as `check_space`.
@@ -69,16 +69,16 @@ def check_space_for_tuning(
     if ranks.rank == 0:
         export = ExportOptions(dtype=manifest["options"]["export"]["dtype"])
         files = dict(_files(output, skeleton, plan, export, record.entries))
-        state = 2 * 8 * plan.num_scales  # the newest stands beside its predecessor
+        state = 2 * 8 * plan.num_scales  # a new state is written before the previous one is removed
         needs.append(Need("weights, encodings and state", output, _growth(files) + state))
     if config.cache.placement == "disk" and (config.cache.folder or ranks.rank == 0):
-        # What enters the first block and the last block's output, of all samples, and on the way there two generations;
-        # then what enters each block, of a batch.
+        # For all samples, the first block's input, the last block's output, and two generations between them; then each
+        # block's input for a batch.
         held = _held(shape[0], ranks, config.cache.folder is None)
         batch = min(held, manifest["tuned"]["options"]["batch_size"])
         num_samples = max(3 * held, 2 * held + batch * (plan.num_blocks - 1))
         folder = Path(config.cache.folder or output)
-        # Where a table is narrower than the hidden states, the config says how wide these are.
+        # The embedding may be narrower than the hidden states; then the config has their width.
         width = getattr(skeleton.model.config.get_text_config(), "hidden_size", 0)
         width = max(width, skeleton.model.get_input_embeddings().embedding_dim)
         needs.append(Need("activations", folder, num_samples * _sample_bytes(shape[1], width), "--cache.folder"))
@@ -86,15 +86,15 @@ def check_space_for_tuning(
 
 
 def cache_bytes(run: Run) -> int:
-    """The most that this host's activations take at a time, or those of all hosts where they share the folder.
+    """The largest size of this host's activations at any time, or of all hosts' if they share the folder.
 
-    Two generations of both streams, of which generation 0 is one, and the last block's output is the fp stream's alone.
+    Two generations of both streams. Generation 0 is kept once for both, and the last block's output only for fp.
     """
     num_samples, length = run.tokens_NT.shape
     held = _held(num_samples, run.ranks, run.config.cache.folder is None)
     arguments = [block.arguments for block in run.plan.blocks]
     hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, arguments[0].width)
-    own = sum(passed.own_bytes for passed in arguments)  # all written at the start
+    own = sum(passed.own_bytes for passed in arguments)  # all written before the first block
     carried = 4 * max(passed.carried_bytes for passed in arguments)
     return held * (hidden + own + carried)
 
@@ -108,12 +108,12 @@ def _held(num_samples: int, ranks: Ranks, is_shared: bool) -> int:
 
 
 def _sample_bytes(length: int, width: int) -> int:
-    """What a sample's hidden states take on the disk, between two blocks."""
+    """Bytes of a sample's hidden states on the disk, between two blocks."""
     return length * width * COMPUTE_DTYPE.itemsize + HEADER_BYTES
 
 
 def _growth(files: dict[Path, int]) -> int:
-    """Bytes by which files grow to their sizes; one that takes another's place stands beside it until it is whole."""
+    """Bytes that writing files takes; a file that replaces another exists in addition to it until it is complete."""
     growth = sum(max(0, size - bytes_there(path)) for path, size in files.items())
     return growth + max(map(bytes_there, files), default=0)
 
@@ -125,7 +125,7 @@ def _files(
     export: ExportOptions,
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
-    """Every large file that is still to be written in an output folder, and about how many bytes it will have."""
+    """Every large file that is still to be written in an output folder, with its approximate size in bytes."""
     itemsize = written_dtype(skeleton, plan, export.dtype).itemsize
     source_itemsize = written_dtype(skeleton, plan, "source").itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)

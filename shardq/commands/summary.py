@@ -1,4 +1,4 @@
-"""What is said of a run: a line when a block is done, and the summary and the lines at the end."""
+"""Output about a run: a line when a block is done, the summary, and the lines at the end."""
 
 from shardq.commands.prepare import Run
 from shardq.logs import peak_device_bytes, peak_rss_bytes
@@ -11,11 +11,11 @@ from shardq.training.tries import BlockResult
 
 
 def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int, seconds: float) -> None:
-    """Say what came of a block that has just been committed.
+    """Print the result of a block that has just been committed.
 
     Args:
-        gained: how many blocks more are done.
-        seconds: that it took.
+        gained: change in the number of finished blocks.
+        seconds: duration of the block.
     """
     run.display.line(
         f"block {block.index} {block.name}, {run.record.num_done} of {run.plan.num_blocks} done: "
@@ -32,7 +32,7 @@ def summary_of(run: Run, seconds: float) -> QuantizeSummary:
     """The facts of a finished run that `quantize` returns, those of all ranks together.
 
     Args:
-        seconds: that this call took.
+        seconds: duration of this call.
     """
     entries = list(run.record.blocks.values())
     means = {f"{kind}_{when}": _mean(entries, f"{kind}_{when}") for kind in LOSSES for when in ("before", "after")}
@@ -45,7 +45,7 @@ def summary_of(run: Run, seconds: float) -> QuantizeSummary:
 
 
 def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
-    """Say what came of a finished run, what its files are, and what to do next."""
+    """Print the result of a finished run, its files, and the next steps."""
     display, output = run.display, run.output
     losses = [
         said.format(summary[f"{kind}_before"], summary[f"{kind}_after"])
@@ -73,6 +73,6 @@ def _mean(entries: list[dict], key: str) -> float | None:
 
 
 def _not_finite(entry: dict) -> str:
-    """What became of a block that met numbers which are not finite."""
+    """The outcome, in words, of a block whose training met numbers that are not finite."""
     then = "left at its best finite iterate" if entry["gave_up"] else "then trained at lower rates"
     return f"numbers were not finite in {entry['failed_tries']} training(s), {then}"

@@ -1,4 +1,4 @@
-"""Tuning the scales of a finished run end to end, into a run of its own: its codes, other scales."""
+"""Tuning the scales of a finished run end to end, into a new run with the same codes and other scales."""
 
 import shutil
 import time
@@ -48,15 +48,15 @@ from shardq.training.passes import Activations
 from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
 from shardq.training.self_check import say_if_unchecked
 
-STEPS_A_STATE = 4  # from one to the next: it is as large as the scales, and a step takes every block's time
+STEPS_A_STATE = 4  # steps between two saved states; a state is as large as the scales, a step goes through all blocks
 
 
 class Found(NamedTuple):
-    """What is tuned, and how far the output folder is.
+    """The run that is tuned, and the progress in the output folder.
 
     Attributes:
-        manifest, record: of the output folder.
-        digests: of the model's stored tensors, as the run has read them.
+        manifest, record: manifest and record of the output folder.
+        digests: digests of the model's stored tensors, as the run has read them.
     """
 
     manifest: dict
@@ -83,7 +83,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
         plan = make_plan(skeleton, QuantOptions(**found.manifest["options"]["quant"]))
         losses = []
         if found.record.is_finished:
-            # A kill right after the last ledger line leaves it.
+            # Left by a kill right after the last ledger line.
             on_rank_zero(ranks, lambda: remove(RunFolder(output).tuning_state))
             display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
@@ -111,7 +111,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
         folder_lock: keeps other runs out of that folder until it is closed.
     """
     run, output = Path(config.run), config.folder
-    companions(skeleton.folder)  # one that must not be copied is refused now
+    companions(skeleton.folder)  # refuses a file that must not be copied before any work
     quantized = RunRecord.read(run)
     quantized.check_finished()
     former = quantized.manifest()
@@ -156,7 +156,7 @@ def _tokens(config: TuneConfig, former: dict, skeleton: Skeleton) -> Tensor:
 def _finish(
     config: TuneConfig, skeleton: Skeleton, plan: Plan, found: Found, ranks: Ranks, display: Display
 ) -> list[float]:
-    """Take the steps that are left and write the run; give the steps' losses."""
+    """Take the remaining steps and write the run; return the steps' losses."""
     events = Events(RunFolder(config.folder).log(ranks), ranks.rank)
     tuners = together(ranks, lambda: _tuners(Path(config.run), plan, found.options))
     state = RunFolder(config.folder).tuning_state
@@ -164,7 +164,7 @@ def _finish(
     if found.record.entries and done < found.options.steps:
         raise ResumeError(f"{config.folder}: {state.name}, from which its blocks were made, is gone; delete the folder")
     cache = RunFolder(config.folder).cache(config.cache)
-    shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have one of its own
+    shutil.rmtree(cache, ignore_errors=True)  # on every rank: each host may have its own cache
     barrier(ranks)
     num_samples, length = found.tokens_NT.shape
     samples = owned_samples(num_samples, ranks.rank, ranks.world_size)
@@ -199,7 +199,7 @@ def _finish(
 
 
 def _tuners(run: Path, plan: Plan, options: TuneOptions) -> list[ScaleTuner]:
-    """One for each block, at its start."""
+    """A tuner for each block, at its start."""
     tuners = []
     for block in plan.blocks:
         of_linears = read_scale_shapes(RunFolder(run).block(block.index))
@@ -209,7 +209,7 @@ def _tuners(run: Path, plan: Plan, options: TuneOptions) -> list[ScaleTuner]:
 
 
 def _take_steps(tuning: Tuning, output: Path, done: int) -> list[float]:
-    """Take the steps after `done` others, saving the state now and then and at the end; give their losses."""
+    """Take the steps after the first `done`, save the state at intervals and at the end, and return their losses."""
     options, ranks, display, losses = tuning.options, tuning.ranks, tuning.display, []
     steps = step_samples(len(tuning.tokens_NT), options.batch_size, options.steps, ranks.rank, ranks.world_size)
     with display.bars(options.steps, done, "steps", "blocks"), stoppable(output, ranks):
@@ -228,13 +228,13 @@ def _take_steps(tuning: Tuning, output: Path, done: int) -> list[float]:
 
 
 def _save(path: Path, tuners: list[ScaleTuner], done: int) -> None:
-    """Write what all ranks hold alike, to a file that appears whole."""
+    """Write the state, which is equal on all ranks, to a file that appears whole."""
     state = {f"{number}.{name}": value for number, tuner in enumerate(tuners) for name, value in tuner.state().items()}
     write_checked(path, state, {"done": done})
 
 
 def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
-    """Take over what `_save` wrote, if it did; give the number of steps done.
+    """Load the state that `_save` wrote, if there is one; return the number of steps done.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -252,7 +252,7 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 
 
 def _write(output: Path, tuning: Tuning, found: Found) -> None:
-    """Write the blocks that are not there yet, and what completes the run."""
+    """Write the missing blocks, and the files that complete the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
     dtype = written_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
     for block in plan.blocks:

@@ -1,4 +1,4 @@
-"""Whether a finished run, or an export, is whole: every file against what was recorded, and against one another."""
+"""Checks of a finished run, or of an export: every file against its digest, and the files against each other."""
 
 from collections.abc import Iterator
 from itertools import islice, zip_longest
@@ -39,7 +39,7 @@ CHECKS = {
     "finite": "every parameter of the checkpoint is finite",
     "encodings": "encodings, of each block and of the model, are those of the codes, scales and activations' grids",
 }
-SHOWN = 5  # faults of a check that the table names
+SHOWN = 5  # most faults of a check that the table lists
 
 Faults = dict[str, list[str]]
 
@@ -48,7 +48,7 @@ def verify(config: VerifyConfig, ranks: Ranks) -> VerifySummary:
     """Check all files of a finished run, in the memory of one block, or of an export; print a table of the checks.
 
     Raises:
-        ResumeError: the folder holds neither, or something in it is damaged; names what.
+        ResumeError: the folder holds neither a run nor an export, or a file in it is damaged; names the file.
     """
     output, display = Path(config.run), Display(ranks.rank)
     is_export = (output / contents.RECORD).exists()
@@ -88,9 +88,9 @@ def _of_export(folder: Path) -> tuple[Faults, dict[str, str], dict]:
 
 
 def find_faults(output: Path) -> tuple[Faults, int, int]:
-    """What is wrong, one line a fault, by check; number of blocks and of quantized linears.
+    """Faults by check, one line a fault; number of blocks, and of quantized linears.
 
-    Without a finished run whose checkpoint opens, the checks that need it are not among the result's keys.
+    If the run is not finished or its checkpoint does not open, the checks that need it are not among the keys.
 
     Raises:
         ResumeError: the folder holds no run.
@@ -118,7 +118,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
     faults["folder"] = list(folder_faults(record))
     faults["exports"] = list(export_faults(record))
     if not damaged.keys().isdisjoint((folder.manifest, folder.config)):
-        return faults, 0, 0  # by which the other files are understood
+        return faults, 0, 0  # the other files are read by these two
     try:
         skeleton = open_skeleton(output)
         plan = make_plan(skeleton, QuantOptions(**quant))
@@ -186,7 +186,7 @@ def _check_linear(skeleton: Skeleton, path: Path, name: str, linear: QuantizedLi
 
 
 def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
-    """Parameters, other than quantized weights, that have a value which is not finite."""
+    """Parameters, other than quantized weights, with a value that is not finite."""
     outside = [skeleton.tensor(name) for name, _ in skeleton.model.named_parameters()]
     in_blocks = [
         skeleton.tensor(f"{block.name}.{name}")
@@ -202,7 +202,7 @@ def _infinite(skeleton: Skeleton, plan: Plan) -> Iterator[str]:
 
 
 class _Encodings:
-    """The encodings of each block, and those of the whole model, which are read on from block to block."""
+    """The encodings of each block, and those of the model, which are read block by block."""
 
     def __init__(self, output: Path, versions: list[encodings.Version]):
         self._output = output
@@ -210,20 +210,20 @@ class _Encodings:
         self._streams = {version: encodings.read(path, version) for version, path in self._wholes.items()}
 
     def faults_of(self, block_index: int, names: list[str], linears: dict[str, QuantizedLinear]) -> Iterator[str]:
-        """Entries, of this block and of the model, that are not what codes and scales make; in the order of `names`."""
+        """Entries, of this block and of the model, that differ from codes and scales; in the order of `names`."""
         for version, stream in self._streams.items():
             path = RunFolder(self._output).encodings(version, block_index)
             yield from _differences(path, encodings.read(path, version), version, names, linears)
             yield from _differences(self._wholes[version], islice(stream, len(names)), version, names, linears)
 
     def left_over(self) -> Iterator[str]:
-        """Files of the model that go on after the last block, or end in disorder."""
+        """Files of the model that have entries after the last block, or a damaged end."""
         for version, stream in self._streams.items():
             yield from _differences(self._wholes[version], stream, version, [], {})
 
 
 def _activation_faults(output: Path, plan: Plan) -> Iterator[str]:
-    """Encodings of activations, of each block and of the model, that are not what their grids make."""
+    """Encodings of activations, of each block and of the model, that differ from their grids."""
     merged: dict[str, ActivationGrid] = {}
     try:
         for block_index in range(plan.num_blocks):

@@ -1,1 +1,1 @@
-"""Formats that programs read, made of a run."""
+"""Export of a run to the formats that other programs read."""

@@ -1,4 +1,4 @@
-"""AIMET encodings alone; the weights that belong to them are those of `hf`."""
+"""AIMET encodings without weights; `hf` has the weights that belong to them."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is asked of every format that programs read."""
+"""The base class of every format that other programs read."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -18,15 +18,15 @@ Grids = dict[str, Grid]  # by full name of the linear
 
 
 class Format(ABC):
-    """A format, with those of an export's options that it has.
+    """A format, with the export options that belong to it.
 
     Attributes:
-        name: as options name it, and its folder.
-        package: that writes it, where a run without the format does not need it.
-        rounded_by: the --target that rounds scales, before codes are made, to what the format keeps them in; None
-            where it keeps them as they are.
-        holds_weights: whether all of the model's weights are in it.
-        activation_bits: of the activations that it asks for.
+        name: name of the format in options, and of its folder.
+        package: the package that writes the format, if it is an extra.
+        rounded_by: the --target that rounds scales, before codes are made, to the format's dtype of scales; None if the
+            format keeps float32 scales.
+        holds_weights: whether all of the model's weights are in the format.
+        activation_bits: bits of the activations that the format asks for.
     """
 
     name: ClassVar[FormatName]
@@ -37,7 +37,7 @@ class Format(ABC):
 
     @property
     def options(self) -> dict[str, object]:
-        """Options that are this format's, by name, with their values."""
+        """Options that belong to this format, by name, with their values."""
         return {}
 
     @abstractmethod
@@ -50,39 +50,39 @@ class Format(ABC):
         """
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What its target rounds scales to, in a model of some dtype."""
+        """Dtype to which the target rounds scales, in a model of some dtype."""
         return dtype if dtype is torch.float16 else torch.bfloat16
 
     def is_served(self, grid: Grid) -> bool:
-        """Whether its target's program takes it on a grid that `check` lets pass."""
+        """Whether the target's program loads the format on a grid that `check` accepts."""
         return True
 
     @abstractmethod
     def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
-        """About what a quantized weight [O, I] takes.
+        """Approximate bytes of a quantized weight [O, I].
 
         Args:
-            itemsize: of a weight in the source's dtype.
+            itemsize: bytes of a value in the source's dtype.
         """
 
     def block_bytes(self, tensors: dict[str, SourceTensor], grids: Grids, itemsize: int) -> int:
-        """About what a block takes.
+        """Approximate bytes of a block.
 
         Args:
-            tensors: all of the block's, by name within it.
-            grids: of those that are quantized, by the same name.
-            itemsize: as `matrix_bytes`'.
+            tensors: all tensors of the block, by name within it.
+            grids: grids of the quantized ones, by the same name.
+            itemsize: as in `matrix_bytes`.
         """
         others = other_bytes(tensors, grids) if self.holds_weights else 0
         return others + sum(self.matrix_bytes(tensors[name].shape, grid, itemsize) for name, grid in grids.items())
 
     @abstractmethod
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
-        """Write a finished run; give the largest relative change of a weight by the rounding of its scale.
+        """Write a finished run; return the largest relative change of a weight by the rounding of its scale.
 
         Args:
-            skeleton: of the run's result.
-            is_begun: whether shards that are there are those of this run's blocks, and stay.
+            skeleton: skeleton of the run's result.
+            is_begun: whether existing shards are those of this run's blocks, and stay.
 
         Raises:
             ConfigError, UnsupportedModelError: as `check`.
@@ -95,10 +95,10 @@ class Format(ABC):
 
 
 def only_grid(format_name: str, grids: Grids) -> Grid:
-    """The grid that all linears are on, for a format that describes one for the whole model.
+    """The common grid of all linears, for a format that describes one grid for the model.
 
     Raises:
-        ConfigError: they are on several; names two.
+        ConfigError: the linears have several grids; names two.
     """
     (first, grid), *others = grids.items()
     for name, other in others:

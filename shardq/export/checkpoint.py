@@ -39,35 +39,35 @@ class Checkpoint(Format):
         """The tensors, by full name, that a linear's weight becomes.
 
         Args:
-            dtype: that the checkpoint is loaded in.
-            entering: the grid of what enters the linear, where the format asks for one and the run has it.
+            dtype: dtype in which programs load the checkpoint.
+            entering: the grid of the linear's input, if the format asks for one and the run has it.
         """
 
     def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
         """The entry `quantization_config` of config.json; empty for plain weights.
 
         Args:
-            skeleton: of the run's result.
+            skeleton: skeleton of the run's result.
             ignored: names of the linears that are not quantized.
 
         Raises:
-            ConfigError: the run has other grids for what enters the linears than the format asks for.
+            ConfigError: the run has other grids for the linears' inputs than the format asks for.
         """
         return {}
 
     def weight_dtype(self, skeleton: Skeleton, grid: Grid) -> torch.dtype:
-        """Dtype of the model that programs make of the checkpoint, in which they keep scales."""
+        """Dtype of the model that programs build from the checkpoint, which is also that of its scales."""
         return model_dtype(skeleton, grid)
 
     def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
         return code_bytes(shape, grid)
 
     def write_shard(self, run: Path, skeleton: Skeleton, block_index: int, path: Path) -> None:
-        """Write a block's shard, once the run's own files of the block are there; it appears whole.
+        """Write a block's shard, after the run's own files of the block; it appears whole.
 
         Args:
             run: folder of the run, whose shard of the block has the same name.
-            skeleton: of the run's source or its result.
+            skeleton: skeleton of the run's source or of its result.
 
         Raises:
             ConfigError: as `described`.
@@ -108,20 +108,20 @@ class Checkpoint(Format):
 
 
 def in_transformers(package: str, load: str) -> str:
-    """How transformers loads a checkpoint, in Markdown that goes on a sentence."""
+    """How transformers loads a checkpoint, as Markdown that continues a sentence."""
     return f"with `pip install {package}`, in transformers:\n\n```python\n{load}\n```"
 
 
 def with_vllm(otherwise: str) -> str:
-    """How vLLM serves a checkpoint, or, in words that go on a sentence, another program does."""
+    """How vLLM serves a checkpoint, or else another program, as Markdown that continues a sentence."""
     return f"```bash\nvllm serve path/to/this/folder\n```\n\nor, {otherwise}"
 
 
 def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
-    """The 8-bit grids of what enters a block's linears, by their names in the checkpoint, where these are asked for.
+    """The 8-bit grids of a block's linears' inputs, by the linears' names in the checkpoint, if asked for.
 
     Raises:
-        ConfigError: it has others.
+        ConfigError: the block has other grids.
     """
     grids: dict[str, ActivationGrid] = {}
     path = RunFolder(run).block(block_index)
@@ -155,9 +155,8 @@ def _scale_change(skeleton: Skeleton, dtype: torch.dtype) -> float:
 def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
     """Names of the linears that are not quantized, the model's and, where it differs, the checkpoint's.
 
-    Whatever else is stored as a matrix counts as one, but for embeddings: a program may build linears of what
-    transformers builds otherwise (routers) or not at all (layers that predict further tokens, parts for images), and
-    would look for packed ones.
+    Any other stored matrix counts as a linear, except embeddings: a program may build linears where transformers builds
+    others (routers) or none (layers that predict further tokens, parts for images), and would expect packed ones.
     """
     modules = dict(skeleton.model.named_modules())
     for block_name, block in skeleton.named_blocks.items():
@@ -175,7 +174,7 @@ def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
 
 
 def model_dtype(skeleton: Skeleton, grid: Grid) -> torch.dtype:
-    """What a target has scales rounded to, else the source's dtype, that of the embeddings, which a run copies."""
+    """Dtype to which a target rounds scales, or else the source's dtype, that of the embeddings, which a run copies."""
     if grid.kept_dtype:
         return grid.kept_dtype
     table = skeleton.model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""The formats that options name."""
+"""From options to formats."""
 
 import importlib.util
 from typing import get_args
@@ -19,7 +19,7 @@ FORMATS: tuple[FormatName, ...] = get_args(FormatName)  # each to a folder of it
 
 
 def format_of(name: FormatName, options: ExportOptions | ExportConfig) -> Format:
-    """The format of a name, with those of the options that are its own."""
+    """The format of a name, with the options that belong to it."""
     match name:
         case "compressed-tensors":
             return CompressedTensors(options.activation_bits)
@@ -41,12 +41,12 @@ def formats_of(options: ExportOptions) -> dict[FormatName, Format]:
 
 
 def served_as(target: str, options: ExportOptions) -> Format:
-    """The format that a target's program is given, unless it is given another that it takes."""
+    """The format that a target's program reads: its preferred one, unless the options name another that it reads."""
     return next(chosen for name in FORMATS if (chosen := format_of(name, options)).rounded_by == target)
 
 
 def checkpoints_of(options: ExportOptions) -> dict[FormatName, Checkpoint]:
-    """Those of them that have a shard for each block, which is written as the run goes on."""
+    """The further formats that have a shard for each block, which is written during the run."""
     return {name: chosen for name, chosen in formats_of(options).items() if isinstance(chosen, Checkpoint)}
 
 
@@ -65,10 +65,10 @@ def check_options(config: ExportConfig) -> None:
 
 
 def check_installed(chosen: Format) -> None:
-    """Check that the package which writes a format is there.
+    """Check that the package that writes a format is installed.
 
     Raises:
-        ConfigError: it is not; says how to install it.
+        ConfigError: the package is missing; says how to install it.
     """
     name, package = chosen.name, chosen.package
     if package and importlib.util.find_spec(package) is None:

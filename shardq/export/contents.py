@@ -1,4 +1,4 @@
-"""What an export's folder holds: written first to say whose folder it is, and last to say that it is whole."""
+"""The record in an export's folder: written first to claim the folder, and last to say that the export is complete."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def check_place(folder: Path) -> None:
 
 
 def begin(config: ExportConfig, blocks: str) -> None:
-    """Say whose folder it is, before anything else is written there.
+    """Write the record that claims the folder, before any other file.
 
     Args:
         blocks: digest of the run's blocks.
@@ -41,7 +41,7 @@ def begin(config: ExportConfig, blocks: str) -> None:
 
 
 def finish(config: ExportConfig, blocks: str, scale_change: float) -> dict:
-    """Say that all that is in the folder is the export, with digests and sizes; give that record."""
+    """Write the record of the complete export, with digests and sizes of all files, and return it."""
     folder = config.folder
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (RECORD, LOCK))
     record = _asked(config) | {"run": blocks, "scale_change": scale_change} | entry_of(folder, files)
@@ -50,10 +50,10 @@ def finish(config: ExportConfig, blocks: str, scale_change: float) -> dict:
 
 
 def read(folder: Path) -> dict | None:
-    """The record of an export, or None where there is none; one that was cut short has no `files`.
+    """The record of an export, or None if there is none; that of an interrupted export has no `files`.
 
     Raises:
-        ResumeError: it is damaged.
+        ResumeError: the record is damaged.
     """
     path = folder / RECORD
     if not path.exists():
@@ -80,7 +80,7 @@ def options_of(record: dict) -> str:
 
 
 def why_unfinished(config: ExportConfig, record: dict | None, blocks: str) -> str:
-    """Why an export has to be written, with its folder; nothing where it is there as it was asked for."""
+    """Why an export has to be written, with its folder; empty if it exists as it was asked for."""
     if record is None:
         return f"{config.folder}: not there yet"
     if is_of_other_options(config, record):
@@ -93,23 +93,23 @@ def why_unfinished(config: ExportConfig, record: dict | None, blocks: str) -> st
 
 
 def abandon(folder: Path) -> None:
-    """Take back that an export has begun, where nothing else of it is there; the disk may be the reason."""
+    """Remove the record of an export that has begun, if no other file of it exists; the disk may be the reason."""
     with suppress(OSError, StorageError):
         if all(path.name in (RECORD, LOCK) for path in folder.iterdir()):
             remove(folder / RECORD)
 
 
 def remove_former(folder: Path, record: dict | None) -> None:
-    """Remove what a former export has left by its record, once that says no more that it is finished."""
+    """Remove a former export's files by its record, after the record has been replaced by an unfinished one."""
     for name in (record or {}).get("files", {}):
         remove(folder / name)
 
 
 def faults(folder: Path, record: dict, blocks: str | None = None) -> Iterator[str]:
-    """What of an export is not as it was finished, one line a fault; every byte is read.
+    """Changes of an export since it was finished, one line a fault; every byte is read.
 
     Args:
-        blocks: digest of the run's blocks, where it is known.
+        blocks: digest of the run's blocks, if it is known.
     """
     if "files" not in record:
         yield f"{folder}: an export that was cut short; export again"
@@ -123,5 +123,5 @@ def faults(folder: Path, record: dict, blocks: str | None = None) -> Iterator[st
 
 
 def _asked(config: ExportConfig) -> dict:
-    """Format and those of the options that it has; a run's configuration has a value of each for all formats."""
+    """The format and its own options; a run's configuration has values for the options of all formats."""
     return {"format": config.format, "options": format_of(config.format, config).options}

@@ -26,7 +26,7 @@ from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 
-MODEL_TYPES = ("llama", "mistral")  # of transformers, that are GGUF's architecture llama
+MODEL_TYPES = ("llama", "mistral")  # transformers' model types that GGUF has as architecture llama
 ROPE_TYPES = ("default", "linear", "llama3")  # those that scale each frequency by a constant
 FILE_TYPES = {
     BlockType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
@@ -38,7 +38,7 @@ STORED = {torch.float32: BlockType.F32, torch.float16: BlockType.F16, torch.bflo
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file: GGUF's name, the shape of its values, their block type, and what reads it as stored."""
+    """A tensor of the file: GGUF's name, the shape of its values, their block type, and a function that reads it."""
 
     name: str
     shape: tuple[int, ...]
@@ -128,7 +128,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _entries(skeleton: Skeleton, grids: dict[str, Grid], changes: list[float]) -> Iterator[_Entry]:
-    """What the file holds; each quantized linear that is read adds to `changes` by how much."""
+    """The tensors of the file; reading a quantized linear appends its change by rounding to `changes`."""
     config, codes_of = skeleton.model.config, lru_cache(1)(read_block)
     gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     rotated = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
@@ -144,7 +144,7 @@ def _entries(skeleton: Skeleton, grids: dict[str, Grid], changes: list[float]) -
             path = RunFolder(skeleton.folder).block(block_index)
             read = partial(_packed, codes_of, path, linear, changes)
         else:
-            # llama.cpp computes norms and biases in float32 alone.
+            # llama.cpp computes norms and biases only in float32.
             kind = STORED.get(DTYPES[tensor.dtype], BlockType.F32) if len(tensor.shape) > 1 else BlockType.F32
             read = partial(_plain, skeleton.source, tensor, kind)
         heads = next((heads for part, heads in rotated.items() if part in gguf_name), None)
@@ -154,7 +154,7 @@ def _entries(skeleton: Skeleton, grids: dict[str, Grid], changes: list[float]) -
 
 
 def _names(skeleton: Skeleton) -> Iterator[tuple[str, int | None]]:
-    """Parameters, with the block that each is of; of tied ones the first alone."""
+    """Parameters, each with its block's index; of tied parameters only the first."""
     ends: dict[str, str] = {}
     for name in skeleton.model.state_dict():
         ends.setdefault(skeleton.tensor(name).name, name)
@@ -182,7 +182,7 @@ def _for_rope(read: Callable[[], Tensor], num_heads: int) -> Tensor:
 
 
 def _rope_divisors(skeleton: Skeleton) -> Tensor:
-    """What llama.cpp divides the frequencies of its base by, so that they are the model's own."""
+    """Divisors with which llama.cpp gets the model's own frequencies from those of its base."""
     config, model = skeleton.model.config, skeleton.model
     rotary = getattr(model, model.base_model_prefix).rotary_emb
     with materialised(skeleton, rotary, "", torch.device("cpu")):

@@ -18,7 +18,7 @@ from shardq.quant.quantized import QuantizedLinear
 
 @dataclass(frozen=True)
 class Hf(Checkpoint):
-    """Weights as the grid points that their codes stand for, in float32 or the source's dtype."""
+    """Dequantized weights, which are grid points, in float32 or the source's dtype."""
 
     name = "hf"
     dtype: Literal["float32", "source"]

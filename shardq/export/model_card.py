@@ -1,8 +1,13 @@
 """The README.md of an exported checkpoint: what it is, how to serve it, how it was made."""
 
+import re
+
 import yaml
 
 from shardq.export.base import Format, Grids
+
+# In front of a file, or of what a path from the root, the home or the working folder ends in; a mix is cut by commas.
+LOCAL_FOLDER = re.compile(r"(?<![^,])(?:[^,]*/(?=[^/,]+\.(?:txt|jsonl|json|parquet|safetensors))|[/~.][^,]*/(?=[^/,]))")
 
 
 def model_card(manifest: dict, grids: Grids, chosen: Format, scale_change: float) -> str:
@@ -13,13 +18,13 @@ def model_card(manifest: dict, grids: Grids, chosen: Format, scale_change: float
         scale_change: largest relative change of a scale by its rounding after codes were made.
     """
     head = yaml.safe_dump({"library_name": "transformers", "tags": ["shardq", chosen.name]}, sort_keys=False)
-    options = {name: value for name, value in manifest["options"].items() if value is not None}
+    options = {name: _public(value) for name, value in manifest["options"].items() if value is not None}
     return f"""---
 {head}---
 
 # {_scheme(grids, chosen.activation_bits)}
 
-Quantized by shardq {manifest["shardq"]}, weights of the decoder's linears alone. {_exactness(scale_change)}
+Quantized by shardq {manifest["shardq"]}, only the weights of the decoder's linears. {_exactness(scale_change)}
 
 ## Serve it
 
@@ -27,7 +32,7 @@ Quantized by shardq {manifest["shardq"]}, weights of the decoder's linears alone
 
 ## How it was made
 
-The options of `launch/quantize.py`, as a recipe for `--config`, beside `--model`:
+The options of `shardq quantize`, as a recipe for `--config`:
 
 ```yaml
 {yaml.safe_dump(options, sort_keys=True)}```
@@ -37,12 +42,21 @@ SHA-256 of the source's config.json: `{manifest["model"]["config"]}`; of samples
 """
 
 
+def _public(value: object) -> object:
+    """An option's value without the folders of the machine: a file, or a path from the root, is named only."""
+    if isinstance(value, dict):
+        return {name: _public(inner) for name, inner in value.items()}
+    return LOCAL_FOLDER.sub("", value) if isinstance(value, str) else value
+
+
 def _tuning(manifest: dict) -> str:
     """What was done to the scales afterwards, if anything was."""
     if "tuned" not in manifest:
         return ""
     options = yaml.safe_dump({"tune": manifest["tuned"]["options"]}, sort_keys=True)
-    return f"\nScales were then tuned end to end by `launch/tune.py`, codes stayed:\n\n```yaml\n{options}```\n"
+    return (
+        f"\nScales were then tuned end to end by `shardq tune`; codes stayed as they were:\n\n```yaml\n{options}```\n"
+    )
 
 
 def _scheme(grids: Grids, activation_bits: int) -> str:

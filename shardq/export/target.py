@@ -1,4 +1,4 @@
-"""What the program that is to serve a run's result asks of it, checked before work starts."""
+"""The requirements of the program that will serve a run's result, checked before work starts."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,10 +24,10 @@ VLLM_KV = ("k_proj", "v_proj")
 
 
 def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
-    """The plan with scales that are kept as the target keeps them; the same plan where there is no target.
+    """The plan with scales in the target's dtype; the same plan if there is no target.
 
     Raises:
-        ConfigError: its grids cannot keep them so.
+        ConfigError: the plan's grids cannot have scales of that dtype.
     """
     if config.target is None:
         return plan
@@ -39,13 +39,13 @@ def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
-    """Check that the formats asked for can be written, and that the target will take them.
+    """Check that the formats asked for can be written, and that the target's program can load them.
 
     Raises:
         ConfigError: naming the rule, and the linear that breaks it.
     """
     asked = formats_of(config.export)
-    if config.target:  # what it is to serve must be there in the end, by this run or by an export
+    if config.target:  # this run, or an export of it, has to be able to write the target's format
         served = served_as(config.target, config.export)
         asked |= {served.name: served}
     for chosen in asked.values():
@@ -96,17 +96,17 @@ def _check_vllm_grid(config: QuantizeConfig, grid: Grid) -> None:
 
 @dataclass(frozen=True)
 class _Fault:
-    """What keeps vLLM from serving a model, and the linear that it lies in, "" where it lies in none."""
+    """A reason why vLLM cannot serve a model, and the linear with the fault, "" if it is in none."""
 
     reason: str
     name: str = ""
 
 
 def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> _Fault | None:
-    """What keeps vLLM from splitting the quantized linears over `degree` GPUs, if anything does.
+    """A fault that keeps vLLM from splitting the quantized linears over `degree` GPUs, or None.
 
-    Which side of a linear is split is the architecture's own declaration. Heads of keys and values that are fewer than
-    GPUs are repeated, not split.
+    The architecture declares which side of a linear is split. If there are fewer heads of keys and values than GPUs,
+    they are repeated, not split.
     """
     ways = getattr(skeleton.model, "tp_plan", None) or {}
     config = skeleton.model.config.get_text_config()
@@ -134,7 +134,7 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> 
 
 
 def _how_to_ignore(skeleton: Skeleton, name: str) -> str:
-    """How to leave a linear as it is, in every block, and with it those that vLLM makes one of with it."""
+    """How to ignore a linear in every block, together with the linears that vLLM fuses with it."""
     block_name = next(prefix for prefix in skeleton.names if name.startswith(f"{prefix}."))
     inner = name.removeprefix(f"{block_name}.")
     groups = _fused_groups(skeleton.named_blocks[block_name], inner.rpartition(".")[0])
@@ -145,7 +145,7 @@ def _how_to_ignore(skeleton: Skeleton, name: str) -> str:
 
 
 def _fused_groups(block: nn.Module, parent: str) -> list[list[str]]:
-    """The linears below a module of a block, by name within it, that vLLM makes one linear of, in groups."""
+    """Groups of linears below a module of a block, by name within the block, that vLLM fuses into one."""
     present = dict(block.get_submodule(parent).named_children())
     groups = [[part for part in parts if part in present] for parts in gptq.VLLM_FUSED.values()]
     return [[f"{parent}.{part}".removeprefix(".") for part in group] for group in groups if len(group) > 1]

@@ -26,25 +26,25 @@ MODEL_CARD = "README.md"
 
 
 def write_format(config: ExportConfig, display: Display, is_begun: bool = False) -> dict:
-    """Write a run in one format, over what an earlier attempt may have left; the record of it all comes last.
+    """Write a run in one format, over files of an earlier attempt; the record is written last.
 
     Args:
-        is_begun: whether shards of a checkpoint that are there are those of the run's blocks, and stay.
+        is_begun: whether a checkpoint's existing shards are those of the run's blocks, and stay.
 
     Returns:
-        As `export`, but for `seconds`.
+        The summary of `export` without `seconds`.
     """
     skeleton, folder, chosen = open_skeleton(Path(config.run)), config.folder, format_of(config.format, config)
-    companions(skeleton.folder)  # one that must not be copied is refused now
+    companions(skeleton.folder)  # refuses a file that must not be copied before any work
     if not is_begun:
-        check_outside(skeleton)  # runs of earlier versions may hold what is not finite
+        check_outside(skeleton)  # runs of earlier versions may have values that are not finite
     display.line(f"{folder}: writing {chosen.name}, {len(skeleton.names)} blocks")
     blocks = RunRecord.read(skeleton.folder).blocks_digest
     paths = [RunFolder(skeleton.folder).block(number) for number in range(len(skeleton.names))]
     grids = {name: grid for path in paths for name, grid in read_grids(path).items()}
     check_installed(chosen)
     chosen.check(skeleton, grids)
-    if not is_begun:  # else room was counted before the run began
+    if not is_begun:  # otherwise the run has checked the room before it began
         num_bytes = _num_bytes(chosen, skeleton, grids)
         room = Need(chosen.name, folder, max(0, num_bytes - bytes_there(folder)))
         check_room([room])
@@ -65,7 +65,7 @@ def write_missing_formats(configs: Iterable[ExportConfig], display: Display) -> 
     for config in configs:
         run, record = RunRecord.read(Path(config.run)), contents.read(config.folder)
         if record is None and run.is_of_before and (config.folder / MODEL_CARD).exists():
-            continue  # run and export are of before exports had a record
+            continue  # run and export were made before exports had a record
         why = contents.why_unfinished(config, record, run.blocks_digest)
         if why and record:
             display.line(f"{why}; written anew")
@@ -77,7 +77,7 @@ def write_missing_formats(configs: Iterable[ExportConfig], display: Display) -> 
 
 
 def summary_of(folder: Path, record: dict) -> dict:
-    """What an export's command prints at its end."""
+    """The summary of an export."""
     num_bytes, scale_change = sum(record["bytes"].values()), record["scale_change"]
     return {"output": str(folder), "format": record["format"], "bytes": num_bytes, "scale_change": scale_change}
 
@@ -85,7 +85,7 @@ def summary_of(folder: Path, record: dict) -> dict:
 def _write_files(
     chosen: Format, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool
 ) -> float:
-    """Write an export's files, the model card last; give the largest relative change of a scale by its rounding."""
+    """Write an export's files, the model card last; return the largest relative change of a scale by its rounding."""
     scale_change = chosen.write(skeleton, grids, folder, display, is_begun)
     if scale_change:
         display.line(
@@ -98,7 +98,7 @@ def _write_files(
 
 
 def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
-    """About what an export of a run takes."""
+    """Approximate bytes of an export of a run."""
     total, itemsize = 0, model_dtype(skeleton, next(iter(grids.values()))).itemsize
     left = dict(skeleton.source.index)
     for number, block_name in enumerate(skeleton.names):

@@ -66,7 +66,7 @@ def read_block(path: Path) -> dict[str, QuantizedLinear]:
 
 
 def read_grids(path: Path) -> dict[str, Grid]:
-    """The grid of each linear in a block file, from its header alone.
+    """The grid of each linear in a block file; reads only the header.
 
     Raises:
         CheckpointError: as `read_block`.
@@ -76,7 +76,7 @@ def read_grids(path: Path) -> dict[str, Grid]:
 
 
 def read_scale_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    """Output channels and groups of each linear in a block file, from its header alone.
+    """Output channels and groups of each linear in a block file; reads only the header.
 
     Raises:
         CheckpointError: as `read_block`.
@@ -86,7 +86,7 @@ def read_scale_shapes(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def read_activations(path: Path) -> dict[str, ActivationGrid]:
-    """The grids of a block's activations, by full name, from its file's header alone.
+    """The grids of a block's activations, by full name; reads only the file's header.
 
     Raises:
         CheckpointError: as `read_block`.

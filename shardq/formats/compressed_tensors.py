@@ -8,7 +8,7 @@ and config are the library's own (https://github.com/vllm-project/compressed-ten
 which its packing fills several times as slowly.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from compressed_tensors import CompressionFormat, __version__
@@ -21,11 +21,14 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from shardq.errors import ConfigError
-from shardq.formats.integers import integer_grid
+from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardq.formats.integers import grid_points, integer_grid
+from shardq.formats.shards import Index, TensorInfo, read_tensor
+from shardq.formats.source import Rows, SourceTensor
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
+from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
 
 BITS = (4, 8)
@@ -121,3 +124,81 @@ def quantization_config(
         ignore=sorted(ignored),
     )
     return config.model_dump(mode="json", exclude_none=True) | {"version": __version__}
+
+
+def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
+    """The weights of a compressed-tensors checkpoint, packed or int8, as `Decoder` gives them.
+
+    Args:
+        scheme: the entry `quantization_config` of config.json.
+
+    Raises:
+        CheckpointError: tensors are missing or do not fit together.
+        UnsupportedModelError: more is quantized than weights and inputs of linears, or not to integers of 4 or 8 bits.
+    """
+    _check_scheme(scheme)
+    has_zeros = not any(group["weights"].get("symmetric", True) for group in scheme["config_groups"].values())
+    for name in [name.removesuffix("_scale") for name in index if name.endswith(".weight_scale")]:
+        codes = index.get(f"{name}_packed", index.get(name))
+        if codes is None or codes.dtype not in ("I32", "I8"):
+            raise CheckpointError(f"{index[f'{name}_scale'].file}: {name} has scales, but no codes")
+        more = [index.get(f"{name}_{part}") for part in ("zero_point", "g_idx", "shape")]
+        if (more[0] is None and has_zeros) or (more[2] is None and codes.name != name):
+            raise CheckpointError(f"{codes.file}: {name} lacks its zero points or its shape; download it again")
+        yield _encoded(name, codes, index[f"{name}_scale"], *more)
+
+
+def _check_scheme(scheme: dict) -> None:
+    groups = scheme.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if not groups or not all(isinstance(group, dict) and isinstance(group.get("weights"), dict) for group in groups):
+        raise UnsupportedModelError("compressed-tensors: config_groups of config.json describes no weights")
+    more = [key for key in ("kv_cache_scheme", "sparsity_config", "transform_config") if scheme.get(key)]
+    if (scheme.get("sparsity_config") or {}).get("format") == "dense":
+        more.remove("sparsity_config")
+    found = ", ".join(more)
+    for group in groups:
+        weights, stored_as = group["weights"], group.get("format") or scheme.get("format")
+        kind = f"{weights.get('type', 'int')}{weights.get('num_bits')} by {weights.get('strategy')}, {stored_as}"
+        is_read = weights.get("type", "int") == "int" and weights.get("num_bits") in BITS
+        is_read &= weights.get("strategy") in ("tensor", "channel", "group") and not group.get("output_activations")
+        if not is_read or stored_as not in ("pack-quantized", "int-quantized", "naive-quantized"):
+            found = found or kind
+    if found:
+        raise UnsupportedModelError(
+            f"compressed-tensors: {found}: cannot be read, only integer weights of 4 and 8 bits can"
+        )
+
+
+def _encoded(
+    name: str,
+    codes: TensorInfo,
+    scale: TensorInfo,
+    zeros: TensorInfo | None,
+    groups: TensorInfo | None,
+    shape: TensorInfo | None,
+) -> SourceTensor:
+    sizes = codes.shape if codes.dtype == "I8" else read_tensor(shape).tolist() if shape else ()
+    num_outputs, num_inputs = sizes if len(sizes) == 2 and len(codes.shape) == 2 else (0, 0)
+    bits = next((bits for bits in BITS if codes.shape == (num_outputs, -(-num_inputs * bits // 32))), None)
+    num_groups = scale.shape[1] if len(scale.shape) > 1 else 1
+    fits = num_outputs and num_groups and scale.shape[:1] in ((1,), (num_outputs,)) and num_inputs % num_groups == 0
+    if not fits or (bits is None and codes.dtype != "I8"):
+        raise CheckpointError(f"{codes.file}: shape, codes and scales of {name} do not fit together")
+    grid = IntegerGrid(bits=bits or 8)
+
+    def decode(read: Callable[[TensorInfo, Rows], Tensor], rows: Rows) -> Tensor:
+        codes_OI = read(codes, None)
+        if codes.dtype != "I8":
+            codes_OI = packing.unpack_words(codes_OI, num_inputs, grid)
+        zero_OG = read(zeros, None) if zeros else None
+        if zeros and zero_OG is not None and zeros.dtype == "I32":
+            zero_OG = packing.unpack_words(zero_OG.T, num_outputs, grid).T
+        zero_OG = None if zero_OG is None else zero_OG.reshape(-1, num_groups)
+        group_I = read(groups, None) if groups else None
+        scale_OG = read(scale, None).view(-1, num_groups)
+        values_OI = grid_points(f"{codes.file}: {name}", codes_OI, scale_OG, zero_OG, group_I)
+        return values_OI if rows is None else values_OI[rows]
+
+    stored = tuple(info for info in (codes, scale, zeros, groups, shape) if info)
+    return SourceTensor(name, scale.dtype, (num_outputs, num_inputs), stored, decode)

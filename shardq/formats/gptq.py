@@ -10,14 +10,16 @@ asymmetric grids are version 2, which stores zero points as they are. (AutoGPTQ'
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from shardq import __version__
-from shardq.errors import ConfigError
-from shardq.formats.integers import integer_grid
+from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardq.formats.integers import grid_points, integer_grid
+from shardq.formats.shards import Index, TensorInfo
+from shardq.formats.source import Rows, SourceTensor
 from shardq.quant import packing
 from shardq.quant.grid import Grid
 from shardq.quant.integer_grid import IntegerGrid
@@ -111,3 +113,48 @@ def quantization_config(grid: Grid, ignored: Iterable[str]) -> dict:
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in sorted(left)},
         "meta": {"quantizer": [f"shardq:{__version__}"]},
     }
+
+
+def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
+    """The weights of a GPTQ checkpoint, of any order of the groups, as `Decoder` gives them.
+
+    Args:
+        scheme: the entry `quantization_config` of config.json. Widths and groups are those of the tensors.
+
+    Raises:
+        CheckpointError: tensors are missing or do not fit together.
+        UnsupportedModelError: another packing than those of this format.
+    """
+    version = scheme.get("checkpoint_format", scheme.get("format", "gptq"))
+    if version not in ("gptq", "gptq_v2") or scheme.get("pack_dtype", "int32") != "int32":
+        raise UnsupportedModelError(f"gptq: packing {version} of {scheme.get('pack_dtype', 'int32')} cannot be read")
+    for name in [name.removesuffix(".qweight") for name in index if name.endswith(".qweight")]:
+        parts = [index.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
+        if None in parts[:3] or (parts[3] is None and scheme.get("desc_act")):
+            raise CheckpointError(f"{index[f'{name}.qweight'].file}: {name} lacks a tensor of qzeros, scales and g_idx")
+        yield _encoded(name, tuple(part for part in parts if part), zeros_less_one=version == "gptq")
+
+
+def _encoded(name: str, stored: tuple[TensorInfo, ...], zeros_less_one: bool) -> SourceTensor:
+    words, zeros, scales = stored[:3]
+    if any(len(part.shape) != 2 or 0 in part.shape for part in (words, zeros, scales)):
+        raise CheckpointError(f"{words.file}: qweight, qzeros and scales of {name} are not three matrices")
+    num_groups, num_outputs = scales.shape
+    bits = zeros.shape[1] * 32 // num_outputs
+    num_inputs = words.shape[0] * 32 // max(bits, 1)
+    if bits not in BITS or words.shape[1] != num_outputs or zeros.shape[0] != num_groups or num_inputs % num_groups:
+        raise CheckpointError(f"{words.file}: qweight, qzeros and scales of {name} do not fit together")
+    grid = IntegerGrid(bits=bits, symmetric=False)
+
+    def decode(read: Callable[[TensorInfo, Rows], Tensor], rows: Rows) -> Tensor:
+        codes_OI = packing.unpack_words(read(words, None).T, num_inputs, grid)
+        zeros_OG = packing.unpack_words(read(zeros, None), num_outputs, grid).T.short()
+        if zeros_less_one:
+            if (zeros_OG == grid.qmax).any():
+                raise CheckpointError(f"{zeros.file}: {name} has a zero point that programs read as 0 or as 2^{bits}")
+            zeros_OG = zeros_OG + 1
+        group_I = read(stored[3], None) if len(stored) > 3 else None
+        values_OI = grid_points(f"{words.file}: {name}", codes_OI, read(scales, None).T, zeros_OG, group_I)
+        return values_OI if rows is None else values_OI[rows]
+
+    return SourceTensor(f"{name}.weight", scales.dtype, (num_outputs, num_inputs), stored, decode)

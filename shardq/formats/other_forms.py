@@ -1,4 +1,4 @@
-"""What a folder without a checkpoint that can be read holds instead, and what to do about it."""
+"""Advice for a folder that has files of another kind in place of a readable checkpoint."""
 
 from pathlib import Path
 
@@ -19,10 +19,10 @@ FORMS = {
 
 
 def what_it_is(folder: Path, single: str, index: str) -> str:
-    """What a folder holds in place of a checkpoint, and what to do.
+    """The kind of files that a folder has in place of a checkpoint, and what to do, in words.
 
     Args:
-        single, index: names of the files of which a checkpoint has one.
+        single, index: names of the two files of which a checkpoint has one.
     """
     for pattern, said in FORMS.items():
         found = min(folder.glob(pattern), default=None)

@@ -1,4 +1,4 @@
-"""Which tensor lies in which safetensors shard, and reading just its bytes.
+"""The index of the tensors in safetensors shards, and reading the bytes of one of them.
 
 Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, a JSON header, then the tensors' bytes.
 """
@@ -33,12 +33,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 SAMPLE_BYTES = 4096
-PIECE_BYTES = 64 << 20  # of a tensor that is read only to be looked at; a multiple of every dtype's size
+PIECE_BYTES = 64 << 20  # bytes of a piece of a tensor that is only checked; a multiple of every dtype's size
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `num_bytes` bytes at `offset` (from the start) of `file`."""
+    """Place of a tensor: `num_bytes` bytes at `offset` (from the beginning) of `file`."""
 
     name: str
     file: Path
@@ -127,7 +127,7 @@ def read_header(path: Path) -> Index:
     if not is_there:
         raise CheckpointError(f"{path}: missing; restore it or download it again")
     with storage_errors(path, "read"), open(path, "rb"):
-        pass  # the library would call a file that is not ours to read damaged
+        pass  # the library would call a file that this user may not read damaged
     try:
         with safe_open(path, framework="pt"):
             pass  # opening lets the library check the whole header against the file's length

@@ -173,16 +173,21 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
     """Open a checkpoint folder: read config.json and the shards' headers.
 
     Args:
-        decoder: default: that of the storage scheme which config.json names.
+        decoder: default: every tensor must be stored as it is.
 
     Raises:
-        CheckpointError: as `open_index` and `read_config`.
-        UnsupportedModelError: there is no decoder for that scheme.
+        CheckpointError: as `open_index` and `read_config`, or a tensor is stored encoded and plain.
+        UnsupportedModelError: config.json names a scheme, and no decoder is given.
     """
     index, config = open_index(folder), read_config(folder)
     decoded = list((decoder or _decoder_for(folder, config))(index))
     encoded = {info.name for info in stored_in(decoded)}
     plain = [as_stored(info) for info in index.values() if info.name not in encoded]
+    for tensor in decoded:
+        if tensor.name in index and tensor.name not in encoded:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} is stored encoded and plain; delete the one that is not meant"
+            )
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
 
 

@@ -1,6 +1,6 @@
 """Records the arguments that the model passes to its decoder blocks, and finds what each depends on.
 
-The model's own forward is run with stand-ins in the blocks' places on two sequences, once each and once both. An
+The model's own forward is run with stand-ins in the blocks' places on two sequences, one by one and both at once. An
 argument that is equal in all three calls is passed to every sample. One that follows the sequence is kept for each
 sample, like hidden states. Keys and values that a block leaves in a mapping for later blocks travel with the hidden
 states. Any other argument that differs is refused by name.

@@ -67,7 +67,7 @@ def started(device: str) -> Iterator[Ranks]:
     rank, world_size, local_rank, local_world_size = _place()
     age = seconds_since_process_start()
     if world_size == 1:
-        yield Ranks(rank, world_size, _device(device, local_rank), start_up_seconds=age)
+        yield Ranks(rank, world_size, _device(device, local_rank), local_world_size, start_up_seconds=age)
         return
     store = meeting_store(rank, world_size)
     with ended_together(this_rank(), rank, world_size, store) as pace:

@@ -1,4 +1,4 @@
-"""Integer grids of activations: one for a whole tensor, known beforehand, or one a token, found as the model runs."""
+"""Integer grids of activations: static, one for a tensor, or one for each token, computed while the model runs."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class ActivationLevels(IntegerGrid):
-    """The integer grid of an activation, whose codes are not kept and so may take more than a byte."""
+    """The integer grid of an activation. Its codes are not stored, so they may take more than a byte."""
 
     most_bits: ClassVar[int] = 16
 
@@ -34,7 +34,7 @@ class ActivationGrid:
 
     @property
     def levels(self) -> ActivationLevels:
-        """Its levels, under any scale."""
+        """The grid's levels, in steps from 0."""
         return ActivationLevels(bits=self.bits, symmetric=self.symmetric)
 
     @property
@@ -73,20 +73,20 @@ def rounded(values: Tensor, grid: ActivationGrid) -> Tensor:
 
 
 class RoundThrough(torch.autograd.Function):
-    """`rounded`, whose gradient passes straight through but for values beyond the grid's ends, which have none."""
+    """`rounded` with straight-through gradients; values beyond the grid's ends have gradient 0."""
 
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, scale: Tensor | float, zero_point: Tensor | int, levels: ActivationLevels
     ) -> Tensor:
-        """Return the nearest grid points, found in float32, in the dtype of `values`."""
+        """The nearest grid points, computed in float32, in the dtype of `values`."""
         codes = (values.float() / scale).round() + zero_point
         ctx.save_for_backward((codes >= levels.qmin) & (codes <= levels.qmax))
         return ((codes.clamp(levels.qmin, levels.qmax) - zero_point) * scale).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the values."""
+        """The gradient in the values."""
         (is_inside,) = ctx.saved_tensors
         return gradient * is_inside, None, None, None
 

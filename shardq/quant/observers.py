@@ -1,4 +1,4 @@
-"""What calibration samples say about an activation's range.
+"""Statistics of activations on calibration samples, and the static grids made from them.
 
 Statistics are collected sample by sample, on any rank and in any order; what each of them is reduced by is declared
 here. The histogram has no range to be chosen beforehand, or to grow with what comes: its bins are the bfloat16 numbers
@@ -26,7 +26,7 @@ CANDIDATES_AT_ONCE = 16
 
 @dataclass
 class Statistics:
-    """What is known of one tensor's values.
+    """Statistics of one tensor's values.
 
     Attributes:
         min, max: extremes of all values, float32.
@@ -42,7 +42,7 @@ class Statistics:
     counts: Tensor
 
     def merge(self, other: "Statistics") -> None:
-        """Take in what other values have told."""
+        """Add the statistics of other values."""
         for name, reduction in REDUCTIONS.items():
             setattr(self, name, MERGED[reduction](getattr(self, name), getattr(other, name)))
 
@@ -82,7 +82,7 @@ def statistics_of(values: Tensor, with_counts: bool) -> Statistics:
 def observed_grid(
     statistics: Statistics, levels: ActivationLevels, options: ActivationOptions
 ) -> ActivationGrid | None:
-    """The static grid that the options' observer makes; None where the values are not finite, or there were none."""
+    """The static grid of the options' observer; None if the values are not finite, or there were none."""
     found = Statistics(**{field.name: getattr(statistics, field.name).cpu() for field in fields(statistics)})
     if not (torch.isfinite(found.extremes).all() and found.extremes[2] > 0):
         return None

@@ -59,6 +59,11 @@ def pack_words(codes_RC: Tensor, grid: Grid) -> Tensor:
     return filled_RB.flatten().view(torch.int32).view(len(codes_RC), -1)
 
 
+def unpack_words(words_RW: Tensor, num_codes: int, grid: Grid) -> Tensor:
+    """Codes [R, C] (int8) of words made by `pack_words`."""
+    return unpack(words_RW.contiguous().view(torch.uint8), num_codes, grid)
+
+
 def _halves(lane: int, bits: int) -> tuple[int, int]:
     """Masks of a 64-bit word, as signed: of the codes in the lower of two lanes, and of those that follow them."""
     width = lane // 8 * bits

@@ -49,8 +49,8 @@ def write_block_files(
     """Write a block's codes, encodings and weights; each file appears whole.
 
     Args:
-        linears, activations: by name within the block.
-        device: that computed them: where it is a GPU, the files are written at the same time.
+        linears, activations: linears and grids of activations, by name within the block.
+        device: the device that computed them; with a GPU the files are written at the same time.
 
     Returns:
         The files.
@@ -75,7 +75,7 @@ def write_block_files(
         path = folder.encodings(version, block.index)
         writers[path] = partial(encodings.write, version=version, linears=full, grids=grids)
     writers[output / plan.block_shard(block.index)] = write_weights
-    # With a CPU one after the other: its cores, which a background thread gets one of, compute what is written.
+    # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
     return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
 
@@ -83,10 +83,10 @@ def write_block_files(
 def write_run_files(
     output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype, kept: Container[Path] = ()
 ) -> list[Path]:
-    """Write what completes the checkpoint: tensors outside the blocks, index, config, tokenizer, merged encodings.
+    """Write the files that complete the checkpoint: tensors outside the blocks, index, config, tokenizer, encodings.
 
     Args:
-        kept: of the large files, those that are there and stay.
+        kept: large files that exist and stay.
 
     Returns:
         The files whose digests complete the ledger.

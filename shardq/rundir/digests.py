@@ -1,4 +1,4 @@
-"""What files were when they were finished: digests and sizes, and whether they still are that."""
+"""Digests and sizes of finished files, and the check that the files still have them."""
 
 import os
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from shardq.files import storage_errors, xxh128_of
 
-SMALL_BYTES = 16 << 20  # files up to this are read by a quick check, too
+SMALL_BYTES = 16 << 20  # files up to this size are read by a quick check too
 
 
 def changed_files(folder: Path, entry: dict, is_quick: bool = False) -> Iterator[tuple[Path, str]]:
-    """The path, and a line about it, of each file that is not what an entry's `files` and `bytes` say.
+    """The path, and a line about it, of each file that differs from an entry's `files` and `bytes`.
 
     Args:
-        entry: of a ledger, or of an export's record; sizes may be missing.
+        entry: an entry of a ledger, or an export's record; sizes may be missing.
         is_quick: whether larger files are compared only by their size.
     """
     for name, digest in entry["files"].items():
@@ -38,7 +38,7 @@ def entry_of(folder: Path, files: list[Path]) -> dict:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off what a kill inside an append has left, so that the next line begins a line."""
+    """Cut off an incomplete last line, left by a kill during an append, so that the next append begins a line."""
     content = path.read_bytes() if path.exists() else b""
     if not content.endswith(b"\n") and content:
         os.truncate(path, content.rfind(b"\n") + 1)

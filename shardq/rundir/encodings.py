@@ -1,4 +1,4 @@
-"""AIMET encodings of a whole model, from those of its blocks."""
+"""AIMET encodings of a model, merged from those of its blocks."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from shardq.rundir.folder import RunFolder
 
 
 def merge_encodings(folder: Path, version: encodings.Version, run: Path, num_blocks: int) -> Path:
-    """Write the model's encodings from those of its blocks, and give their file."""
+    """Merge the blocks' encodings into the model's, and return their file."""
     path = RunFolder(folder).encodings(version)
     parts = (RunFolder(folder).encodings(version, number) for number in range(num_blocks))
     encodings.merge(path, version, parts, all_activations(run, num_blocks))

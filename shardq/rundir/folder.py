@@ -1,4 +1,4 @@
-"""Where everything of a run is."""
+"""The paths of a run's files."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from shardq.formats.shards import INDEX_FILE
 from shardq.parallel.ranks import Ranks
 
 MANIFEST = "manifest.json"
-LOCK = "lock"  # of a run's folder and of an export's
+LOCK = "lock"  # lock file of a run's folder and of an export's
 
 
 def output_folder(config: QuantizeConfig) -> Path:
@@ -28,12 +28,12 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
-        """What the run is."""
+        """The manifest: what the run is."""
         return self.path / MANIFEST
 
     @property
     def ledger(self) -> Path:
-        """What the run has finished."""
+        """The ledger: what the run has finished."""
         return self.path / "ledger.jsonl"
 
     @property
@@ -48,12 +48,12 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """Folder of the checkpoints of a block's training."""
+        """Folder of the training checkpoints of a block."""
         return self.path / "checkpoint"
 
     @property
     def tuning_state(self) -> Path:
-        """How far the tuning of a run's scales is."""
+        """The saved state of tuning a run's scales."""
         return self.path / "tuning.safetensors"
 
     @property
@@ -93,8 +93,8 @@ class RunFolder:
     def cache(self, options: CacheOptions, num_redos: int = 0) -> Path:
         """Folder of this run's cached activations, and of nothing else.
 
-        Outside the output folder its name depends on that, on what the run is and how often blocks of it were done
-        again: files that another run, or former blocks, have left on a host's disk are never taken for this one's.
+        Outside the output folder its name depends on that folder, on the manifest and on the number of redos, so that
+        files that another run, or earlier blocks, have left on a host's disk are never taken for this run's.
         """
         if options.folder is None:
             return self.path / "cache"

@@ -1,8 +1,8 @@
 """What a run is (manifest.json) and what it has finished (ledger.jsonl).
 
 A block counts as finished once its ledger line, with the digests of its files, is on the disk; that line is written
-after the files themselves. A line of another kind begins a redo: its blocks count no longer, and from there on the
-manifest is the one that it holds. The line that completes a run has all other files, the manifest too. Both files
+after the files. A line of another kind begins a redo: the blocks that it names no longer count, and from there on the
+manifest in that line is the run's. The line that completes a run has all other files, the manifest included. Both files
 depend only on the run's inputs: no times, no paths of the output.
 """
 
@@ -16,11 +16,11 @@ from shardq.rundir.digests import entry_of
 from shardq.rundir.folder import RunFolder
 
 Entries = dict[int | None, dict]
-"""Ledger lines by the block that each is about; None: about the files that complete the run."""
+"""Ledger lines by the number of their block; None: the line about the files that complete the run."""
 
 
 def begin_run(output: Path, manifest: dict) -> None:
-    """Make a folder a run's, if it is none yet."""
+    """Make a folder that of a run, unless a run has begun there."""
     path = RunFolder(output).manifest
     if not path.exists():
         write_json(path, manifest)
@@ -67,7 +67,7 @@ def read_lines(output: Path) -> list[dict]:
 
 
 def _fault(line: object, before: Entries) -> str:
-    """What is wrong with a line after those whose entries count; nothing if it may stand there."""
+    """The fault of a line after the entries `before`, in words; empty if the line is valid there."""
     damaged = "is damaged"
     if not isinstance(line, dict):
         return damaged
@@ -90,7 +90,7 @@ def _fault(line: object, before: Entries) -> str:
 
 
 def manifest_of(output: Path, lines: list[dict]) -> dict:
-    """What the run in a folder is: as it began, or since the last redo among its ledger's lines."""
+    """The manifest of the run in a folder: that of its beginning, or of the last redo among its ledger's lines."""
     redos = redo_lines(lines)
     return redos[-1]["manifest"] if redos else read_json(RunFolder(output).manifest)
 

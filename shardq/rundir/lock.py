@@ -22,11 +22,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def only_run(output: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keep other runs out of a folder during the body; the folder is made if it is missing.
 
-    The system's lock on the file decides, not the file's presence: it is gone with its holder, however that ends, so
-    that a killed run is taken up at once, also from another host of a shared disk. What the file says is for people.
+    The system's lock on the file decides, not the file's presence. The lock ends with its process, even a killed one,
+    so that the run can go on at once, also from another host of a shared disk. The file's content is for people.
 
     Args:
-        say: is given a line where the lock's last holder was killed, or where the disk has no locks.
+        say: gets a line if the lock's last holder was killed, or if the disk has no locks.
 
     Raises:
         ResumeError: another run works there; names its process, host and start.
@@ -48,7 +48,7 @@ def only_run(output: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is locked: afterwards it might be another run's. A disk that has failed keeps it, as a kill does.
+            # Removed while it is locked: later it might be another run's. A failed disk keeps the file, as a kill does.
             with suppress(OSError):
                 path.unlink()
 

@@ -1,4 +1,4 @@
-"""What a run is, told apart from other runs: all that decides its result."""
+"""The manifest of a run: everything that decides its result, which distinguishes it from other runs."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from shardq.files import sha256_of
 from shardq.formats.shards import read_sample
 from shardq.formats.source import WeightSource
 
-# Of a config.json: who wrote it, and what decides no number here. Weights are computed with in dtypes of our own.
+# Entries of config.json that decide no number here: who wrote it, and dtypes, as weights are computed in our own.
 IRRELEVANT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 # May differ when a run goes on.
 NOT_PART_OF_A_RUN = ("model", "revision", "output", "resume", "redo", "self_check", "device", "tensor_parallel",
                      "cache", "checkpoint", "parallel")  # fmt: skip
-# What blocks that are done again may differ in from those before them.
+# Options in which blocks that are done again may differ from those before them.
 REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.method")
 
 
@@ -39,14 +39,13 @@ def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: s
 
 
 def model_of(source: WeightSource) -> dict:
-    """What tells a model apart from others, before its weights are read.
+    """Digests that identify a model before its weights are read.
 
-    `config` is the file's digest, for the record; `settings` is what counts, the digest of what the file says.
-    `weights`, and of each file `files`, are over every stored tensor's name, place, shape, dtype and 4 KiB from its
-    middle.
+    `config` is the digest of config.json, for the record; `settings`, that of its content, is compared. `weights`, and
+    `files` for each file, cover every stored tensor's name, place, shape, dtype and 4 KiB from its middle.
 
-    Hashing all bytes of a 70B model would take minutes at every start; a retrained or another model differs here too.
-    What differs elsewhere is found as it is read, by the digests that the ledger keeps.
+    Hashing all bytes of a 70B model would take minutes whenever a run starts; a retrained or another model differs in
+    these too. Differences in other bytes are found when they are read, by the digests in the ledger.
     """
     path = source.folder / "config.json"
     weights = hashlib.sha256()
@@ -75,10 +74,10 @@ def _settings(path: Path) -> str:
 
 
 def differences(former: dict, current: dict) -> dict[str, str]:
-    """What differs between two manifests and decides something: both values by dotted name.
+    """Differences between two manifests that matter: both values, as text, by dotted name.
 
-    Where the tokens are the same it does not matter which text they are from, and where the settings are, how
-    config.json is written; of a run that was begun before there were settings, the file must be the same.
+    If the tokens are equal, their text does not matter; if the settings are equal, the bytes of config.json do not. For
+    a run that was begun before there were settings, the file must be equal.
     """
     found = _differences(former, current)
     same_tokens, same_settings = "calibration_tokens" not in found, "model.settings" not in found
@@ -88,7 +87,7 @@ def differences(former: dict, current: dict) -> dict[str, str]:
         found["model.weights"] = f"model.weights (in {files[0]}{more})"
     if same_settings:
         found.pop("model.config", None)
-    # `model.config` and `model.weights` stand for the others of the model.
+    # `model.config` and `model.weights` represent the other entries about the model.
     told = ("model.settings", "model.files", *(["calib."] if same_tokens else []))
     return {name: text for name, text in found.items() if not name.startswith(told)}
 

@@ -1,4 +1,4 @@
-"""What a run will do, checked against the model before any work."""
+"""The plan of a run, checked against the model before any work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +21,13 @@ REST_SHARD_BYTES = 1 << 30  # tensors outside the blocks are copied in files of 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The blocks, what is quantized in each, and the files that come out.
+    """The plans of the blocks, and the files of the output.
 
     Attributes:
-        blocks: in their order.
+        blocks: the block plans, in order.
         rest: the stored tensors outside the blocks, and those of a block that its code does not use, in groups of one
             file.
-        scale_dtype: name of the dtype that the target keeps scales in, as the grids have it; None: float32.
+        scale_dtype: name of the dtype in which the target keeps scales; None: float32.
     """
 
     blocks: list[BlockPlan]
@@ -41,17 +41,17 @@ class Plan:
 
     @property
     def grids(self) -> dict[str, Grid]:
-        """Of every matrix that is quantized, by its name in the model."""
+        """The grid of every matrix that is quantized, by its name in the model."""
         return {block.full_name(matrix): grid for block in self.blocks for matrix, grid in block.grids.items()}
 
     @property
     def num_matrices(self) -> int:
-        """How many matrices are quantized."""
+        """Number of matrices that are quantized."""
         return sum(len(block.grids) for block in self.blocks)
 
     @property
     def num_scales(self) -> int:
-        """Of all matrices together."""
+        """Number of scales of all matrices."""
         return sum(block.num_scales for block in self.blocks)
 
     @property
@@ -65,7 +65,7 @@ class Plan:
         return [version for version in ENCODINGS if encodings.fits(version, self.num_scales)]
 
     def with_scales_in(self, dtype: str) -> "Plan":
-        """The same, scales rounded to a dtype by name; raises the grids' ValueError where they cannot be."""
+        """The same plan, with scales rounded to a dtype by name; raises the grids' ValueError where they cannot be."""
         blocks = [
             replace(block, grids={matrix: grid.with_scales_in(dtype) for matrix, grid in block.grids.items()})
             for block in self.blocks
@@ -73,7 +73,7 @@ class Plan:
         return replace(self, blocks=blocks, scale_dtype=dtype)
 
     def with_arguments(self, arguments: Sequence[BlockArguments]) -> "Plan":
-        """The same with what the model passes to each block."""
+        """The same plan, with each block's arguments."""
         pairs = zip(self.blocks, arguments, strict=True)
         return replace(self, blocks=[replace(block, arguments=passed) for block, passed in pairs])
 

@@ -1,4 +1,4 @@
-"""The one reader of what a run is and has done: a block counts only as far as the ledger says so."""
+"""The record of a run, which reads what the run is and has done: a block counts only if the ledger has it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ from shardq.rundir.manifest import REDO_MAY_CHANGE, differences
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says of it.
+    """The state of a run as its folder has it.
 
     Attributes:
-        lines: of its ledger; each that is written from now on is to be added.
+        lines: lines of the ledger; whoever appends a line to the file adds it here.
     """
 
     output: Path
@@ -52,12 +52,12 @@ class RunRecord:
 
     @property
     def files(self) -> list[str]:
-        """Names, within the folder, of the files that the entries have digests of."""
+        """Names, within the folder, of the files whose digests the entries have."""
         return [name for entry in self.entries.values() for name in entry["files"]]
 
     @property
     def is_finished(self) -> bool:
-        """Whether all blocks are done, and what completes them."""
+        """Whether all blocks are done, and the files that complete the run too."""
         return None in self.entries
 
     @property
@@ -72,24 +72,24 @@ class RunRecord:
 
     @property
     def num_redos(self) -> int:
-        """How often blocks were, or are to be, done again."""
+        """Number of redos, one that has only begun included."""
         return len(redo_lines(self.lines))
 
     @property
     def source(self) -> Digests:
-        """What the ledger keeps of the source; that of a run begun before it did says nothing."""
+        """Digests of the source that the ledger keeps; none for a run begun before ledgers had them."""
         return {name: digest for line in self.lines for name, digest in line.get("source", {}).items()}
 
     @property
     def blocks_digest(self) -> str:
-        """What tells the blocks of a finished run from others: a digest of their files' digests."""
+        """A digest that identifies the blocks of a finished run, made of their files' digests."""
         digests = [entry["files"] for entry in self.blocks.values()]
         return xxhash.xxh3_128_hexdigest(json.dumps(digests, sort_keys=True).encode())
 
     def events(self) -> list[Event]:
-        """What all ranks' logs keep of the run's spans, log by log in the order in which they ended.
+        """The run's spans in all hosts' logs, log by log in the order in which they ended.
 
-        A kill in the middle of a line leaves one without its end, which is no event.
+        A kill during a write leaves a line without its end, which is no event.
 
         Raises:
             ResumeError: a line is no event.
@@ -106,7 +106,7 @@ class RunRecord:
         return found
 
     def manifest(self) -> dict:
-        """What the run is: as it began, or since its last redo.
+        """The run's manifest: that of its beginning, or of its last redo.
 
         Raises:
             ResumeError: the file is damaged.
@@ -114,7 +114,7 @@ class RunRecord:
         return manifest_of(self.output, self.lines)
 
     def options(self, section: str) -> dict:
-        """Options of the run, empty where there is no run, or its manifest is not what it was at the end."""
+        """Options of the run; empty where there is no run, or its manifest has changed since its end."""
         path = RunFolder(self.output).manifest
         if not path.exists() or not (self.num_redos or self._is_manifest_whole()):
             return {}
@@ -128,7 +128,7 @@ class RunRecord:
         return blocks_to_do(self.entries, num_blocks)
 
     def damaged_files(self, is_quick: bool = False) -> Iterator[tuple[int | None, Path, str]]:
-        """The block, the path, and a line about it, of each file that is not what it was when it was done.
+        """The block, the path, and a line about it, of each file that has changed since it was finished.
 
         Args:
             is_quick: whether larger files are compared only by their size.
@@ -138,7 +138,7 @@ class RunRecord:
                 yield block, path, fault
 
     def why_unfinished(self) -> str:
-        """One line where the run is not finished, nothing where it is."""
+        """One line if the run is not finished, else an empty text."""
         if self.is_finished:
             return ""
         if RunFolder(self.output).manifest.exists():
@@ -148,10 +148,10 @@ class RunRecord:
         return f"{self.output}: {what}; check the path"
 
     def check_finished(self) -> None:
-        """Check that the run is finished, and its files are what the ledger says.
+        """Check that the run is finished, and its files have their digests in the ledger.
 
         Raises:
-            ResumeError: it is not, or they are not.
+            ResumeError: the run is not finished, or a file has changed.
         """
         if fault := self.why_unfinished():
             raise ResumeError(fault)
@@ -159,10 +159,10 @@ class RunRecord:
             raise ResumeError(f"{fault}; restore it, or run its command again, which says how to mend it")
 
     def mend_manifest(self, manifest: dict, say: Callable[[str], None]) -> None:
-        """Write a finished run's manifest again where it is not what it was, and the one that is given is.
+        """Write a finished run's manifest again if it has changed and the given one is the original.
 
         Args:
-            say: is given a line where that was done.
+            say: gets a line if the manifest was written.
         """
         path, text = RunFolder(self.output).manifest, json_text(manifest)
         if not self._is_manifest_whole() and xxhash.xxh3_128_hexdigest(text.encode()) == self._manifest_digest():
@@ -170,7 +170,7 @@ class RunRecord:
             say(f"{path}: missing or changed since the run was finished; written again")
 
     def _is_manifest_whole(self) -> bool:
-        """Whether the manifest of a finished run is what it was; of another run that is not known, and assumed."""
+        """Whether the manifest of a finished run is unchanged; assumed of a run that is not finished."""
         path, recorded = RunFolder(self.output).manifest, self._manifest_digest()
         return recorded is None or (path.is_file() and xxh128_of(path) == recorded)
 
@@ -179,10 +179,10 @@ class RunRecord:
 
 
 def check_folder(output: Path, resume: str) -> None:
-    """Check that a folder is one to begin or to go on in, without changing it.
+    """Check, without changing it, that a run can begin or go on in a folder.
 
     Raises:
-        ResumeError: it holds something else, or nothing to go on with.
+        ResumeError: the folder holds something else, or no run to go on with.
     """
     folder = RunFolder(output)
     if folder.is_taken:
@@ -191,14 +191,14 @@ def check_folder(output: Path, resume: str) -> None:
         raise ResumeError(f"{output}: no run to resume here (no {MANIFEST}); check --output or drop --resume require")
     if output.exists() and not output.is_dir():
         raise ResumeError(f"{output}: is a file; choose another --output")
-    # What a kill before or inside the writing of the manifest leaves.
+    # Files that a kill before or during the writing of the manifest leaves.
     begun = (LOCK, MANIFEST + ASIDE, TOKEN, TOKEN + ASIDE)
     if output.exists() and any(not any(map(file.match, begun)) for file in output.iterdir()):
         raise ResumeError(f"{output}: not empty and not a run of shardq; choose another --output")
 
 
 def open_run(output: Path, manifest: dict, resume: str, redo: list[int] | None = None) -> tuple[RunRecord, dict | None]:
-    """Find what the run in a folder has done, or that one may begin there.
+    """Read what the run in a folder has done, or check that a run may begin there.
 
     A finished run's files are checked by name and size, the small ones by digest; those of other runs by digest.
 
@@ -206,8 +206,8 @@ def open_run(output: Path, manifest: dict, resume: str, redo: list[int] | None =
         redo: blocks to do again.
 
     Returns:
-        The record, an empty one of a new run; and the line, if there is to be one, that begins a redo. `begin_run`,
-        appending that line and mending what completes a finished run are left to the caller.
+        The record, empty for a new run; and the line that begins a redo, if one is to begin. The caller calls
+        `begin_run`, appends that line, and mends the files that complete a finished run.
 
     Raises:
         ResumeError: the folder holds something else, another run, or files that are not what the ledger says.
@@ -231,12 +231,12 @@ def open_run(output: Path, manifest: dict, resume: str, redo: list[int] | None =
             f"{output}: belongs to another run; different: {'; '.join(lasting)}; choose another --output or the same "
             "options"
         )
-    is_quick = record.is_finished and redo is None  # nothing is made from these files
+    is_quick = record.is_finished and redo is None  # nothing is computed from these files
     damaged = {block: fault for block, _, fault in record.damaged_files(is_quick)}
     line = None if redo is None else _redo_line(record.lines, redo, manifest, damaged)
     left = [block for block in damaged if block in finished([*record.lines, *([line] if line else [])])]
     if redo is None and left == [None]:
-        return record, line  # what completes a run is written again from the source
+        return record, line  # the files that complete a run are written again from the source
     if left:
         numbers = ",".join("end" if block is None else str(block) for block in damaged)
         raise ResumeError(f"{damaged[left[0]]}; restore it, or do it again with --redo {numbers}")
@@ -244,7 +244,7 @@ def open_run(output: Path, manifest: dict, resume: str, redo: list[int] | None =
 
 
 def _redo_line(lines: list[dict], redo: list[int], manifest: dict, damaged: dict[int | None, str]) -> dict | None:
-    """What begins a redo; None where the last one has asked for the same, and nothing of it is damaged since."""
+    """The line that begins a redo; None if the last redo has the same blocks and none of them is damaged since."""
     for last in redo_lines(lines)[-1:]:
         is_same = last["redo"] == redo and not differences(last["manifest"], manifest)
         if is_same and not damaged.keys() & {*redo, None}:

@@ -1,4 +1,4 @@
-"""How many bytes files will have, and whether there is room for them on each disk."""
+"""Sizes of the files that will be written, and the check that each disk has room for them."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ HEADER_BYTES = 256  # of a safetensors file, a tensor
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one kind that are still to be written in a folder, which may not be there yet.
+    """Bytes of one kind that are still to be written in a folder, which may not exist yet.
 
-    `option` is what chooses another.
+    `option` is the option that chooses another folder.
     """
 
     what: str
@@ -30,10 +30,10 @@ class Need:
 
 
 def check_room(needs: list[Need]) -> None:
-    """Check that there is room; disks are told apart by the file system's number.
+    """Check that there is room; a disk is identified by the file system's number.
 
     Raises:
-        StorageError: naming the folders, the bytes that are needed and those that are there.
+        StorageError: a disk has too little room; names the folders, the needed and the free bytes.
     """
     for shared, num_free in _by_disk(needs):
         total = sum(need.num_bytes for need in shared)
@@ -48,18 +48,18 @@ def check_room(needs: list[Need]) -> None:
 
 
 def code_bytes(shape: tuple[int, ...], grid: Grid) -> int:
-    """What a weight [O, I] takes as packed codes with scales and zero points."""
+    """Bytes of a weight [O, I] as packed codes with scales and zero points."""
     scales = grid.num_scales(*shape) * (5 if grid.has_zero_point else 4)
     return shape[0] * packed_width(shape[1], grid.bits) + scales + 3 * HEADER_BYTES
 
 
 def other_bytes(tensors: Mapping[str, SourceTensor], quantized: Container[str]) -> int:
-    """What is left of a block, whose tensors are given by name, beside some that are quantized."""
+    """Bytes of a block's tensors, given by name, without those that are quantized."""
     return sum(HEADER_BYTES + tensor.stored_bytes * (name not in quantized) for name, tensor in tensors.items())
 
 
 def bytes_there(path: Path) -> int:
-    """Bytes of a file, or of all in a folder; 0 if it is not there."""
+    """Bytes of a file, or of all files in a folder; 0 if it does not exist."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -1,8 +1,8 @@
-"""The bytes of the model that a run is made from: noted as they are read, compared whenever they are read again.
+"""Digests of the source's bytes: noted when the bytes are read, compared whenever they are read again.
 
-No pass is made for it: a tensor's digest is taken where its bytes go by anyway. Those outside the blocks are read whole
-as a run begins, because a value that is not finite among them would be met after hours only. Of the others, samples are
-noted then, so that files which are exchanged while the run is under way are found as they are read.
+This takes no extra pass: a tensor's digest is computed when its bytes are read for use. Tensors outside the blocks are
+read completely when a run begins, because otherwise a value that is not finite would be found only after hours. Of the
+others, samples are noted then, so that a file that is replaced during the run is detected when it is read.
 """
 
 from collections.abc import Callable, Collection
@@ -15,14 +15,14 @@ from shardq.parallel.collectives import on_every_host, on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.plan import outside_blocks
 
-LARGE_BYTES = 4 << 30  # of which a slow disk takes so long that it is said beforehand
+LARGE_BYTES = 4 << 30  # from this size on, a line announces the reading, which takes long on a slow disk
 
 
 def check_outside(skeleton: Skeleton) -> Digests:
-    """Read all that lies outside the blocks; give its digests.
+    """Read all tensors outside the blocks, and return their digests.
 
     Raises:
-        CheckpointError: a value is not finite, or a tensor is not what it was.
+        CheckpointError: a value is not finite, or a tensor has changed.
     """
     source, tensors = skeleton.source, outside_blocks(skeleton)
     buffers = {skeleton.aliases.get(name, name) for name, _ in skeleton.model.named_buffers()}
@@ -32,11 +32,11 @@ def check_outside(skeleton: Skeleton) -> Digests:
 
 
 def begin_with(skeleton: Skeleton, former: Digests, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Have a run go on with the bytes that it began with, and check those outside the blocks on every host.
+    """Compare a run's source with the bytes that it began with, and check tensors outside the blocks on every host.
 
     Args:
-        former: digests of what an earlier part of the run has read.
-        say: is given a line where reading takes long.
+        former: digests from earlier parts of the run.
+        say: gets a line if reading takes long.
 
     Raises:
         CheckpointError: as `check_outside` and `agree`.
@@ -74,6 +74,6 @@ def agree(digests: Digests, infos: Collection[TensorInfo], ranks: Ranks) -> None
 
 
 def noted(digests: Digests, skeleton: Skeleton, block_index: int) -> Digests:
-    """Those that a block's ledger line keeps: of its own tensors, and with the first block's of those outside all."""
+    """Digests for a block's ledger line: of its tensors; with the first block's also of those outside all blocks."""
     tensors = [*skeleton.block_tensors(block_index).values(), *(outside_blocks(skeleton) if block_index == 0 else ())]
     return {info.name: digests[info.name] for info in stored_in(tensors) if info.name in digests}

@@ -15,9 +15,9 @@ from shardq.rundir.folder import RunFolder
 
 @contextmanager
 def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
-    """During the body SIGUSR1, to any rank, leaves the file; one from before, or that comes too late, is removed.
+    """During the body, SIGUSR1 to any rank writes the file; an older file, or one that comes too late, is removed.
 
-    Outside the main thread the signal does what it did before.
+    Outside the main thread the signal's handler is not changed.
     """
     on_rank_zero(ranks, lambda: _taken_away(output))
     hears = threading.current_thread() is threading.main_thread()  # no other may choose what a signal does
@@ -33,10 +33,10 @@ def stoppable(output: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def stop_if_asked(output: Path, ranks: Ranks, done: int, num: int, what: str = "block") -> None:
-    """Between two blocks, or whatever is done one after the other: end all ranks if the file is there, and remove it.
+    """End all ranks if the file exists, and remove it; called between two blocks or other units of work.
 
     Raises:
-        Stopped: it was there.
+        Stopped: the file existed.
     """
     if on_rank_zero(ranks, lambda: _taken_away(output)):
         error = Stopped(f"{output}: stopped as asked, {done} of {num} {what}s are done; the same command goes on")

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from runs import ONE_RANK, result_files, run_quantize
+from runs import ONE_RANK, result_files, run_evaluate, run_quantize
 from shardq.cli import parse
 from shardq.commands.export import export
 from shardq.commands.verify import verify
-from shardq.errors import ConfigError, ResumeError
+from shardq.errors import ConfigError, ResumeError, UnsupportedModelError
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.quantized_source import open_served
 from shardq.formats.shards import open_index, read_tensor
 from shardq.quant.activation import rounded
 from shardq.rundir.folder import RunFolder
@@ -49,6 +50,35 @@ def test_a_run_for_vllm_is_served_bit_for_bit(served: Path):
     found = logits(served / "compressed-tensors")
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, logits(served, dtype=torch.bfloat16))
+
+
+def test_an_export_is_evaluated_as_it_is_served(
+    served: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert run_export(served, "--format", "gptq", "--output", tmp_path / "gptq")["scale_change"] == 0
+    folders = (served, served / "compressed-tensors", tmp_path / "gptq")
+    found = [run_evaluate(folder, token_file)["perplexity"] for folder in folders]
+    assert found[1] == found[2]
+    # The run keeps weights in float32. An export's are products in bfloat16, the dtype of its scales.
+    run, exports = open_served(served), [open_served(folder) for folder in folders[1:]]
+    for source in exports:
+        for name, tensor in run.tensors.items():
+            assert torch.equal(source.read(source.tensors[name]), run.read(tensor).bfloat16()), name
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert "only" not in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(served / "compressed-tensors").eval()
+    tokens_NT = load_file(token_file)["tokens"].long()
+    with torch.inference_mode():
+        losses = [model(tokens_T[None], labels=tokens_T[None]).loss.float() for tokens_T in tokens_NT]
+    assert found[1] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=5e-3)
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(served: Path, token_file: Path, tmp_path: Path):
+    folder = served / "compressed-tensors"
+    with pytest.raises(UnsupportedModelError, match=r"already quantized \(compressed-tensors\); pass the unquantized"):
+        run_quantize(folder, token_file, tmp_path / "again", *RTN)
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
+        run_evaluate(folder, token_file, *RTN)
 
 
 def test_scales_are_rounded_before_codes_are_made(served: Path):

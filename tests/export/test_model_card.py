@@ -1,0 +1,36 @@
+"""What the model card says of a run, and what it keeps to itself."""
+
+import pytest
+import yaml
+
+from shardq.export.hf import Hf
+from shardq.export.model_card import model_card
+from shardq.quant.integer_grid import IntegerGrid
+
+
+def card_of(dataset: str) -> str:
+    manifest = {
+        "shardq": "0.1.0",
+        "options": {"calib": {"dataset": dataset, "samples": 4}, "seed": 0, "cache": None},
+        "model": {"config": "c0", "weights": "e1"},
+        "calibration_tokens": "70",
+    }
+    return model_card(manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, Hf("float32"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named"),
+    [
+        ("c4", "c4"),
+        ("allenai/c4", "allenai/c4"),
+        ("ultrachat:0.75,code:0.25", "ultrachat:0.75,code:0.25"),
+        ("/home/me/texts/a.jsonl", "a.jsonl"),
+        ("../texts/a.parquet", "a.parquet"),
+        ("texts/a.txt", "a.txt"),
+        ("/data/sets/mine", "mine"),
+        ("/home/me/a.jsonl:0.5,allenai/c4:0.25,texts/b.txt:0.25", "a.jsonl:0.5,allenai/c4:0.25,b.txt:0.25"),
+    ],
+)
+def test_datasets_are_named_without_the_folders_of_the_machine(dataset: str, named: str):
+    recipe = yaml.safe_load(card_of(dataset).split("```yaml\n")[1].split("```")[0])
+    assert recipe == {"calib": {"dataset": named, "samples": 4}, "seed": 0}
