@@ -117,8 +117,8 @@ def _call(verb: str, first: Location | Config, recipes: Recipes, options: Mappin
     try:
         with running(command, config, joined) as ranks:
             return command.run(config, ranks)
-    except KeyboardInterrupt:
-        finish_interrupted()
+    except KeyboardInterrupt as error:
+        finish_interrupted(error)
         raise
 
 

@@ -1,6 +1,7 @@
 """Work in background threads while the computation goes on."""
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,11 +81,14 @@ def behind(
         settle(0)
 
 
-def finish_interrupted() -> None:
-    """Wait for the threads that still work after an interruption.
+def finish_interrupted(error: BaseException) -> None:
+    """Wait for the threads that still work after an interruption; the frames of its traceback lose their variables.
 
-    Their closed executors wait for them, except for one that was just being started: its executor does not know it yet.
+    Closed executors wait for their threads, except for one that was just being started: its executor does not know it
+    yet.
     """
+    # Generators that the frames still hold have threads that wait for more to load, and would never end.
+    traceback.clear_frames(error.__traceback__)
     for thread in threading.enumerate():
         if thread.name.startswith(THREADS):
             thread.join()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from shardq.background import SPARE, behind, lookahead, one_by_one
+from shardq.background import SPARE, behind, finish_interrupted, lookahead, one_by_one
 
 MAX_BEHIND = 1 + SPARE  # of one thread
 SOON = 10.0  # seconds that a test waits for another thread before it fails
@@ -380,3 +380,19 @@ def test_background_computes_on_one_core_and_leaves_the_others_to_the_computatio
     command = [sys.executable, "-c", COUNT_THREADS]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.split() == ["1", "1", "2"]
+
+
+def test_end_after_an_interruption_waits_for_no_thread_that_has_nothing_to_do():
+    """The frame that loads ahead is kept for the traceback, and its loader with it."""
+
+    def compute() -> None:
+        loaded = lookahead(lambda key: key, range(9))
+        next(loaded)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        compute()
+    end = threading.Thread(target=finish_interrupted, args=(interrupted.value,), daemon=True)
+    end.start()
+    end.join(20)
+    assert not end.is_alive()

@@ -5,7 +5,6 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -51,9 +50,7 @@ def interruptible(advice: str) -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        # Generators that the frames still hold have threads that wait for more to load, and would never end.
-        traceback.clear_frames(error.__traceback__)
-        finish_interrupted()  # here, where further signals are ignored
+        finish_interrupted(error)  # here, where further signals are ignored
         raise
     finally:
         signal.set_wakeup_fd(former_fd)
