@@ -25,15 +25,15 @@ class QuantOptions:
     symmetric: bool = True
     """Symmetric grid (no zero point), or an asymmetric one."""
     full_range: bool | None = None
-    """Let scales of a symmetric grid be negative where a row reaches further above 0 than below, so that no code is
-    idle; encodings then describe an asymmetric grid, as AIMET's scales are positive: false for runtimes that ask for
-    symmetric weights (default: up to 4 bits, where a code is a good part of the grid)."""
+    """Allow negative scales in a symmetric grid, so that the extra code below 0 serves the side where a row reaches
+    further. AIMET's scales are positive, so encodings then describe an asymmetric grid: false for runtimes that need
+    symmetric weights (default: true up to 4 bits, where one code is a good part of the grid)."""
     group_size: int | None = None
     """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
     decompressed_bits: int | None = None
     """Two-level scales (LPBQ; AIMET's decompressed_bw) of a symmetric grid in groups: each a whole multiple, at most
-    2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it; 8
-    beside 4 bits (default: each group has a float scale of its own)."""
+    2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it;
+    usually 8 for 4 bits (default: each group has its own float scale)."""
     method: Literal["adascale", "flexround", "lwc", "rtn"] = "adascale"
     """What is trained: `adascale` all, `flexround` the weight's division and one step, `lwc` the grid's ends, `rtn`
     nothing (round to nearest on the start grid)."""
@@ -98,7 +98,7 @@ class CheckpointOptions:
 
     every_iterations: int = 0
     """Iterations from one checkpoint to the next, from which a killed run goes on within the block; each replaces the
-    one before. 0: none; the block at hand is trained again."""
+    one before. 0: none; an interrupted block is trained again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class QuantizeConfig:
     """Seed of all random choices."""
     resume: Literal["auto", "never", "require"] = "auto"
     """What to do with an unfinished run in the output folder: go on (`auto`), refuse (`never`); `require` refuses to
-    start anew."""
+    start a new run."""
     redo: str | None = None
     """Blocks of the run in the output folder to do again, counted from 0, such as `3,12-14`: damaged ones, or chosen
     ones with another seed, optimize, calib or quant.method. Those after one that comes out with other bytes are done
@@ -125,11 +125,11 @@ class QuantizeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks are computed."""
     target: Literal["vllm", "gguf"] | None = None
-    """What is to serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as vLLM keeps
-    them, so that what is measured is what is served; and its rules on shapes are checked before work starts. `gguf`
-    (llama.cpp): the same with float16 and its rules."""
+    """Program that will serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
+    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work starts.
+    `gguf` (llama.cpp): the same with float16 and its rules."""
     tensor_parallel: int = 1
-    """GPUs over which vLLM will split each linear: its rules on shapes are checked on what each of them holds."""
+    """GPUs over which vLLM will split each linear: its rules on shapes are checked for each GPU's part."""
     quant: QuantOptions = field(default_factory=QuantOptions)
     calib: TextOptions = field(default_factory=TextOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
@@ -194,19 +194,19 @@ class ExportConfig:
     format: FormatName = "compressed-tensors"
     """`compressed-tensors`: codes and scales, for vLLM and transformers; `gptq`: the same as GPTQ packs them; `hf`:
     plain weights, for anything that loads Hugging Face checkpoints; `onnx`: a graph with packed codes, for
-    onnxruntime; `gguf`: one file for llama.cpp; `aimet`: AIMET encodings alone, the weights that belong to them are
-    those of `hf`."""
+    onnxruntime; `gguf`: one file for llama.cpp; `aimet`: only AIMET encodings; their weights are those of
+    `hf`."""
     output: str | None = None
     """New folder for the result (default: RUN/FORMAT)."""
     dtype: Literal["float32", "source"] = "float32"
-    """Of the weights in `hf`: as --export.dtype of quantize."""
+    """Dtype of the weights in `hf`, as --export.dtype of quantize."""
     activation_bits: Literal[8, 16] = 16
-    """Of `compressed-tensors`: as --export.activation_bits of quantize."""
+    """Bits of activations in `compressed-tensors`, as --export.activation_bits of quantize."""
     push_to_hub: str | None = None
     """Repository on the Hugging Face hub (owner/name) that the finished export is uploaded to, with the token that
     HF_TOKEN or `hf auth login` gives; it is made where there is none."""
     private: bool = False
-    """Of a repository that `push_to_hub` makes: only its owner can see it."""
+    """Make a new repository of `push_to_hub` private."""
     aimet: AimetOptions = field(default_factory=AimetOptions)
 
     @property

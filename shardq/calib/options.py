@@ -30,7 +30,7 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MovedText:
-    """Where the text that a run was made with is now; what is left out is as the run had it."""
+    """Where the text of a run is now; values that are not given are the run's own."""
 
     dataset: str | None = None
     """What gives the run's tokens now, as --calib.dataset of quantize (default: where the run had it)."""

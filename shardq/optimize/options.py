@@ -36,18 +36,18 @@ class OptimizeOptions:
     """Grid that training starts from: `minmax` holds every weight; `search` draws the ends in to where the rounding
     error, weighted by the input channels' mean square, is least (presets: search, aimet minmax)."""
     loss: Literal["squared", "token"] | None = None
-    """Error of a block's output: `squared`, or `token`, where each position's is relative to the target's power there
-    (presets: token, aimet squared)."""
+    """Error of a block's output: `squared`, or `token`, the squared error at each position relative to the target's
+    power there (presets: token, aimet squared)."""
     last_block: Literal["output", "predictions"] | None = None
-    """What the last block is trained to: the fp block's `output`, as all others are, or the fp model's `predictions`,
-    by the KL divergence of the tokens' probabilities, for which the head is in memory too (presets: predictions, aimet
+    """What the last block is trained to: the fp block's `output`, as the other blocks, or the fp model's `predictions`,
+    by the KL divergence of the tokens' probabilities, with the head in memory too (presets: predictions, aimet
     output)."""
     label_weight: float | None = None
-    """Weight, in the last block's predictions, of the cross-entropy with the calibration text's own next tokens; the
-    rest of 1 is the divergence's (presets: 0.1, aimet 0)."""
+    """Weight of the cross-entropy with the calibration text's own next tokens in the last block's loss; the divergence
+    has the rest of 1 (presets: 0.1, aimet 0)."""
     optimizer: Literal["adam", "rms"] | None = None
-    """`rms`, without momentum: each gradient over the root mean square of all so far; or `adam`, which takes 4 bytes a
-    weight more (presets: rms, aimet adam)."""
+    """`rms`, without momentum: each gradient divided by the root mean square of all so far; or `adam`, which takes 4
+    bytes a weight more (presets: rms, aimet adam)."""
     held_out: int = 0
     """Calibration samples that are not trained on; the iterate with the lowest loss on them is kept, the start
     included; it is looked for ten times a block. 0: the last iterate is kept."""
@@ -76,12 +76,12 @@ class TuneOptions:
     steps: int = 16
     """Optimizer steps. Each takes its samples through all blocks, forward and back."""
     batch_size: int | None = None
-    """Samples a step over all ranks together (default: so many that the steps see every sample)."""
+    """Samples a step over all ranks together (default: enough for the steps to see every sample)."""
     learning_rate: float = 1.5e-3
-    """Of the logarithms of the scales, at the start of its cosine to 0."""
+    """Learning rate of the logarithms of the scales at the start; it falls to 0 along a cosine."""
     label_weight: float = 0.1
-    """Weight of the cross-entropy with the calibration text's own next tokens; the rest of 1 is the KL divergence's
-    from the float model's predictions."""
+    """Weight of the cross-entropy with the calibration text's own next tokens; the KL divergence from the
+    float model's predictions has the rest of 1."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """As --optimize.precision of quantize."""
 

@@ -12,14 +12,14 @@ class ParallelOptions:
     """What each rank holds of a block that is being trained."""
 
     engine: Literal["auto", "local", "rows", "allreduce", "zero1", "zero2", "zero3"] = "auto"
-    """`local`: one rank alone; `rows`: every rank trains its part of each linear's outputs, and the quantized weight
-    alone is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's
-    state over ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: `local` on one rank,
-    else `allreduce` where that fits the memory, `rows` where not."""
+    """`local`: a single rank; `rows`: every rank trains its part of each linear's outputs, and only the quantized
+    weight is whole; `allreduce`: every rank holds everything; DeepSpeed's `zero1` shards the optimizer's state over
+    ranks, `zero2` the gradients too, `zero3` the frozen weight, s2 and s3 too. `auto`: `local` on one rank, else
+    `allreduce` where that fits the memory, `rows` where not."""
     reduce_dtype: Literal["float32", "bf16"] = "float32"
     """Dtype in which gradients travel between ranks and are added up; `bf16` halves the bytes and rounds the sums."""
     offload: bool = False
-    """Keep what a ZeRO engine shards of the optimizer in CPU memory."""
+    """Keep the optimizer state of a ZeRO engine in CPU memory."""
     deepspeed: str | None = None
     """Further DeepSpeed settings for a ZeRO engine: `frugal` where the last GiB counts, `overlap` where GPUs have room,
     or the path of a JSON file, with entries such as `zero_optimization.reduce_bucket_size`."""

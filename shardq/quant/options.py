@@ -8,12 +8,13 @@ DEFAULT_IGNORE = ("lm_head", "*embed*")  # linears that are never quantized
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
-    """Grids of activations, beside those of the weights."""
+    """Grids of activations."""
 
     bits: int | None = None
-    """Bits of activations, 4 to 16 (default: activations stay as they are, and nothing below counts but kv_bits)."""
+    """Bits of activations, 4 to 16 (default: activations have no grid, and of the options below only kv_bits
+    applies)."""
     kv_bits: int | None = None
-    """Bits of keys and values, 4 to 16 (default: they are no different from other activations)."""
+    """Bits of keys and values, 4 to 16 (default: as other activations)."""
     tensors: Literal["inputs", "all"] = "inputs"
     """Which activations: `inputs` of the quantized linears, as servers round them; or `all` that can be reached: inputs
     and outputs of the block and of every module in it, and attention's query, key, value, scores,
@@ -21,8 +22,8 @@ class ActivationOptions:
     symmetric: bool = True
     """Symmetric grids, or asymmetric ones."""
     granularity: Literal["tensor", "token"] = "tensor"
-    """`tensor`: one grid for all values, found from the calibration samples; `token`: one for each token, found as the
-    model runs, so that there is nothing to collect."""
+    """`tensor`: one grid for all values, found from the calibration samples; `token`: one for each token, found while
+    the model runs, with nothing to collect."""
     observer: Literal["minmax", "average", "percentile", "sqnr"] = "minmax"
     """Range of a tensor's grid: `minmax` of all values; `average` of the samples' own extremes; `percentile`; `sqnr`,
     where the noise of rounding and clipping is least (AIMET's tf-enhanced)."""
