@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shardq.errors import CheckpointError
 from shardq.formats import compressed_tensors, gptq
+from shardq.formats.shards import open_index
 from shardq.formats.source import WeightSource, open_source, read_config
 
 
@@ -15,6 +16,7 @@ def open_served(folder: Path) -> WeightSource:
         CheckpointError: as `open_source` and the decoders; no tensor is encoded although config.json says so.
         UnsupportedModelError: config.json names another scheme, or a kind that the decoders refuse.
     """
+    open_index(folder)  # first: a folder of another form is named by the files that it has
     scheme = read_config(folder).get("quantization_config")
     method = scheme.get("quant_method") if isinstance(scheme, dict) else None
     if not isinstance(scheme, dict) or method not in ("compressed-tensors", "gptq"):
