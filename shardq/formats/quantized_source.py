@@ -1,12 +1,16 @@
 """Checkpoints that are quantized already, by this tool or another, opened as the weights that programs serve."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shardq.errors import CheckpointError
 from shardq.formats import compressed_tensors, gptq
-from shardq.formats.shards import open_index
-from shardq.formats.source import WeightSource, open_source, read_config
+from shardq.formats.shards import Index
+from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config
+
+DECODERS: dict[str, Decoder] = {"compressed-tensors": compressed_tensors.encoded_tensors, "gptq": gptq.encoded_tensors}
 
 
 def open_served(folder: Path) -> WeightSource:
@@ -16,16 +20,17 @@ def open_served(folder: Path) -> WeightSource:
         CheckpointError: as `open_source` and the decoders; no tensor is encoded although config.json says so.
         UnsupportedModelError: config.json names another scheme, or a kind that the decoders refuse.
     """
-    open_index(folder)  # first: a folder of another form is named by the files that it has
-    scheme = read_config(folder).get("quantization_config")
+    return open_source(folder, partial(_encoded_tensors, folder))
+
+
+def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor]:
     method = scheme.get("quant_method") if isinstance(scheme, dict) else None
-    if not isinstance(scheme, dict) or method not in ("compressed-tensors", "gptq"):
-        return open_source(folder)
-    find = compressed_tensors.encoded_tensors if method == "compressed-tensors" else gptq.encoded_tensors
-    source = open_source(folder, partial(find, scheme=scheme))
-    if not any(tensor.decode for tensor in source.tensors.values()):
+    if method not in DECODERS:
+        return only_plain(folder, index, scheme)
+    encoded = list(DECODERS[method](index, scheme))
+    if not encoded:
         raise CheckpointError(f"{folder}: no tensor is quantized although config.json says {method}; download it again")
-    return source
+    return encoded
 
 
 def rounds_activations(folder: Path) -> bool:

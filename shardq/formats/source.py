@@ -7,7 +7,9 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -71,8 +73,9 @@ class SourceTensor:
         return sum(info.num_bytes for info in self.stored)
 
 
-Decoder = Callable[[Index], Iterable[SourceTensor]]
-"""Finds the tensors of a checkpoint that one storage scheme encodes; the others are taken as they are stored."""
+Decoder = Callable[[Index, Any], Iterable[SourceTensor]]
+"""Finds the tensors of a checkpoint that one storage scheme encodes; the others are taken as they are stored. The
+second argument is `quantization_config` of config.json, or None."""
 
 
 def as_stored(info: TensorInfo) -> SourceTensor:
@@ -179,8 +182,8 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
         CheckpointError: as `open_index` and `read_config`, or a tensor is stored encoded and plain.
         UnsupportedModelError: config.json names a scheme, and no decoder is given.
     """
-    index, config = open_index(folder), read_config(folder)
-    decoded = list((decoder or _decoder_for(folder, config))(index))
+    index, scheme = open_index(folder), read_config(folder).get("quantization_config")
+    decoded = list((decoder or partial(only_plain, folder))(index, scheme))
     encoded = {info.name for info in stored_in(decoded)}
     plain = [as_stored(info) for info in index.values() if info.name not in encoded]
     for tensor in decoded:
@@ -210,14 +213,18 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _decoder_for(folder: Path, config: dict) -> Decoder:
-    scheme = config.get("quantization_config")
+def only_plain(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor]:
+    """The decoder of checkpoints whose tensors are all stored as they are, which finds none.
+
+    Raises:
+        UnsupportedModelError: config.json names a scheme.
+    """
     if scheme:
         method = scheme.get("quant_method", "unknown method") if isinstance(scheme, dict) else scheme
         raise UnsupportedModelError(
             f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
         )
-    return lambda index: ()  # every tensor is stored as it is
+    return ()
 
 
 def _read_stored(info: TensorInfo, rows: Rows) -> Tensor:

@@ -27,7 +27,7 @@ from shardq.rundir.source import check_outside, noted
 CPU = torch.device("cpu")
 
 
-def int8_with_scales(index: Index) -> Iterable[SourceTensor]:
+def int8_with_scales(index: Index, scheme: object) -> Iterable[SourceTensor]:
     """The scheme: each row of a weight is int8 `NAME_codes` times its number of `NAME_scale`."""
     for name in [name.removesuffix("_codes") for name in index if name.endswith("_codes")]:
         codes, scale = index[f"{name}_codes"], index[f"{name}_scale"]
