@@ -60,6 +60,13 @@ class Launch:
         return subprocess.CompletedProcess(self.arguments, next(filter(None, self.codes), 0), stdout, stderr)
 
 
+def environment_of(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank of some on this host."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
+             "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
+    return {name: str(value) for name, value in place.items()}
+
+
 def start(num_ranks: int, program: list[str | Path], *, ends_others: bool = True, **env: object) -> Launch:
     """Start a program, a script and its arguments, on several ranks.
 
@@ -69,11 +76,9 @@ def start(num_ranks: int, program: list[str | Path], *, ends_others: bool = True
     """
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    place = {"OMP_NUM_THREADS": 1, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "localhost",
-             "MASTER_PORT": port} | env  # fmt: skip
-    places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(num_ranks)]
-    texts = [{name: str(value) for name, value in place.items()} for place in places]
-    return Launch(texts, list(map(str, program)), ends_others)
+    own = {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in env.items()}
+    places = [environment_of(rank, num_ranks, port) | own for rank in range(num_ranks)]
+    return Launch(places, list(map(str, program)), ends_others)
 
 
 def ranks(num_ranks: int, program: list[str | Path], **env: object) -> subprocess.CompletedProcess:

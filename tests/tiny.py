@@ -13,6 +13,15 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, Pr
 from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
 
+# Of AIMET's tensors in golden/, by the names of their files.
+GOLDEN_GRIDS = {
+    "w2_channel": IntegerGrid(bits=2),
+    "w3_channel": IntegerGrid(bits=3),
+    "w4_channel": IntegerGrid(bits=4),
+    "w8_channel": IntegerGrid(bits=8),
+    "w4_group16": IntegerGrid(bits=4, group_size=16),
+}
+
 LAUNCH_TIMEOUT_SECONDS = 600
 
 # Each token has an input of its own for every block, and the last two blocks take keys and values of earlier ones.

@@ -34,6 +34,7 @@ from shardq.cli import run_command  # noqa: E402
 from shardq.rundir.folder import RunFolder  # noqa: E402
 
 sys.path.insert(0, str(Path(shardq.__file__).parents[1] / "tests"))
+import forked  # noqa: E402
 import tiny  # noqa: E402  the package's own
 
 SECONDS = 300  # that one rank may take
@@ -130,9 +131,7 @@ def fork_rank(verb: str, arguments: list[str], rank: int, num_ranks: int, port: 
     pid = os.fork()
     if pid:
         return pid
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
-             "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(forked.environment_of(rank, num_ranks, port))
     said = os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import tiny
 from runs import quantize_arguments, result_files
 from shardq.cli import parse
@@ -21,9 +22,7 @@ def fork_run(arguments: list[str], rank: int, num_ranks: int, port: int, before:
     pid = os.fork()
     if pid:
         return pid
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
-             "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(forked.environment_of(rank, num_ranks, port))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     before()

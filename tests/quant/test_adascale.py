@@ -7,19 +7,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tiny
 from shardq.compiling import compiler, why_not
 from shardq.quant import adascale
 from shardq.quant.adascale import Kernels, Trained
 from shardq.quant.integer_grid import IntegerGrid
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_GRIDS = {
-    "w2_channel": IntegerGrid(bits=2),
-    "w3_channel": IntegerGrid(bits=3),
-    "w4_channel": IntegerGrid(bits=4),
-    "w8_channel": IntegerGrid(bits=8),
-    "w4_group16": IntegerGrid(bits=4, group_size=16),
-}
 PARAMETERS = ("s2", "s3", "beta", "gamma")
 FLOAT32_ROUNDING = {"rtol": 2e-6, "atol": 2e-7}
 EXP_ROUNDING = {"rtol": 5e-7, "atol": 0}  # of two exponentials: processors' libraries differ in their last bit
@@ -28,9 +22,9 @@ PLAIN = Kernels()
 Parameters = dict[str, Tensor]
 
 
-@pytest.fixture(params=GOLDEN_GRIDS, name="golden")
+@pytest.fixture(params=tiny.GOLDEN_GRIDS, name="golden")
 def _golden(request) -> tuple[dict[str, Tensor], IntegerGrid]:
-    return load_file(GOLDEN / f"{request.param}.safetensors"), GOLDEN_GRIDS[request.param]
+    return load_file(GOLDEN / f"{request.param}.safetensors"), tiny.GOLDEN_GRIDS[request.param]
 
 
 def trained(tensors: dict[str, Tensor]) -> Parameters:
@@ -90,7 +84,7 @@ def test_compiled_kernels_give_aimets_output_and_gradients():
     compiled = compiler(torch.device("cpu"), refused.append)
     kernels = Kernels(*(compiled(kernel, True) for kernel in PLAIN))
     for name in ("w4_channel", "w4_group16"):
-        tensors, grid = load_file(GOLDEN / f"{name}.safetensors"), GOLDEN_GRIDS[name]
+        tensors, grid = load_file(GOLDEN / f"{name}.safetensors"), tiny.GOLDEN_GRIDS[name]
         parameters = trained(tensors)
         output = fake_quantized(
             tensors["weight"], (tensors["min0"], tensors["max0"]), parameters, grid, kernels=kernels

@@ -7,19 +7,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tiny
 from shardq.quant.activation import ActivationLevels
 from shardq.quant.grid import SCALE_FLOOR
 from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_GRIDS = {
-    "w2_channel": IntegerGrid(bits=2),
-    "w3_channel": IntegerGrid(bits=3),
-    "w4_channel": IntegerGrid(bits=4),
-    "w8_channel": IntegerGrid(bits=8),
-    "w4_group16": IntegerGrid(bits=4, group_size=16),
-}
 GRIDS = [
     pytest.param(IntegerGrid(bits=bits, symmetric=symmetric), id=f"{bits}-{'' if symmetric else 'a'}symmetric")
     for bits in range(2, 9)
@@ -27,9 +21,9 @@ GRIDS = [
 ]
 
 
-@pytest.fixture(params=GOLDEN_GRIDS, name="golden")
+@pytest.fixture(params=tiny.GOLDEN_GRIDS, name="golden")
 def _golden(request) -> tuple[dict[str, Tensor], IntegerGrid]:
-    return load_file(GOLDEN / f"{request.param}.safetensors"), GOLDEN_GRIDS[request.param]
+    return load_file(GOLDEN / f"{request.param}.safetensors"), tiny.GOLDEN_GRIDS[request.param]
 
 
 def test_start_range_is_aimets(golden):
