@@ -25,7 +25,7 @@ def open_served(folder: Path) -> WeightSource:
 
 def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor]:
     method = scheme.get("quant_method") if isinstance(scheme, dict) else None
-    if method not in DECODERS:
+    if not isinstance(method, str) or method not in DECODERS:
         return only_plain(folder, index, scheme)
     encoded = list(DECODERS[method](index, scheme))
     if not encoded:

@@ -150,6 +150,8 @@ class TestGptq:
             opened(tmp_path, by_hand, {"quant_method": "gptq", "checkpoint_format": "marlin"})
         with pytest.raises(UnsupportedModelError, match=r"already quantized \(awq\)"):
             opened(tmp_path, by_hand, {"quant_method": "awq"})
+        with pytest.raises(UnsupportedModelError, match="already quantized"):
+            opened(tmp_path, by_hand, {"quant_method": ["gptq"]})
 
     def test_damage_is_named(self, tmp_path: Path, by_hand: dict):
         unordered = {name: one for name, one in by_hand.items() if "g_idx" not in name}
