@@ -143,11 +143,12 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
         codes = index.get(f"{name}_packed", index.get(name))
         if codes is None or codes.dtype not in ("I32", "I8"):
             raise CheckpointError(f"{index[f'{name}_scale'].file}: {name} has scales, but no codes")
-        more = [index.get(f"{name}_{part}") for part in ("zero_point", "g_idx", "shape")]
-        if (more[0] is None and has_zeros) or (more[2] is None and codes.name != name):
+        zeros, groups, shape = (index.get(f"{name}_{part}") for part in ("zero_point", "g_idx", "shape"))
+        if (zeros is None and has_zeros) or (shape is None and codes.name != name):
             raise CheckpointError(f"{codes.file}: {name} lacks its zero points or its shape; download it again")
         of_inputs = [index.get(f"{name.removesuffix('weight')}{part}") for part in OF_INPUTS]
-        yield _encoded(name, codes, index[f"{name}_scale"], *more, unused=[info for info in of_inputs if info])
+        unused = [info for info in of_inputs if info]
+        yield _encoded(name, codes, index[f"{name}_scale"], zeros, groups, shape, unused)
 
 
 def _check_scheme(scheme: dict) -> None:
