@@ -64,11 +64,16 @@ def index_of(folder: Path, shards: Iterable[str]) -> dict:
     return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
 
 
-def write_config(source: Path, folder: Path, dtype: torch.dtype, **more: object) -> None:
-    """Copy config.json with further entries, saying in which dtype the weights are to be loaded."""
+def write_config(source: Path, folder: Path, dtype: torch.dtype, scheme: dict | None = None) -> None:
+    """Copy config.json, saying in which dtype the weights are to be loaded, and how they are quantized.
+
+    Args:
+        scheme: the entry `quantization_config`; empty for plain weights.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")} | more)
+    config |= {"dtype": str(dtype).removeprefix("torch.")} | ({"quantization_config": scheme} if scheme else {})
+    write_json(folder / "config.json", config)
 
 
 def companions(folder: Path) -> list[Path]:
