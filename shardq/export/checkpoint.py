@@ -84,7 +84,7 @@ class Checkpoint(Format):
         """
         inputs = input_grids(self, linears, activations)
         tensors: dict[str, Tensor] = {}
-        for name, tensor in skeleton.block_tensors(block_index).items():
+        for name, tensor in skeleton.held_tensors(block_index).items():
             full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
             if full_name not in linears:
                 tensors |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
