@@ -87,7 +87,7 @@ class Checkpoint(Format):
         for name, tensor in skeleton.held_tensors(block_index).items():
             full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
             if full_name not in linears:
-                tensors |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
+                tensors[tensor.name] = skeleton.source.read_plain(tensor)
                 continue
             linear = linears[full_name]
             dtype = self.weight_dtype(skeleton, linear.grid)
