@@ -302,7 +302,8 @@ def test_blocks_that_tokens_alone_do_not_reach_are_refused(tmp_path: Path):
     skeleton = open_skeleton(tmp_path)
     with prologue(skeleton, CPU) as embed, pytest.raises(UnsupportedModelError) as caught:
         record_arguments(skeleton, embed, LENGTH)
-    assert "MllamaForCausalLM: model.layers.1 is not called where there are tokens alone" in str(caught.value)
+    name = "MllamaForConditionalGeneration: model.language_model.layers.1"
+    assert f"{name} is not called where there are tokens alone" in str(caught.value)
 
 
 def test_width_is_that_of_what_enters_a_block_not_the_embeddings(tmp_path: Path):
