@@ -15,7 +15,7 @@ class LeftSummary(TypedDict):
     parameters: int
     """Their values."""
     bytes: int
-    """Their size as they are stored."""
+    """Their size, decoded where they are stored encoded."""
 
 
 class QuantizeSummary(TypedDict):

@@ -40,7 +40,7 @@ class Left:
         reason: in words.
         names: the tensors' names in the checkpoint.
         num_parameters: their values.
-        num_bytes: their bytes as they are stored.
+        num_bytes: their bytes, decoded where they are stored encoded.
     """
 
     kind: str
@@ -126,7 +126,7 @@ def _left(kind: str, reason: str, tensors: list[tuple[SourceTensor, int]]) -> Le
         reason=reason,
         names=tuple(tensor.name for tensor, _ in tensors),
         num_parameters=sum(number for _, number in tensors),
-        num_bytes=sum(tensor.stored_bytes * number // max(1, prod(tensor.shape)) for tensor, number in tensors),
+        num_bytes=sum(tensor.num_bytes * number // max(1, prod(tensor.shape)) for tensor, number in tensors),
     )
 
 
@@ -144,7 +144,7 @@ class _Kinds:
     """The kind of a tensor that is left, and the reason, from the modules that take it."""
 
     def __init__(self, skeleton: Skeleton, owned: Mapping[str, nn.Module], ignored: tuple[str, ...]):
-        self._owned, self._ignored = owned, ignored
+        self._owned, self._ignored, self._users = owned, ignored, skeleton.users
         self._list_name, self._num_blocks = skeleton.list_name, len(skeleton.blocks)
         with own_code(type(skeleton.model).__name__, "it does not tell its text decoder"):
             decoder, self._head = skeleton.model.get_decoder(), skeleton.model.get_output_embeddings()
@@ -153,20 +153,21 @@ class _Kinds:
 
     def of(self, tensor: SourceTensor, names: Iterable[str]) -> tuple[str, str]:
         """Kind and reason of a tensor, by the names under which the model takes it."""
-        found = [self._of_owned(name, self._owned[name]) for name in names]
+        is_shared = len(self._users.get(tensor.name, ())) > 1
+        found = [self._of_owned(name, self._owned[name], is_shared) for name in names]
         if not found:
             kind = "further tokens" if self._predicts_further(tensor.name) else "unused"
             return kind, KINDS[kind]
         # A tied head is the embedding, which the model names first or last.
         return next((each for each in found if each[0] == "embedding"), found[0])
 
-    def _of_owned(self, name: str, module: nn.Module) -> tuple[str, str]:
+    def _of_owned(self, name: str, module: nn.Module, is_shared: bool) -> tuple[str, str]:
         path, _, parameter = name.rpartition(".")
         outside = self._part_outside(path)
         if module is not self._head and outside:
             return outside, "outside the text decoder"
         if is_linear(module) and parameter == "weight" and module is not self._head:
-            return self._of_linear(path)
+            return self._of_linear(path, is_shared)
         kind = self._kind(module, parameter)
         return kind, KINDS[kind]
 
@@ -184,12 +185,13 @@ class _Kinds:
             return "norm"
         return "router" if "router" in words or "gate" in words else "state"
 
-    def _of_linear(self, path: str) -> tuple[str, str]:
+    def _of_linear(self, path: str, is_shared: bool) -> tuple[str, str]:
         inner = path.removeprefix(f"{self._list_name}.").partition(".")[2]
         if not path.startswith(f"{self._list_name}."):
             return "linear outside the blocks", KINDS["linear outside the blocks"]
-        patterns = sorted(patterns_of(path, inner, self._ignored))
-        return "linear", f"quant.ignore {patterns[0]!r}" if patterns else "left by the rules of the target"
+        if patterns := sorted(patterns_of(path, inner, self._ignored)):
+            return "linear", f"quant.ignore {patterns[0]!r}"
+        return "linear", "several blocks share it" if is_shared else "left by the rules of the target"
 
     def _part_outside(self, path: str) -> str:
         """Name of a model's part that is not of its text decoder, such as a vision tower, in words; "" if it is."""
