@@ -18,6 +18,7 @@ from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
 from shardq.logs import Display
+from shardq.model.choice import shared_linears
 from shardq.model.ends import prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
@@ -210,6 +211,8 @@ def _say_what_will_be_done(run: Run) -> None:
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
         f"block{more}"
     )
+    if shared := shared_linears(run.skeleton):
+        line(f"{len(shared)} linear(s) stay in float, because several blocks share their weights: {', '.join(shared)}")
     if config.quant.grid.has_signed_scales:
         line(
             "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "

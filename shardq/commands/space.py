@@ -132,7 +132,7 @@ def _files(
     in_others = dict.fromkeys(formats, 0)
     for block in plan.blocks:
         grids = {matrix.tensor: grid for matrix, grid in block.grids.items()}
-        tensors = skeleton.block_tensors(block.index)
+        tensors = skeleton.held_tensors(block.index)
         if block.index not in finished:
             yield output / plan.block_shard(block.index), other_bytes(tensors, grids) + block.num_weights * itemsize
             codes = sum(code_bytes(matrix.shape, grid) for matrix, grid in block.grids.items())

@@ -61,7 +61,7 @@ def write_block_files(
     def write_weights(path: Path) -> None:
         quantized = assembled((matrix, linears[matrix.name].dequantized(dtype)) for matrix in block.grids)
         weights: dict[str, Tensor] = {}
-        for name, tensor in skeleton.block_tensors(block.index).items():
+        for name, tensor in skeleton.held_tensors(block.index).items():
             if name in quantized:
                 weights[tensor.name] = quantized.pop(name)
                 check_finite(path, {tensor.name: weights[tensor.name]})

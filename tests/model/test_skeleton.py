@@ -13,13 +13,11 @@ from transformers import (
     GptOssConfig,
     HrmTextConfig,
     JetMoeConfig,
-    Lfm2Config,
     LlavaConfig,
     MixtralConfig,
     OpenAIGPTConfig,
     PreTrainedConfig,
     Qwen3MoeConfig,
-    RwkvConfig,
     XLMConfig,
 )
 from transformers.utils import logging as transformers_logging
@@ -226,8 +224,6 @@ class TestRefusedTensors:
         ("config", "parts"),
         [
             (JetMoeConfig(**SIZES, kv_channels=8, num_local_experts=2, num_experts_per_tok=1), ["of fused experts"]),
-            (Lfm2Config(**SIZES, layer_types=["conv"] * 2), ["conv.conv.weight", "of a convolution (Conv1d)"]),
-            (RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2), ["time_mix_key is 3-dimensional;"]),
             (HrmTextConfig(**SIZES), ["gqkv_proj.weight is split, into", "self_attn.gate_proj.weight and 3 more"]),
         ],
         ids=lambda value: getattr(value, "model_type", ""),
