@@ -146,8 +146,8 @@ def _files(
             path = output / name / plan.block_shard(block.index)
             if name in checkpoints and (block.index not in finished or not path.exists()):
                 yield path, num_bytes
-    for number, infos in enumerate(plan.rest):
-        rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
+    for number, tensors in enumerate(plan.rest):
+        rest = sum(tensor.num_bytes + HEADER_BYTES for tensor in tensors)
         for name, chosen in formats.items():
             in_others[name] += rest * chosen.holds_weights
         for folder in ("", *checkpoints):

@@ -66,7 +66,7 @@ def write_block_files(
                 weights[tensor.name] = quantized.pop(name)
                 check_finite(path, {tensor.name: weights[tensor.name]})
             else:
-                weights |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
+                weights[tensor.name] = skeleton.source.read_plain(tensor)
         write_tensors(path, weights, {"format": "pt"})
 
     folder = RunFolder(output)
@@ -92,10 +92,11 @@ def write_run_files(
         The files whose digests complete the ledger.
     """
     folder = RunFolder(output)
-    rest = {output / plan.rest_shard(number): infos for number, infos in enumerate(plan.rest)}
-    for path, infos in rest.items():
+    rest = {output / plan.rest_shard(number): tensors for number, tensors in enumerate(plan.rest)}
+    for path, tensors in rest.items():
         if path not in kept:
-            write_tensors(path, {info.name: skeleton.source.read_stored(info) for info in infos}, {"format": "pt"})
+            plain = {tensor.name: skeleton.source.read_plain(tensor) for tensor in tensors}
+            write_tensors(path, plain, {"format": "pt"})
     merged = {folder.encodings(version): version for version in plan.encoding_versions}
     for path, version in merged.items():
         if path not in kept:
