@@ -12,7 +12,7 @@ from torch import Tensor
 from shardq.errors import CheckpointError
 from shardq.files import ASIDE, storage_errors, write_json, write_whole
 from shardq.formats.shards import INDEX_FILE, inside, read_header
-from shardq.formats.source import SourceTensor, without_scheme
+from shardq.formats.source import SCHEME, SourceTensor, without_scheme
 from shardq.quant.quantized import QuantizedLinear
 
 # What loads, prompts or licenses a model, beside config.json and weights; case counts, as in the hub's own patterns.
@@ -65,15 +65,16 @@ def index_of(folder: Path, shards: Iterable[str]) -> dict:
     return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
 
 
-def write_config(source: Path, folder: Path, dtype: torch.dtype, **more: object) -> None:
-    """Copy config.json, without the scheme that the source is stored by, saying in which dtype weights are loaded.
+def write_config(source: Path, folder: Path, dtype: torch.dtype, scheme: dict | None = None) -> None:
+    """Copy config.json, saying in which dtype weights are loaded, and how they are quantized, not the source.
 
     Args:
-        more: further entries.
+        scheme: the entry `quantization_config`; empty for plain weights.
     """
     config = without_scheme(json.loads((source / "config.json").read_text(encoding="utf-8")))
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")} | more)
+    config |= {"dtype": str(dtype).removeprefix("torch.")} | ({SCHEME: scheme} if scheme else {})
+    write_json(folder / "config.json", config)
 
 
 def companions(folder: Path) -> list[Path]:

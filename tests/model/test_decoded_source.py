@@ -13,6 +13,8 @@ from torch import Tensor
 
 from shardq.config import QuantOptions
 from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.export.hf import Hf
+from shardq.export.run_output import RunOutput
 from shardq.formats.shards import INDEX_FILE, Index, TensorInfo, open_index, read_tensor
 from shardq.formats.source import Rows, SourceTensor, WeightSource, open_source, stored_in
 from shardq.model.block import block_plans
@@ -20,7 +22,6 @@ from shardq.model.ends import epilogue, prologue
 from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
 from shardq.quant.quantized import QuantizedLinear
-from shardq.rundir.block_output import write_block_files, write_run_files
 from shardq.rundir.plan import make_plan
 from shardq.rundir.source import check_outside, noted
 
@@ -155,9 +156,10 @@ class TestModel:
         linear = QuantizedLinear(
             weight_OI.to(torch.int8), torch.ones(64, 1), torch.zeros(64, 1), QuantOptions(symmetric=True).grid
         )
+        result = RunOutput(tmp_path, encoded, plan, Hf("float32"))
         for block in plan.blocks:
-            write_block_files(tmp_path, encoded, plan, block, {"mlp.down_proj": linear}, {}, torch.float32, CPU)
-        write_run_files(tmp_path, encoded, plan, torch.float32)
+            result.write_block(block, {"mlp.down_proj": linear}, {}, CPU, {})
+        result.write_end()
         expected, written = load_file(plain.folder / "model.safetensors"), {}
         for shard in set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()):
             written |= load_file(tmp_path / shard)
