@@ -3,6 +3,8 @@
 import fnmatch
 import re
 
+from torch import nn
+
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.matrix import Matrix, matrices_in
 from shardq.model.skeleton import Skeleton
@@ -10,7 +12,7 @@ from shardq.quant.options import DEFAULT_IGNORE
 
 
 def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[Matrix]]:
-    """The matrices of each block that are to be quantized.
+    """The matrices of each block that are to be quantized; those of weights that blocks share are not.
 
     Args:
         ignore: full names, names within a block, or last parts of a name; shell patterns (`*.down_proj`) or, after
@@ -24,10 +26,10 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
     used: set[str] = set()
     chosen = []
     for block_name, block in skeleton.named_blocks.items():
-        matrices = matrices_in(block, lambda tensor, prefix=block_name: skeleton.tensor(f"{prefix}.{tensor}").name)
-        matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
+        matrices = _matrices_of(skeleton, block_name, block)
+        matches = {matrix: patterns_of(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
-        chosen.append([matrix for matrix in matrices if not matches[matrix]])
+        chosen.append([matrix for matrix in matrices if not matches[matrix] and not _is_shared(skeleton, matrix)])
     unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
     if unused:
         raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
@@ -36,6 +38,25 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
         raise UnsupportedModelError(f"{type(skeleton.model).__name__}: no linear would be quantized: "
                                     f"{_why_none(skeleton, ignore)}")  # fmt: skip
     return chosen
+
+
+def shared_linears(skeleton: Skeleton) -> list[str]:
+    """Full names of the linears whose weight is another block's too, by their first block."""
+    return [
+        f"{name}.{matrix.name}"
+        for number, (name, block) in enumerate(skeleton.named_blocks.items())
+        for matrix in _matrices_of(skeleton, name, block)
+        if _is_shared(skeleton, matrix) and skeleton.users[matrix.sources[0]][0] == number
+    ]
+
+
+def _is_shared(skeleton: Skeleton, matrix: Matrix) -> bool:
+    """Whether several blocks compute with a matrix: trained for one block, it would be another's, too."""
+    return any(len(skeleton.users[source]) > 1 for source in matrix.sources)
+
+
+def _matrices_of(skeleton: Skeleton, name: str, block: nn.Module) -> list[Matrix]:
+    return matrices_in(block, lambda tensor: skeleton.tensor(f"{name}.{tensor}").name)
 
 
 def _why_none(skeleton: Skeleton, ignore: tuple[str, ...]) -> str:
@@ -54,7 +75,8 @@ def _check_expressions(patterns: tuple[str, ...]) -> None:
             raise ConfigError(f"quant.ignore: {pattern!r} is no regular expression ({error})") from error
 
 
-def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+def patterns_of(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+    """The patterns that match a linear, by its name in the model or within its block."""
     candidates = (full_name, name, name.rpartition(".")[2])
     return {
         pattern

@@ -3,8 +3,10 @@
 The names and shapes of the checkpoint's tensors are checked against the model before any weight is read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.source import SourceTensor, WeightSource, open_source
-from shardq.model.build import build_on_meta, find_blocks
+from shardq.formats.quantized_source import open_checkpoint
+from shardq.formats.source import SourceTensor, WeightSource
+from shardq.model.build import build_on_meta, find_blocks, find_head
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import (
     WeightConverter,
@@ -46,6 +49,19 @@ class StandIn(nn.Module):
         self.answer: Callable[[Tensor, tuple, dict], object] | None = None
         self._block = (block,)  # in a tuple: not a submodule, whose weights the model would expect
         self._returns: object = None
+
+    def __getattr__(self, name: str) -> Any:
+        """A module or parameter of the block, which some models look at; on the meta device, without values."""
+        return super().__getattr__(name) if name.startswith("_") else getattr(self._block[0], name)
+
+    @contextmanager
+    def showing(self, loaded: nn.Module) -> Iterator[None]:
+        """While the body runs, the model finds a loaded block's modules here; some initialise buffers in them."""
+        block, self._block = self._block, (loaded,)
+        try:
+            yield
+        finally:
+            self._block = block
 
     def forward(self, *args, **kwargs):
         """Record the call."""
@@ -123,9 +139,17 @@ class Skeleton:
 
     @property
     def base_name(self) -> str:
-        """Name of the model's part that takes tokens and calls the blocks: everything except the head."""
+        """Name of the model's part that takes tokens and calls the blocks: everything except the head.
+
+        "" for the whole model, where the head lies in that part too.
+        """
         first, _, inner = self.list_name.partition(".")
-        return first if inner else ""
+        return first if inner and self.head not in self.model.get_submodule(first).modules() else ""
+
+    @property
+    def head(self) -> nn.Module:
+        """The linear that gives the logits."""
+        return find_head(self.model, self.list_name)
 
     def tensor(self, name: str) -> SourceTensor:
         """The source's tensor for the parameter or buffer `name`.
@@ -148,15 +172,29 @@ class Skeleton:
             for name in self.blocks[block_index].state_dict()
         }
 
+    @cached_property
+    def users(self) -> dict[str, list[int]]:
+        """The blocks that use each of the source's tensors of blocks, by its name: several, where blocks share it."""
+        users: dict[str, list[int]] = {}
+        for block_index in range(len(self.blocks)):
+            for tensor in self.block_tensors(block_index).values():
+                users.setdefault(tensor.name, []).append(block_index)
+        return users
+
+    def held_tensors(self, block_index: int) -> dict[str, SourceTensor]:
+        """Those of `block_tensors` that a block's file holds: what blocks share is in the file of the first."""
+        tensors = self.block_tensors(block_index)
+        return {name: tensor for name, tensor in tensors.items() if self.users[tensor.name][0] == block_index}
+
 
 def open_skeleton(folder: Path) -> Skeleton:
-    """Open a checkpoint folder: read config.json and the shards' headers, build the model without weights, check both.
+    """Open a checkpoint folder, however its weights are stored: build the model without weights, check both.
 
     Raises:
         CheckpointError: files are missing or do not fit config.json.
         UnsupportedModelError: a kind of model that cannot be quantized block by block.
     """
-    return skeleton_of(open_source(folder))
+    return skeleton_of(open_checkpoint(folder))
 
 
 def skeleton_of(source: WeightSource) -> Skeleton:
@@ -225,18 +263,15 @@ def _check_tensors(skeleton: Skeleton) -> None:
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}, supported are "
                 f"{', '.join(FLOAT_DTYPES)}; convert the checkpoint to bfloat16 first"
             )
-        if tensor.dim() > 2 and (name, tensor) in expected:
+        if tensor.dim() > 2 and (name, tensor) in expected and _is_of_experts(skeleton, name):
             raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional"
-                f"{_what_it_is_of(skeleton, name)}; such blocks are not supported yet"
+                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional, of fused experts; "
+                "such blocks are not supported yet"
             )
 
 
-def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
-    """The kind of a block's parameter with more than two dimensions, in words where it is known."""
+def _is_of_experts(skeleton: Skeleton, name: str) -> bool:
+    """Whether a block's parameter with more than two dimensions is of fused experts, not a convolution or a state."""
     prefix, block = next(pair for pair in skeleton.named_blocks.items() if name.startswith(f"{pair[0]}."))
     inner = name.removeprefix(f"{prefix}.").rpartition(".")[0]
-    owner = block.get_submodule(inner)
-    if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return f", of a convolution ({type(owner).__name__})"
-    return ", of fused experts" if "expert" in f"{inner} {type(owner).__name__}".lower() else ""
+    return "expert" in f"{inner} {type(block.get_submodule(inner)).__name__}".lower()

@@ -70,7 +70,8 @@ def stream_blocks(
         if kind not in slots:
             slots[kind] = copy.deepcopy(block)
         _carry_attributes(block, slots[kind])
-        fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
+        with skeleton.stand_ins[plan.index].showing(slots[kind]):
+            fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
         yield LoadedBlock(plan=plan, module=slots[kind], source=source, dtype=dtype)
         del source
         _return_freed_memory()
@@ -150,13 +151,19 @@ def _make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.devic
         if computed:
             with own_code(type(own_model).__name__, f"it cannot initialise the buffers of {type(owner).__name__}"):
                 initialise(own_model, owner)
-        for key in computed:
-            made = getattr(owner, key)
-            if made.is_floating_point() and made.isnan().any():
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}: buffer {f'{name}.{key}'.removeprefix('.')} is neither stored nor "
-                    "initialised by transformers"
-                )
+                if _without_value(owner, computed):  # some models compute the buffers of all their blocks themselves
+                    initialise(own_model, own_model)
+        for key in _without_value(owner, computed):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: buffer {f'{name}.{key}'.removeprefix('.')} is neither stored nor "
+                "initialised by transformers"
+            )
+
+
+def _without_value(owner: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of a module's buffers that hold NaN, which stands for what nothing has computed."""
+    buffers = {name: getattr(owner, name) for name in names}
+    return [name for name, buffer in buffers.items() if buffer.is_floating_point() and buffer.isnan().any()]
 
 
 def _with_models(
@@ -171,8 +178,7 @@ def _with_models(
 
 def _models_beside(skeleton: Skeleton, module: nn.Module) -> tuple[str, ...]:
     """Prefixes, within a module, of transformers models that have neither the blocks nor embeddings or head."""
-    model = skeleton.model
-    text = {skeleton.stand_ins, model.get_input_embeddings(), model.get_output_embeddings()}
+    text = {skeleton.stand_ins, skeleton.model.get_input_embeddings(), skeleton.head}
     return tuple(
         f"{name}."
         for name, inner in module.named_modules()
@@ -190,7 +196,7 @@ def materialised(
 ) -> Iterator[None]:
     """Hold the weights of a module outside the blocks (embeddings, norm, head) while the body runs.
 
-    Models besides the text decoder, such as those for images, get no weights: tokens do not reach them.
+    Models besides the text decoder, such as those for images, get NaN that takes no memory: tokens do not reach them.
 
     Args:
         prefix: the module's name in the model, "" for the model itself.
@@ -199,8 +205,10 @@ def materialised(
     buffers, beside = dict(module.named_buffers()), _models_beside(skeleton, module)
     tensors: dict[str, Tensor] = {}
     by_source: dict[str, Tensor] = {}
-    for name in module.state_dict():
-        if name.startswith(beside):
+    for name, empty in module.state_dict().items():
+        if name.startswith(beside):  # not left on the meta device: transformers asks a model where its first tensor is
+            nothing = torch.nan if empty.is_floating_point() else 0
+            tensors[name] = torch.full((), nothing, dtype=empty.dtype, device=device).expand(empty.shape)
             continue
         tensor = skeleton.tensor(f"{prefix}.{name}" if prefix else name)
         if tensor.name not in by_source:  # a tied tensor is read and kept once

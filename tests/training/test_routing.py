@@ -1,4 +1,4 @@
-"""The tokens of routed experts, against the router's own choices, and the power of tokens that all of them might get."""
+"""The tokens of routed experts against the router's own choices, and the power of the tokens of all of them."""
 
 import copy
 
