@@ -57,6 +57,8 @@ def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
     for block, entry in zip(run.plan.blocks, run.record.blocks.values(), strict=True):
         if entry.get("failed_tries"):
             display.line(f"  {block.name}: {_not_finite(entry)}")
+    if run.config.export.checkpoint == "packed":
+        display.line(f"  {output}/  is served as it is: vllm serve {output}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
