@@ -19,6 +19,7 @@ from shardq.export.target import as_served, check_served
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
+from shardq.formats.shards import unread
 from shardq.logs import Display
 from shardq.model.choice import shared_linears
 from shardq.model.ends import prologue
@@ -113,6 +114,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        for what in unread(folder):
+            display.line(f"not read: {what}")
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)
