@@ -72,6 +72,8 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
     display.line(share)
     for line in left:
         display.line(f"  {line}")
+    if run.config.export.checkpoint == "packed":
+        display.line(f"  {output}/  is served as it is: vllm serve {output}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
