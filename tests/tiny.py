@@ -24,6 +24,17 @@ GOLDEN_GRIDS = {
 
 LAUNCH_TIMEOUT_SECONDS = 600
 
+# Files of published checkpoints that every output has, beside config.json and weights.
+COMPANIONS = [
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "added_tokens.json", "tekken.json", "spiece.model",
+    "sentencepiece.bpe.model", "source.spm", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/tool_use.jinja", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "image_processor_config.json", "configuration_x.py",
+    "modeling_x.py", "tokenization_x.py", "LICENSE", "LICENSE.txt", "license.txt", "NOTICE", "Notice", "USE_POLICY.md",
+    "Model LICENSE AGREEMENT",
+]  # fmt: skip
+
 # Each token has an input of its own for every block, and the last two blocks take keys and values of earlier ones.
 GEMMA4 = Gemma4TextConfig(
     vocab_size=211, vocab_size_per_layer_input=211, hidden_size=48, intermediate_size=80, num_hidden_layers=6,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.source import SourceTensor, WeightSource, open_source
+from shardq.formats.quantized_source import open_checkpoint
+from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import (
@@ -179,13 +180,13 @@ class Skeleton:
 
 
 def open_skeleton(folder: Path) -> Skeleton:
-    """Open a checkpoint folder: read config.json and the shards' headers, build the model without weights, check both.
+    """Open a checkpoint folder, however its weights are stored: build the model without weights, check both.
 
     Raises:
         CheckpointError: files are missing or do not fit config.json.
         UnsupportedModelError: a kind of model that cannot be quantized block by block.
     """
-    return skeleton_of(open_source(folder))
+    return skeleton_of(open_checkpoint(folder))
 
 
 def skeleton_of(source: WeightSource) -> Skeleton:

@@ -131,8 +131,8 @@ class TestRefusedConfig:
         assert_refused(copied, CheckpointError, str(copied / "config.json"), "not a JSON object")
 
     def test_already_quantized(self, copied: Path):
-        change_config(copied, quantization_config={"quant_method": "gptq", "bits": 4})
-        assert_refused(copied, UnsupportedModelError, str(copied), "already quantized (gptq)")
+        change_config(copied, quantization_config={"quant_method": "bitsandbytes"})
+        assert_refused(copied, UnsupportedModelError, str(copied), "already quantized (bitsandbytes)")
 
     def test_already_quantized_by_a_method_without_name(self, copied: Path):
         change_config(copied, quantization_config={"bits": 4})
