@@ -103,9 +103,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
 
     def open_and_plan() -> tuple[QuantizeConfig, Skeleton, Plan]:
         skeleton, length = open_skeleton(folder), asked.calib.sequence_length
-        config, narrow = with_narrow_left(asked, skeleton)
-        if narrow:
-            display.line(f"{', '.join(narrow)}: in float, too narrow for {config.target}'s kernels")
+        config = with_narrow_left(asked, skeleton, display.line)
         companions(folder)  # copied after the last block; one that must not be copied is refused now
         _check_length(skeleton, length)
         plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))

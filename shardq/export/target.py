@@ -1,5 +1,6 @@
 """The requirements of the program that will serve a run's result, checked before work starts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -158,13 +159,16 @@ def _linear_fault(
     return None
 
 
-def with_narrow_left(config: QuantizeConfig, skeleton: Skeleton) -> tuple[QuantizeConfig, list[str]]:
-    """The options, which now ignore linears too narrow for the target's kernels; and the names of these in a block.
+def with_narrow_left(config: QuantizeConfig, skeleton: Skeleton, say: Callable[[str], None]) -> QuantizeConfig:
+    """The options, which now ignore linears too narrow for the target's kernels.
 
     Of linears that vLLM makes one of, all are narrow or none is ignored.
+
+    Args:
+        say: gets a line that names them, if there are any.
     """
     if config.target != "vllm":
-        return config, []
+        return config
     grid, degree = config.quant.grid, config.tensor_parallel
     multiple, kv_heads = VLLM_MULTIPLE[config.export.activation_bits], _heads(skeleton, degree)[1]
     fault_of = partial(_linear_fault, _ways(skeleton), kv_heads, multiple, degree)
@@ -180,9 +184,9 @@ def with_narrow_left(config: QuantizeConfig, skeleton: Skeleton) -> tuple[Quanti
         wider = [group for parent in parents for group in _fused_groups(block, parent) if not narrow.issuperset(group)]
         left |= narrow.difference(*wider)
     if not left:
-        return config, []
-    ignored = (*config.quant.ignored, *sorted(left))
-    return replace(config, quant=replace(config.quant, ignore=ignored)), sorted(left)
+        return config
+    say(f"{', '.join(sorted(left))}: in float in every block, too narrow for vLLM's kernels")
+    return replace(config, quant=replace(config.quant, ignore=(*config.quant.ignored, *sorted(left))))
 
 
 def _how_to_ignore(skeleton: Skeleton, name: str) -> str:
