@@ -8,10 +8,11 @@ from functools import partial
 from torch import Tensor
 
 from shardq.commands.prepare import Run
-from shardq.formats.shards import read_header, read_tensor
-from shardq.formats.source import stored_in
+from shardq.formats.shards import read_header
+from shardq.formats.source import as_stored, read_stored, stored_in, values_of
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan, LoadedBlock
+from shardq.model.layout import tensor_in
 from shardq.model.weights import stream_blocks
 from shardq.parallel.collectives import on_rank_zero, sum_over_ranks, together
 from shardq.rundir.source import agree
@@ -98,10 +99,12 @@ def _prepare_activations(run: Run, job: Job, first: int) -> None:
 def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tensor]]:
     """A finished block's quantized weights, as they are served and in the dtype of the computation."""
     device, dtype = run.ranks.device, run.config.optimize.dtype
-    written = read_header(run.output / run.plan.block_shard(block.index))
+    header = read_header(run.output / run.plan.block_shard(block.index))
+    written = {name: as_stored(info) for name, info in header.items()}
     for matrix in block.grids:
-        (name,) = matrix.sources
-        yield matrix, read_tensor(written[name]).to(device, dtype)
+        name = f"{block.name}.{matrix.tensor}"
+        tensor = tensor_in(written, name, matrix.shape, run.skeleton.layout[name])
+        yield matrix, values_of(tensor, read_stored).to(device, dtype)
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:

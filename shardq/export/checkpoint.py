@@ -16,9 +16,11 @@ from shardq.files import write_whole
 from shardq.formats.block_file import read_activations, read_block, read_grids
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
+from shardq.formats.source import SourceTensor, as_stored, read_stored, values_of
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.logs import Display
 from shardq.matrix import is_linear
+from shardq.model.layout import tensor_in
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -77,9 +79,10 @@ class Checkpoint(Format):
         linears = {skeleton.tensor(f"{name}.weight").name: linear for name, linear in codes.items()}
         inputs = input_grids(self, run, skeleton, block_index)
         tensors: dict[str, Tensor] = {}
-        for name, info in read_header(run / path.name).items():
+        for tensor in _apart(run / path.name, skeleton, block_index):
+            name = tensor.name
             if name not in linears:
-                tensors[name] = read_tensor(info)
+                tensors[name] = values_of(tensor, read_stored)
                 continue
             linear, bare_name = linears[name], name.removesuffix(".weight")
             dtype = self.weight_dtype(skeleton, linear.grid)
@@ -105,6 +108,16 @@ class Checkpoint(Format):
         dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
         write_config(skeleton.folder, folder, dtype, **({"quantization_config": described} if described else {}))
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
+
+
+def _apart(shard: Path, skeleton: Skeleton, block_index: int) -> list[SourceTensor]:
+    """The tensors of a block in a run's shard; those that the source joins, such as fused experts, as their parts."""
+    written = {name: as_stored(info) for name, info in read_header(shard).items()}
+    tensors = {}
+    for inner, like in skeleton.block_tensors(block_index).items():
+        pieces = skeleton.layout[f"{skeleton.names[block_index]}.{inner}"]
+        tensors[like.name] = tensor_in(written, like.name, like.shape, pieces)
+    return list(tensors.values())
 
 
 def in_transformers(package: str, load: str) -> str:

@@ -6,7 +6,7 @@ The digest of a stored tensor is taken as its bytes go by, without a pass for it
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ Digests = dict[str, str]
 Rows = list[int] | None
 """Indices of a tensor's first dimension, ascending; None for all of it."""
 
-Decode = Callable[[Callable[[TensorInfo, Rows], Tensor], Rows], Tensor]
-"""Makes a tensor's values, of some rows or of all. Its first argument reads some rows of a stored tensor, or all."""
+Read = Callable[[TensorInfo, Rows], Tensor]
+"""Reads some rows of a stored tensor, or all."""
+
+Decode = Callable[[Read, Rows], Tensor]
+"""Makes a tensor's values, of some rows or of all, from its stored tensors."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,63 @@ def stored_in(tensors: Iterable[SourceTensor]) -> list[TensorInfo]:
     return list({info.name: info for tensor in tensors for info in tensor.stored}.values())
 
 
+def values_of(tensor: SourceTensor, read: Read, rows: Rows = None) -> Tensor:
+    """A tensor's values, of some rows or of all, from what `read` gives of its stored tensors."""
+    return tensor.decode(read, rows) if tensor.decode else read(tensor.stored[0], rows)
+
+
+def range_of(tensor: SourceTensor, start: int, end: int) -> SourceTensor:
+    """Some values [end - start] of a tensor that follow each other; no more than needed is read.
+
+    What is read of a stored tensor counts as a stored one, `NAME[START:END]`, whose digest is taken and compared like
+    any other's: that of the whole would ask for a pass over all experts wherever one is read.
+    """
+    size = math.prod(tensor.shape[1:])
+    first, last = start // size, -(-end // size)
+    # A matrix may be encoded in blocks of several rows; of a fused tensor each expert is encoded by itself.
+    are_rows = len(tensor.shape) > 2 and all(info.shape[:1] == tensor.shape[:1] for info in tensor.stored)
+    if tensor.decode is None:
+        first, parts = 0, [_stored_range(tensor.stored[0], start, end)]
+    elif are_rows:
+        sizes = [math.prod(info.shape[1:]) for info in tensor.stored]
+        parts = [_stored_range(info, first * n, last * n) for info, n in zip(tensor.stored, sizes, strict=True)]
+    else:
+        first, parts = 0, list(tensor.stored)
+    part_of = {info.name: part for info, part in zip(tensor.stored, parts, strict=True)}
+
+    def decode(read: Read, rows: Rows) -> Tensor:
+        def read_part(info: TensorInfo, wanted: Rows) -> Tensor:
+            part = part_of[info.name]
+            if part is info:
+                return read(info, wanted)
+            values = read(part, None).reshape(-1, *info.shape[1:])
+            return values if wanted is None else values[[row - first for row in wanted]]
+
+        if tensor.decode is None:
+            values = read(parts[0], None).flatten()
+        else:
+            values = tensor.decode(read_part, list(range(first, last)) if are_rows else None).flatten()
+            values = values[start - first * size : end - first * size]
+        return values if rows is None else values[rows]
+
+    name = f"{tensor.name}[{start}:{end}]"
+    return SourceTensor(name, tensor.dtype, (end - start,), tuple(parts), decode)
+
+
+def _stored_range(info: TensorInfo, start: int, end: int) -> TensorInfo:
+    """Some values of a stored tensor as a stored tensor, or that itself if they are all."""
+    if (start, end) == (0, math.prod(info.shape)):
+        return info
+    size = info.num_bytes // math.prod(info.shape)
+    return replace(
+        info,
+        name=f"{info.name}[{start}:{end}]",
+        shape=(end - start,),
+        offset=info.offset + start * size,
+        num_bytes=(end - start) * size,
+    )
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """The tensors of a checkpoint folder.
@@ -116,7 +176,7 @@ class WeightSource:
             CheckpointError: a NaN or an infinity is found, the bytes are others, or `read_tensor`'s reasons.
         """
         whole = {info.name: read_tensor(info, pinned and tensor.decode is None) for info in tensor.stored}
-        values = _values(tensor, lambda info, rows: whole[info.name] if rows is None else whole[info.name][rows])
+        values = values_of(tensor, lambda info, rows: whole[info.name] if rows is None else whole[info.name][rows])
         _check_finite(tensor, values, is_buffer=is_buffer)
         for info in tensor.stored:
             self._check_same(info, whole[info.name])
@@ -124,7 +184,7 @@ class WeightSource:
 
     def read_unchecked(self, tensor: SourceTensor) -> Tensor:
         """Read a tensor's values, which may not be finite, from bytes that may have changed; raises `read_tensor`'s."""
-        return _values(tensor, _read_stored)
+        return values_of(tensor, read_stored)
 
     def read_rows(self, tensor: SourceTensor, rows: list[int]) -> Tensor:
         """Read some rows of a floating-point tensor's values, which must be finite.
@@ -132,7 +192,7 @@ class WeightSource:
         Raises:
             CheckpointError: a NaN or an infinity is found, or a file ended early.
         """
-        values = _values(tensor, _read_stored, rows)
+        values = values_of(tensor, read_stored, rows)
         _check_finite(tensor, values, rows)
         return values
 
@@ -159,9 +219,9 @@ class WeightSource:
             whole.update(_bytes_of(piece))
         _compare(info, whole.hexdigest(), self.digests)
 
-    def note_samples(self) -> None:
-        """Note a part of each stored tensor that has not been read: files may be exchanged before it is."""
-        unread = [info for name, info in self.index.items() if name not in self.digests]
+    def note_samples(self, stored: Iterable[TensorInfo]) -> None:
+        """Note some bytes of each of these that has not been read: files may be exchanged before it is."""
+        unread = [info for info in stored if info.name not in self.digests]
         self.samples.update({info.name: xxhash.xxh3_128_hexdigest(read_sample(info)) for info in unread})
 
     def _check_same(self, info: TensorInfo, raw: Tensor) -> None:
@@ -227,12 +287,9 @@ def only_plain(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor
     return ()
 
 
-def _read_stored(info: TensorInfo, rows: Rows) -> Tensor:
+def read_stored(info: TensorInfo, rows: Rows) -> Tensor:
+    """Read some rows of a stored tensor, or all; raises as `read_tensor`."""
     return read_tensor(info) if rows is None else read_rows(info, rows)
-
-
-def _values(tensor: SourceTensor, read: Callable[[TensorInfo, Rows], Tensor], rows: Rows = None) -> Tensor:
-    return tensor.decode(read, rows) if tensor.decode else read(tensor.stored[0], rows)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

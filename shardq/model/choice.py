@@ -24,7 +24,7 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
     used: set[str] = set()
     chosen = []
     for block_name, block in skeleton.named_blocks.items():
-        matrices = matrices_in(block, lambda tensor, prefix=block_name: skeleton.tensor(f"{prefix}.{tensor}").name)
+        matrices = matrices_in(block)
         matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
         chosen.append([matrix for matrix in matrices if not matches[matrix]])

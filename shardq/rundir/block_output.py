@@ -1,6 +1,6 @@
 """A finished block's files, and those that complete a run."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from shardq.formats.shards import DTYPES
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.matrix import assembled
 from shardq.model.block import BlockPlan
+from shardq.model.layout import is_whole, put_together
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -27,8 +28,8 @@ def written_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
     """Dtype of the quantized weights in the output checkpoint."""
     if option == "float32":
         return torch.float32
-    first = next(matrix for block in plan.blocks for matrix in block.grids)
-    return DTYPES[skeleton.source.tensors[first.sources[0]].dtype]
+    first = next(f"{block.name}.{matrix.tensor}" for block in plan.blocks for matrix in block.grids)
+    return DTYPES[skeleton.tensor(first).dtype]
 
 
 def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -60,14 +61,7 @@ def write_block_files(
 
     def write_weights(path: Path) -> None:
         quantized = assembled((matrix, linears[matrix.name].dequantized(dtype)) for matrix in block.grids)
-        weights: dict[str, Tensor] = {}
-        for name, tensor in skeleton.block_tensors(block.index).items():
-            if name in quantized:
-                weights[tensor.name] = quantized.pop(name)
-                check_finite(path, {tensor.name: weights[tensor.name]})
-            else:
-                weights |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
-        write_tensors(path, weights, {"format": "pt"})
+        write_tensors(path, dict(_in_source_form(skeleton, block, path, quantized, dtype)), {"format": "pt"})
 
     folder = RunFolder(output)
     writers = {folder.block(block.index): lambda path: write_block(path, full, grids)}
@@ -78,6 +72,34 @@ def write_block_files(
     # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
     return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
+
+
+def _in_source_form(
+    skeleton: Skeleton, block: BlockPlan, path: Path, quantized: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """A block's tensors as the source has them, by name, with quantized weights in their places.
+
+    Args:
+        path: the file that messages name.
+        quantized: by name within the block; they are taken out.
+    """
+    source, tensors = skeleton.source, skeleton.block_tensors(block.index)
+    for name, pieces in skeleton.stored_in_block(block.index).items():
+        stored = source.tensors[name]
+        is_quantized = not quantized.keys().isdisjoint(pieces)
+        if not is_quantized and is_whole(next(iter(pieces.values())), stored):
+            yield from ((info.name, source.read_stored(info)) for info in stored.stored)
+            continue
+
+        def value(inner: str, of_quantized: bool = is_quantized) -> Tensor:
+            if inner in quantized:
+                return quantized.pop(inner)
+            return source.read(tensors[inner]).to(dtype) if of_quantized else source.read(tensors[inner])
+
+        parts = ((piece.in_source, piece.in_model.of(value(inner))) for inner, piece in pieces.items())
+        made = put_together(stored.shape, parts)
+        check_finite(path, {name: made})
+        yield name, made
 
 
 def write_run_files(

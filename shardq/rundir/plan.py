@@ -106,8 +106,7 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
     """The source's tensors that are only copied: those of no block, or that a block's code does not use."""
-    numbers = range(len(skeleton.blocks))
-    in_blocks = {tensor.name for number in numbers for tensor in skeleton.block_tensors(number).values()}
+    in_blocks = {name for number in range(len(skeleton.blocks)) for name in skeleton.stored_in_block(number)}
     return [tensor for name, tensor in skeleton.source.tensors.items() if name not in in_blocks]
 
 

@@ -208,6 +208,7 @@ class TestReadSource:
         skeleton = open_skeleton(copied)
         model = skeleton.model.model
         model.register_buffer("limit", torch.empty(2, device="meta"))
+        skeleton.tensors["model.limit"] = skeleton.source.tensors["model.limit"]
         check_outside(skeleton)
         with materialised(skeleton, model, "model", CPU):
             assert model.limit.tolist() == [-torch.inf] * 2
