@@ -13,11 +13,14 @@ from shardq.compiling import why_not
 from shardq.config import QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
+from shardq.export.chosen import own_form
+from shardq.export.run_output import RunOutput
 from shardq.export.target import as_served, check_served
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
 from shardq.logs import Display
+from shardq.model.choice import shared_linears
 from shardq.model.ends import prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
@@ -72,6 +75,11 @@ class Run:
     display: Display
 
     @property
+    def result(self) -> RunOutput:
+        """What the run writes of its model."""
+        return RunOutput(self.output, self.skeleton, self.plan, own_form(self.config.export))
+
+    @property
     def cache(self) -> Path:
         """The folder of the activations."""
         return RunFolder(self.output).cache(self.config.cache, self.record.num_redos)
@@ -112,7 +120,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
         record, line = take_folder(output, manifest, config.resume, redo, folder_lock, display)
         if line is None:
             skeleton.source.digests.update(record.source)
-            mend(record, skeleton, plan, manifest, display)
+            mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
     skeleton, plan = together(ranks, open_and_plan)
@@ -210,6 +218,8 @@ def _say_what_will_be_done(run: Run) -> None:
         f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
         f"block{more}"
     )
+    if shared := shared_linears(run.skeleton):
+        line(f"{len(shared)} linear(s) stay in float, because several blocks share their weights: {', '.join(shared)}")
     if config.quant.grid.has_signed_scales:
         line(
             "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "

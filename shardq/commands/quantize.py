@@ -19,7 +19,6 @@ from shardq.logs import Display, Events
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.block_output import written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.summaries import QuantizeSummary
@@ -91,7 +90,7 @@ def _job_of(run: Run, events: Events) -> Job:
             method=config.quant.method,
             optimize=config.optimize,
             activations=config.activations,
-            written_dtype=written_dtype(run.skeleton, run.plan, config.export.dtype),
+            written_dtype=run.result.dtype,
         ),
         skeleton=run.skeleton,
         tokens_NT=run.tokens_NT,

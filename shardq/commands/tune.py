@@ -22,9 +22,13 @@ from shardq.commands.space import check_space_for_tuning
 from shardq.config import QuantOptions, TuneConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import CalibrationError, CheckpointError, ConfigError, ResumeError
+from shardq.export.checkpoint import Checkpoint
+from shardq.export.chosen import own_form
+from shardq.export.run_output import RunOutput
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
 from shardq.formats.checkpoint import companions
+from shardq.formats.options import ExportOptions
 from shardq.formats.source import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
@@ -35,7 +39,6 @@ from shardq.optimize.scale_tuner import ScaleTuner
 from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import write_block_files, write_run_files, written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, model_of
 from shardq.rundir.plan import Plan, make_plan
@@ -133,7 +136,7 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     record, _ = take_folder(output, manifest, "auto", None, folder_lock, display)
     skeleton.source.digests.update(quantized.source)
     plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
-    mend(record, skeleton, plan, manifest, display)
+    mend(record, RunOutput(output, skeleton, plan, _own_form(manifest)), display)
     return Found(manifest, options, tokens_NT, record, quantized.source)
 
 
@@ -251,15 +254,19 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
     return about["done"]
 
 
+def _own_form(manifest: dict) -> Checkpoint:
+    return own_form(ExportOptions(**manifest["options"]["export"]))
+
+
 def _write(output: Path, tuning: Tuning, found: Found) -> None:
     """Write the missing blocks, and the files that complete the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
-    dtype = written_dtype(skeleton, plan, found.manifest["options"]["export"]["dtype"])
+    result = RunOutput(output, skeleton, plan, _own_form(found.manifest))
     for block in plan.blocks:
         if block.index not in found.record.entries:
             grids, linears = written_grids(tuning.run, block), tuning.linears(block)
-            files = write_block_files(output, skeleton, plan, block, linears, grids, dtype, tuning.ranks.device)
+            files = result.write_block(block, linears, grids, tuning.ranks.device, {})
             source = noted(found.digests, skeleton, block.index)
             ledger.commit(output, block.index, files, world_size=tuning.ranks.world_size, source=source)
-    ledger.complete(output, write_run_files(output, skeleton, plan, dtype))
+    ledger.complete(output, result.write_end())
     remove(RunFolder(output).tuning_state)

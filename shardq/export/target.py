@@ -8,12 +8,12 @@ from torch import nn
 
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
+from shardq.export.checkpoint import model_dtype
 from shardq.export.chosen import check_installed, formats_of, served_as
 from shardq.formats import compressed_tensors, gptq
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
-from shardq.rundir.block_output import written_dtype
 from shardq.rundir.plan import Plan
 
 # vLLM 0.32: Marlin's groups, and the multiples that its CPU kernel (16-bit activations) and its CUTLASS kernel (int8
@@ -31,7 +31,7 @@ def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
     """
     if config.target is None:
         return plan
-    dtype = served_as(config.target, config.export).scale_dtype(written_dtype(skeleton, plan, "source"))
+    dtype = served_as(config.target, config.export).scale_dtype(model_dtype(skeleton, next(iter(plan.grids.values()))))
     try:
         return plan.with_scales_in(str(dtype).removeprefix("torch."))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, by this tool or another, opened as the weights that programs serve."""
+"""Checkpoints however they are stored, plain or quantized by this tool or another, opened as the weights they hold."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -8,13 +8,13 @@ from typing import Any
 from shardq.errors import CheckpointError
 from shardq.formats import compressed_tensors, gptq
 from shardq.formats.shards import Index
-from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config
+from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config, scheme_of
 
 DECODERS: dict[str, Decoder] = {"compressed-tensors": compressed_tensors.encoded_tensors, "gptq": gptq.encoded_tensors}
 
 
-def open_served(folder: Path) -> WeightSource:
-    """Open a checkpoint folder, quantized as compressed-tensors or GPTQ store it, or plain.
+def open_checkpoint(folder: Path) -> WeightSource:
+    """Open a checkpoint folder, plain or stored by a scheme of `DECODERS`.
 
     Raises:
         CheckpointError: as `open_source` and the decoders; no tensor is encoded although config.json says so.
@@ -34,6 +34,6 @@ def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[Source
 
 
 def rounds_activations(folder: Path) -> bool:
-    """Whether programs that serve a folder which `open_served` takes round what enters its linears."""
-    scheme = read_config(folder).get("quantization_config") or {}
+    """Whether programs that serve a folder which `open_checkpoint` takes round what enters its linears."""
+    scheme = scheme_of(read_config(folder)) or {}
     return any(group.get("input_activations") for group in (scheme.get("config_groups") or {}).values())

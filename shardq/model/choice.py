@@ -10,7 +10,7 @@ from shardq.quant.options import DEFAULT_IGNORE
 
 
 def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[Matrix]]:
-    """The matrices of each block that are to be quantized.
+    """The matrices of each block that are to be quantized; those of weights that blocks share are not.
 
     Args:
         ignore: full names, names within a block, or last parts of a name; shell patterns (`*.down_proj`) or, after
@@ -27,7 +27,8 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
         matrices = matrices_in(block)
         matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
-        chosen.append([matrix for matrix in matrices if not matches[matrix]])
+        unshared = [matrix for matrix in matrices if len(_users(skeleton, block_name, matrix)) == 1]
+        chosen.append([matrix for matrix in unshared if not matches[matrix]])
     unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
     if unused:
         raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
@@ -36,6 +37,21 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
         raise UnsupportedModelError(f"{type(skeleton.model).__name__}: no linear would be quantized: "
                                     f"{_why_none(skeleton, ignore)}")  # fmt: skip
     return chosen
+
+
+def shared_linears(skeleton: Skeleton) -> list[str]:
+    """Full names of the linears whose weight is another block's too, by their first block."""
+    return [
+        f"{name}.{matrix.name}"
+        for number, (name, block) in enumerate(skeleton.named_blocks.items())
+        for matrix in matrices_in(block)
+        if len(users := _users(skeleton, name, matrix)) > 1 and users[0] == number
+    ]
+
+
+def _users(skeleton: Skeleton, block_name: str, matrix: Matrix) -> list[int]:
+    """The blocks that compute with a block's matrix: trained for one of several, it would be another's, too."""
+    return skeleton.users[skeleton.layout[f"{block_name}.{matrix.tensor}"][0].source]
 
 
 def _why_none(skeleton: Skeleton, ignore: tuple[str, ...]) -> str:

@@ -3,8 +3,11 @@
 The names and shapes of the checkpoint's tensors are checked against the model before any weight is read.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.source import SourceTensor, WeightSource, open_source
+from shardq.formats.quantized_source import open_checkpoint
+from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.build import build_on_meta, find_blocks
 from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
@@ -43,6 +47,19 @@ class StandIn(nn.Module):
         self.answer: Callable[[Tensor, tuple, dict], object] | None = None
         self._block = (block,)  # in a tuple: not a submodule, whose weights the model would expect
         self._returns: object = None
+
+    def __getattr__(self, name: str) -> Any:
+        """A module or parameter of the block, which some models look at; on the meta device, without values."""
+        return super().__getattr__(name) if name.startswith("_") else getattr(self._block[0], name)
+
+    @contextmanager
+    def showing(self, loaded: nn.Module) -> Iterator[None]:
+        """While the body runs, the model finds a loaded block's modules here; some initialise buffers in them."""
+        block, self._block = self._block, (loaded,)
+        try:
+            yield
+        finally:
+            self._block = block
 
     def forward(self, *args, **kwargs):
         """Record the call."""
@@ -147,8 +164,26 @@ class Skeleton:
             for name in self.blocks[block_index].state_dict()
         }
 
-    def stored_in_block(self, block_index: int) -> dict[str, dict[str, Piece]]:
-        """The source's tensors that a block is stored in, by name; of each the pieces, by name within the block."""
+    @cached_property
+    def users(self) -> dict[str, list[int]]:
+        """The blocks that use each of the source's tensors of blocks, by its name: several, where blocks share it."""
+        users: dict[str, list[int]] = {}
+        for block_index in range(len(self.blocks)):
+            for name in self._pieces_of(block_index):
+                users.setdefault(name, []).append(block_index)
+        return users
+
+    def held_tensors(self, block_index: int) -> dict[str, SourceTensor]:
+        """Those of `block_tensors` that a block's file holds: what blocks share is in the file of the first."""
+        held = {name for pieces in self.held_pieces(block_index).values() for name in pieces}
+        return {name: tensor for name, tensor in self.block_tensors(block_index).items() if name in held}
+
+    def held_pieces(self, block_index: int) -> dict[str, dict[str, Piece]]:
+        """For each tensor of the source that a block's file holds, what `held_tensors` have of it, by their names."""
+        pieces = self._pieces_of(block_index)
+        return {name: of_name for name, of_name in pieces.items() if self.users[name][0] == block_index}
+
+    def _pieces_of(self, block_index: int) -> dict[str, dict[str, Piece]]:
         found: dict[str, dict[str, Piece]] = {}
         for name in self.blocks[block_index].state_dict():
             for piece in self.layout[f"{self.list_name}.{block_index}.{name}"]:
@@ -157,13 +192,13 @@ class Skeleton:
 
 
 def open_skeleton(folder: Path) -> Skeleton:
-    """Open a checkpoint folder: read config.json and the shards' headers, build the model without weights, check both.
+    """Open a checkpoint folder, however its weights are stored: build the model without weights, check both.
 
     Raises:
         CheckpointError: files are missing or do not fit config.json.
         UnsupportedModelError: a kind of model that cannot be quantized block by block.
     """
-    return skeleton_of(open_source(folder))
+    return skeleton_of(open_checkpoint(folder))
 
 
 def skeleton_of(source: WeightSource) -> Skeleton:
@@ -178,6 +213,7 @@ def skeleton_of(source: WeightSource) -> Skeleton:
         block_list[number] = StandIn(block)
     skeleton = Skeleton(source, model, blocks, list_name, layout, tensors)
     _check_tensors(skeleton)
+    _check_pieces(skeleton)
     return skeleton
 
 
@@ -194,18 +230,28 @@ def _check_tensors(skeleton: Skeleton) -> None:
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}, supported are "
                 f"{', '.join(FLOAT_DTYPES)}; convert the checkpoint to bfloat16 first"
             )
-        if tensor.dim() > 2 and (name, tensor) in expected:
+        if tensor.dim() > 2 and (name, tensor) in expected and _is_of_experts(skeleton, name):
             raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional"
-                f"{_what_it_is_of(skeleton, name)}; such blocks are not supported yet"
+                f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional, of fused experts; "
+                "such blocks are not supported yet"
             )
 
 
-def _what_it_is_of(skeleton: Skeleton, name: str) -> str:
-    """The kind of a block's parameter with more than two dimensions, in words where it is known."""
+def _check_pieces(skeleton: Skeleton) -> None:
+    """Check that each tensor of the source that blocks use is one block's, all of it, or is shared as a whole."""
+    for number in range(len(skeleton.blocks)):
+        for name, pieces in skeleton.held_pieces(number).items():
+            stored = skeleton.source.tensors[name]
+            places = {piece.in_source for piece in pieces.values()}
+            if sum(place.num_values for place in places) != math.prod(stored.shape):
+                raise UnsupportedModelError(
+                    f"{stored.file}: only part of tensor {name} is of block {skeleton.names[number]}; such checkpoints "
+                    "are not supported"
+                )
+
+
+def _is_of_experts(skeleton: Skeleton, name: str) -> bool:
+    """Whether a block's parameter with more than two dimensions is of fused experts, not a convolution or a state."""
     prefix, block = next(pair for pair in skeleton.named_blocks.items() if name.startswith(f"{pair[0]}."))
     inner = name.removeprefix(f"{prefix}.").rpartition(".")[0]
-    owner = block.get_submodule(inner)
-    if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return f", of a convolution ({type(owner).__name__})"
-    return ", of fused experts" if "expert" in f"{inner} {type(owner).__name__}".lower() else ""
+    return "expert" in f"{inner} {type(block.get_submodule(inner)).__name__}".lower()

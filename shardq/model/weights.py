@@ -70,7 +70,8 @@ def stream_blocks(
         if kind not in slots:
             slots[kind] = copy.deepcopy(block)
         _carry_attributes(block, slots[kind])
-        fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
+        with skeleton.stand_ins[plan.index].showing(slots[kind]):
+            fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
         yield LoadedBlock(plan=plan, module=slots[kind], source=source, dtype=dtype)
         del source
         _return_freed_memory()
@@ -150,13 +151,19 @@ def _make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.devic
         if computed:
             with own_code(type(own_model).__name__, f"it cannot initialise the buffers of {type(owner).__name__}"):
                 initialise(own_model, owner)
-        for key in computed:
-            made = getattr(owner, key)
-            if made.is_floating_point() and made.isnan().any():
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}: buffer {f'{name}.{key}'.removeprefix('.')} is neither stored nor "
-                    "initialised by transformers"
-                )
+                if _without_value(owner, computed):  # some models compute the buffers of all their blocks themselves
+                    initialise(own_model, own_model)
+        for key in _without_value(owner, computed):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: buffer {f'{name}.{key}'.removeprefix('.')} is neither stored nor "
+                "initialised by transformers"
+            )
+
+
+def _without_value(owner: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of a module's buffers that hold NaN, which stands for what nothing has computed."""
+    buffers = {name: getattr(owner, name) for name in names}
+    return [name for name, buffer in buffers.items() if buffer.is_floating_point() and buffer.isnan().any()]
 
 
 def _with_models(

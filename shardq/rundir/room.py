@@ -55,7 +55,7 @@ def code_bytes(shape: tuple[int, ...], grid: Grid) -> int:
 
 def other_bytes(tensors: Mapping[str, SourceTensor], quantized: Container[str]) -> int:
     """Bytes of a block's tensors, given by name, without those that are quantized."""
-    return sum(HEADER_BYTES + tensor.stored_bytes * (name not in quantized) for name, tensor in tensors.items())
+    return sum(HEADER_BYTES + tensor.num_bytes * (name not in quantized) for name, tensor in tensors.items())
 
 
 def bytes_there(path: Path) -> int:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config
+from transformers import GPT2Config, Zamba2Config
 
 import tiny
 from shardq.errors import ConfigError, UnsupportedModelError
-from shardq.model.choice import matrices_to_quantize
+from shardq.model.choice import matrices_to_quantize, shared_linears
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.quant.options import DEFAULT_IGNORE
 
@@ -27,6 +27,22 @@ def test_matrices_know_their_shape(llama: Path):
     for number, matrices in enumerate(matrices_to_quantize(skeleton, DEFAULT_IGNORE)):
         for matrix in matrices:
             assert matrix.shape == skeleton.source.tensors[f"model.layers.{number}.{matrix.name}.weight"].shape
+
+
+def test_weights_that_blocks_share_stay_in_float_and_are_stored_once(tmp_path: Path):
+    config = Zamba2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2, hybrid_layer_ids=[1, 3], mamba_d_state=8,
+        n_mamba_heads=4, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1,
+    )  # fmt: skip
+    skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+    of_mamba = ["mamba.in_proj", "mamba.out_proj"]
+    of_hybrid = ["linear", *(f"mamba_decoder.{name}" for name in of_mamba)]
+    assert chosen(skeleton, DEFAULT_IGNORE) == [of_mamba, of_hybrid, of_mamba, of_hybrid]
+    shared = [f"{name}.weight" for name in shared_linears(skeleton)]
+    assert len(shared) == 10 and all(name.startswith("model.layers.1.shared_transformer.") for name in shared)
+    held = [tensor.name for number in range(4) for tensor in skeleton.held_tensors(number).values()]
+    assert len(held) == len(set(held)) and set(shared) <= set(held)
 
 
 class TestIgnore:

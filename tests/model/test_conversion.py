@@ -67,7 +67,5 @@ def test_an_expert_that_is_missing_is_told(tmp_path: Path):
 def test_values_that_change_places_in_no_even_steps_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch):
     rule = WeightConverter("q_proj.weight", "q_proj.weight", [PermuteForRope()])
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [rule])
-    with pytest.raises(
-        UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by PermuteForRope, whi"
-    ):
+    with pytest.raises(UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by PermuteForRope, whi"):
         open_skeleton(llama)

@@ -267,6 +267,7 @@ class TestBuffers:
         skeleton = open_skeleton(folder)
         for owner in (skeleton.model.model, skeleton.blocks[0]):
             owner.register_buffer("limit", torch.zeros(64, device="meta"))
+        skeleton.tensors.update({name: skeleton.source.tensors[name] for name in names})
         return skeleton
 
     @pytest.mark.parametrize("in_block", [True, False])
