@@ -19,6 +19,7 @@ from shardq.export.target import as_served, check_served
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
+from shardq.formats.shards import unread
 from shardq.logs import Display
 from shardq.model.choice import shared_linears
 from shardq.model.ends import prologue
@@ -104,7 +105,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
         companions(folder)  # copied after the last block; one that must not be copied is refused now
         _check_length(skeleton, length)
-        plan = as_served(config, skeleton, make_plan(skeleton, config.quant))
+        plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             plan = plan.with_arguments(record_arguments(skeleton, embed, length))
@@ -113,6 +114,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        for what in unread(folder):
+            display.line(f"not read: {what}")
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)

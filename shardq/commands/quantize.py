@@ -11,7 +11,7 @@ from shardq.commands.prepare import Run, begin, prepare
 from shardq.commands.redo import remove_what_completes
 from shardq.commands.resume import blocks_to_do
 from shardq.commands.space import check_space
-from shardq.commands.summary import say_block_done, say_what_is_where, summary_of
+from shardq.commands.summary import account_of_run, say_block_done, say_what_is_where, summary_of
 from shardq.compiling import compiler, eager
 from shardq.config import QuantizeConfig
 from shardq.errors import located
@@ -59,8 +59,9 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
                         stop_if_asked(run.output, ranks, run.record.num_done, run.plan.num_blocks)
                 complete(run, job, on_commit)
         export_missing(run)
-        summary = summary_of(run, time.perf_counter() - begun)
-        say_what_is_where(run, summary)
+        account = account_of_run(run)
+        summary = summary_of(run, account, time.perf_counter() - begun)
+        say_what_is_where(run, account, summary)
         return summary
 
 

@@ -4,6 +4,7 @@ from shardq.commands.prepare import Run
 from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
 from shardq.parallel.collectives import max_over_ranks
+from shardq.rundir.account import Account, account_of
 from shardq.rundir.folder import RunFolder
 from shardq.summaries import QuantizeSummary
 from shardq.training.objective import LOSSES
@@ -28,10 +29,16 @@ def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int,
         run.display.line(f"block {block.index} has come out otherwise; all after it are done again")
 
 
-def summary_of(run: Run, seconds: float) -> QuantizeSummary:
+def account_of_run(run: Run) -> Account:
+    """What became of every tensor of a run's source."""
+    return account_of(run.skeleton, run.plan.grids, run.config.quant.ignored)
+
+
+def summary_of(run: Run, account: Account, seconds: float) -> QuantizeSummary:
     """The facts of a finished run that `quantize` returns, those of all ranks together.
 
     Args:
+        account: of the source's tensors.
         seconds: duration of this call.
     """
     entries = list(run.record.blocks.values())
@@ -41,11 +48,13 @@ def summary_of(run: Run, seconds: float) -> QuantizeSummary:
         "blocks": len(entries),
         "seconds": round(seconds, 3),
         "peak_rss_bytes": int(max_over_ranks(run.ranks, peak_rss_bytes())),
-    } | means
+        **means,
+        **account.facts(),
+    }
 
 
-def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
-    """Print the result of a finished run, its files, and the next steps."""
+def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> None:
+    """Print the result of a finished run, what became of the source's tensors, the files, and the next steps."""
     display, output = run.display, run.output
     losses = [
         said.format(summary[f"{kind}_before"], summary[f"{kind}_after"])
@@ -57,6 +66,12 @@ def say_what_is_where(run: Run, summary: QuantizeSummary) -> None:
     for block, entry in zip(run.plan.blocks, run.record.blocks.values(), strict=True):
         if entry.get("failed_tries"):
             display.line(f"  {block.name}: {_not_finite(entry)}")
+    share, *left = account.lines()
+    display.line(share)
+    for line in left:
+        display.line(f"  {line}")
+    if run.config.export.checkpoint == "packed":
+        display.line(f"  {output}/  is served as it is: vllm serve {output}")
     display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:

@@ -25,7 +25,7 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
     chosen = []
     for block_name, block in skeleton.named_blocks.items():
         matrices = matrices_in(block)
-        matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
+        matches = {matrix: patterns_of(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
         unshared = [matrix for matrix in matrices if len(_users(skeleton, block_name, matrix)) == 1]
         chosen.append([matrix for matrix in unshared if not matches[matrix]])
@@ -70,7 +70,8 @@ def _check_expressions(patterns: tuple[str, ...]) -> None:
             raise ConfigError(f"quant.ignore: {pattern!r} is no regular expression ({error})") from error
 
 
-def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+def patterns_of(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+    """The patterns that match a linear, by its name in the model or within its block."""
     candidates = (full_name, name, name.rpartition(".")[2])
     return {
         pattern

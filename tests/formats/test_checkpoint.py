@@ -9,6 +9,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
+import tiny
 from shardq.errors import CheckpointError
 from shardq.formats import checkpoint
 from shardq.formats.shards import INDEX_FILE, TensorInfo, open_index
@@ -99,18 +100,11 @@ def test_config_has_no_trace_of_how_the_source_was_stored(tmp_path):
     checkpoint.write_config(source, folder, torch.bfloat16)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert written == config | {"text_config": {"hidden_size": 8}, "dtype": "bfloat16"}
-    checkpoint.write_config(source, folder, torch.bfloat16, quantization_config={"quant_method": "gptq"})
+    checkpoint.write_config(source, folder, torch.bfloat16, {"quant_method": "gptq"})
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert written["quantization_config"] == {"quant_method": "gptq"} and len(written["text_config"]) == 1
 
 
-COPIED = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",
-          "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "added_tokens.json", "tekken.json", "spiece.model",
-          "sentencepiece.bpe.model", "source.spm", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
-          "additional_chat_templates/tool_use.jinja", "generation_config.json", "preprocessor_config.json",
-          "processor_config.json", "video_preprocessor_config.json", "image_processor_config.json",
-          "configuration_x.py", "modeling_x.py", "tokenization_x.py", "LICENSE", "LICENSE.txt", "license.txt", "NOTICE",
-          "Notice", "USE_POLICY.md", "Model LICENSE AGREEMENT"]  # fmt: skip
 LEFT = ["model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "tokenizer.bin", "vocab.gguf",
         "config.json", INDEX_FILE, "pytorch_model.bin", "README.md", "params.json", "adapter_config.json",
         "original/tokenizer.model", "onnx/model.onnx", "tokenizer.json.partial", "tokenizer_backup/tokenizer.json",
@@ -119,13 +113,13 @@ LEFT = ["model.safetensors", "consolidated.safetensors", "consolidated.00.pth", 
 
 def test_companions_are_copied_byte_by_byte_and_weights_are_not(tmp_path):
     source, folder = tmp_path / "source", tmp_path / "output"
-    for number, name in enumerate(COPIED + LEFT):
+    for number, name in enumerate(tiny.COMPANIONS + LEFT):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(bytes([number, 0, 255]))
     checkpoint.copy_companions(source, folder)
     written = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-    assert sorted(written) == sorted(COPIED)
-    assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in COPIED)
+    assert sorted(written) == sorted(tiny.COMPANIONS)
+    assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in tiny.COMPANIONS)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "additional_chat_templates/a.jinja"])
