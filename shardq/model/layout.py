@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shardq.errors import UnsupportedModelError
-from shardq.formats.source import Read, Rows, SourceTensor, range_of, values_of
+from shardq.formats.ranges import range_of
+from shardq.formats.source import Read, Rows, SourceTensor, values_of
 from shardq.model.experts import FusedView
 
 
