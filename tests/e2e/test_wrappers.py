@@ -1,9 +1,11 @@
 """Text decoders within wrappers for images: quantized, exported, and loaded in the wrapper's own class."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, Gemma3Config, PretrainedConfig, PreTrainedModel, Qwen3VLConfig
@@ -77,6 +79,12 @@ def test_wrapper_answers_with_and_without_an_image(run: Path):
             assert torch.equal(found_NTV, ours(**inputs).logits)
             assert not torch.equal(found_NTV, original(**inputs).logits.bfloat16())
     assert packed.generate(**prompt_with_image(ours.config), max_new_tokens=2, do_sample=False).shape[1] == 9
+
+
+def test_model_card_names_the_class_that_loads_the_wrapper(run: Path):
+    (factory,) = re.findall(r"(\w+)\.from_pretrained", (run / "compressed-tensors" / "README.md").read_text())
+    model = getattr(transformers, factory).from_pretrained(run / "compressed-tensors")
+    assert type(model) is type(tiny.whole_model(run))
 
 
 def test_only_linears_of_the_text_decoder_are_changed_and_all_others_are_ignored_by_name(run: Path):
