@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shardq.errors import UnsupportedModelError
+from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.ranges import range_of
 from shardq.formats.source import Read, Rows, SourceTensor, values_of
 from shardq.model.experts import FusedView
@@ -73,6 +73,20 @@ def is_whole(piece: Piece, stored: SourceTensor) -> bool:
     return piece.in_source == piece.in_model == whole(stored.shape)
 
 
+def check_shape(tensors: Mapping[str, SourceTensor], pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
+    """Check that a checkpoint's tensor that is one of a model has the shape that the model asks for.
+
+    Raises:
+        CheckpointError: it has another one.
+    """
+    stored = tensors[pieces[0].source]
+    if len(pieces) == 1 and is_whole(pieces[0], stored) and stored.shape != shape:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, config.json asks for {list(shape)}; "
+            "config.json and weights belong to different models"
+        )
+
+
 def cut(part: Part, pieces: Mapping[Part, Piece]) -> tuple[Piece, ...]:
     """The pieces that a part of a tensor is made of; none where it crosses the tensor's.
 
@@ -102,7 +116,7 @@ def with_views(layout: Layout, views: Mapping[str, FusedView]) -> Layout:
     """The layout of a model in which some tensors have been replaced by views of them.
 
     Args:
-        views: by name of the new tensor.
+        views: by name of the new tensor; one that is stored under that name is that.
 
     Raises:
         UnsupportedModelError: a view crosses the pieces of the tensor that it is of.
