@@ -92,4 +92,5 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int, advice: str):
         super().__init__(f"ended by {signal.Signals(number).name}; {advice}")
+        self.number = number
         self.exit_code = 128 + number

@@ -3,6 +3,21 @@
 from typing import NotRequired, TypedDict
 
 
+class LeftSummary(TypedDict):
+    """Of the tensors of one kind that are not quantized."""
+
+    kind: str
+    """Such as `embedding`, `norm`, `router`, or the name of a part outside the text decoder."""
+    reason: str
+    """Why they are left as they are."""
+    tensors: int
+    """Their number."""
+    parameters: int
+    """Their values."""
+    bytes: int
+    """Their size, decoded where they are stored encoded."""
+
+
 class QuantizeSummary(TypedDict):
     """Of a run, the part before an interruption included."""
 
@@ -23,6 +38,12 @@ class QuantizeSummary(TypedDict):
     the model's predictions."""
     divergence_after: float | None
     """The same after training."""
+    parameters: int
+    """Values of all tensors of the source."""
+    quantized_parameters: int
+    """Those that are quantized."""
+    left: list[LeftSummary]
+    """The others, by kind, the largest first."""
 
 
 class TuneSummary(TypedDict):
@@ -81,6 +102,12 @@ class VerifySummary(TypedDict):
     """Of a run: its decoder blocks."""
     linears: NotRequired[int]
     """Of a run: its quantized linears."""
+    parameters: NotRequired[int]
+    """Of a run: values of all tensors of its checkpoint."""
+    quantized_parameters: NotRequired[int]
+    """Of a run: those that are quantized."""
+    left: NotRequired[list[LeftSummary]]
+    """Of a run: the others, by kind, the largest first."""
     format: NotRequired[str]
     """Of an export: its format."""
     files: NotRequired[int]

@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from shardq.commands.prepare import Run
 from shardq.config import ExportConfig
+from shardq.export.checkpoint import Checkpoint
 from shardq.export.chosen import checkpoints_of
 from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
@@ -12,7 +14,6 @@ from shardq.model.block import BlockPlan
 from shardq.parallel.collectives import barrier, on_rank_zero
 from shardq.quant.activation import ActivationGrid
 from shardq.rundir import ledger
-from shardq.rundir.block_output import write_block_files, write_run_files
 from shardq.rundir.source import noted
 from shardq.training import checkpoint
 from shardq.training.trainer import Job
@@ -33,11 +34,10 @@ def commit_block(
     """
 
     def commit() -> dict:
-        files = write_block_files(run.output, run.skeleton, run.plan, block, result.linears, grids,
-                                  job.recipe.written_dtype, run.ranks.device)  # fmt: skip
-        for name, chosen in checkpoints_of(run.config.export).items():
-            path = run.output / name / run.plan.block_shard(block.index)
-            chosen.write_shard(run.output, run.skeleton, block.index, path)
+        copies: dict[Path, Checkpoint] = {
+            run.output / name: form for name, form in checkpoints_of(run.config.export).items()
+        }
+        files = run.result.write_block(block, result.linears, grids, run.ranks.device, copies)
         facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block.index)}
         on_commit(block.index)
         line = ledger.commit(run.output, block.index, files, world_size=run.ranks.world_size, **facts)
@@ -57,7 +57,7 @@ def complete(run: Run, job: Job, on_commit: OnCommit) -> None:
 
     def commit() -> dict:
         checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
-        files = write_run_files(run.output, run.skeleton, run.plan, job.recipe.written_dtype)
+        files = run.result.write_end()
         for chosen in checkpoints_of(run.config.export):
             # Until the line is written, the folder holds only shards of this run's blocks, each from before its commit.
             write_format(_export_of(run, chosen), run.display, is_begun=True)

@@ -16,13 +16,13 @@ from shardq.calib.tokens import load_tokens
 from shardq.checks import check_evaluate
 from shardq.config import EvaluateConfig
 from shardq.errors import ConfigError
-from shardq.formats.quantized_source import open_served, rounds_activations
+from shardq.formats.quantized_source import rounds_activations
 from shardq.logs import Display, peak_rss_bytes
 from shardq.model.block import LoadedBlock, block_plans
 from shardq.model.ends import epilogue, prologue
 from shardq.model.hub import local_folder
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
+from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
 from shardq.optimize.block_quantizer import BlockQuantizer
 from shardq.optimize.loss import LOGITS_TOKENS
@@ -75,10 +75,9 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
 
 
 def _open(folder: Path, config: EvaluateConfig) -> tuple[Skeleton, Plan]:
+    skeleton = open_skeleton(folder)
     if config.quant.method == "none":
-        skeleton = skeleton_of(open_served(folder))
         return skeleton, Plan(blocks=block_plans(skeleton), rest=[])
-    skeleton = open_skeleton(folder)  # quantized weights are not quantized again
     return skeleton, make_plan(skeleton, config.quant)
 
 

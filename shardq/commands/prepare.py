@@ -13,10 +13,13 @@ from shardq.compiling import why_not
 from shardq.config import QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
+from shardq.export.chosen import own_form
+from shardq.export.run_output import RunOutput
 from shardq.export.target import as_served, check_served
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
+from shardq.formats.shards import unread
 from shardq.logs import Display
 from shardq.model.choice import shared_linears
 from shardq.model.ends import prologue
@@ -73,6 +76,11 @@ class Run:
     display: Display
 
     @property
+    def result(self) -> RunOutput:
+        """What the run writes of its model."""
+        return RunOutput(self.output, self.skeleton, self.plan, own_form(self.config.export))
+
+    @property
     def cache(self) -> Path:
         """The folder of the activations."""
         return RunFolder(self.output).cache(self.config.cache, self.record.num_redos)
@@ -97,7 +105,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
         companions(folder)  # copied after the last block; one that must not be copied is refused now
         _check_length(skeleton, length)
-        plan = as_served(config, skeleton, make_plan(skeleton, config.quant))
+        plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             plan = plan.with_arguments(record_arguments(skeleton, embed, length))
@@ -106,6 +114,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        for what in unread(folder):
+            display.line(f"not read: {what}")
         display.line(f"calibration: reading {config.calib.dataset}")
         tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
         chosen = _fitted(config, former, largest, limit, ranks, display)
@@ -113,7 +123,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
         record, line = take_folder(output, manifest, config.resume, redo, folder_lock, display)
         if line is None:
             skeleton.source.digests.update(record.source)
-            mend(record, skeleton, plan, manifest, display)
+            mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
     skeleton, plan = together(ranks, open_and_plan)

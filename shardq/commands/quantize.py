@@ -11,7 +11,7 @@ from shardq.commands.prepare import Run, begin, prepare
 from shardq.commands.redo import remove_what_completes
 from shardq.commands.resume import blocks_to_do
 from shardq.commands.space import check_space
-from shardq.commands.summary import say_block_done, say_what_is_where, summary_of
+from shardq.commands.summary import account_of_run, say_block_done, say_what_is_where, summary_of
 from shardq.compiling import compiler, eager
 from shardq.config import QuantizeConfig
 from shardq.errors import located
@@ -19,7 +19,6 @@ from shardq.logs import Display, Events
 from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.engines import engine_for
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.block_output import written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.summaries import QuantizeSummary
@@ -49,10 +48,10 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
                 for loaded, check in blocks_to_do(run, job):
                     block, block_begun = loaded.plan, time.perf_counter()
                     with located(f"block {block.index} {block.name}"):
-                        power, grids = float_pass(job, loaded, check)
-                        with in_training(job, loaded, grids) as training:
-                            result = train(training, start_at_nearest(training, power))  # ends with the fold
-                        grids = quantized_pass(job, loaded, grids)
+                        seen = float_pass(job, loaded, check)
+                        with in_training(job, loaded, seen.grids) as training:
+                            result = train(training, start_at_nearest(training, seen))  # ends with the fold
+                        grids = quantized_pass(job, loaded, seen.grids)
                     gained = commit_block(run, job, block, result, grids, on_commit)
                     del loaded, training  # frees the block's source before the block after the next is read
                     say_block_done(run, block, result, gained, time.perf_counter() - block_begun)
@@ -60,8 +59,9 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
                         stop_if_asked(run.output, ranks, run.record.num_done, run.plan.num_blocks)
                 complete(run, job, on_commit)
         export_missing(run)
-        summary = summary_of(run, time.perf_counter() - begun)
-        say_what_is_where(run, summary)
+        account = account_of_run(run)
+        summary = summary_of(run, account, time.perf_counter() - begun)
+        say_what_is_where(run, account, summary)
         return summary
 
 
@@ -91,7 +91,7 @@ def _job_of(run: Run, events: Events) -> Job:
             method=config.quant.method,
             optimize=config.optimize,
             activations=config.activations,
-            written_dtype=written_dtype(run.skeleton, run.plan, config.export.dtype),
+            written_dtype=run.result.dtype,
         ),
         skeleton=run.skeleton,
         tokens_NT=run.tokens_NT,

@@ -8,17 +8,16 @@ from pathlib import Path
 from shardq.errors import ConfigError, ResumeError
 from shardq.export.chosen import FORMATS
 from shardq.export.contents import RECORD
+from shardq.export.run_output import RunOutput
 from shardq.export.write import MODEL_CARD
 from shardq.files import remove, remove_folder
 from shardq.logs import Display
-from shardq.model.skeleton import Skeleton
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
-from shardq.rundir.block_output import write_run_files, written_dtype
 from shardq.rundir.digests import changed_files
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.plan import ENCODINGS, Plan
+from shardq.rundir.plan import ENCODINGS
 from shardq.rundir.record import RunRecord
 
 END = "end"
@@ -88,7 +87,7 @@ def _remove_export(output: Path, name: str, asked: Container[str], display: Disp
         display.line(f"{folder}: removed; shardq export {output} --format {name} makes it again")
 
 
-def mend(record: RunRecord, skeleton: Skeleton, plan: Plan, manifest: dict, display: Display) -> None:
+def mend(record: RunRecord, result: RunOutput, display: Display) -> None:
     """Write the files that complete a finished run again, if a quick check finds one missing or changed.
 
     Raises:
@@ -103,7 +102,6 @@ def mend(record: RunRecord, skeleton: Skeleton, plan: Plan, manifest: dict, disp
     for fault in damaged.values():
         display.line(f"{fault}; written again")
     names = {output / name for name in entry["files"]}
-    dtype = written_dtype(skeleton, plan, manifest["options"]["export"]["dtype"])
-    write_run_files(output, skeleton, plan, dtype, kept=names - damaged.keys())
+    result.write_end(kept=names - damaged.keys())
     for path, _ in changed_files(output, entry, is_quick=True):
         raise ResumeError(f"{path}: does not come out as it was; restore it, or do it again with --redo end")

@@ -6,19 +6,20 @@ from pathlib import Path
 from shardq.calib.partition import owned_samples
 from shardq.commands.prepare import Run
 from shardq.config import TuneConfig
-from shardq.export.chosen import checkpoints_of, formats_of
+from shardq.export.checkpoint import model_dtype
+from shardq.export.chosen import checkpoints_of, formats_of, own_form
 from shardq.formats import encodings
 from shardq.formats.options import ExportOptions
 from shardq.model.skeleton import Skeleton
 from shardq.model.weights import COMPUTE_DTYPE
 from shardq.parallel.collectives import together
 from shardq.parallel.ranks import Ranks
-from shardq.rundir.block_output import written_dtype
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import Entries
+from shardq.rundir.manifest import export_options
 from shardq.rundir.plan import Plan
 from shardq.rundir.record import RunRecord
-from shardq.rundir.room import HEADER_BYTES, Need, bytes_there, check_room, code_bytes, other_bytes
+from shardq.rundir.room import HEADER_BYTES, Need, bytes_there, check_room, code_bytes
 from shardq.training.memory import MOMENTS
 
 
@@ -67,7 +68,7 @@ def check_space_for_tuning(
     """
     output, needs = config.folder, []
     if ranks.rank == 0:
-        export = ExportOptions(dtype=manifest["options"]["export"]["dtype"])
+        export = export_options(manifest)
         files = dict(_files(output, skeleton, plan, export, record.entries))
         state = 2 * 8 * plan.num_scales  # a new state is written before the previous one is removed
         needs.append(Need("weights, encodings and state", output, _growth(files) + state))
@@ -129,28 +130,27 @@ def _files(
     finished: Entries,
 ) -> Iterator[tuple[Path, int]]:
     """Every large file that is still to be written in an output folder, with its approximate size in bytes."""
-    itemsize = written_dtype(skeleton, plan, export.dtype).itemsize
-    source_itemsize = written_dtype(skeleton, plan, "source").itemsize
+    own, itemsize = own_form(export), model_dtype(skeleton, next(iter(plan.grids.values()))).itemsize
     formats, checkpoints = formats_of(export), checkpoints_of(export)
     in_others = dict.fromkeys(formats, 0)
     for block in plan.blocks:
         grids = {matrix.tensor: grid for matrix, grid in block.grids.items()}
         tensors = skeleton.held_tensors(block.index)
         if block.index not in finished:
-            yield output / plan.block_shard(block.index), other_bytes(tensors, grids) + block.num_weights * itemsize
+            yield output / plan.block_shard(block.index), own.block_bytes(tensors, grids, itemsize)
             codes = sum(code_bytes(matrix.shape, grid) for matrix, grid in block.grids.items())
             yield RunFolder(output).block(block.index), codes
             for version in plan.encoding_versions:
                 path = RunFolder(output).encodings(version, block.index)
                 yield path, encodings.BYTES_A_SCALE[version] * block.num_scales
         for name, chosen in formats.items():
-            num_bytes = chosen.block_bytes(tensors, grids, source_itemsize)
+            num_bytes = chosen.block_bytes(tensors, grids, itemsize)
             in_others[name] += num_bytes
             path = output / name / plan.block_shard(block.index)
             if name in checkpoints and (block.index not in finished or not path.exists()):
                 yield path, num_bytes
-    for number, infos in enumerate(plan.rest):
-        rest = sum(info.num_bytes + HEADER_BYTES for info in infos)
+    for number, tensors in enumerate(plan.rest):
+        rest = sum(tensor.num_bytes + HEADER_BYTES for tensor in tensors)
         for name, chosen in formats.items():
             in_others[name] += rest * chosen.holds_weights
         for folder in ("", *checkpoints):

@@ -11,7 +11,7 @@ from shardq.config import QuantOptions, VerifyConfig
 from shardq.errors import ResumeError, ShardQError
 from shardq.export import contents
 from shardq.formats import encodings
-from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.block_file import read_activations, read_block, read_grids
 from shardq.formats.checkpoint import index_of
 from shardq.formats.shards import INDEX_FILE
 from shardq.logs import Display
@@ -20,6 +20,7 @@ from shardq.parallel.collectives import on_rank_zero
 from shardq.parallel.ranks import Ranks
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
+from shardq.rundir.account import Account, account_of
 from shardq.rundir.folder import MANIFEST, RunFolder
 from shardq.rundir.ledger import read_json
 from shardq.rundir.plan import Plan, make_plan
@@ -52,7 +53,7 @@ def verify(config: VerifyConfig, ranks: Ranks) -> VerifySummary:
     """
     output, display = Path(config.run), Display(ranks.rank)
     is_export = (output / contents.RECORD).exists()
-    faults, notes, found = on_rank_zero(ranks, lambda: (_of_export if is_export else _of_run)(output))
+    faults, notes, found, account = on_rank_zero(ranks, lambda: (_of_export if is_export else _of_run)(output))
     checks = ["exports"] if is_export else CHECKS
     display.table(("check", "what", "result"), (_row(check, faults, notes) for check in checks))
     damaged = [fault for found in faults.values() for fault in found]
@@ -63,7 +64,9 @@ def verify(config: VerifyConfig, ranks: Ranks) -> VerifySummary:
         error = ResumeError(f"{output}: damaged ({checks}): {damaged[0]}{more}; {mend}")
         error.agreed = True  # every rank has the same faults
         raise error
-    return {"output": str(output), **found}
+    for line in account.lines() if account else ():
+        display.line(line)
+    return {"output": str(output), **found, **(account.facts() if account else {})}
 
 
 def _row(check: str, faults: Faults, notes: dict[str, str]) -> tuple[str, str, str]:
@@ -74,17 +77,25 @@ def _row(check: str, faults: Faults, notes: dict[str, str]) -> tuple[str, str, s
     return check, CHECKS[check], "\n".join([*found[:SHOWN], *more]) or notes.get(check, "ok")
 
 
-def _of_run(output: Path) -> tuple[Faults, dict[str, str], dict]:
+def _of_run(output: Path) -> tuple[Faults, dict[str, str], dict, Account | None]:
     faults, num_blocks, num_linears = find_faults(output)
     is_finished = "folder" in faults
     notes = unproved(RunRecord.read(output)) if is_finished else {}
-    return faults, notes, {"blocks": num_blocks, "linears": num_linears}
+    account = None if any(faults.values()) else _account(output)
+    return faults, notes, {"blocks": num_blocks, "linears": num_linears}, account
 
 
-def _of_export(folder: Path) -> tuple[Faults, dict[str, str], dict]:
+def _account(output: Path) -> Account:
+    """What became of every tensor, of a run without faults."""
+    quant = QuantOptions(**RunRecord.read(output).options("quant"))
+    paths = (RunFolder(output).block(number) for number in RunRecord.read(output).blocks)
+    return account_of(open_skeleton(output), {name for path in paths for name in read_grids(path)}, quant.ignored)
+
+
+def _of_export(folder: Path) -> tuple[Faults, dict[str, str], dict, None]:
     record = contents.read(folder)
     facts = {"format": record["format"], "files": len(record.get("files", ()))}
-    return {"exports": list(contents.faults(folder, record))}, {}, facts
+    return {"exports": list(contents.faults(folder, record))}, {}, facts, None
 
 
 def find_faults(output: Path) -> tuple[Faults, int, int]:

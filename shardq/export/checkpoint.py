@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import read_activations, read_block, read_grids
+from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
@@ -43,11 +43,12 @@ class Checkpoint(Format):
             entering: the grid of the linear's input, if the format asks for one and the run has it.
         """
 
-    def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
+    def described(self, run: Path, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
         """The entry `quantization_config` of config.json; empty for plain weights.
 
         Args:
-            skeleton: skeleton of the run's result.
+            run: folder of the run, with the files of all blocks.
+            skeleton: skeleton of the run's source or of its result.
             ignored: names of the linears that are not quantized.
 
         Raises:
@@ -62,48 +63,58 @@ class Checkpoint(Format):
     def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
         return code_bytes(shape, grid)
 
-    def write_shard(self, run: Path, skeleton: Skeleton, block_index: int, path: Path) -> None:
-        """Write a block's shard, after the run's own files of the block; it appears whole.
+    def write_shard(
+        self,
+        path: Path,
+        linears: dict[str, QuantizedLinear],
+        activations: dict[str, ActivationGrid],
+        *,
+        skeleton: Skeleton,
+        block_index: int,
+    ) -> None:
+        """Write a block's shard; it appears whole.
 
         Args:
-            run: folder of the run, whose shard of the block has the same name.
-            skeleton: skeleton of the run's source or of its result.
+            linears, activations: the block's linears and grids of activations, by full name.
+            skeleton: skeleton of the run's source or of its result, which has the block's other tensors.
 
         Raises:
             ConfigError: as `described`.
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
-        codes = read_block(RunFolder(run).block(block_index))
-        linears = {skeleton.tensor(f"{name}.weight").name: linear for name, linear in codes.items()}
-        inputs = input_grids(self, run, skeleton, block_index)
+        inputs = input_grids(self, linears, activations)
         tensors: dict[str, Tensor] = {}
-        for name, info in read_header(run / path.name).items():
-            if name not in linears:
-                tensors[name] = read_tensor(info)
+        for name, tensor in skeleton.held_tensors(block_index).items():
+            full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
+            if full_name not in linears:
+                tensors[tensor.name] = skeleton.source.read_plain(tensor)
                 continue
-            linear, bare_name = linears[name], name.removesuffix(".weight")
+            linear = linears[full_name]
             dtype = self.weight_dtype(skeleton, linear.grid)
             if self.rounded_by:
                 linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
-            of_linear = self.linear_tensors(bare_name, linear, dtype, inputs.get(bare_name))
+            bare_name = tensor.name.removesuffix(".weight")
+            of_linear = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
             check_finite(path, of_linear)
             tensors |= of_linear
         write_tensors(path, tensors, {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
-        described = self.described(skeleton, grids, _linears_left(skeleton, grids))
+        described = self.described(skeleton.folder, skeleton, grids, linears_left(skeleton, grids))
         shards = sorted({info.file.name for info in skeleton.source.index.values()})
         for number, shard in enumerate(shards):
             if is_begun and (folder / shard).exists():
                 continue
             if number < len(skeleton.names):
-                self.write_shard(skeleton.folder, skeleton, number, folder / shard)
+                path = RunFolder(skeleton.folder).block(number)
+                linears, activations = read_block(path), read_activations(path)
+                self.write_shard(folder / shard, linears, activations, skeleton=skeleton, block_index=number)
             else:  # outside the blocks nothing is quantized
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
         copy_companions(skeleton.folder, folder)
         dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
-        write_config(skeleton.folder, folder, dtype, **({"quantization_config": described} if described else {}))
+        write_config(skeleton.folder, folder, dtype, described)
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
@@ -117,18 +128,21 @@ def with_vllm(otherwise: str) -> str:
     return f"```bash\nvllm serve path/to/this/folder\n```\n\nor, {otherwise}"
 
 
-def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int) -> dict[str, ActivationGrid]:
-    """The 8-bit grids of a block's linears' inputs, by the linears' names in the checkpoint, if asked for.
+def input_grids(
+    chosen: Format, linears: Iterable[str], activations: dict[str, ActivationGrid]
+) -> dict[str, ActivationGrid]:
+    """The 8-bit grids of linears' inputs, by the linears' full names, if asked for.
+
+    Args:
+        activations: all grids of the linears' block, by full name.
 
     Raises:
         ConfigError: the block has other grids.
     """
     grids: dict[str, ActivationGrid] = {}
-    path = RunFolder(run).block(block_index)
     if chosen.activation_bits == 16:
         return grids
-    activations = read_activations(path)
-    for name in read_grids(path):
+    for name in linears:
         grid = activations.get(f"{name}.input")
         if grid is None:
             continue
@@ -137,7 +151,7 @@ def input_grids(chosen: Format, run: Path, skeleton: Skeleton, block_index: int)
                 f"activation_bits: 8, but the run has grids of {grid.bits} bits for what enters {name}; "
                 "quantize with --activations.bits 8, or export with --activation_bits 16"
             )
-        grids[skeleton.tensor(f"{name}.weight").name.removesuffix(".weight")] = grid
+        grids[name] = grid
     return grids
 
 
@@ -152,7 +166,7 @@ def _scale_change(skeleton: Skeleton, dtype: torch.dtype) -> float:
     return largest
 
 
-def _linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
+def linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
     """Names of the linears that are not quantized, the model's and, where it differs, the checkpoint's.
 
     Any other stored matrix counts as a linear, except embeddings: a program may build linears where transformers builds

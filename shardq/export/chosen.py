@@ -40,6 +40,11 @@ def formats_of(options: ExportOptions) -> dict[FormatName, Format]:
     return {name: format_of(name, options) for name in options.asked}
 
 
+def own_form(options: ExportOptions) -> Checkpoint:
+    """The form of the checkpoint that a run's folder itself is."""
+    return CompressedTensors(options.activation_bits) if options.checkpoint == "packed" else Hf(options.dtype)
+
+
 def served_as(target: str, options: ExportOptions) -> Format:
     """The format that a target's program reads: its preferred one, unless the options name another that it reads."""
     return next(chosen for name in FORMATS if (chosen := format_of(name, options)).rounded_by == target)

@@ -11,11 +11,13 @@ from torch import Tensor
 from shardq.export.base import Grids, only_grid
 from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, in_transformers, input_grids, with_vllm
 from shardq.formats import compressed_tensors
+from shardq.formats.block_file import read_activations, read_grids
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.record import RunRecord
 
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
@@ -50,9 +52,11 @@ class CompressedTensors(Checkpoint):
         inputs = {name: entering} if entering else {}
         return compressed_tensors.linear_tensors(name, linear, dtype, self.activation_bits, inputs)
 
-    def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
-        blocks = range(len(skeleton.names))
-        inputs = [grid for number in blocks for grid in input_grids(self, skeleton.folder, skeleton, number).values()]
+    def described(self, run: Path, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
+        paths = [RunFolder(run).block(number) for number in range(len(skeleton.names))]
+        inputs = [
+            grid for path in paths for grid in input_grids(self, read_grids(path), read_activations(path)).values()
+        ]
         grid = only_grid(self.name, grids)
         return compressed_tensors.quantization_config(grid, self.activation_bits, ignored, *inputs[:1])
 

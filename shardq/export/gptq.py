@@ -1,6 +1,7 @@
 """Codes and scales as GPTQ packs them, for vLLM, and for transformers with GPTQModel."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Gptq(Checkpoint):
     ) -> dict[str, Tensor]:
         return gptq.linear_tensors(name, linear, dtype)
 
-    def described(self, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
+    def described(self, run: Path, skeleton: Skeleton, grids: Grids, ignored: Iterable[str]) -> dict:
         return gptq.quantization_config(only_grid(self.name, grids), ignored)
 
     def is_served(self, grid: Grid) -> bool:

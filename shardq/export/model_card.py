@@ -5,17 +5,19 @@ import re
 import yaml
 
 from shardq.export.base import Format, Grids
+from shardq.rundir.account import Account
 
 # In front of a file, or of what a path from the root, the home or the working folder ends in; a mix is cut by commas.
 LOCAL_FOLDER = re.compile(r"(?<![^,])(?:[^,]*/(?=[^/,]+\.(?:txt|jsonl|json|parquet|safetensors))|[/~.][^,]*/(?=[^/,]))")
 
 
-def model_card(manifest: dict, grids: Grids, chosen: Format, scale_change: float) -> str:
+def model_card(manifest: dict, grids: Grids, chosen: Format, scale_change: float, account: Account) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
         manifest, grids: of the run.
         scale_change: largest relative change of a scale by its rounding after codes were made.
+        account: of the checkpoint's tensors.
     """
     head = yaml.safe_dump({"library_name": "transformers", "tags": ["shardq", chosen.name]}, sort_keys=False)
     options = {name: _public(value) for name, value in manifest["options"].items() if value is not None}
@@ -30,6 +32,9 @@ Quantized by shardq {manifest["shardq"]}, only the weights of the decoder's line
 
 {chosen.how_to_serve(grids)}
 
+## What is quantized
+
+{_accounted(account)}
 ## How it was made
 
 The options of `shardq quantize`, as a recipe for `--config`:
@@ -40,6 +45,11 @@ The options of `shardq quantize`, as a recipe for `--config`:
 SHA-256 of the source's config.json: `{manifest["model"]["config"]}`; of samples of its weights:
 `{manifest["model"]["weights"]}`; of the calibration tokens: `{manifest["calibration_tokens"]}`.
 """
+
+
+def _accounted(account: Account) -> str:
+    share, *left = account.lines()
+    return "\n".join([f"{share[0].upper()}{share[1:]}", "", *(f"- {line}" for line in left), ""])
 
 
 def _public(value: object) -> object:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from shardq.config import ExportConfig
+from shardq.config import ExportConfig, QuantOptions
 from shardq.errors import ShardQError
 from shardq.export import contents
 from shardq.export.base import Format, Grids
@@ -16,6 +16,7 @@ from shardq.formats.checkpoint import companions
 from shardq.formats.source import stored_in
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.rundir.account import account_of
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.lock import only_run
 from shardq.rundir.record import RunRecord
@@ -92,8 +93,9 @@ def _write_files(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
             f"{scale_change:.2%}; a run with --target {chosen.rounded_by} rounds them before"
         )
-    manifest = RunRecord.read(skeleton.folder).manifest()
-    write_text(folder / MODEL_CARD, model_card(manifest, grids, chosen, scale_change))
+    record = RunRecord.read(skeleton.folder)
+    account = account_of(skeleton, grids, QuantOptions(**record.options("quant")).ignored)
+    write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, scale_change, account))
     return scale_change
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.files import ASIDE, storage_errors, write_json, write_whole
-from shardq.formats.shards import INDEX_FILE, TensorInfo, inside, read_header
+from shardq.formats.shards import INDEX_FILE, inside, read_header
+from shardq.formats.source import SCHEME, SourceTensor, without_scheme
 from shardq.quant.quantized import QuantizedLinear
 
 # What loads, prompts or licenses a model, beside config.json and weights; case counts, as in the hub's own patterns.
@@ -31,16 +32,16 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def group_by_size(infos: Iterable[TensorInfo], limit_bytes: int) -> list[list[TensorInfo]]:
+def group_by_size(tensors: Iterable[SourceTensor], limit_bytes: int) -> list[list[SourceTensor]]:
     """Split tensors, in order, into groups of at most `limit_bytes`; a larger tensor is a group of its own."""
-    groups: list[list[TensorInfo]] = []
+    groups: list[list[SourceTensor]] = []
     room = 0
-    for info in infos:
-        if not groups or info.num_bytes > room:
+    for tensor in tensors:
+        if not groups or tensor.num_bytes > room:
             groups.append([])
             room = limit_bytes
-        groups[-1].append(info)
-        room -= info.num_bytes
+        groups[-1].append(tensor)
+        room -= tensor.num_bytes
     return groups
 
 
@@ -64,11 +65,16 @@ def index_of(folder: Path, shards: Iterable[str]) -> dict:
     return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
 
 
-def write_config(source: Path, folder: Path, dtype: torch.dtype, **more: object) -> None:
-    """Copy config.json with further entries, saying in which dtype the weights are to be loaded."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+def write_config(source: Path, folder: Path, dtype: torch.dtype, scheme: dict | None = None) -> None:
+    """Copy config.json, saying in which dtype weights are loaded, and how they are quantized, not the source.
+
+    Args:
+        scheme: the entry `quantization_config`; empty for plain weights.
+    """
+    config = without_scheme(json.loads((source / "config.json").read_text(encoding="utf-8")))
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")} | more)
+    config |= {"dtype": str(dtype).removeprefix("torch.")} | ({SCHEME: scheme} if scheme else {})
+    write_json(folder / "config.json", config)
 
 
 def companions(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
 
 BITS = (4, 8)
+OF_INPUTS = ("input_scale", "input_zero_point")  # how programs round what enters a linear
 PER_TOKEN_INT8 = ActivationGrid(8, symmetric=True)
 
 
@@ -142,10 +143,12 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
         codes = index.get(f"{name}_packed", index.get(name))
         if codes is None or codes.dtype not in ("I32", "I8"):
             raise CheckpointError(f"{index[f'{name}_scale'].file}: {name} has scales, but no codes")
-        more = [index.get(f"{name}_{part}") for part in ("zero_point", "g_idx", "shape")]
-        if (more[0] is None and has_zeros) or (more[2] is None and codes.name != name):
+        zeros, groups, shape = (index.get(f"{name}_{part}") for part in ("zero_point", "g_idx", "shape"))
+        if (zeros is None and has_zeros) or (shape is None and codes.name != name):
             raise CheckpointError(f"{codes.file}: {name} lacks its zero points or its shape; download it again")
-        yield _encoded(name, codes, index[f"{name}_scale"], *more)
+        of_inputs = [index.get(f"{name.removesuffix('weight')}{part}") for part in OF_INPUTS]
+        unused = [info for info in of_inputs if info]
+        yield _encoded(name, codes, index[f"{name}_scale"], zeros, groups, shape, unused)
 
 
 def _check_scheme(scheme: dict) -> None:
@@ -177,6 +180,7 @@ def _encoded(
     zeros: TensorInfo | None,
     groups: TensorInfo | None,
     shape: TensorInfo | None,
+    unused: Iterable[TensorInfo],
 ) -> SourceTensor:
     sizes = codes.shape if codes.dtype == "I8" else read_tensor(shape).tolist() if shape else ()
     num_outputs, num_inputs = sizes if len(sizes) == 2 and len(codes.shape) == 2 else (0, 0)
@@ -188,7 +192,7 @@ def _encoded(
     grid = IntegerGrid(bits=bits or 8)
 
     def decode(read: Callable[[TensorInfo, Rows], Tensor], rows: Rows) -> Tensor:
-        codes_OI = read(codes, None)
+        codes_OI = read(codes, rows)
         if codes.dtype != "I8":
             codes_OI = packing.unpack_words(codes_OI, num_inputs, grid)
         zero_OG = read(zeros, None) if zeros else None
@@ -197,8 +201,9 @@ def _encoded(
         zero_OG = None if zero_OG is None else zero_OG.reshape(-1, num_groups)
         group_I = read(groups, None) if groups else None
         scale_OG = read(scale, None).view(-1, num_groups)
-        values_OI = grid_points(f"{codes.file}: {name}", codes_OI, scale_OG, zero_OG, group_I)
-        return values_OI if rows is None else values_OI[rows]
+        if rows is not None and len(scale_OG) > 1:  # a tensor has one scale for all
+            scale_OG, zero_OG = scale_OG[rows], zero_OG if zero_OG is None else zero_OG[rows]
+        return grid_points(f"{codes.file}: {name}", codes_OI, scale_OG, zero_OG, group_I)
 
-    stored = tuple(info for info in (codes, scale, zeros, groups, shape) if info)
+    stored = tuple(info for info in (codes, scale, zeros, groups, shape, *unused) if info)
     return SourceTensor(name, scale.dtype, (num_outputs, num_inputs), stored, decode)

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, by this tool or another, opened as the weights that programs serve."""
+"""Checkpoints however they are stored, plain or quantized by this tool or another, opened as the weights they hold."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from shardq.errors import CheckpointError
-from shardq.formats import compressed_tensors, gptq
+from shardq.formats import compressed_tensors, fp8, gptq, mxfp4
 from shardq.formats.shards import Index
-from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config
+from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config, scheme_of
 
-DECODERS: dict[str, Decoder] = {"compressed-tensors": compressed_tensors.encoded_tensors, "gptq": gptq.encoded_tensors}
+DECODERS: dict[str, Decoder] = {  # by `quant_method`
+    "compressed-tensors": compressed_tensors.encoded_tensors,
+    "fbgemm_fp8": fp8.encoded_tensors,
+    "fp8": fp8.encoded_tensors,
+    "gptq": gptq.encoded_tensors,
+    "mxfp4": mxfp4.encoded_tensors,
+}
 
 
-def open_served(folder: Path) -> WeightSource:
-    """Open a checkpoint folder, quantized as compressed-tensors or GPTQ store it, or plain.
+def open_checkpoint(folder: Path) -> WeightSource:
+    """Open a checkpoint folder, plain or stored by a scheme of `DECODERS`.
 
     Raises:
         CheckpointError: as `open_source` and the decoders; no tensor is encoded although config.json says so.
@@ -34,6 +40,7 @@ def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[Source
 
 
 def rounds_activations(folder: Path) -> bool:
-    """Whether programs that serve a folder which `open_served` takes round what enters its linears."""
-    scheme = read_config(folder).get("quantization_config") or {}
-    return any(group.get("input_activations") for group in (scheme.get("config_groups") or {}).values())
+    """Whether programs that serve a folder which `open_checkpoint` takes round what enters its linears."""
+    scheme = scheme_of(read_config(folder)) or {}
+    groups = (scheme.get("config_groups") or {}).values()
+    return bool(scheme.get("activation_scheme")) or any(group.get("input_activations") for group in groups)

@@ -31,6 +31,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 SAMPLE_BYTES = 4096
 PIECE_BYTES = 64 << 20  # bytes of a piece of a tensor that is only checked; a multiple of every dtype's size
@@ -74,6 +77,24 @@ def open_index(folder: Path) -> Index:
     if (folder / SINGLE_FILE).exists():
         return read_header(inside(folder, SINGLE_FILE))
     raise CheckpointError(f"{folder}: {what_it_is(folder, SINGLE_FILE, INDEX_FILE)}")
+
+
+def unread(folder: Path) -> Iterator[str]:
+    """What lies in a folder in safetensors but is no part of its checkpoint, a line each: shards, tensors of shards."""
+    if not (folder / INDEX_FILE).exists():
+        yield from (f"{path.name} (only {SINGLE_FILE} is)" for path in _others(folder, {SINGLE_FILE}))
+        return
+    weight_map = _read_weight_map(folder / INDEX_FILE)
+    yield from (f"{path.name} ({INDEX_FILE} does not name it)" for path in _others(folder, set(weight_map.values())))
+    for shard in dict.fromkeys(weight_map.values()):
+        names = [name for name in read_header(inside(folder, shard)) if weight_map.get(name) != shard]
+        if names:
+            more = f" and {len(names) - 1} more tensor(s)" if len(names) > 1 else ""
+            yield f"{names[0]}{more} of {shard} ({INDEX_FILE} does not place them there)"
+
+
+def _others(folder: Path, read: set[str]) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if path.name not in read)
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

@@ -30,6 +30,8 @@ from shardq.formats.shards import (
     sample_place,
 )
 
+SCHEME = "quantization_config"  # the entry of config.json
+
 Digests = dict[str, str]
 """XXH3-128 of all bytes of stored tensors, 32 hex digits, by the tensor's name."""
 
@@ -64,18 +66,14 @@ class SourceTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the values in memory."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.decode else self.stored_bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(info.num_bytes for info in self.stored)
+        """Bytes of the values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.decode else self.stored[0].num_bytes
 
 
 Decoder = Callable[[Index, Any], Iterable[SourceTensor]]
-"""Finds the tensors of a checkpoint that one storage scheme encodes; the others are taken as they are stored. The
-second argument is `quantization_config` of config.json, or None."""
+"""Finds the tensors of a checkpoint that one storage scheme encodes; the others are taken as they are stored. Stored
+tensors of a weight that say how programs round what enters it are parts that its values do not need. The second
+argument is config.json's scheme, or None."""
 
 
 def as_stored(info: TensorInfo) -> SourceTensor:
@@ -136,14 +134,16 @@ class WeightSource:
         _check_finite(tensor, values, rows)
         return values
 
-    def read_stored(self, info: TensorInfo) -> Tensor:
-        """Read a stored tensor as it is, to copy it; its bytes must be those of the first time.
+    def read_plain(self, tensor: SourceTensor) -> Tensor:
+        """Read a tensor for a checkpoint that encodes nothing: as it is stored, or else its values.
 
         Raises:
-            CheckpointError: the bytes are others, or `read_tensor`'s reasons.
+            CheckpointError: as `read` where it is encoded; else its bytes are others, or `read_tensor`'s reasons.
         """
-        raw = read_tensor(info)
-        self._check_same(info, raw)
+        if tensor.decode is not None:
+            return self.read(tensor)
+        raw = read_tensor(tensor.stored[0])
+        self._check_same(tensor.stored[0], raw)
         return raw
 
     def check(self, tensor: SourceTensor, is_buffer: bool = False) -> None:
@@ -182,7 +182,7 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
         CheckpointError: as `open_index` and `read_config`, or a tensor is stored encoded and plain.
         UnsupportedModelError: config.json names a scheme, and no decoder is given.
     """
-    index, scheme = open_index(folder), read_config(folder).get("quantization_config")
+    index, scheme = open_index(folder), scheme_of(read_config(folder))
     decoded = list((decoder or partial(only_plain, folder))(index, scheme))
     encoded = {info.name for info in stored_in(decoded)}
     plain = [as_stored(info) for info in index.values() if info.name not in encoded]
@@ -190,6 +190,12 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
         if tensor.name in index and tensor.name not in encoded:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} is stored encoded and plain; delete the one that is not meant"
+            )
+    for tensor in plain:
+        if tensor.dtype.startswith("F8_"):
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}, and nothing says by which scale; "
+                "pass a checkpoint with its scales and quantization_config in its config.json, or one in bfloat16"
             )
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
 
@@ -213,6 +219,26 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def scheme_of(config: dict) -> Any:
+    """How config.json says that weights are stored, its own `quantization_config` or that of a part such as the text
+    model's; None where it says nothing."""
+    return next((part[SCHEME] for part in (config, *_parts(config)) if part.get(SCHEME)), None)
+
+
+def without_scheme(config: dict) -> dict:
+    """A config.json for plain weights: without `quantization_config`, its own and those of its parts."""
+    parts = {id(part) for part in _parts(config)}
+    return {
+        name: {key: entry for key, entry in value.items() if key != SCHEME} if id(value) in parts else value
+        for name, value in config.items()
+        if name != SCHEME
+    }
+
+
+def _parts(config: dict) -> list[dict]:
+    return [value for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)]
+
+
 def only_plain(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor]:
     """The decoder of checkpoints whose tensors are all stored as they are, which finds none.
 
@@ -222,7 +248,7 @@ def only_plain(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor
     if scheme:
         method = scheme.get("quant_method", "unknown method") if isinstance(scheme, dict) else scheme
         raise UnsupportedModelError(
-            f"{folder}: already quantized ({method}); pass the unquantized checkpoint it was made from"
+            f"{folder}: already quantized ({method}), which shardq does not read; pass the checkpoint it was made from"
         )
     return ()
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from shardq.errors import Interrupted
 from shardq.logs import print_error
 
 GRACE_SECONDS = 5.0
+AGAIN_SECONDS = 0.01
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,6 +36,14 @@ def interruptible(advice: str) -> Iterator[None]:
             signal.signal(further, signal.SIG_IGN)
         raise Interrupted(number, advice)
 
+    def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        """Python drops what is raised in a destructor: an interruption gets another chance, outside of it."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            former_hook(unraisable)
+            return
+        signal.signal(unraisable.exc_value.number, interrupt)
+        threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), unraisable.exc_value.number)).start()
+
     def end_late() -> None:
         while received := listening.recv(1):
             if received[0] in SIGNALS:  # Python writes the numbers of all handled signals into this socket
@@ -46,6 +56,7 @@ def interruptible(advice: str) -> Iterator[None]:
     told.setblocking(False)
     former = {number: signal.signal(number, interrupt) for number in SIGNALS}
     former_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # written to even in a blocking call
+    former_hook, sys.unraisablehook = sys.unraisablehook, raise_again
     threading.Thread(target=end_late, name="interrupts", daemon=True).start()
     try:
         yield
@@ -53,6 +64,7 @@ def interruptible(advice: str) -> Iterator[None]:
         finish_interrupted(error)  # here, where further signals are ignored
         raise
     finally:
+        sys.unraisablehook = former_hook
         signal.set_wakeup_fd(former_fd)
         told.close()
         for number, handler in former.items():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shardq.matrix import Matrix
 from shardq.model.arguments import BlockArguments, Call, Entering
+from shardq.model.hidden import hidden_in
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationLevels
 from shardq.quant.grid import Grid
@@ -86,6 +87,11 @@ class LoadedBlock:
         """Hidden states [N, T, D], float32, and tensors that are carried for later blocks."""
         call = self.plan.arguments.bound(entering)
         return self.plan.arguments.leaving(returned_by(self.module, call, self.dtype), call, entering)
+
+
+def run_block(block: nn.Module, call: Call, dtype: torch.dtype) -> Tensor:
+    """Hidden states that leave a block, in the model's own form, float32; arguments as `returned_by`."""
+    return hidden_in(returned_by(block, call, dtype)).float()
 
 
 def returned_by(block: nn.Module, call: Call, dtype: torch.dtype) -> object:

@@ -27,7 +27,7 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
     chosen = []
     for block_name, block in skeleton.named_blocks.items():
         matrices = _matrices_of(skeleton, block_name, block)
-        matches = {matrix: _matching(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
+        matches = {matrix: patterns_of(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
         chosen.append([matrix for matrix in matrices if not matches[matrix] and not _is_shared(skeleton, matrix)])
     unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
@@ -75,7 +75,8 @@ def _check_expressions(patterns: tuple[str, ...]) -> None:
             raise ConfigError(f"quant.ignore: {pattern!r} is no regular expression ({error})") from error
 
 
-def _matching(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+def patterns_of(full_name: str, name: str, patterns: tuple[str, ...]) -> set[str]:
+    """The patterns that match a linear, by its name in the model or within its block."""
     candidates = (full_name, name, name.rpartition(".")[2])
     return {
         pattern

@@ -16,9 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import Call
-from shardq.model.block import returned_by
+from shardq.model.block import run_block
 from shardq.model.ends import prologue
-from shardq.model.hidden import hidden_in
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
@@ -50,7 +49,7 @@ class _Part(nn.Module):
             output = self._stand_ins[0].seen[0]
         elif self.block is not None:
             _, args, kwargs = self._stand_ins[self._block_index].seen
-            output = hidden_in(returned_by(self.block, Call(entering, args, kwargs), COMPUTE_DTYPE)).float()
+            output = run_block(self.block, Call(entering, args, kwargs), COMPUTE_DTYPE)
         for stand_in in self._stand_ins:  # torch.export lets no module keep what was traced
             stand_in.seen = stand_in.injected = None
         return output

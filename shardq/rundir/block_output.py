@@ -11,9 +11,7 @@ from shardq.background import lookahead, one_by_one
 from shardq.formats import encodings
 from shardq.formats.block_file import write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
-from shardq.formats.shards import DTYPES
-from shardq.formats.tensor_file import check_finite, write_tensors
-from shardq.matrix import assembled
+from shardq.formats.tensor_file import write_tensors
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
@@ -22,13 +20,8 @@ from shardq.rundir.encodings import merge_encodings
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
-
-def written_dtype(skeleton: Skeleton, plan: Plan, option: str) -> torch.dtype:
-    """Dtype of the quantized weights in the output checkpoint."""
-    if option == "float32":
-        return torch.float32
-    first = next(matrix for block in plan.blocks for matrix in block.grids)
-    return DTYPES[skeleton.source.tensors[first.sources[0]].dtype]
+WriteShard = Callable[[Path, dict[str, QuantizedLinear], dict[str, ActivationGrid]], None]
+"""Writes a block's shard, which appears whole, from its linears and grids of activations by full name."""
 
 
 def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -38,69 +31,57 @@ def rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 def write_block_files(
     output: Path,
-    skeleton: Skeleton,
     plan: Plan,
     block: BlockPlan,
     linears: dict[str, QuantizedLinear],
     activations: dict[str, ActivationGrid],
-    dtype: torch.dtype,
+    write_shard: WriteShard,
     device: torch.device,
 ) -> list[Path]:
-    """Write a block's codes, encodings and weights; each file appears whole.
+    """Write a block's codes, encodings and shard; each file appears whole.
 
     Args:
-        linears, activations: linears and grids of activations, by name within the block.
+        linears, activations: linears and grids of activations, by full name.
         device: the device that computed them; with a GPU the files are written at the same time.
 
     Returns:
         The files.
     """
-    full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
-    grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
-
-    def write_weights(path: Path) -> None:
-        quantized = assembled((matrix, linears[matrix.name].dequantized(dtype)) for matrix in block.grids)
-        weights: dict[str, Tensor] = {}
-        for name, tensor in skeleton.held_tensors(block.index).items():
-            if name in quantized:
-                weights[tensor.name] = quantized.pop(name)
-                check_finite(path, {tensor.name: weights[tensor.name]})
-            else:
-                weights |= {info.name: skeleton.source.read_stored(info) for info in tensor.stored}
-        write_tensors(path, weights, {"format": "pt"})
-
     folder = RunFolder(output)
-    writers = {folder.block(block.index): lambda path: write_block(path, full, grids)}
+    writers = {folder.block(block.index): lambda path: write_block(path, linears, activations)}
     for version in plan.encoding_versions:
         path = folder.encodings(version, block.index)
-        writers[path] = partial(encodings.write, version=version, linears=full, grids=grids)
-    writers[output / plan.block_shard(block.index)] = write_weights
+        writers[path] = partial(encodings.write, version=version, linears=linears, grids=activations)
+    writers[output / plan.block_shard(block.index)] = lambda path: write_shard(path, linears, activations)
     # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
     return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
 
 
 def write_run_files(
-    output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype, kept: Container[Path] = ()
+    output: Path, skeleton: Skeleton, plan: Plan, dtype: torch.dtype, scheme: dict, kept: Container[Path] = ()
 ) -> list[Path]:
     """Write the files that complete the checkpoint: tensors outside the blocks, index, config, tokenizer, encodings.
 
     Args:
+        dtype: dtype of the model that programs build from the checkpoint.
+        scheme: the entry `quantization_config` of config.json; empty for plain weights.
         kept: large files that exist and stay.
 
     Returns:
         The files whose digests complete the ledger.
     """
     folder = RunFolder(output)
-    rest = {output / plan.rest_shard(number): infos for number, infos in enumerate(plan.rest)}
-    for path, infos in rest.items():
+    rest = {output / plan.rest_shard(number): tensors for number, tensors in enumerate(plan.rest)}
+    for path, tensors in rest.items():
         if path not in kept:
-            write_tensors(path, {info.name: skeleton.source.read_stored(info) for info in infos}, {"format": "pt"})
+            plain = {tensor.name: skeleton.source.read_plain(tensor) for tensor in tensors}
+            write_tensors(path, plain, {"format": "pt"})
     merged = {folder.encodings(version): version for version in plan.encoding_versions}
     for path, version in merged.items():
         if path not in kept:
             merge_encodings(output, version, output, plan.num_blocks)
     copies = copy_companions(skeleton.folder, output)
-    write_config(skeleton.folder, output, dtype)
+    write_config(skeleton.folder, output, dtype, scheme)
     write_index(output, plan.shards())
     return [*rest, *merged, *copies, folder.config, folder.index]

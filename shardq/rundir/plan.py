@@ -7,8 +7,7 @@ from shardq.config import QuantOptions
 from shardq.errors import ConfigError
 from shardq.formats import encodings
 from shardq.formats.checkpoint import group_by_size, shard_name
-from shardq.formats.shards import TensorInfo
-from shardq.formats.source import SourceTensor, stored_in
+from shardq.formats.source import SourceTensor
 from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, block_plans
 from shardq.model.choice import matrices_to_quantize
@@ -25,13 +24,12 @@ class Plan:
 
     Attributes:
         blocks: the block plans, in order.
-        rest: the stored tensors outside the blocks, and those of a block that its code does not use, in groups of one
-            file.
+        rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
         scale_dtype: name of the dtype in which the target keeps scales; None: float32.
     """
 
     blocks: list[BlockPlan]
-    rest: list[list[TensorInfo]]
+    rest: list[list[SourceTensor]]
     scale_dtype: str | None = None
 
     @property
@@ -101,7 +99,7 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
     blocks = block_plans(skeleton, [dict.fromkeys(matrices, quant.grid) for matrices in chosen])
     for block in blocks:
         _check_group_sizes(block)
-    return Plan(blocks=blocks, rest=group_by_size(stored_in(outside_blocks(skeleton)), REST_SHARD_BYTES))
+    return Plan(blocks=blocks, rest=group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES))
 
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:

@@ -38,11 +38,11 @@ def check_room(needs: list[Need]) -> None:
     for shared, num_free in _by_disk(needs):
         total = sum(need.num_bytes for need in shared)
         if total > num_free:
-            parts = ", ".join(f"{need.what} {_size(need.num_bytes)}" for need in shared)
+            parts = ", ".join(f"{need.what} {readable(need.num_bytes)}" for need in shared)
             folders = " and ".join(dict.fromkeys(str(need.folder) for need in shared))
             options = " or ".join(dict.fromkeys(need.option for need in shared))
             raise StorageError(
-                f"{folders}: {_size(total)} are still to be written there ({parts}), {_size(num_free)} are free; "
+                f"{folders}: {readable(total)} are still to be written there ({parts}), {readable(num_free)} are free; "
                 f"make room, or choose another {options}"
             )
 
@@ -55,7 +55,7 @@ def code_bytes(shape: tuple[int, ...], grid: Grid) -> int:
 
 def other_bytes(tensors: Mapping[str, SourceTensor], quantized: Container[str]) -> int:
     """Bytes of a block's tensors, given by name, without those that are quantized."""
-    return sum(HEADER_BYTES + tensor.stored_bytes * (name not in quantized) for name, tensor in tensors.items())
+    return sum(HEADER_BYTES + tensor.num_bytes * (name not in quantized) for name, tensor in tensors.items())
 
 
 def bytes_there(path: Path) -> int:
@@ -73,7 +73,8 @@ def _by_disk(needs: list[Need]) -> Iterator[tuple[list[Need], int]]:
         yield shared, shutil.disk_usage(nearest_folder(shared[0].folder)).free
 
 
-def _size(num_bytes: int) -> str:
+def readable(num_bytes: int) -> str:
+    """A number of bytes for people, such as `7.2 MB`."""
     if num_bytes < 1e6:
         return f"{num_bytes / 1e3:.1f} kB"
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -12,7 +12,7 @@ from shardq.calib.partition import largest_part
 from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.arguments import BlockArguments
-from shardq.model.block import BlockPlan, returned_by
+from shardq.model.block import BlockPlan, run_block
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.loss import LOGITS_TOKENS
@@ -158,7 +158,7 @@ def state_bytes(size: BlockSize, options: OptimizeOptions, engine: Engine, addin
 
 def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
     """The head in the matrix multiplies' dtype, its rows for likely tokens, and a piece of both streams' logits."""
-    head = skeleton.model.get_output_embeddings()
+    head = skeleton.head
     num_rows = head.out_features + min(LIKELY_TOKENS, head.out_features)
     # Logits and their gradient in that dtype; both in float32, their logarithms, p and q.
     logits = LOGITS_TOKENS * head.out_features * (3 * dtype.itemsize + 6 * 4)
@@ -177,7 +177,7 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
     block = copy.deepcopy(block).requires_grad_(True)
     call = arguments.on_meta(hidden_shape)
     with own_code(type(block).__name__, "its memory for training cannot be counted"):
-        kept = saved_tensors(lambda: returned_by(block, call, torch.float32))
+        kept = saved_tensors(lambda: run_block(block, call, torch.float32))
     parameters = {storage_key(parameter) for parameter in block.parameters()}
     return sum(tensor.untyped_storage().nbytes() for tensor in kept if storage_key(tensor) not in parameters)
 

@@ -30,6 +30,7 @@ from runs import result_files
 from shardq.cache.store import DiskStore
 from shardq.commands import commit as committing
 from shardq.commands import quantize as run
+from shardq.export import run_output
 from shardq.export.checkpoint import Checkpoint
 from shardq.formats import tensor_file
 from shardq.formats.source import WeightSource
@@ -45,7 +46,7 @@ POINTS = {  # name: where the function is looked up when it is called
     "write tensors": (tensor_file, "save_file"),
     "ledger line": (ledger, "append_line"),
     "commit": (ledger, "commit"),
-    "block files": (committing, "write_block_files"),
+    "block files": (run_output, "write_block_files"),
     "export shard": (Checkpoint, "write_shard"),
     "export": (committing, "write_format"),
     "barrier": (committing, "barrier"),
@@ -57,7 +58,7 @@ POINTS = {  # name: where the function is looked up when it is called
     "write activations": (DiskStore, "write"),
     "drop activations": (DiskStore, "drop"),
     "read weights": (WeightSource, "read"),
-    "finish": (committing, "write_run_files"),
+    "finish": (run_output, "write_run_files"),
     "delete cache": (shutil, "rmtree"),
 }
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)

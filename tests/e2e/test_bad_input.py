@@ -66,8 +66,8 @@ DAMAGED_MODELS = {
         lambda m: edit_tensor(m, UP_PROJ, lambda t: t.to(torch.int8)), UNSUPPORTED, f"{UP_PROJ} has dtype I8"
     ),
     "quantized": (
-        lambda m: edit_json(m / CONFIG, lambda c: c.update(quantization_config={"quant_method": "gptq"})),
-        UNSUPPORTED, "already quantized (gptq)",
+        lambda m: edit_json(m / CONFIG, lambda c: c.update(quantization_config={"quant_method": "aqlm"})),
+        UNSUPPORTED, "already quantized (aqlm)",
     ),
     "unknown architecture": (
         lambda m: edit_json(m / CONFIG, lambda c: c.update(model_type="nobody_knows")), UNSUPPORTED, "nobody_knows"

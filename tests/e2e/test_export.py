@@ -16,10 +16,10 @@ from runs import ONE_RANK, result_files, run_evaluate, run_quantize
 from shardq.cli import parse
 from shardq.commands.export import export
 from shardq.commands.verify import verify
-from shardq.errors import ConfigError, ResumeError, UnsupportedModelError
+from shardq.errors import ConfigError, ResumeError
 from shardq.formats import encodings
 from shardq.formats.block_file import read_activations, read_block
-from shardq.formats.quantized_source import open_served
+from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.shards import open_index, read_tensor
 from shardq.quant.activation import rounded
 from shardq.rundir.folder import RunFolder
@@ -60,7 +60,7 @@ def test_an_export_is_evaluated_as_it_is_served(
     found = [run_evaluate(folder, token_file)["perplexity"] for folder in folders]
     assert found[1] == found[2]
     # The run keeps weights in float32. An export's are products in bfloat16, the dtype of its scales.
-    run, exports = open_served(served), [open_served(folder) for folder in folders[1:]]
+    run, exports = open_checkpoint(served), [open_checkpoint(folder) for folder in folders[1:]]
     for source in exports:
         for name, tensor in run.tensors.items():
             assert torch.equal(source.read(source.tensors[name]), run.read(tensor).bfloat16()), name
@@ -71,14 +71,6 @@ def test_an_export_is_evaluated_as_it_is_served(
     with torch.inference_mode():
         losses = [model(tokens_T[None], labels=tokens_T[None]).loss.float() for tokens_T in tokens_NT]
     assert found[1] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=5e-3)
-
-
-def test_a_quantized_checkpoint_is_not_quantized_again(served: Path, token_file: Path, tmp_path: Path):
-    folder = served / "compressed-tensors"
-    with pytest.raises(UnsupportedModelError, match=r"already quantized \(compressed-tensors\); pass the unquantized"):
-        run_quantize(folder, token_file, tmp_path / "again", *RTN)
-    with pytest.raises(UnsupportedModelError, match="already quantized"):
-        run_evaluate(folder, token_file, *RTN)
 
 
 def test_scales_are_rounded_before_codes_are_made(served: Path):

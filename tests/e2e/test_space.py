@@ -88,7 +88,8 @@ def test_activations_are_as_wide_as_what_enters_a_block(token_file, tmp_path):
 
 
 def test_what_blocks_are_passed_of_the_sample_and_of_earlier_blocks_is_counted(tmp_path):
-    model, tokens = tiny.save_model(tmp_path / "model", tiny.GEMMA4), tiny.save_tokens(tmp_path / "t.safetensors", vocab=200)
+    model = tiny.save_model(tmp_path / "model", tiny.GEMMA4)
+    tokens = tiny.save_tokens(tmp_path / "tokens.safetensors", vocab=200)
     arguments, cached = quantize_arguments(model, tokens, tmp_path / "out", "--quant.method", "rtn"), []
     counted = predicted(arguments)["activations"]
     cache = tmp_path / "out" / "cache"

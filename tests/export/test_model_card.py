@@ -6,6 +6,10 @@ import yaml
 from shardq.export.hf import Hf
 from shardq.export.model_card import model_card
 from shardq.quant.integer_grid import IntegerGrid
+from shardq.rundir.account import Account, Left
+
+NORMS = Left(kind="norm", reason="vectors", names=("a", "b"), num_parameters=1000, num_bytes=2000)
+ACCOUNT = Account(num_quantized=9000, left=(NORMS,))
 
 
 def card_of(dataset: str) -> str:
@@ -15,7 +19,7 @@ def card_of(dataset: str) -> str:
         "model": {"config": "c0", "weights": "e1"},
         "calibration_tokens": "70",
     }
-    return model_card(manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, Hf("float32"), 0.0)
+    return model_card(manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, Hf("float32"), 0.0, ACCOUNT)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,11 @@ def card_of(dataset: str) -> str:
 def test_datasets_are_named_without_the_folders_of_the_machine(dataset: str, named: str):
     recipe = yaml.safe_load(card_of(dataset).split("```yaml\n")[1].split("```")[0])
     assert recipe == {"calib": {"dataset": named, "samples": 4}, "seed": 0}
+
+
+def test_the_share_that_is_quantized_and_the_rest_are_listed():
+    section = card_of("c4").split("## What is quantized\n\n")[1].split("\n\n## ")[0]
+    assert section == (
+        "Quantized: 90.0% of 10.0 k parameters; left as they are:\n\n"
+        "- norm: 1.0 k parameters in 2 tensor(s), 2.0 kB (vectors)"
+    )

@@ -9,33 +9,35 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
+import tiny
 from shardq.errors import CheckpointError
 from shardq.formats import checkpoint
 from shardq.formats.shards import INDEX_FILE, TensorInfo, open_index
+from shardq.formats.source import SourceTensor, as_stored
 
 
-def infos_of(*sizes: int) -> list[TensorInfo]:
-    return [TensorInfo(f"t{n}", Path("a"), "U8", (size,), 0, size) for n, size in enumerate(sizes)]
+def tensors_of(*sizes: int) -> list[SourceTensor]:
+    return [as_stored(TensorInfo(f"t{n}", Path("a"), "U8", (size,), 0, size)) for n, size in enumerate(sizes)]
 
 
-def sizes_of(groups: list[list[TensorInfo]]) -> list[list[int]]:
-    return [[info.num_bytes for info in group] for group in groups]
+def sizes_of(groups: list[list[SourceTensor]]) -> list[list[int]]:
+    return [[tensor.num_bytes for tensor in group] for group in groups]
 
 
 def test_tensors_are_grouped_in_order_up_to_the_limit():
-    assert sizes_of(checkpoint.group_by_size(infos_of(4, 6, 1, 9, 5, 5), 10)) == [[4, 6], [1, 9], [5, 5]]
-    assert sizes_of(checkpoint.group_by_size(infos_of(4, 7, 3), 10)) == [[4], [7, 3]]
+    assert sizes_of(checkpoint.group_by_size(tensors_of(4, 6, 1, 9, 5, 5), 10)) == [[4, 6], [1, 9], [5, 5]]
+    assert sizes_of(checkpoint.group_by_size(tensors_of(4, 7, 3), 10)) == [[4], [7, 3]]
 
 
 def test_tensor_beyond_the_limit_is_a_group_of_its_own():
-    assert sizes_of(checkpoint.group_by_size(infos_of(3, 25, 3, 3), 10)) == [[3], [25], [3, 3]]
-    assert sizes_of(checkpoint.group_by_size(infos_of(25), 10)) == [[25]]
+    assert sizes_of(checkpoint.group_by_size(tensors_of(3, 25, 3, 3), 10)) == [[3], [25], [3, 3]]
+    assert sizes_of(checkpoint.group_by_size(tensors_of(25), 10)) == [[25]]
     assert checkpoint.group_by_size([], 10) == []
 
 
 def test_random_groups_lose_nothing_and_keep_to_the_limit():
     sizes = torch.randint(1, 30, (300,)).tolist()
-    groups = sizes_of(checkpoint.group_by_size(infos_of(*sizes), 50))
+    groups = sizes_of(checkpoint.group_by_size(tensors_of(*sizes), 50))
     assert [size for group in groups for size in group] == sizes
     assert all(sum(group) <= 50 for group in groups)
     # No group could have taken the first of the next one.
@@ -88,13 +90,21 @@ def test_config_keeps_every_field_but_the_dtype(tmp_path, key: str):
     assert AutoConfig.from_pretrained(folder).dtype == torch.float32
 
 
-COPIED = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",
-          "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "added_tokens.json", "tekken.json", "spiece.model",
-          "sentencepiece.bpe.model", "source.spm", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
-          "additional_chat_templates/tool_use.jinja", "generation_config.json", "preprocessor_config.json",
-          "processor_config.json", "video_preprocessor_config.json", "image_processor_config.json",
-          "configuration_x.py", "modeling_x.py", "tokenization_x.py", "LICENSE", "LICENSE.txt", "license.txt", "NOTICE",
-          "Notice", "USE_POLICY.md", "Model LICENSE AGREEMENT"]  # fmt: skip
+def test_config_has_no_trace_of_how_the_source_was_stored(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    folder.mkdir()
+    scheme = {"quantization_config": {"quant_method": "fp8"}}
+    config = {"model_type": "llama", "text_config": {"hidden_size": 8} | scheme, "rope_scaling": {"factor": 2}}
+    (source / "config.json").write_text(json.dumps(config | scheme), encoding="utf-8")
+    checkpoint.write_config(source, folder, torch.bfloat16)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert written == config | {"text_config": {"hidden_size": 8}, "dtype": "bfloat16"}
+    checkpoint.write_config(source, folder, torch.bfloat16, {"quant_method": "gptq"})
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert written["quantization_config"] == {"quant_method": "gptq"} and len(written["text_config"]) == 1
+
+
 LEFT = ["model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "tokenizer.bin", "vocab.gguf",
         "config.json", INDEX_FILE, "pytorch_model.bin", "README.md", "params.json", "adapter_config.json",
         "original/tokenizer.model", "onnx/model.onnx", "tokenizer.json.partial", "tokenizer_backup/tokenizer.json",
@@ -103,13 +113,13 @@ LEFT = ["model.safetensors", "consolidated.safetensors", "consolidated.00.pth", 
 
 def test_companions_are_copied_byte_by_byte_and_weights_are_not(tmp_path):
     source, folder = tmp_path / "source", tmp_path / "output"
-    for number, name in enumerate(COPIED + LEFT):
+    for number, name in enumerate(tiny.COMPANIONS + LEFT):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(bytes([number, 0, 255]))
     checkpoint.copy_companions(source, folder)
     written = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-    assert sorted(written) == sorted(COPIED)
-    assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in COPIED)
+    assert sorted(written) == sorted(tiny.COMPANIONS)
+    assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in tiny.COMPANIONS)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "additional_chat_templates/a.jinja"])
@@ -121,7 +131,7 @@ def test_companion_that_is_a_link_to_nothing_is_refused(tmp_path, name):
 
 
 def test_empty_tensor_first_starts_a_group():
-    assert sizes_of(checkpoint.group_by_size(infos_of(0, 4, 7), 10)) == [[0, 4], [7]]
+    assert sizes_of(checkpoint.group_by_size(tensors_of(0, 4, 7), 10)) == [[0, 4], [7]]
 
 
 def test_folders_are_no_companions(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats import compressed_tensors, gptq
-from shardq.formats.quantized_source import open_served, rounds_activations
+from shardq.formats.quantized_source import open_checkpoint, rounds_activations
 from shardq.formats.source import WeightSource
 from shardq.quant.integer_grid import IntegerGrid
 
@@ -22,7 +22,7 @@ O, I = 40, 96  # noqa: E741
 def opened(folder: Path, tensors: dict[str, torch.Tensor], scheme: dict) -> WeightSource:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": scheme}))
-    return open_served(folder)
+    return open_checkpoint(folder)
 
 
 def weight(source: WeightSource) -> torch.Tensor:

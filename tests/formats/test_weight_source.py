@@ -71,7 +71,7 @@ def test_tensor_is_known_by_all_its_bytes_and_by_nothing_else(in_pieces: tuple[W
     source.read(tensor)
     for place in range(140):
         flip(info, place)
-        for read, what in ((source.check, tensor), (source.read, tensor), (source.read_stored, info)):
+        for read, what in ((source.check, tensor), (source.read, tensor), (source.read_plain, tensor)):
             message = message_of(read, what)
             assert message.startswith(f"{info.file}: tensor weight is not what it was when the run began")
         flip(info, place)

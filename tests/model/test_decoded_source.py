@@ -13,6 +13,8 @@ from torch import Tensor
 
 from shardq.config import QuantOptions
 from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.export.hf import Hf
+from shardq.export.run_output import RunOutput
 from shardq.formats.shards import INDEX_FILE, Index, TensorInfo, open_index, read_tensor
 from shardq.formats.source import Rows, SourceTensor, WeightSource, open_source, stored_in
 from shardq.model.block import block_plans
@@ -20,7 +22,6 @@ from shardq.model.ends import epilogue, prologue
 from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
 from shardq.quant.quantized import QuantizedLinear
-from shardq.rundir.block_output import write_block_files, write_run_files
 from shardq.rundir.plan import make_plan
 from shardq.rundir.source import check_outside, noted
 
@@ -53,7 +54,7 @@ class TestWeightSource:
     def test_one_name_stands_for_several_stored_tensors(self, source: WeightSource):
         tensor = source.tensors["w"]
         assert source.tensors.keys() == {"norm", "w"} and source.index.keys() == {"norm", "w_codes", "w_scale"}
-        assert (tensor.shape, tensor.dtype, tensor.num_bytes, tensor.stored_bytes) == ((5, 4), "F32", 80, 20 + 20)
+        assert (tensor.shape, tensor.dtype, tensor.num_bytes) == ((5, 4), "F32", 80)
         stored = stored_in([source.tensors["norm"], tensor, tensor])
         assert [info.name for info in stored] == ["norm", "w_codes", "w_scale"]
 
@@ -62,7 +63,7 @@ class TestWeightSource:
         assert torch.equal(source.read(tensor), self.VALUES)
         assert torch.equal(source.read_unchecked(tensor), self.VALUES)
         assert torch.equal(source.read_rows(tensor, [0, 3]), self.VALUES[[0, 3]])
-        assert torch.equal(source.read_stored(source.index["w_codes"]), self.CODES)
+        assert torch.equal(source.read_plain(tensor), self.VALUES)
 
     @pytest.mark.parametrize("part", ["w_codes", "w_scale"])
     @pytest.mark.parametrize("read", [WeightSource.read, WeightSource.check])
@@ -123,7 +124,7 @@ class TestModel:
         return open_skeleton(folders[1])
 
     def test_without_its_decoder_it_is_refused(self, folders: tuple[Path, Path]):
-        with pytest.raises(UnsupportedModelError, match=r"encoded: already quantized \(int8 rows\); pass the unquant"):
+        with pytest.raises(UnsupportedModelError, match=r"encoded: already quantized \(int8 rows\), which shardq"):
             open_skeleton(folders[0])
 
     def test_blocks_stream_as_those_that_store_the_values(self, encoded: Skeleton, plain: Skeleton):
@@ -143,7 +144,7 @@ class TestModel:
                 logits += [to_logits(hidden[-1]) for _, to_logits in slices]
         assert torch.equal(*hidden) and torch.equal(*logits) and logits[0].shape == (1, 4, 300)
 
-    def test_all_but_quantized_weights_is_copied_as_it_is_stored(self, encoded: Skeleton, tmp_path: Path):
+    def test_all_but_quantized_weights_is_written_decoded(self, encoded: Skeleton, plain: Skeleton, tmp_path: Path):
         plan = make_plan(encoded, QuantOptions(ignore=("re:.*([qkvo]|gate|up)_proj",)))
         outside = check_outside(encoded)
         assert outside.keys() == {
@@ -155,18 +156,19 @@ class TestModel:
         linear = QuantizedLinear(
             weight_OI.to(torch.int8), torch.ones(64, 1), torch.zeros(64, 1), QuantOptions(symmetric=True).grid
         )
+        result = RunOutput(tmp_path, encoded, plan, Hf("float32"))
         for block in plan.blocks:
-            write_block_files(tmp_path, encoded, plan, block, {"mlp.down_proj": linear}, {}, torch.float32, CPU)
-        write_run_files(tmp_path, encoded, plan, torch.float32)
-        stored, written = load_file(encoded.folder / "model.safetensors"), {}
+            result.write_block(block, {"mlp.down_proj": linear}, {}, CPU, {})
+        result.write_end()
+        expected, written = load_file(plain.folder / "model.safetensors"), {}
         for shard in set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()):
             written |= load_file(tmp_path / shard)
         for block in plan.blocks:
             linear_name = f"{block.name}.mlp.down_proj.weight"
-            del stored[f"{linear_name}_codes"], stored[f"{linear_name}_scale"]
-            assert torch.equal(written.pop(linear_name), weight_OI)
-        assert written.keys() == stored.keys()
-        assert [name for name, tensor in written.items() if not torch.equal(tensor, stored[name])] == []
+            expected[linear_name] = weight_OI
+        assert written.keys() == expected.keys()
+        assert [name for name, tensor in written.items() if not torch.equal(tensor, expected[name])] == []
+        assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
     def test_digests_of_all_stored_parts_are_kept_with_the_block(self, encoded: Skeleton):
         check_outside(encoded)

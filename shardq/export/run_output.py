@@ -1,0 +1,69 @@
+"""What a run writes of its model: each block's files as it goes on, and those that complete it."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from shardq.export.checkpoint import Checkpoint, linears_left
+from shardq.model.block import BlockPlan
+from shardq.model.skeleton import Skeleton
+from shardq.quant.activation import ActivationGrid
+from shardq.quant.quantized import QuantizedLinear
+from shardq.rundir.block_output import WriteShard, write_block_files, write_run_files
+from shardq.rundir.plan import Plan
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """The result of a run, in its folder.
+
+    Attributes:
+        skeleton: skeleton of the source.
+        form: how the folder's own checkpoint holds the linears.
+    """
+
+    folder: Path
+    skeleton: Skeleton
+    plan: Plan
+    form: Checkpoint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model that programs build from the folder."""
+        grids = self.plan.grids.values()
+        return self.form.weight_dtype(self.skeleton, next(iter(grids)))  # all of them keep scales in the same one
+
+    def write_block(
+        self,
+        block: BlockPlan,
+        linears: dict[str, QuantizedLinear],
+        activations: dict[str, ActivationGrid],
+        device: torch.device,
+        copies: dict[Path, Checkpoint],
+    ) -> list[Path]:
+        """Write a finished block's files, and its shards in further checkpoints; give the files.
+
+        Args:
+            linears, activations: linears and grids of activations, by name within the block.
+            device: as in `write_block_files`.
+            copies: the further checkpoints, by folder.
+        """
+        full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
+        grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
+
+        def writer(form: Checkpoint) -> WriteShard:
+            return partial(form.write_shard, skeleton=self.skeleton, block_index=block.index)
+
+        files = write_block_files(self.folder, self.plan, block, full, grids, writer(self.form), device)
+        for folder, form in copies.items():
+            writer(form)(folder / self.plan.block_shard(block.index), full, grids)
+        return files
+
+    def write_end(self, kept: Container[Path] = ()) -> list[Path]:
+        """Write the files that complete a run whose blocks are all written, except large ones that stay; give all."""
+        left = linears_left(self.skeleton, self.plan.grids)
+        scheme = self.form.described(self.folder, self.skeleton, self.plan.grids, left)
+        return write_run_files(self.folder, self.skeleton, self.plan, self.dtype, scheme, kept)
