@@ -1,14 +1,24 @@
 """Small seeded models, token files and launches that the tests share; nothing is downloaded."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -55,10 +65,22 @@ def save_model(
     """Save a randomly initialised model of any architecture in several shards; give its folder."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        is_wrapper = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+        factory = AutoModelForMultimodalLM if is_wrapper else AutoModelForCausalLM
+        model = factory.from_config(copy.deepcopy(config), dtype=torch.float32)
         _fill_biases(model)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return Path(folder)
+
+
+def whole_model(folder: Path, **options: object) -> PreTrainedModel:
+    """The model of a folder as transformers loads it, of the class that config.json names.
+
+    Args:
+        options: those of `from_pretrained`; float32 if they name no dtype.
+    """
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
 
 
 @torch.no_grad()

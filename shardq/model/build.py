@@ -1,7 +1,8 @@
 """A model of transformers built from a checkpoint's config.json, without weights, and the list of its decoder blocks.
 
 Works for any architecture of transformers: the blocks are the outermost `ModuleList` in the text decoder whose children
-stand in the model's list of blocks' classes, if it has one. No table of models.
+stand in the model's list of blocks' classes, if it has one. A wrapper that adds parts for images or sound to a text
+decoder is built whole. No table of models.
 """
 
 from pathlib import Path
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -22,9 +27,16 @@ from shardq.model.attention import use_pieces
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import block_classes
 
+# Transformers' lists of models that predict the next token, with what builds them.
+CAUSAL = (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)
+MULTIMODAL = (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+SOUND = (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)  # encoders with decoders, too
+
 
 def build_on_meta(folder: Path) -> PreTrainedModel:
-    """Build the causal language model that an open checkpoint's config.json describes, on the meta device.
+    """Build the language model that an open checkpoint's config.json describes, on the meta device.
+
+    A wrapper around a text decoder is built whole, with its parts for images or sound.
 
     Raises:
         UnsupportedModelError: transformers does not build this model.
@@ -35,27 +47,26 @@ def build_on_meta(folder: Path) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     use_pieces()
     try:
-        _check_is_causal(folder, config)
+        auto_class = _auto_class(folder, config)
         with own_code(f"{folder / 'config.json'}", f"transformers' {config.model_type} cannot be built from it"):
             with torch.device("meta"):
                 # float32, not the config's dtype: buffers computed from the config would be rounded to that.
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
                 return model.eval().requires_grad_(False)
     finally:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _check_is_causal(folder: Path, config: PreTrainedConfig) -> None:
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
+def _auto_class(folder: Path, config: PreTrainedConfig) -> type:
+    """What builds the model: of the factories that know its config, the one whose class the config names."""
     with own_code(f"{folder / 'config.json'}", f"{type(config).__name__} does not tell its text model"):
-        parts, text = list(config.sub_configs), config.get_text_config()
-    if text is not config:
-        raise UnsupportedModelError(
-            f"{folder}: {type(config).__name__} is of a wrapper around a text model ({', '.join(parts)}), for which "
-            "transformers has no causal language model; such wrappers are not supported yet, pass a checkpoint of the "
-            "text model alone"
-        )
+        is_wrapper = config.get_text_config() is not config
+    factories = (MULTIMODAL, SOUND, CAUSAL) if is_wrapper else (CAUSAL, MULTIMODAL)
+    known = [entry for entry in factories if type(config) in entry[1]]
+    # A config of a wrapper may also be that of its text model without the rest.
+    named = [auto for auto, classes in known if classes[type(config)].__name__ in (config.architectures or ())]
+    for auto_class in (*named, *(auto for auto, _ in known)):
+        return auto_class
     raise UnsupportedModelError(
         f"{folder}: transformers has no causal language model for {type(config).__name__}; only models that predict "
         "the next token can be quantized"
@@ -84,3 +95,21 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModelError(
         f"{name}: its decoder has {names}; it must have one, whose blocks are called one after another"
     )
+
+
+def find_head(model: PreTrainedModel, list_name: str) -> nn.Module:
+    """What gives the logits: the model's own, or that of the causal model within it that has the blocks.
+
+    Args:
+        list_name: name of the list of blocks.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    parts = list_name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    heads = (module.get_output_embeddings() for module in around if isinstance(module, PreTrainedModel))
+    found = next((head for head in heads if head is not None), None)
+    if found is None:
+        raise UnsupportedModelError(f"{type(model).__name__}: it has no head that gives the next token's logits")
+    return found

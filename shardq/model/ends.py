@@ -35,7 +35,7 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
     hooks += [table.register_forward_hook(partial(_blank, blank[table])) for table in tables]
     unread = frozenset(tensor.name for tensor in tables.values())
     if base is skeleton.model:
-        unread |= {skeleton.tensor(name).name for name in _head_parameters(skeleton)}
+        unread |= {tensor.name for tensor in _head_tensors(skeleton).values()}
 
     @torch.no_grad()
     def embed(tokens_NT: Tensor) -> Tensor:
@@ -43,12 +43,14 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
             base(input_ids=tokens_NT.to(device), use_cache=False)
         return skeleton.stand_ins[0].seen[0]
 
+    skeleton.head.forward = partial(_one_channel, skeleton.head)
     try:
         with materialised(skeleton, base, skeleton.base_name, device, unread=unread):
             for table in tables:
                 table.weight = blank[table]
             yield embed
     finally:
+        vars(skeleton.head).pop("forward")
         for hook in hooks:
             hook.remove()
         _forget(skeleton)
@@ -83,6 +85,11 @@ def _blank(weight: nn.Parameter, table: nn.Embedding, inputs: tuple, output: Ten
     table.weight = weight
 
 
+def _one_channel(head: nn.Linear, hidden_NTD: Tensor) -> Tensor:
+    """A head's forward that costs nothing, for models whose part that takes tokens contains it."""
+    return hidden_NTD[..., :1].expand(*hidden_NTD.shape[:-1], head.out_features)
+
+
 def _name_of(skeleton: Skeleton, wanted: nn.Module) -> str:
     return next(name for name, module in skeleton.model.named_modules() if module is wanted)
 
@@ -91,10 +98,10 @@ def _frozen(tensor: Tensor, device: torch.device, dtype: torch.dtype = COMPUTE_D
     return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
 
 
-def _head_parameters(skeleton: Skeleton) -> list[str]:
-    """Full names of the head's parameters."""
-    head = skeleton.model.get_output_embeddings()
-    return [f"{_name_of(skeleton, head)}.{name}" for name, _ in head.named_parameters()]
+def _head_tensors(skeleton: Skeleton) -> dict[str, SourceTensor]:
+    """The source's tensors for the head's parameters, by their names in it."""
+    prefix = _name_of(skeleton, skeleton.head)
+    return {name: skeleton.tensor(f"{prefix}.{name}") for name, _ in skeleton.head.named_parameters()}
 
 
 @contextmanager
@@ -105,7 +112,7 @@ def epilogue(skeleton: Skeleton, device: torch.device) -> Iterator[Iterator[tupl
     `first` on; the head's rows for them are in memory until the next slice is asked for. Norm and head treat each
     position separately, so T may be any slice of a sequence.
     """
-    head = skeleton.model.get_output_embeddings()
+    head = skeleton.head
     rows_a_slice = max(1, HEAD_SLICE_BYTES // (4 * head.in_features))
     with _last_layers(skeleton, device) as (tensors, to_logits):
 
@@ -131,7 +138,7 @@ def whole_epilogue(
     Args:
         dtype: dtype of the head, which is in memory whole, of a copy of its rows for some tokens, and of its product.
     """
-    head = skeleton.model.get_output_embeddings()
+    head = skeleton.head
     with _last_layers(skeleton, device) as (tensors, to_logits):
         read = skeleton.source.read
         whole = {name: _frozen(read(tensor), device, dtype) for name, tensor in tensors.items()}
@@ -158,9 +165,7 @@ def _last_layers(
 ) -> Iterator[tuple[dict[str, SourceTensor], Callable[[Tensor], Tensor]]]:
     """Yield the head's parameters in the source, by name, and what computes logits once the head has some."""
     model, last = skeleton.model, skeleton.stand_ins[-1]
-    head = model.get_output_embeddings()
-    prefix = _name_of(skeleton, head)
-    tensors = {name: skeleton.tensor(f"{prefix}.{name}") for name, _ in head.named_parameters()}
+    tensors = _head_tensors(skeleton)
 
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
-from shardq.model.build import build_on_meta, find_blocks
+from shardq.model.build import build_on_meta, find_blocks, find_head
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import (
     WeightConverter,
@@ -139,9 +139,17 @@ class Skeleton:
 
     @property
     def base_name(self) -> str:
-        """Name of the model's part that takes tokens and calls the blocks: everything except the head."""
+        """Name of the model's part that takes tokens and calls the blocks: everything except the head.
+
+        "" for the whole model, where the head lies in that part too.
+        """
         first, _, inner = self.list_name.partition(".")
-        return first if inner else ""
+        return first if inner and self.head not in self.model.get_submodule(first).modules() else ""
+
+    @property
+    def head(self) -> nn.Module:
+        """The linear that gives the logits."""
+        return find_head(self.model, self.list_name)
 
     def tensor(self, name: str) -> SourceTensor:
         """The source's tensor for the parameter or buffer `name`.

@@ -178,8 +178,7 @@ def _with_models(
 
 def _models_beside(skeleton: Skeleton, module: nn.Module) -> tuple[str, ...]:
     """Prefixes, within a module, of transformers models that have neither the blocks nor embeddings or head."""
-    model = skeleton.model
-    text = {skeleton.stand_ins, model.get_input_embeddings(), model.get_output_embeddings()}
+    text = {skeleton.stand_ins, skeleton.model.get_input_embeddings(), skeleton.head}
     return tuple(
         f"{name}."
         for name, inner in module.named_modules()
@@ -197,7 +196,7 @@ def materialised(
 ) -> Iterator[None]:
     """Hold the weights of a module outside the blocks (embeddings, norm, head) while the body runs.
 
-    Models besides the text decoder, such as those for images, get no weights: tokens do not reach them.
+    Models besides the text decoder, such as those for images, get NaN that takes no memory: tokens do not reach them.
 
     Args:
         prefix: the module's name in the model, "" for the model itself.
@@ -206,8 +205,10 @@ def materialised(
     buffers, beside = dict(module.named_buffers()), _models_beside(skeleton, module)
     tensors: dict[str, Tensor] = {}
     by_source: dict[str, Tensor] = {}
-    for name in module.state_dict():
-        if name.startswith(beside):
+    for name, empty in module.state_dict().items():
+        if name.startswith(beside):  # not left on the meta device: transformers asks a model where its first tensor is
+            nothing = torch.nan if empty.is_floating_point() else 0
+            tensors[name] = torch.full((), nothing, dtype=empty.dtype, device=device).expand(empty.shape)
             continue
         tensor = skeleton.tensor(f"{prefix}.{name}" if prefix else name)
         if tensor.name not in by_source:  # a tied tensor is read and kept once

@@ -158,7 +158,7 @@ def state_bytes(size: BlockSize, options: OptimizeOptions, engine: Engine, addin
 
 def head_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
     """The head in the matrix multiplies' dtype, its rows for likely tokens, and a piece of both streams' logits."""
-    head = skeleton.model.get_output_embeddings()
+    head = skeleton.head
     num_rows = head.out_features + min(LIKELY_TOKENS, head.out_features)
     # Logits and their gradient in that dtype; both in float32, their logarithms, p and q.
     logits = LOGITS_TOKENS * head.out_features * (3 * dtype.itemsize + 6 * 4)

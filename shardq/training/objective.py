@@ -92,7 +92,7 @@ def _likely_tokens(job: Job, block_index: int, to_logits: ToLogits) -> tuple[Ten
     Returns:
         these tokens; and for every token of the vocabulary and for -1, its place among them, or -1 if it has none.
     """
-    activations, head = job.activations, job.skeleton.model.get_output_embeddings()
+    activations, head = job.activations, job.skeleton.head
 
     def load(sample: int) -> Tensor:
         return activations.load("fp", block_index + 1, [sample])[:, ::POSITION_STRIDE]

@@ -14,10 +14,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +42,9 @@ WEIGHT_STD = 0.15  # so wide that every block changes the hidden states visibly
 MAX_PARAMETERS = 9_000_000
 LIMIT_SECONDS = 240.0  # for one family
 TABLE = Path(__file__).with_name("support.tsv")
+
+# Wrappers around text decoders that transformers has only in its list of encoders with decoders.
+WITH_SOUND = ("audioflamingo3", "musicflamingo")
 
 # Samples and their length: a few; several chunks of passes, which take 1024 tokens each; longer than a chunk.
 TEXTS = {"few": (6, 48), "many": (40, 64), "long": (3, 1040)}
@@ -87,7 +95,7 @@ def kept_rows() -> list[Row]:
 
 def families() -> list[str]:
     """Every family and variant that the sweep knows, those that are text alone first."""
-    wrappers = [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in _causal()]
+    wrappers = [name for name in (*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *WITH_SOUND) if name not in _causal()]
     return [*_causal(), *VARIANTS, *wrappers]
 
 
@@ -312,7 +320,10 @@ def _causal() -> list[str]:
 
 
 def _auto_class(family: str) -> type:
-    return AutoModelForCausalLM if family.split(",")[0] in _causal() else AutoModelForImageTextToText
+    model_type, _, variant = family.partition(", ")
+    if model_type in WITH_SOUND:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM if model_type in _causal() and variant != "wrapper" else AutoModelForMultimodalLM
 
 
 def _tokens(file: Path) -> Tensor:

@@ -9,9 +9,10 @@ from sweep import OUTCOMES, families, kept_rows, sweep, sweep_apart
 from tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
 
 # Kinds of decoder that differ in what streaming depends on: rotary and learned positions, biases by distance, windows
-# and capped logits, tied and own heads, keys of low rank, convolutions and states, weights that blocks share.
+# and capped logits, tied and own heads, keys of low rank, convolutions and states, weights that blocks share, a wrapper
+# whose tensors are renamed.
 QUICK = ("llama, rope yarn", "opt, narrow embedding", "falcon, alibi", "qwen2, window", "gemma4_text, shared keys",
-         "deepseek_v32, dense", "falcon_h1", "zamba2")  # fmt: skip
+         "deepseek_v32, dense", "falcon_h1", "zamba2", "mistral3")  # fmt: skip
 KEPT = {row.family: row for row in kept_rows()}
 
 

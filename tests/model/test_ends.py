@@ -25,6 +25,8 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    Idefics3Config,
+    Llama4Config,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -37,6 +39,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3VLConfig,
     XGLMConfig,
     xLSTMConfig,
 )
@@ -127,6 +130,24 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
             "output_proj_dims": 32,
         },
     ),
+    # Positions in three dimensions, of time, height and width; what the tower sees is added after blocks.
+    "qwen3-vl-wrapper": Qwen3VLConfig(
+        text_config=GATED | {
+            "head_dim": 12, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
+        },
+        vision_config=VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0]},
+        tie_word_embeddings=False,
+    ),
+    # Its first tensor, whose device transformers takes for the model's, is the tower's.
+    "idefics3-wrapper": Idefics3Config(text_config=GATED | {"model_type": "llama"}, vision_config=VISION),
+    # Its head lies in the same part as the blocks.
+    "llama4-wrapper": Llama4Config(
+        text_config=GATED | {
+            "intermediate_size_mlp": 80, "num_local_experts": 2, "moe_layers": [], "interleave_moe_layer_step": 0,
+            "head_dim": 12,
+        },
+        vision_config=VISION | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
     # As many positions as tokens, so that the two embeddings have equal shapes.
     "opt-positions-as-tokens": OPTConfig(
         **SHAPE | {"max_position_embeddings": VOCAB - 2}, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2
@@ -141,9 +162,8 @@ def random_tokens(num: int) -> Tensor:
 
 def whole_model_logits(folder: Path, tokens_NT: Tensor) -> Tensor:
     """The reference: the model as transformers loads and runs it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(input_ids=tokens_NT, use_cache=False).logits
+        return tiny.whole_model(folder)(input_ids=tokens_NT, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -205,7 +225,7 @@ def test_streamed_logits_are_those_of_the_whole_model(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_whole_epilogue_and_its_gradient_are_the_whole_models(tmp_path: Path, name: str):
     folder = tiny.save_model(tmp_path, ARCHITECTURES[name], max_shard_size="20KB")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = tiny.whole_model(folder)
     kept = []
     skeleton, tokens_NT = open_skeleton(folder), random_tokens(2)
     last = model.get_submodule(skeleton.names[-1])
@@ -282,7 +302,8 @@ def test_blocks_that_tokens_alone_do_not_reach_are_refused(tmp_path: Path):
     skeleton = open_skeleton(tmp_path)
     with prologue(skeleton, CPU) as embed, pytest.raises(UnsupportedModelError) as caught:
         record_arguments(skeleton, embed, LENGTH)
-    assert "MllamaForCausalLM: model.layers.1 is not called where there are tokens alone" in str(caught.value)
+    name = "MllamaForConditionalGeneration: model.language_model.layers.1"
+    assert f"{name} is not called where there are tokens alone" in str(caught.value)
 
 
 def test_width_is_that_of_what_enters_a_block_not_the_embeddings(tmp_path: Path):
@@ -307,7 +328,7 @@ def test_head_tied_or_not_is_the_models(tmp_path: Path, monkeypatch: pytest.Monk
 def test_prologue_gives_what_enters_the_first_block(tmp_path: Path, name: str):
     folder = tiny.save_model(tmp_path, ARCHITECTURES[name], max_shard_size="20KB")
     tokens_NT = random_tokens(2)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = tiny.whole_model(folder)
     with torch.no_grad():
         expected = model(tokens_NT, output_hidden_states=True).hidden_states[0]
     with prologue(open_skeleton(folder), CPU) as embed:
@@ -406,7 +427,8 @@ def test_models_beside_the_text_decoder_are_not_read(tmp_path: Path, end: Callab
         inner = skeleton.model.model
         assert not inner.language_model.norm.weight.is_meta
         towers = [*inner.vision_tower.parameters(), *inner.audio_tower.parameters()]
-        assert towers and all(parameter.is_meta for parameter in towers)
+        assert towers and all(parameter.untyped_storage().nbytes() == 4 for parameter in towers)
+        assert all(parameter.isnan().all() for parameter in towers)
 
 
 def test_embedded_hidden_states_are_let_go_after_the_prologue(folder: Path):

@@ -13,7 +13,7 @@ from transformers import (
     GptOssConfig,
     HrmTextConfig,
     JetMoeConfig,
-    LlavaConfig,
+    Llama4Config,
     MixtralConfig,
     OpenAIGPTConfig,
     PreTrainedConfig,
@@ -95,6 +95,14 @@ class TestOpening:
         # The published names: the head is tied to the embedding, which is renamed as it is loaded.
         assert skeleton.tensor("lm_head.weight").name == "language_model.model.embed_tokens.weight"
 
+    def test_text_model_is_built_where_a_wrappers_config_names_it(self, tmp_path: Path):
+        text = SIZES | {"intermediate_size_mlp": 48, "moe_layers": [], "head_dim": 8}
+        config = Llama4Config(text_config=text, vision_config=VISION | {"vision_output_dim": 16})
+        folder = tiny.save_model(tmp_path, config.text_config)
+        config.save_pretrained(folder)
+        change_config(folder, architectures=["Llama4ForCausalLM"])
+        assert open_skeleton(folder).names == ["model.layers.0", "model.layers.1"]
+
     def test_blocks_that_the_model_does_not_declare_are_found(self, tmp_path: Path):
         config = OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
         skeleton = open_skeleton(tiny.save_model(tmp_path, config))
@@ -150,11 +158,6 @@ class TestRefusedConfig:
         change_config(copied, rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4})
         where = str(copied / "config.json")
         assert_refused(copied, UnsupportedModelError, where, "llama cannot be built", "KeyError: 'nonesuch'")
-
-    def test_wrapper_without_a_causal_language_model(self, copied: Path):
-        LlavaConfig(text_config=SIZES | {"model_type": "llama"}).save_pretrained(copied)
-        parts = ("LlavaConfig is of a wrapper", "text_config", "vision_config", "text model alone")
-        assert_refused(copied, UnsupportedModelError, str(copied), *parts)
 
     def test_layers_in_several_lists(self, tmp_path: Path):
         folder = tiny.save_model(tmp_path, XLMConfig(vocab_size=50, emb_dim=16, n_layers=2, n_heads=2, causal=True))
