@@ -17,6 +17,7 @@ from shardq.rundir.room import readable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FURTHER_TOKENS = re.compile(r"(^|[._])(mtp|nextn)|multi_token")  # in names of layers that predict further tokens
+OUTSIDE = "outside the text decoder"
 KINDS = {
     "embedding": "looked up, not multiplied",
     "head": "the model's output",
@@ -49,6 +50,11 @@ class Left:
     num_parameters: int
     num_bytes: int
 
+    @property
+    def is_of_text(self) -> bool:
+        """Whether the text decoder computes with them."""
+        return self.reason not in (OUTSIDE, KINDS["further tokens"], KINDS["unused"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
@@ -76,6 +82,11 @@ class Account:
                 f"{left.kind}: {_counted(left.num_parameters)} parameters in {len(left.names)} tensor(s), "
                 f"{readable(left.num_bytes)} ({left.reason})"
             )
+
+    def beside_text(self) -> str:
+        """In words, what a format of the text decoder alone lacks; empty if that is nothing."""
+        kinds = [f"{left.kind} ({len(left.names)} tensor(s))" for left in self.left if not left.is_of_text]
+        return ", ".join(kinds)
 
     def facts(self) -> dict:
         """The account as a verb's summary has it, without the tensors' names."""
@@ -165,7 +176,7 @@ class _Kinds:
         path, _, parameter = name.rpartition(".")
         outside = self._part_outside(path)
         if module is not self._head and outside:
-            return outside, "outside the text decoder"
+            return outside, OUTSIDE
         if is_linear(module) and parameter == "weight" and module is not self._head:
             return self._of_linear(path, is_shared)
         kind = self._kind(module, parameter)
