@@ -105,7 +105,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
         skeleton, length = open_skeleton(folder), config.calib.sequence_length
         companions(folder)  # copied after the last block; one that must not be copied is refused now
         _check_length(skeleton, length)
-        plan = as_served(config, skeleton, make_plan(skeleton, config.quant))
+        plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             plan = plan.with_arguments(record_arguments(skeleton, embed, length))

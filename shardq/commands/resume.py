@@ -8,12 +8,13 @@ from functools import partial
 from torch import Tensor
 
 from shardq.commands.prepare import Run
-from shardq.formats.shards import read_header, read_tensor
+from shardq.formats.block_file import read_block
 from shardq.formats.source import stored_in
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.weights import stream_blocks
 from shardq.parallel.collectives import on_rank_zero, sum_over_ranks, together
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree
 from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.passes import Forward, replay
@@ -98,10 +99,9 @@ def _prepare_activations(run: Run, job: Job, first: int) -> None:
 def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tensor]]:
     """A finished block's quantized weights, as they are served and in the dtype of the computation."""
     device, dtype = run.ranks.device, run.config.optimize.dtype
-    written = read_header(run.output / run.plan.block_shard(block.index))
+    codes = read_block(RunFolder(run.output).block(block.index))
     for matrix in block.grids:
-        (name,) = matrix.sources
-        yield matrix, read_tensor(written[name]).to(device, dtype)
+        yield matrix, codes[block.full_name(matrix)].to(device).dequantized(run.result.dtype).to(dtype)
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:

@@ -16,6 +16,7 @@ from shardq.parallel.collectives import together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.ledger import Entries
+from shardq.rundir.manifest import export_options
 from shardq.rundir.plan import Plan
 from shardq.rundir.record import RunRecord
 from shardq.rundir.room import HEADER_BYTES, Need, bytes_there, check_room, code_bytes
@@ -67,7 +68,7 @@ def check_space_for_tuning(
     """
     output, needs = config.folder, []
     if ranks.rank == 0:
-        export = ExportOptions(**manifest["options"]["export"])
+        export = export_options(manifest)
         files = dict(_files(output, skeleton, plan, export, record.entries))
         state = 2 * 8 * plan.num_scales  # a new state is written before the previous one is removed
         needs.append(Need("weights, encodings and state", output, _growth(files) + state))

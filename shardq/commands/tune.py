@@ -19,16 +19,15 @@ from shardq.checks import check_tune
 from shardq.commands.prepare import take_folder
 from shardq.commands.redo import mend
 from shardq.commands.space import check_space_for_tuning
-from shardq.config import QuantOptions, TuneConfig
+from shardq.config import TuneConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import CalibrationError, CheckpointError, ConfigError, ResumeError
-from shardq.export.checkpoint import Checkpoint
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
+from shardq.export.target import as_served
 from shardq.files import remove, sha256_of
 from shardq.formats.block_file import read_scale_shapes
 from shardq.formats.checkpoint import companions
-from shardq.formats.options import ExportOptions
 from shardq.formats.source import Digests
 from shardq.formats.tensor_file import read_checked, write_checked
 from shardq.logs import Display, Events, peak_rss_bytes
@@ -40,7 +39,7 @@ from shardq.parallel.collectives import barrier, max_over_ranks, on_every_host, 
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.folder import RunFolder
-from shardq.rundir.manifest import differences, model_of
+from shardq.rundir.manifest import differences, export_options, model_of, quant_options
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
 from shardq.rundir.source import agree, begin_with, noted
@@ -83,7 +82,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
     with ExitStack() as folder_lock:
         found = on_rank_zero(ranks, lambda: _find(config, skeleton, ranks, display, folder_lock))
         shared_by_all(ranks, output)
-        plan = make_plan(skeleton, QuantOptions(**found.manifest["options"]["quant"]))
+        plan = together(ranks, lambda: _plan(skeleton, found.manifest))
         losses = []
         if found.record.is_finished:
             # Left by a kill right after the last ledger line.
@@ -135,8 +134,8 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
     manifest = former | {"tuned": {"run": sha256_of(RunFolder(run).ledger), "options": asdict(options)}}
     record, _ = take_folder(output, manifest, "auto", None, folder_lock, display)
     skeleton.source.digests.update(quantized.source)
-    plan = make_plan(skeleton, QuantOptions(**manifest["options"]["quant"]))
-    mend(record, RunOutput(output, skeleton, plan, _own_form(manifest)), display)
+    plan = _plan(skeleton, manifest)
+    mend(record, RunOutput(output, skeleton, plan, own_form(export_options(manifest))), display)
     return Found(manifest, options, tokens_NT, record, quantized.source)
 
 
@@ -254,14 +253,16 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
     return about["done"]
 
 
-def _own_form(manifest: dict) -> Checkpoint:
-    return own_form(ExportOptions(**manifest["options"]["export"]))
+def _plan(skeleton: Skeleton, manifest: dict) -> Plan:
+    """The plan of the run that a manifest is of."""
+    plan, target = make_plan(skeleton, quant_options(manifest)), manifest["options"].get("target")
+    return as_served(target, export_options(manifest), skeleton, plan)
 
 
 def _write(output: Path, tuning: Tuning, found: Found) -> None:
     """Write the missing blocks, and the files that complete the run."""
     skeleton, plan = tuning.skeleton, tuning.plan
-    result = RunOutput(output, skeleton, plan, _own_form(found.manifest))
+    result = RunOutput(output, skeleton, plan, own_form(export_options(found.manifest)))
     for block in plan.blocks:
         if block.index not in found.record.entries:
             grids, linears = written_grids(tuning.run, block), tuning.linears(block)

@@ -42,7 +42,7 @@ def formats_of(options: ExportOptions) -> dict[FormatName, Format]:
 
 def own_form(options: ExportOptions) -> Checkpoint:
     """The form of the checkpoint that a run's folder itself is."""
-    return Hf(options.dtype)
+    return CompressedTensors(options.activation_bits) if options.checkpoint == "packed" else Hf(options.dtype)
 
 
 def served_as(target: str, options: ExportOptions) -> Format:

@@ -9,8 +9,9 @@ from torch import nn
 from shardq.config import QuantizeConfig
 from shardq.errors import ConfigError
 from shardq.export.checkpoint import model_dtype
-from shardq.export.chosen import check_installed, formats_of, served_as
+from shardq.export.chosen import check_installed, formats_of, own_form, served_as
 from shardq.formats import compressed_tensors, gptq
+from shardq.formats.options import ExportOptions
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
@@ -23,19 +24,24 @@ VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
 
 
-def as_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> Plan:
-    """The plan with scales in the target's dtype; the same plan if there is no target.
+def as_served(target: str | None, options: ExportOptions, skeleton: Skeleton, plan: Plan) -> Plan:
+    """The plan with scales in the dtype of the target, or else of the run's own packed checkpoint; or the same plan.
+
+    Args:
+        target: program that serves the result, if one is asked for.
 
     Raises:
         ConfigError: the plan's grids cannot have scales of that dtype.
     """
-    if config.target is None:
+    form = served_as(target, options) if target else own_form(options)
+    if form.rounded_by is None:
         return plan
-    dtype = served_as(config.target, config.export).scale_dtype(model_dtype(skeleton, next(iter(plan.grids.values()))))
+    dtype = form.scale_dtype(model_dtype(skeleton, next(iter(plan.grids.values()))))
     try:
         return plan.with_scales_in(str(dtype).removeprefix("torch."))
     except ValueError as error:
-        raise ConfigError(f"quant.{error}; {config.target} keeps them so, leave out one of the two") from error
+        keeper = target or "a packed checkpoint"
+        raise ConfigError(f"quant.{error}; {keeper} keeps them so, leave out one of the two") from error
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
@@ -44,7 +50,8 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     Raises:
         ConfigError: naming the rule, and the linear that breaks it.
     """
-    asked = formats_of(config.export)
+    own = own_form(config.export)
+    asked = formats_of(config.export) | {own.name: own}
     if config.target:  # this run, or an export of it, has to be able to write the target's format
         served = served_as(config.target, config.export)
         asked |= {served.name: served}

@@ -19,9 +19,14 @@ class AimetOptions:
 class ExportOptions:
     """The checkpoints that a run writes."""
 
+    checkpoint: Literal["packed", "plain"] = "plain"
+    """The output folder's own checkpoint. `packed`: codes and scales as compressed-tensors, which vLLM and transformers
+    serve as it is, with scales rounded to the dtype that they are served in before codes are made; `plain`: weights on
+    their grid, for anything that loads Hugging Face checkpoints."""
     dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the quantized linears' weights: `float32` holds every grid point exactly; `source` takes the source's
-    dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either way."""
+    """Dtype of the quantized linears' weights where they are plain: `float32` holds every grid point exactly; `source`
+    takes the source's dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either
+    way."""
     formats: tuple[FormatName, ...] | FormatName = ()
     """Further formats to write, separated by commas, each to a folder of its name in the output folder:
     `compressed-tensors`, `gptq`, `hf` a shard a block as the run goes on, the others when it is done; `shardq export`

@@ -191,6 +191,12 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} is stored encoded and plain; delete the one that is not meant"
             )
+    for tensor in plain:
+        if tensor.dtype.startswith("F8_"):
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}, and nothing says by which scale; "
+                "pass a checkpoint with its scales and quantization_config in its config.json, or one in bfloat16"
+            )
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
 
 

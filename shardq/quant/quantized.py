@@ -38,6 +38,11 @@ class QuantizedLinear:
             zero_point_OG=self.zero_point_OG[outputs],
         )
 
+    def to(self, device: torch.device) -> "QuantizedLinear":
+        """The same on a device."""
+        parts = {name: getattr(self, name).to(device) for name in ("codes_OI", "scale_OG", "zero_point_OG")}
+        return replace(self, **parts)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] that the codes stand for, computed in float32 and rounded to `dtype` at the end."""
         rows_Rg = self.grid.rows(self.codes_OI)

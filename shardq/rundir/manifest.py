@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from shardq import __version__
-from shardq.config import QuantizeConfig, listed
+from shardq.config import QuantizeConfig, QuantOptions, listed
 from shardq.files import sha256_of
+from shardq.formats.options import ExportOptions
 from shardq.formats.shards import read_sample
 from shardq.formats.source import WeightSource
 
@@ -27,6 +28,8 @@ def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: s
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"], options["export"]["aimet"]  # may be written at any time
+    if options["export"]["checkpoint"] == "plain":
+        del options["export"]["checkpoint"]  # as in runs from before there was a choice
     if not config.activations.asked:
         del options["activations"]  # the others decide nothing then
     manifest = {
@@ -36,6 +39,16 @@ def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: s
         "options": options,
     }
     return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
+
+
+def quant_options(manifest: dict) -> QuantOptions:
+    """How the run that a manifest is of quantizes weights."""
+    return QuantOptions(**manifest["options"]["quant"])
+
+
+def export_options(manifest: dict) -> ExportOptions:
+    """What the run that a manifest is of writes, without its further formats."""
+    return ExportOptions(**{"checkpoint": "plain"} | manifest["options"]["export"])
 
 
 def model_of(source: WeightSource) -> dict:

@@ -33,11 +33,27 @@ def to_int4(weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return stored | {"input_scale": torch.ones(1)}, decoded
 
 
+def to_fp8(weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """In blocks of 48 x 48, which cut those at the edges."""
+    size = [-(-count // 48) for count in weight_OI.shape]
+    padded = torch.zeros(size[0] * 48, size[1] * 48)
+    padded[: weight_OI.shape[0], : weight_OI.shape[1]] = weight_OI
+    scale_GH = padded.view(size[0], 48, size[1], 48).abs().amax((1, 3)) / 448
+    scale_OI = scale_GH.repeat_interleave(48, 0).repeat_interleave(48, 1)[: weight_OI.shape[0], : weight_OI.shape[1]]
+    codes_OI = (weight_OI / scale_OI).to(torch.float8_e4m3fn)
+    return {"weight": codes_OI, "weight_scale_inv": scale_GH}, (codes_OI.float() * scale_OI).bfloat16()
+
+
 SOURCES: dict[str, tuple[Encode, dict]] = {
     "compressed-tensors int4": (
         to_int4,
         {"quant_method": "compressed-tensors", "format": "pack-quantized",
          "config_groups": {"group_0": INT4.model_dump(mode="json", exclude_none=True)}},
+    ),
+    "fp8": (
+        to_fp8,
+        {"quant_method": "fp8", "weight_block_size": [48, 48], "activation_scheme": "dynamic", "fmt": "e4m3",
+         "modules_to_not_convert": ["lm_head"]},
     ),
 }  # fmt: skip
 

@@ -24,7 +24,8 @@ def check(
         model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
     )
     skeleton = open_skeleton(folder)
-    check_served(config, skeleton, as_served(config, skeleton, make_plan(skeleton, config.quant)))
+    plan = make_plan(skeleton, config.quant)
+    check_served(config, skeleton, as_served(config.target, config.export, skeleton, plan))
 
 
 @pytest.mark.parametrize("quant", [{"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 4, "symmetric": False}])
@@ -177,5 +178,5 @@ def test_a_format_that_cannot_hold_the_grid_is_refused_without_a_target_too(llam
 def test_scales_are_kept_in_the_targets_dtype(tmp_path: Path, dtype: str, name: str):
     skeleton = open_skeleton(tiny.save_llama(tmp_path, num_blocks=1, dtype=getattr(torch, dtype)))
     for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
-        plan = as_served(QuantizeConfig(model="", target=target), skeleton, make_plan(skeleton, QuantOptions()))
+        plan = as_served(target, ExportOptions(), skeleton, make_plan(skeleton, QuantOptions()))
         assert {grid.scale_dtype for grid in plan.grids.values()} == {plan.scale_dtype} == {expected}

@@ -208,7 +208,7 @@ class TestRefusedTensors:
     def test_eight_bit_floats(self, copied: Path):
         name = "model.layers.0.mlp.down_proj.weight"
         shard = replace_tensor(copied, name, torch.zeros(64, 128).to(torch.float8_e4m3fn))
-        assert_refused(copied, UnsupportedModelError, str(shard), name, "has dtype F8_E4M3", "BF16")
+        assert_refused(copied, UnsupportedModelError, str(shard), name, "is stored as F8_E4M3", "bfloat16")
 
     def test_fused_experts(self, tmp_path: Path):
         config = GptOssConfig(

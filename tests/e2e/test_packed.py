@@ -1,0 +1,125 @@
+"""A run whose own folder is the packed checkpoint that programs serve."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from runs import ONE_RANK, result_files, run_evaluate, run_quantize
+from shardq.cli import parse
+from shardq.commands.export import export
+from shardq.commands.tune import tune
+from shardq.commands.verify import verify
+from shardq.errors import ConfigError, ResumeError, Stopped
+from shardq.formats.block_file import read_block
+from shardq.rundir.folder import RunFolder
+
+PACKED = ("--export.checkpoint", "packed", "--quant.group_size", 32, "--optimize.iterations", 4)
+GRIDS = {
+    "symmetric": (),
+    "asymmetric": ("--quant.symmetric", "false"),
+    "int8 activations": ("--quant.bits", 8, "--quant.group_size", -1, "--export.activation_bits", 8),
+}
+
+
+@pytest.fixture(scope="module", params=GRIDS)
+def packed(request, llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Read only."""
+    output = tmp_path_factory.mktemp("packed") / "out"
+    run_quantize(llama, token_file, output, *PACKED, *GRIDS[request.param])
+    return output
+
+
+@pytest.fixture(scope="module")
+def symmetric(llama: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in groups of 32. Read only."""
+    output = tmp_path_factory.mktemp("packed") / "out"
+    run_quantize(llama, token_file, output, *PACKED)
+    return output
+
+
+def shards_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(folder.glob("model-*.safetensors")):
+        yield from load_file(path).items()
+
+
+def test_folder_loads_in_transformers_as_what_was_measured(packed: Path, token_file: Path):
+    config = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=config, dtype=torch.float32)
+    weights = model.state_dict()
+    for number in range(3):
+        for name, linear in read_block(RunFolder(packed).block(number)).items():
+            assert torch.equal(linear.dequantized(torch.bfloat16).float(), weights[f"{name}.weight"].float())
+    tokens_NT = load_file(token_file)["tokens"]
+    with torch.no_grad():
+        loss = sum(model.float()(input_ids=sample[None], labels=sample[None]).loss for sample in tokens_NT)
+    assert run_evaluate(packed, token_file)["perplexity"] == pytest.approx((loss / len(tokens_NT)).exp().item(), 1e-4)
+
+
+def test_folder_is_what_an_export_of_it_is_and_verifies(packed: Path, tmp_path: Path):
+    verify(parse("verify", [str(packed)]), ONE_RANK)
+    bits = "8" if json.loads((packed / "config.json").read_text())["quantization_config"]["format"][0] == "i" else "16"
+    export(parse("export", [str(packed), "--output", str(tmp_path / "out"), "--activation_bits", bits]), ONE_RANK)
+    for name, content in result_files(tmp_path / "out").items():
+        if name.startswith(("model", "config")):
+            assert (packed / name).read_bytes() == content, name
+
+
+def test_blocks_take_a_third_of_the_source(symmetric: Path, llama: Path):
+    """A matrix of 4 bits with a scale of 16 bits for 32 codes takes 4.5 bits of 16; norms stay as they are."""
+    sizes = [
+        sum(tensor.nbytes for name, tensor in shards_of(folder) if "layers" in name) for folder in (symmetric, llama)
+    ]
+    assert 0.28 < sizes[0] / sizes[1] < 0.34
+
+
+def test_plain_weights_of_it_are_those_that_it_holds(symmetric: Path, token_file: Path, tmp_path: Path):
+    folder = tmp_path / "hf"
+    export(parse("export", [str(symmetric), "--format", "hf", "--dtype", "source", "--output", str(folder)]), ONE_RANK)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    perplexities = [run_evaluate(path, token_file)["perplexity"] for path in (symmetric, folder)]
+    assert perplexities[0] == perplexities[1]
+
+
+def test_resumed_run_has_the_same_bytes(symmetric: Path, llama: Path, token_file: Path, tmp_path: Path):
+    with pytest.raises(Stopped):
+        run_quantize(llama, token_file, tmp_path / "out", *PACKED, "--cache.placement", "cpu", stop_after=0)
+    run_quantize(llama, token_file, tmp_path / "out", *PACKED, "--cache.placement", "cpu")
+    assert result_files(tmp_path / "out") == result_files(symmetric)
+
+
+def test_run_does_not_go_on_in_the_other_form(symmetric: Path, llama: Path, token_file: Path):
+    with pytest.raises(ResumeError, match=r"export.checkpoint \(was packed, is None\)"):
+        run_quantize(llama, token_file, symmetric, *PACKED, "--export.checkpoint", "plain")
+
+
+def test_tuned_run_is_packed_too(symmetric: Path, llama: Path, tmp_path: Path):
+    output = tmp_path / "tuned"
+    steps = ["--tune.steps", "1", "--tune.batch_size", "2", "--tune.learning_rate", "0.05", "--output", str(output)]
+    tune(parse("tune", [str(symmetric), "--model", str(llama), *steps]), ONE_RANK)
+    verify(parse("verify", [str(output)]), ONE_RANK)
+    before, after = (dict(shards_of(folder)) for folder in (symmetric, output))
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"weight_scale"}
+
+
+def test_code_that_is_not_the_runs_is_found(symmetric: Path, tmp_path: Path):
+    """Digests find any other byte; what decodes to other weights is found by the codes, too."""
+    output = Path(shutil.copytree(symmetric, tmp_path / "out"))
+    shard = output / "model-00002-of-00004.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight_packed"][3, 0] ^= 1
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ResumeError, match=r"damaged \(ledger, weights\)"):
+        verify(parse("verify", [str(output)]), ONE_RANK)
+
+
+def test_grid_without_a_packed_form_is_refused_by_name(llama: Path, token_file: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="3 bits are not supported"):
+        run_quantize(llama, token_file, tmp_path / "out", *PACKED, "--quant.bits", 3)
