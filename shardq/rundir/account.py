@@ -11,6 +11,7 @@ from torch import nn
 from shardq.formats.source import SourceTensor
 from shardq.matrix import is_linear
 from shardq.model.choice import patterns_of
+from shardq.model.layout import Piece
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.rundir.room import readable
@@ -112,21 +113,21 @@ def account_of(skeleton: Skeleton, quantized: Collection[str], ignored: tuple[st
         ignored: the patterns of linears that were to be left.
     """
     owned = _owned(skeleton)
-    names_of: dict[str, list[str]] = defaultdict(list)
+    pieces_of: dict[str, dict[str, Piece]] = defaultdict(dict)
     for name in owned:
-        for info in skeleton.tensor(name).stored:
-            names_of[info.name].append(name)
+        for piece in skeleton.layout[name]:
+            pieces_of[piece.source][name] = piece
     kinds = _Kinds(skeleton, owned, ignored)
     num_quantized, left = 0, defaultdict(list)
     for tensor in skeleton.source.tensors.values():
-        names = dict.fromkeys(name for info in tensor.stored for name in names_of[info.name])
-        taken = [name for name in names if name.removesuffix(".weight") in quantized]
         # A tensor that the model takes in parts, such as one of fused experts, may be quantized in some of them.
-        num_taken = min(sum(prod(skeleton.tensor(name).shape) for name in taken), prod(tensor.shape))
+        pieces, size = pieces_of[tensor.name], prod(tensor.shape)
+        taken = [name for name in pieces if name.removesuffix(".weight") in quantized]
+        num_taken = sum(pieces[name].num_values for name in taken)
         num_quantized += num_taken
-        if num_taken < prod(tensor.shape) or not taken:
-            others = [name for name in names if name not in taken]
-            left[kinds.of(tensor, others)].append((tensor, prod(tensor.shape) - num_taken))
+        if num_taken < size or not taken:
+            others = [name for name in pieces if name not in taken]
+            left[kinds.of(tensor, others)].append((tensor, size - num_taken))
     parts = [_left(kind, reason, tensors) for (kind, reason), tensors in left.items()]
     return Account(num_quantized=num_quantized, left=tuple(sorted(parts, key=lambda part: -part.num_bytes)))
 
