@@ -23,7 +23,9 @@ def card_of(dataset: str, chosen: Format = HF) -> str:
         "model": {"config": "c0", "weights": "e1"},
         "calibration_tokens": "70",
     }
-    return model_card(manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, chosen, 0.0, ACCOUNT)
+    return model_card(
+        manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, chosen, "AutoModelForCausalLM", 0.0, ACCOUNT
+    )
 
 
 @pytest.mark.parametrize(
