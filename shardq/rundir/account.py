@@ -18,6 +18,7 @@ from shardq.rundir.room import readable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FURTHER_TOKENS = re.compile(r"(^|[._])(mtp|nextn)|multi_token")  # in names of layers that predict further tokens
+ROUTERS = re.compile(r"router|gat(e|ing)$")  # in names of classes, in small letters
 OUTSIDE = "outside the text decoder"
 KINDS = {
     "embedding": "looked up, not multiplied",
@@ -195,7 +196,7 @@ class _Kinds:
             return "bias"
         if "norm" in words:
             return "norm"
-        return "router" if "router" in words or "gate" in words else "state"
+        return "router" if ROUTERS.search(words) and getattr(module, parameter).dim() > 1 else "state"
 
     def _of_linear(self, path: str, is_shared: bool) -> tuple[str, str]:
         inner = path.removeprefix(f"{self._list_name}.").partition(".")[2]
