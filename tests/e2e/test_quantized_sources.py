@@ -91,12 +91,11 @@ SOURCES = {
         {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
     ),
     "int4 experts": Source(  # as Kimi K2
-        DeepseekV3Config(
-            **SIZES | {"head_dim": 8}, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-            first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
-            v_head_dim=16,
-        ),
-        r"\.experts\.", to_int4, INT4_SCHEME | {"ignore": ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*layers.0.mlp.*", "lm_head"]},
+        DeepseekV3Config(**SIZES | {"head_dim": 8}, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2,
+                         n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
+                         qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
+        r"\.experts\.", to_int4,
+        INT4_SCHEME | {"ignore": ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*layers.0.mlp.*", "lm_head"]},
     ),
 }  # fmt: skip
 
