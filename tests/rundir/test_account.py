@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Gemma3Config, GraniteMoeConfig, Qwen2Config
+from transformers import Gemma3Config, GptOssConfig, Qwen2Config
 
 import tiny
 from shardq.config import QuantOptions
@@ -69,21 +69,16 @@ def test_every_tensor_of_a_text_model_has_its_kind(tmp_path: Path):
     assert [part.num_bytes for part in account.left if part.kind == "head"] == [50 * 32 * 2]
 
 
-def test_fused_experts_are_counted_by_what_is_quantized_of_them(tmp_path: Path):
-    """They are stored as two tensors a block: of gates and further projections, and of the projections back."""
-    config = GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+def test_fused_experts_are_quantized_in_parts(tmp_path: Path):
+    config = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
     folder = tiny.save_model(tmp_path, config)
-    fused, sizes = "model.layers.0.block_sparse_moe.input_linear.weight", stored_sizes(folder)
-    grids = make_plan(open_skeleton(folder), QuantOptions()).grids
-    whole = account_of(open_skeleton(folder), grids, ())
-    ups = {name for name in grids if name.endswith(".up_proj")}
-    part = account_of(open_skeleton(folder), grids.keys() - ups, ("*.up_proj",))
-    assert whole.num_parameters == part.num_parameters == sum(sizes.values())
-    assert len(ups) == 8 and whole.num_quantized - part.num_quantized == sizes[fused]  # half of it, in two blocks
-    left = {each.kind: each for each in part.left}
-    assert fused in left["linear"].names and left["linear"].num_parameters == sizes[fused]
-    assert left["linear"].num_bytes == sizes[fused] * 2
-    assert {each.kind for each in whole.left} == {"embedding", "head", "norm", "router"}
+    skeleton, quant = open_skeleton(folder), QuantOptions(ignore=("*.experts.0.up_proj",))
+    account = account_of(skeleton, make_plan(skeleton, quant).grids, quant.ignored)
+    assert account.num_parameters == sum(stored_sizes(folder).values())
+    [ignored] = [part for part in account.left if part.num_parameters == 2 * 32 * 48]
+    assert ignored.reason == "quant.ignore '*.experts.0.up_proj'" and "unused" not in {
+        part.kind for part in account.left
+    }
 
 
 def test_tensors_that_the_model_does_not_take_are_named(llama: Path, tmp_path: Path):
