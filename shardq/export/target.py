@@ -28,6 +28,11 @@ VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
 VLLM_EXPERTS = {"colwise": (128, 64), "rowwise": (64, 128)}
 """Multiples of inputs and outputs that Marlin asks of experts; Triton takes others, but groups and 16 bits alone."""
+# Where the architecture declares nothing for a linear (Qwen3-VL, DeepSeek's attention): vLLM's models have these names.
+VLLM_WAYS = {
+    **{f"*.{name}_proj": "colwise" for name in ("q", "k", "v", "gate", "up", "q_b", "kv_b")},
+    **{f"*.{name}_proj": "rowwise" for name in ("o", "down")},
+}
 NARROW = 4  # times that a narrow linear's other side is as long, at least: such a linear is a small part of its block
 
 
@@ -132,14 +137,15 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> 
 
 
 def _ways(skeleton: Skeleton) -> dict[str, str]:
-    """Which side of a linear is split, by a pattern of its name, as the architecture declares; experts' inner side."""
+    """Which side of a linear is split, by a pattern of its name; of experts always, else only where any is declared."""
     paths = dict.fromkeys(path for block in skeleton.blocks for path in routed_in(block))
     experts = {
         f"{skeleton.list_name}.*.{path}.*.{name}": f"expert {way}"
         for path in paths
         for name, way in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise"))
     }
-    return experts | (getattr(skeleton.model, "tp_plan", None) or {})
+    declared = getattr(skeleton.model, "tp_plan", None)
+    return experts | (declared | VLLM_WAYS if declared else {})
 
 
 def _heads(skeleton: Skeleton, default: int) -> tuple[int, int]:
