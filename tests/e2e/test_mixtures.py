@@ -38,7 +38,7 @@ def fused(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(fused: Path, tokens: Path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "out"
-    run_quantize(fused, tokens, output, *RTN, "--redo", 1)
+    run_quantize(fused, tokens, output, *RTN)
     return output
 
 
