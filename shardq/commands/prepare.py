@@ -15,7 +15,7 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
-from shardq.export.target import as_served, check_served
+from shardq.export.target import as_served, check_served, with_narrow_left
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
@@ -97,19 +97,20 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The resolved grid: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=grid.full_range)
-    config = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
-    together(ranks, lambda: check_quantize(config, ranks))
-    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
+    asked = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
+    together(ranks, lambda: check_quantize(asked, ranks))
+    folder = on_every_host(ranks, lambda: local_folder(asked.model, asked.revision, display.line))
 
-    def open_and_plan() -> tuple[Skeleton, Plan]:
-        skeleton, length = open_skeleton(folder), config.calib.sequence_length
+    def open_and_plan() -> tuple[QuantizeConfig, Skeleton, Plan]:
+        skeleton, length = open_skeleton(folder), asked.calib.sequence_length
+        config = with_narrow_left(asked, skeleton, display.line)
         companions(folder)  # copied after the last block; one that must not be copied is refused now
         _check_length(skeleton, length)
         plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))
         check_served(config, skeleton, plan)
         with prologue(skeleton, ranks.device) as embed:
             plan = plan.with_arguments(record_arguments(skeleton, embed, length))
-        return skeleton, plan_activations(skeleton, plan, length, config.activations)
+        return config, skeleton, plan_activations(skeleton, plan, length, config.activations)
 
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
@@ -126,7 +127,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
             mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
-    skeleton, plan = together(ranks, open_and_plan)
+    config, skeleton, plan = together(ranks, open_and_plan)
     length = config.calib.sequence_length
     largest = together(ranks, lambda: largest_block(skeleton, plan, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
