@@ -76,11 +76,15 @@ def routed_in(block: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def answered(module: nn.Module, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
     """In the body, a function of hidden states, experts' numbers and weights computes in a module of experts' place."""
+    former = vars(module).get("forward")  # of an outer body
     module.forward = answer
     try:
         yield
     finally:
-        del module.forward
+        if former is None:
+            del module.forward
+        else:
+            module.forward = former
 
 
 def routed(

@@ -4,7 +4,7 @@ All samples go through the block up to the experts, and what enters these is kep
 outputs, some after some. At last the samples go through the block again, with that sum in the experts' place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ from shardq.calib.partition import chunks
 from shardq.devices import pass_tokens
 from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import BlockArguments, Entering
-from shardq.model.block import LoadedBlock, multiplying_in
+from shardq.model.block import BlockPlan, LoadedBlock, multiplying_in
 from shardq.model.experts import answered, routed, routed_in
 from shardq.model.weights import fill
 from shardq.torch_internals import tree_leaves
@@ -23,11 +23,13 @@ from shardq.training.passes import Activations, advance
 
 ENTERING = ("routed-hidden", "routed-index", "routed-weight")
 """What the experts of a block are given, as streams of the store, at the block's generation."""
-OUTPUT = "routed-output"
-"""Stream of the experts' outputs, added up."""
+AT_START = "routed-start"
+"""Stream of the outputs, added up, of experts at the start of their training."""
+OUTPUT = "routed_output"
+"""Name of the experts' outputs, added up, as an argument of the block."""
 
-Read = Callable[[list[str]], dict[str, Tensor]]
-"""From names of tensors within a block to the tensors, on the device."""
+Read = Callable[[BlockPlan, list[str]], dict[str, Tensor]]
+"""From a block and names of tensors within it to the tensors, on the device; fails on all ranks or on none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class StreamedBlock:
         return self.loaded.index
 
     @property
+    def output(self) -> str:
+        """Stream of the experts' outputs, added up: an argument of the block that follows the sample."""
+        return f"own{_place(self.loaded.plan.arguments)}"
+
+    @property
     def groups(self) -> list[range]:
         """Numbers of the experts that are in memory together."""
         num = self.experts.num_experts
@@ -68,14 +75,14 @@ class StreamedBlock:
         hidden_NTD, index_NTK, weight_NTK = (self.activations.load(name, self.index, samples) for name in ENTERING)
         return hidden_NTD.flatten(0, 1), index_NTK.flatten(0, 1), weight_NTK.flatten(0, 1)
 
-    def write(self, stream: str, samples: list[int], values_TX: Tensor) -> None:
-        """Keep something of all tokens of some samples."""
-        for sample, value_TX in zip(samples, values_TX.unflatten(0, (len(samples), -1)).cpu(), strict=True):
-            self.activations.store.write(stream, self.index, sample, value_TX)
+    def write(self, stream: str, samples: list[int], values_NX: Tensor) -> None:
+        """Keep a tensor for each of some samples."""
+        for sample, value_X in zip(samples, values_NX.cpu(), strict=True):
+            self.activations.store.write(stream, self.index, sample, value_X)
 
     def drop(self) -> None:
         """Forget what the experts were given, and their outputs."""
-        self.activations.drop(self.index, (*ENTERING, OUTPUT))
+        self.activations.drop(self.index, (*ENTERING, self.output, AT_START))
 
 
 def experts_name(block: nn.Module) -> str:
@@ -105,7 +112,7 @@ def route(block: StreamedBlock, stream: str) -> None:
                     "be trained by parts; use --optimize.experts joint"
                 )
             for name, values in zip(ENTERING, (hidden_TD, index_TK, weight_TK), strict=True):
-                block.write(name, samples, values)
+                block.write(name, samples, values.unflatten(0, (len(samples), -1)))
             return torch.zeros_like(hidden_TD)
 
         with answered(block.experts, keep):
@@ -113,19 +120,20 @@ def route(block: StreamedBlock, stream: str) -> None:
 
 
 @torch.no_grad()
-def add_outputs(block: StreamedBlock, some: range, own: list[int]) -> None:
-    """Add the weighted outputs of some experts, which are in memory, to the sum that is kept; the first group begins it.
+def add_outputs(block: StreamedBlock, some: range, stream: str, own: Sequence[int]) -> None:
+    """Add the weighted outputs of some experts, which are in memory, to a sum that is kept; the first group begins it.
 
     Args:
         own: samples.
     """
-    for samples in chunks(own, max(1, pass_tokens(block.activations.device) // block.activations.sequence_length)):
+    size = max(1, pass_tokens(block.activations.device) // block.activations.sequence_length)
+    for samples in chunks(own, size):
         hidden_TD, index_TK, weight_TK = block.given(samples)
         with multiplying_in(block.loaded.dtype, hidden_TD.device):
             sum_TD = routed(block.experts, hidden_TD, index_TK, weight_TK, some)
         if some.start:
-            sum_TD += block.activations.load(OUTPUT, block.index, samples).flatten(0, 2)
-        block.write(OUTPUT, samples, sum_TD)
+            sum_TD += block.activations.load(stream, block.index, samples).flatten(0, 2)
+        block.write(stream, samples, sum_TD.unflatten(0, (len(samples), 1, -1)))
 
 
 @contextmanager
@@ -133,7 +141,7 @@ def in_memory(block: StreamedBlock, some: range) -> Iterator[None]:
     """In the body, some experts have their weights."""
     modules = {f"{block.name}.{number}": block.experts.get_submodule(str(number)) for number in some}
     names = [f"{name}.{inner}" for name, module in modules.items() for inner in module.state_dict()]
-    tensors = block.read(names)
+    tensors = block.read(block.loaded.plan, names)
     for name, module in modules.items():
         own = {inner: tensors.pop(f"{name}.{inner}") for inner in list(module.state_dict())}
         fill(block.loaded.module, module, own, block.activations.device)
@@ -156,7 +164,7 @@ def taking_outputs(block: StreamedBlock) -> Iterator[StreamedBlock]:
     taken: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        taken[:] = [kwargs[OUTPUT]]
+        taken[:] = [kwargs[OUTPUT]] if OUTPUT in kwargs else []
         return args, {name: value for name, value in kwargs.items() if name != OUTPUT}
 
     plan, loaded = block.loaded.plan, block.loaded
@@ -177,9 +185,14 @@ def _width(block: StreamedBlock) -> int:
     return block.experts.get_submodule("0").down_proj.out_features
 
 
+def _place(arguments: BlockArguments) -> int:
+    """Place, among the leaves of a block's arguments, of one more."""
+    return len(tree_leaves((arguments.args, arguments.kwargs)))
+
+
 def _with_output(arguments: BlockArguments, like_1TD: Tensor) -> BlockArguments:
     """A block's arguments, and one more that follows the sample."""
-    place = len(tree_leaves((arguments.args, arguments.kwargs)))
+    place = _place(arguments)
     example = arguments.example or Entering(like_1TD)
     return replace(
         arguments,
