@@ -8,17 +8,20 @@ from functools import partial
 from torch import Tensor
 
 from shardq.commands.prepare import Run
+from shardq.devices import to_device
 from shardq.formats.block_file import read_block
 from shardq.formats.source import stored_in
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan, LoadedBlock
-from shardq.model.weights import stream_blocks
+from shardq.model.weights import read_weights, stream_blocks
 from shardq.parallel.collectives import on_rank_zero, sum_over_ranks, together
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree
 from shardq.training.activation_grids import simulated, written_grids
+from shardq.training.parts import Parts
 from shardq.training.passes import Forward, replay
 from shardq.training.self_check import Check, self_check
+from shardq.training.streamed import of_experts
 from shardq.training.trainer import Job, served_forward
 
 
@@ -52,15 +55,39 @@ def _tokens_through_block(run: Run) -> int:
 
 def _agreed_blocks(run: Run, job: Job, blocks: list[BlockPlan]) -> Iterator[LoadedBlock]:
     """Stream blocks; a rank that cannot read one, or reads other bytes, stops all ranks with its message."""
-    stream = stream_blocks(run.skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
-                           partial(job.events.waiting, "input"), ahead=run.reads_ahead)  # fmt: skip
+    skeleton, by_parts = run.skeleton, run.config.optimize.experts == "parts"
+    later = {block.index: of_experts(skeleton.blocks[block.index]) if by_parts else [] for block in blocks}
+
+    def read(block: BlockPlan) -> dict[str, Tensor]:
+        return read_weights(skeleton, block, run.ranks.device, later[block.index])
+
+    stream = stream_blocks(skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
+                           partial(job.events.waiting, "input"), ahead=run.reads_ahead, read=read)  # fmt: skip
     for block in blocks:
         with job.events.span("load", block=block.index):
             loaded = together(run.ranks, lambda: next(stream))
-            stored = stored_in(run.skeleton.block_tensors(block.index).values())
-            agree(run.skeleton.source.digests, stored, run.ranks)
+            tensors = skeleton.block_tensors(block.index)
+            stored = stored_in(tensor for name, tensor in tensors.items() if name not in set(later[block.index]))
+            agree(skeleton.source.digests, stored, run.ranks)
         yield loaded
         del loaded
+
+
+def parts_of(run: Run, block: BlockPlan) -> Parts | None:
+    """How a block is trained by parts; None where it is not."""
+    skeleton, ranks, device = run.skeleton, run.ranks, run.ranks.device
+    if run.config.optimize.experts != "parts" or not of_experts(skeleton.blocks[block.index]):
+        return None
+
+    def read(block: BlockPlan, names: list[str]) -> dict[str, Tensor]:
+        tensors = {name: skeleton.tensor(f"{block.name}.{name}") for name in names}
+        values = together(
+            ranks, lambda: {name: to_device(skeleton.source.read(tensor), device) for name, tensor in tensors.items()}
+        )
+        agree(skeleton.source.digests, stored_in(tensors.values()), ranks)
+        return values
+
+    return Parts(at_once=run.experts_at_once, read=read)
 
 
 def _prepare_activations(run: Run, job: Job, first: int) -> None:

@@ -88,15 +88,21 @@ def answered(module: nn.Module, answer: Callable[[Tensor, Tensor, Tensor], Tenso
 
 
 def routed(
-    module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, some: Collection[int] | None = None
+    module: nn.Module,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    some: Collection[int] | None = None,
+    onto_TD: Tensor | None = None,
 ) -> Tensor:
     """Sum of the outputs [T, D] of the experts that a router chose for each token, times their weights.
 
     Args:
         index_TK: numbers of the experts; the number of experts itself stands for none.
         some: the experts that compute; the others add nothing (default: all).
+        onto_TD: sum of the experts before these, which is changed in place (default: zeros).
     """
-    output_TD = torch.zeros_like(hidden_TD)
+    output_TD = torch.zeros_like(hidden_TD) if onto_TD is None else onto_TD
     order_S, counts = index_TK.flatten().argsort(stable=True), counts_of(index_TK, module.num_experts)
     token_S, weight_S = order_S // index_TK.shape[-1], weight_TK.flatten()[order_S]
     num_kept = sum(counts)

@@ -14,8 +14,9 @@ from torch import Tensor
 from shardq.calib.partition import watched_samples
 from shardq.matrix import Matrix
 from shardq.model.block import LoadedBlock
+from shardq.model.experts import answered
 from shardq.optimize.channel_power import channel_power
-from shardq.parallel.collectives import reduce_over_ranks
+from shardq.parallel.collectives import reduce_over_ranks, together
 from shardq.rundir.block_output import rounding_to
 from shardq.training.block import Seen, in_training, start_at_nearest
 from shardq.training.expert_training import ExpertTrainer, expert_trainer, tokens_of, train_expert
@@ -56,9 +57,7 @@ def quantize_by_parts(job: Job, loaded: LoadedBlock, parts: Parts, check: Check)
         check: compares the block's output with the model's own.
     """
     plan, name = loaded.plan, experts_name(loaded.module)
-    block = StreamedBlock(
-        loaded=loaded, activations=job.activations, name=name, at_once=parts.at_once, read=parts.read
-    )
+    block = StreamedBlock(loaded=loaded, activations=job.activations, name=name, at_once=parts.at_once, read=parts.read)
     seen = _float_pass(job, block, check)
     with taking_outputs(block) as whole:
         first = replace(job, activations=whole.activations)

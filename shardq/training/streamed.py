@@ -85,6 +85,13 @@ class StreamedBlock:
         self.activations.drop(self.index, (*ENTERING, self.output, AT_START))
 
 
+def of_experts(block: nn.Module) -> list[str]:
+    """Names of the parameters of a block's routed experts."""
+    prefixes = tuple(f"{name}.{number}." for name, module in routed_in(block).items()
+                     for number in range(module.num_experts))  # fmt: skip
+    return [name for name, _ in block.named_parameters() if name.startswith(prefixes)]
+
+
 def experts_name(block: nn.Module) -> str:
     """Name of a block's module of routed experts.
 
@@ -129,10 +136,9 @@ def add_outputs(block: StreamedBlock, some: range, stream: str, own: Sequence[in
     size = max(1, pass_tokens(block.activations.device) // block.activations.sequence_length)
     for samples in chunks(own, size):
         hidden_TD, index_TK, weight_TK = block.given(samples)
+        so_far_TD = block.activations.load(stream, block.index, samples).flatten(0, 2) if some.start else None
         with multiplying_in(block.loaded.dtype, hidden_TD.device):
-            sum_TD = routed(block.experts, hidden_TD, index_TK, weight_TK, some)
-        if some.start:
-            sum_TD += block.activations.load(stream, block.index, samples).flatten(0, 2)
+            sum_TD = routed(block.experts, hidden_TD, index_TK, weight_TK, some, so_far_TD)
         block.write(stream, samples, sum_TD.unflatten(0, (len(samples), 1, -1)))
 
 
