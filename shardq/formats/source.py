@@ -101,6 +101,7 @@ class WeightSource:
     Attributes:
         index: where every stored tensor lies.
         tensors: what the stored tensors stand for, by name; every stored tensor is part of one.
+        scheme: the name of the scheme by which some tensors are encoded; empty: none is.
         digests: of the stored tensors that have been read whole.
         samples: digests of parts of stored tensors that had not been read when `note_samples` was called.
     """
@@ -108,6 +109,7 @@ class WeightSource:
     folder: Path
     index: Index
     tensors: dict[str, SourceTensor]
+    scheme: str = ""
     digests: Digests = field(default_factory=dict)
     samples: Digests = field(default_factory=dict)
 
@@ -205,7 +207,8 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
                 f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}, and nothing says by which scale; "
                 "pass a checkpoint with its scales and quantization_config in its config.json, or one in bfloat16"
             )
-    return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
+    name = str(scheme["quant_method"]) if decoded and isinstance(scheme, dict) and "quant_method" in scheme else ""
+    return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)}, name)
 
 
 def read_config(folder: Path) -> dict:
