@@ -5,7 +5,7 @@ tokens that the quantized stream's router gives it, towards its own float output
 few experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +72,29 @@ def quantize_by_parts(job: Job, loaded: LoadedBlock, parts: Parts, check: Check)
             finish(block, "quant")
     block.drop()
     return result
+
+
+def again_by_parts(
+    job: Job, loaded: LoadedBlock, parts: Parts, read_written: Read, put_written: Callable[[], None]
+) -> None:
+    """Take both streams through a finished block whose routed experts are not in memory; no other rank is waited for.
+
+    Args:
+        read_written: as `parts.read`, but of the quantized block.
+        put_written: puts the other quantized weights into the block.
+    """
+    name = experts_name(loaded.module)
+    block = StreamedBlock(loaded=loaded, activations=job.activations, name=name, at_once=parts.at_once, read=parts.read)
+    for stream, read in (("fp", parts.read), ("quant", read_written)):
+        if stream == "quant":
+            put_written()
+        block = replace(block, read=read)
+        route(block, stream)
+        for some in block.groups:
+            with in_memory(block, some):
+                add_outputs(block, some, block.output, job.activations.samples)
+        finish(block, stream)
+    block.drop()
 
 
 def _float_pass(job: Job, block: StreamedBlock, check: Check) -> Seen:
