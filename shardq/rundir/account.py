@@ -103,12 +103,12 @@ def account_of(skeleton: Skeleton, quantized: Collection[str], ignored: tuple[st
     owned = _owned(skeleton)
     names_of: dict[str, list[str]] = defaultdict(list)
     for name in owned:
-        for info in skeleton.tensor(name).stored:
-            names_of[info.name].append(name)
+        for piece in skeleton.layout[name]:
+            names_of[piece.source].append(name)
     kinds = _Kinds(skeleton, owned, ignored)
     num_quantized, left = 0, defaultdict(list)
     for tensor in skeleton.source.tensors.values():
-        names = dict.fromkeys(name for info in tensor.stored for name in names_of[info.name])
+        names = dict.fromkeys(names_of[tensor.name])
         taken = [name for name in names if name.removesuffix(".weight") in quantized]
         # A tensor that the model takes in parts, such as one of fused experts, may be quantized in some of them.
         num_taken = min(sum(prod(skeleton.tensor(name).shape) for name in taken), prod(tensor.shape))

@@ -24,6 +24,7 @@ from shardq.training.routing import power_of_all_tokens, sampling, watched
 from shardq.training.self_check import Check, checked_samples
 from shardq.training.streamed import (
     AT_START,
+    OUTPUT,
     Read,
     StreamedBlock,
     add_outputs,
@@ -92,7 +93,7 @@ def again_by_parts(
         route(block, stream)
         for some in block.groups:
             with in_memory(block, some):
-                add_outputs(block, some, block.output, job.activations.samples)
+                add_outputs(block, some, OUTPUT, job.activations.samples)
         finish(block, stream)
     block.drop()
 
@@ -112,7 +113,7 @@ def _float_pass(job: Job, block: StreamedBlock, check: Check) -> Seen:
             own = _matrices(block, searched, some)
             with in_memory(block, some):
                 with channel_power(loaded.module, own) as of_experts:
-                    add_outputs(block, some, block.output, samples)
+                    add_outputs(block, some, OUTPUT, samples)
                 names = [name for number in some if (name := f"{block.name}.{number}") in starved]
                 power |= of_experts | power_of_all_tokens(loaded, routing, names, own)
         reduce_over_ranks(job.ranks, list(power.values()))
@@ -126,7 +127,7 @@ def _float_pass(job: Job, block: StreamedBlock, check: Check) -> Seen:
 def _check(job: Job, block: StreamedBlock, check: Check) -> None:
     """Compare the block's output with the model's own, in which the experts give what they gave in the stream."""
     samples = checked_samples(job.activations)
-    output_NTD = block.activations.load(block.output, block.index, samples)[:, 0]
+    output_NTD = block.activations.load(OUTPUT, block.index, samples)[:, 0]
 
     def answer(hidden_TD: Tensor, *others: Tensor) -> Tensor:
         return output_NTD[:, : len(hidden_TD) // len(samples)].flatten(0, 1).to(hidden_TD.dtype)
@@ -151,18 +152,18 @@ def _with_experts(
                 _serve(job, block, starts)
                 add_outputs(block, some, AT_START, looked_at)
                 _serve(job, block, ends)
-                add_outputs(block, some, block.output, job.activations.samples)
+                add_outputs(block, some, OUTPUT, job.activations.samples)
             linears |= ends
         own.quantizer.release()
     with job.events.span("loss", block=block.index):
         after = agreed_loss(training)
-        ends_NTD = {sample: block.activations.store.read(block.output, block.index, sample) for sample in looked_at}
+        ends_NTD = {sample: block.activations.store.read(OUTPUT, block.index, sample) for sample in looked_at}
         for sample in looked_at:
-            block.activations.store.write(block.output, block.index, sample,
+            block.activations.store.write(OUTPUT, block.index, sample,
                                           block.activations.store.read(AT_START, block.index, sample))  # fmt: skip
         before = agreed_loss(training)
         for sample, end_NTD in ends_NTD.items():
-            block.activations.store.write(block.output, block.index, sample, end_NTD)
+            block.activations.store.write(OUTPUT, block.index, sample, end_NTD)
     ordered = {matrix.name: linears[matrix.name] for matrix in grids}
     return replace(result, linears=ordered, loss_before=before, loss_after=after, starved=seen.starved)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardq.calib.partition import chunks
 from shardq.devices import pass_tokens
 from shardq.errors import UnsupportedModelError
-from shardq.model.arguments import BlockArguments, Entering
+from shardq.model.arguments import BlockArguments, Entering, Own
 from shardq.model.block import BlockPlan, LoadedBlock, multiplying_in
 from shardq.model.experts import answered, routed, routed_in
 from shardq.model.weights import fill
@@ -26,7 +26,7 @@ ENTERING = ("routed-hidden", "routed-index", "routed-weight")
 AT_START = "routed-start"
 """Stream of the outputs, added up, of experts at the start of their training."""
 OUTPUT = "routed_output"
-"""Name of the experts' outputs, added up, as an argument of the block."""
+"""Name of the experts' outputs, added up: a stream of the store, and an argument of the block."""
 
 Read = Callable[[BlockPlan, list[str]], dict[str, Tensor]]
 """From a block and names of tensors within it to the tensors, on the device; fails on all ranks or on none."""
@@ -60,11 +60,6 @@ class StreamedBlock:
         return self.loaded.index
 
     @property
-    def output(self) -> str:
-        """Stream of the experts' outputs, added up: an argument of the block that follows the sample."""
-        return f"own{_place(self.loaded.plan.arguments)}"
-
-    @property
     def groups(self) -> list[range]:
         """Numbers of the experts that are in memory together."""
         num = self.experts.num_experts
@@ -82,7 +77,7 @@ class StreamedBlock:
 
     def drop(self) -> None:
         """Forget what the experts were given, and their outputs."""
-        self.activations.drop(self.index, (*ENTERING, self.output, AT_START))
+        self.activations.drop(self.index, (*ENTERING, OUTPUT, AT_START))
 
 
 def of_experts(block: nn.Module) -> list[str]:
@@ -191,19 +186,14 @@ def _width(block: StreamedBlock) -> int:
     return block.experts.get_submodule("0").down_proj.out_features
 
 
-def _place(arguments: BlockArguments) -> int:
-    """Place, among the leaves of a block's arguments, of one more."""
-    return len(tree_leaves((arguments.args, arguments.kwargs)))
-
-
 def _with_output(arguments: BlockArguments, like_1TD: Tensor) -> BlockArguments:
     """A block's arguments, and one more that follows the sample."""
-    place = _place(arguments)
+    place = len(tree_leaves((arguments.args, arguments.kwargs)))
     example = arguments.example or Entering(like_1TD)
     return replace(
         arguments,
         kwargs=arguments.kwargs | {OUTPUT: like_1TD},
-        own=(*arguments.own, (place, 0)),
+        own=(*arguments.own, Own(place, 0, arguments.index, OUTPUT)),
         example=replace(example, own=(*example.own, like_1TD[None])),
     )
 
