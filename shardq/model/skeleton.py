@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.build import build_on_meta, find_blocks, find_embeddings, find_head
 from shardq.model.conversion import layout_of
-from shardq.model.experts import FusedView, adapt_experts
+from shardq.model.experts import adapt_experts
 from shardq.model.hidden import in_place_of, streams_of
-from shardq.model.layout import Layout, Piece, check_shape, tensor_in, with_views
+from shardq.model.layout import Layout, Piece, tensor_in, with_views
 from shardq.model.own_code import own_code
 from shardq.torch_internals import tree_map_only
 
@@ -227,7 +226,7 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     stored, views = layout_of(source, model), adapt_experts(model)
     layout = with_views(stored, views)
     tensors = {
-        name: _tensor(source, name, tuple(tensor.shape), layout[name], views.get(name))
+        name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
         for name, tensor in model.state_dict().items()
         if name in layout
     }
@@ -239,28 +238,6 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     _check_tensors(skeleton)
     _check_pieces(skeleton)
     return skeleton
-
-
-def _tensor(
-    source: WeightSource, name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...], view: FusedView | None
-) -> SourceTensor:
-    """A model's tensor as the source's; one that is part of a fused tensor has a name beside that.
-
-    Raises:
-        CheckpointError: it has another shape.
-    """
-    check_shape(source.tensors, pieces, shape)
-    return tensor_in(source.tensors, _beside(name, view.fused, pieces[0].source) if view else name, shape, pieces)
-
-
-def _beside(name: str, fused: str, stored: str) -> str:
-    """The name of a part beside that of the tensor in which it is stored, where only their beginnings differ.
-
-    `a.experts.0.up_proj` of `a.experts.gate_up_proj`, stored as `b.experts.gate_up_proj`, is `b.experts.0.up_proj`.
-    """
-    num_same = len(commonprefix([fused[::-1], stored[::-1]]))
-    start = fused[: len(fused) - num_same]
-    return stored[: len(stored) - num_same] + name.removeprefix(start) if name.startswith(start) else name
 
 
 def _check_tensors(skeleton: Skeleton) -> None:
