@@ -183,7 +183,7 @@ class _Kinds:
             return "bias"
         if "norm" in words:
             return "norm"
-        return "router" if "router" in words or "gate" in words else "state"
+        return "router" if "router" in words or words.endswith(("gate", "gating")) else "state"
 
     def _of_linear(self, path: str, is_shared: bool) -> tuple[str, str]:
         inner = path.removeprefix(f"{self._list_name}.").partition(".")[2]
