@@ -3,6 +3,7 @@
 from shardq.commands.prepare import Run
 from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
+from shardq.model.build import factory_of
 from shardq.parallel.collectives import max_over_ranks
 from shardq.rundir.account import Account, account_of
 from shardq.rundir.folder import RunFolder
@@ -74,7 +75,8 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
         display.line(f"  {line}")
     if run.config.export.checkpoint == "packed":
         display.line(f"  {output}/  is served as it is: vllm serve {output}")
-    display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    factory = factory_of(run.skeleton.model)
+    display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")

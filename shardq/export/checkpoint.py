@@ -26,7 +26,7 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import code_bytes
 
-LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+LOAD_PLAIN = '{factory}.from_pretrained("path/to/this/folder")'
 
 
 class Checkpoint(Format):

@@ -15,6 +15,7 @@ from shardq.formats.block_file import read_grids
 from shardq.formats.checkpoint import companions
 from shardq.formats.source import stored_in
 from shardq.logs import Display
+from shardq.model.build import factory_of
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.rundir.account import account_of
 from shardq.rundir.folder import RunFolder
@@ -95,7 +96,8 @@ def _write_files(
         )
     record = RunRecord.read(skeleton.folder)
     account = account_of(skeleton, grids, QuantOptions(**record.options("quant")).ignored)
-    write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, scale_change, account))
+    factory = factory_of(skeleton.model)
+    write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, factory, scale_change, account))
     return scale_change
 
 

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from shardq.errors import CheckpointError
-from shardq.formats.shards import TensorInfo
+from shardq.formats.shards import DTYPES, TensorInfo
 from shardq.formats.source import Rows, SourceTensor
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 FP4_PAIRS = ("U8", "I8")  # dtypes of bytes that hold two 4-bit floats
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-FP4_BLOCK = (1, 32)
 E8M0_BIAS = 127
 ROWS_AT_ONCE = 128
 
@@ -36,8 +35,10 @@ def scale_values(scale: Tensor) -> Tensor:
     return torch.exp2(scale.float() - E8M0_BIAS) if scale.dtype == torch.uint8 else scale.float()
 
 
-def scaled(codes_RW: Tensor, scale_GH: Tensor, block: Block, row_numbers: Tensor) -> Tensor:
-    """The weight [R, C] in bfloat16, each product rounded once from float32.
+def scaled(
+    codes_RW: Tensor, scale_GH: Tensor, block: Block, row_numbers: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The weight [R, C], each product rounded once from float32.
 
     Args:
         codes_RW: of the rows of these numbers in the whole weight.
@@ -50,7 +51,7 @@ def scaled(codes_RW: Tensor, scale_GH: Tensor, block: Block, row_numbers: Tensor
         whole_RHB = values_RC[:, : num_whole * block[1]].unflatten(1, (num_whole, block[1]))
         whole_RHB.mul_(scale_RH[:, :num_whole, None])
         values_RC[:, num_whole * block[1] :].mul_(scale_RH[:, num_whole:])  # a cut block, or none
-        parts.append(values_RC.bfloat16())
+        parts.append(values_RC.to(dtype))
     return torch.cat(parts)
 
 
@@ -58,54 +59,58 @@ def block_scaled(
     name: str,
     codes: TensorInfo,
     scale: TensorInfo,
-    asked: Block | None = None,
+    asked: Iterable[Block] = (),
     more: Iterable[TensorInfo] = (),
-    factor: Callable[[Callable[[TensorInfo, Rows], Tensor]], Tensor] | None = None,
+    divisor: TensorInfo | None = None,
 ) -> SourceTensor:
-    """A weight [O, I], or [E, O, I] of experts, of float8 or FP4 codes with scales.
+    """A weight [O, I], or [E, O, I] of experts, of float8 or FP4 codes with scales: bfloat16, or float16 as its scales.
 
     Args:
-        asked: the size of a block that config.json gives (default: the scales' shape says it).
+        asked: sizes of a block that config.json gives, the first that fits; else there is one scale for the whole, one
+            a row, or one a column.
         more: further stored tensors that belong to the weight.
-        factor: a number for all scales, from what is read of `more` (default: 1).
+        divisor: of all scales, one number.
 
     Raises:
         CheckpointError: the scales' shape is not that of the weight's blocks.
     """
     width = codes.shape[-1] * (2 if codes.dtype in FP4_PAIRS else 1) if codes.shape else 0
     shape = (*codes.shape[:-1], width)
-    fitting = _grid(shape, scale.shape, asked or (FP4_BLOCK if codes.dtype in FP4_PAIRS else None))
+    fitting = _grid(shape, scale.shape, asked)
     if fitting is None:
+        sizes = " or ".join(str(list(size)) for size in asked)
         raise CheckpointError(
             f"{codes.file}: {scale.name} {list(scale.shape)} has not the scales of {name} {list(shape)}"
-            f"{f' in blocks of {list(asked)}' if asked else ''}; download it again"
+            f"{f' in blocks of {sizes}' if sizes else ''}; download it again"
         )
     grid, block = fitting
+    dtype = "F16" if scale.dtype == "F16" else "BF16"
 
     def decode(read: Callable[[TensorInfo, Rows], Tensor], rows: Rows) -> Tensor:
         scales = scale_values(read(scale, None)).view(grid)
-        if factor is not None:
-            scales = scales * factor(read)
+        if divisor is not None:
+            scales = scales / read(divisor, None).float().reshape(())
         held, numbers = read(codes, rows), torch.arange(shape[-2])
         if len(shape) == 2:
-            return scaled(held, scales, block, numbers if rows is None else torch.tensor(rows, dtype=torch.int64))
-        values = torch.empty(len(held), *shape[1:], dtype=torch.bfloat16)
+            numbers = numbers if rows is None else torch.tensor(rows, dtype=torch.int64)
+            return scaled(held, scales, block, numbers, DTYPES[dtype])
+        values = torch.empty(len(held), *shape[1:], dtype=DTYPES[dtype])
         for place, expert in enumerate(range(shape[0]) if rows is None else rows):
-            values[place] = scaled(held[place], scales[expert], block, numbers)
+            values[place] = scaled(held[place], scales[expert], block, numbers, DTYPES[dtype])
         return values
 
-    return SourceTensor(name, "BF16", shape, (codes, scale, *more), decode)
+    stored = (codes, scale, *(() if divisor is None else (divisor,)), *more)
+    return SourceTensor(name, dtype, shape, stored, decode)
 
 
-def _grid(shape: tuple[int, ...], scale: tuple[int, ...], asked: Block | None) -> tuple[tuple[int, ...], Block] | None:
+def _grid(
+    shape: tuple[int, ...], scale: tuple[int, ...], asked: Iterable[Block]
+) -> tuple[tuple[int, ...], Block] | None:
     """The shape of the scales with one entry a dimension of the weight, and the size of a block; None: no fit."""
     if len(shape) not in (2, 3) or 0 in shape:
         return None
     lead, (num_rows, num_columns) = shape[:-2], shape[-2:]
-    blocks = [asked] if asked else []
-    # One scale for the whole, one a row, and one a column.
-    blocks += [(num_rows, num_columns), (1, num_columns), (num_rows, 1)]
-    for block in blocks:
+    for block in (*asked, (num_rows, num_columns), (1, num_columns), (num_rows, 1)):
         grid = (*lead, -(-num_rows // block[0]), -(-num_columns // block[1]))
         # Formats leave out last dimensions of one, and store a single scale in any shape.
         forms = [grid[:length] for length in range(len(grid) + 1) if prod(grid[length:]) == 1]

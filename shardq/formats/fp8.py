@@ -16,6 +16,7 @@ from shardq.formats.source import SourceTensor
 # What follows `NAME`, or stands in place of its last part `weight`, in the name of its scales.
 AFTER_NAME = ("_scale_inv", "_scale")
 FOR_WEIGHT = ("scale", "qscale_weight")
+FP4_BLOCKS = [(1, 32)]
 OF_INPUTS = ("activation_scale", "input_scale", "input_scale_ub", "qscale_act")  # in the same place
 
 
@@ -29,7 +30,7 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
         CheckpointError: scales are missing, or do not fit.
         UnsupportedModelError: other floats than E4M3, or scales of a kind that is not known.
     """
-    asked = _block_size(scheme)
+    asked = _block_sizes(scheme)
     for name, codes in index.items():
         if codes.dtype not in (*FLOAT8, *FP4_PAIRS):
             continue
@@ -39,13 +40,13 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
         scale = next((index[place] for place in places if place in index), None)
         if scale is not None:
             inputs = [f"{around}{part}" for part in OF_INPUTS] + [f"{name}_{part}" for part in OF_INPUTS]
-            block = asked if codes.dtype in FLOAT8 else None
-            yield block_scaled(name, codes, scale, block, [index[place] for place in inputs if place in index])
+            blocks = asked if codes.dtype in FLOAT8 else FP4_BLOCKS
+            yield block_scaled(name, codes, scale, blocks, [index[place] for place in inputs if place in index])
         elif codes.dtype in FLOAT8:
             raise CheckpointError(f"{codes.file}: tensor {name} is float8, but has no scales; download it again")
 
 
-def _block_size(scheme: dict) -> Block | None:
+def _block_sizes(scheme: dict) -> list[Block]:
     """The size of a block, where config.json gives one."""
     checks = {
         "fmt": scheme.get("fmt") in (None, "e4m3"),
@@ -58,4 +59,4 @@ def _block_size(scheme: dict) -> Block | None:
     for key, is_known in checks.items():
         if not is_known:
             raise UnsupportedModelError(f"fp8: {key} {scheme[key]} of config.json is not known, so it cannot be read")
-    return tuple(size) if size else None
+    return [(size[0], size[1])] if size else []

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from shardq.errors import CheckpointError
-from shardq.formats import compressed_tensors, fp8, gptq, mxfp4
+from shardq.formats import awq, compressed_tensors, fp8, gptq, mxfp4
 from shardq.formats.shards import Index
 from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config, scheme_of
 
 DECODERS: dict[str, Decoder] = {  # by `quant_method`
+    "awq": awq.encoded_tensors,
     "compressed-tensors": compressed_tensors.encoded_tensors,
     "fbgemm_fp8": fp8.encoded_tensors,
     "fp8": fp8.encoded_tensors,

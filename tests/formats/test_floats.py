@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -25,13 +27,13 @@ def opened(folder: Path, tensors: dict[str, Tensor], scheme: dict) -> WeightSour
     return open_checkpoint(folder)
 
 
-def values(source: WeightSource, name: str = "l.weight", rows: tuple[int, ...] = (1, 5)) -> Tensor:
+def values(source: WeightSource, name: str = "l.weight", dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """A tensor's values, which must be the same by rows and as a whole."""
     tensor = source.tensors[name]
     found = source.read(tensor)
-    assert (tuple(found.shape), found.dtype) == (tensor.shape, torch.bfloat16)
+    assert (tuple(found.shape), found.dtype) == (tensor.shape, dtype)
     assert tensor.num_bytes == found.numel() * 2
-    assert torch.equal(source.read_rows(tensor, list(rows)), found[list(rows)])
+    assert torch.equal(source.read_rows(tensor, [1, 5]), found[[1, 5]])
     return found
 
 
@@ -122,6 +124,58 @@ class TestFp8:
         stored = {"l.weight": float8(256, 128), "l.weight_scale_inv": scales(2, 1)}
         with pytest.raises(UnsupportedModelError, match=r"l\.weight is stored as F8_E4M3, and nothing says by which"):
             opened(tmp_path, stored, {})
+
+
+FORMS = {
+    "fp8 tensor": ("float-quantized", {"strategy": "tensor"}, (1,)),
+    "fp8 channel": ("float-quantized", {"strategy": "channel"}, (130, 1)),
+    "fp8 block": ("naive-quantized", {"strategy": "block", "block_structure": [128, 128]}, (2, 2)),
+    "fp8 group": ("float-quantized", {"strategy": "group", "group_size": 32}, (130, 6)),
+    "mxfp8": ("mxfp8-quantized", {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}, (130, 6)),
+    "nvfp4": ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16, "num_bits": 4,
+                                       "scale_dtype": "torch.float8_e4m3fn"}, (130, 12)),
+    "mxfp4": ("mxfp4-pack-quantized", {"strategy": "group", "group_size": 32, "num_bits": 4,
+                                       "scale_dtype": "torch.uint8"}, (130, 6)),
+}  # fmt: skip
+
+
+def by_the_library(form: str, scale_dtype: torch.dtype) -> tuple[dict[str, Tensor], dict, Tensor]:
+    """Tensors and config of a linear [130, 192] that the library compresses, and what it decompresses."""
+    stored_as, more, shape = FORMS[form]
+    args = QuantizationArgs(**{"num_bits": 8, "type": "float", "symmetric": True} | more)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=stored_as)
+    generator = torch.Generator().manual_seed(5)
+    state = {"weight": torch.randn(130, 192, generator=generator).bfloat16() * 0.05, "weight_scale": scales(*shape)}
+    if form.startswith("mx"):
+        state["weight_scale"] = torch.exp2(state["weight_scale"].log2().floor())
+    elif form == "nvfp4":
+        state |= {"weight_scale": scales(*shape) * 300, "weight_global_scale": torch.tensor([321.7])}
+    state["weight_scale"] = state["weight_scale"].to(scale_dtype)
+    compressor = BaseCompressor.get_value_from_registry(stored_as)
+    compressed = compressor.compress(dict(state), scheme)
+    decompressed = compressor.decompress(dict(compressed), scheme)["weight"]
+    config = {"quant_method": "compressed-tensors", "format": stored_as,
+              "config_groups": {"group_0": scheme.model_dump(mode="json", exclude_none=True)}}  # fmt: skip
+    return {f"l.{name}": tensor for name, tensor in compressed.items()}, config, decompressed
+
+
+class TestCompressedTensors:
+    @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_floats_are_the_librarys(self, tmp_path: Path, form: str, scale_dtype: torch.dtype):
+        stored, config, expected = by_the_library(form, scale_dtype)
+        source = opened(tmp_path, stored | {"l.input_scale": torch.ones(1)}, config)
+        dtype = stored["l.weight_scale"].dtype
+        found = values(source, dtype=dtype if dtype == torch.float16 else torch.bfloat16)
+        assert found.abs().max() > 0.01 and torch.equal(found, expected.to(found.dtype))
+        assert source.tensors.keys() == {"l.weight"}
+
+    def test_damage_is_named(self, tmp_path: Path):
+        stored, config, _ = by_the_library("nvfp4", torch.float32)
+        with pytest.raises(CheckpointError, match=r"l\.weight lacks its global scale"):
+            opened(tmp_path, {name: one for name, one in stored.items() if "global" not in name}, config)
+        with pytest.raises(CheckpointError, match=r"has not the scales of l\.weight .* in blocks of \[1, 16\]"):
+            opened(tmp_path, stored | {"l.weight_scale": stored["l.weight_scale"][:, 1:]}, config)
 
 
 class TestMxfp4:
