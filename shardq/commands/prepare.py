@@ -216,6 +216,8 @@ def _say_what_will_be_done(run: Run) -> None:
         f"{config.model}: {run.plan.num_blocks} blocks, {run.plan.num_matrices} linears to quantize "
         f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
     )
+    if run.skeleton.source.scheme:
+        line(f"source: weights stored as {run.skeleton.source.scheme} are decoded as they are read")
     more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""
     line(
         f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "

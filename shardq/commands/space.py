@@ -95,9 +95,12 @@ def cache_bytes(run: Run) -> int:
     held = _held(num_samples, run.ranks, run.config.cache.folder is None)
     arguments = [block.arguments for block in run.plan.blocks]
     hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, arguments[0].width)
-    own = sum(passed.own_bytes for passed in arguments)  # all written before the first block
-    carried = 4 * max(passed.carried_bytes for passed in arguments)
-    return held * (hidden + own + carried)
+    own: dict[tuple[int, str], int] = {}  # all written before the first block
+    for passed in arguments:
+        own |= passed.own_bytes
+    files_of_own = sum(own.values()) + HEADER_BYTES * len(own)
+    carried = 4 * max(passed.carried_bytes + HEADER_BYTES * len(passed.carried_names) for passed in arguments)
+    return held * (hidden + files_of_own + carried)
 
 
 def _held(num_samples: int, ranks: Ranks, is_shared: bool) -> int:

@@ -110,6 +110,6 @@ def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
         names = {name: f"{block_name}.{name}".removesuffix(".weight") for name in tensors}
         quantized = {name: grids[full] for name, full in names.items() if full in grids}
         total += chosen.block_bytes(tensors, quantized, itemsize)
-        for info in stored_in(tensors.values()):
+        for info in stored_in(skeleton.source.tensors[name] for name in skeleton.held_pieces(number)):
             left.pop(info.name, None)
     return total + chosen.holds_weights * sum(info.num_bytes + HEADER_BYTES for info in left.values())

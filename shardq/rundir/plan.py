@@ -104,9 +104,7 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
     """The source's tensors that are only copied: those of no block, or that a block's code does not use."""
-    numbers = range(len(skeleton.blocks))
-    in_blocks = {tensor.name for number in numbers for tensor in skeleton.block_tensors(number).values()}
-    return [tensor for name, tensor in skeleton.source.tensors.items() if name not in in_blocks]
+    return [tensor for name, tensor in skeleton.source.tensors.items() if name not in skeleton.users]
 
 
 def _check_group_sizes(block: BlockPlan) -> None:
