@@ -11,7 +11,7 @@ from shardq.model.transposed import adapt_transposed
 SIZES = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
 
-@pytest.mark.parametrize("config", [GPT2Config(**SIZES), OpenAIGPTConfig(**SIZES)], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [GPT2Config(**SIZES), OpenAIGPTConfig(**SIZES)], ids=["gpt2", "openai-gpt"])
 @torch.no_grad()
 def test_the_adapted_model_computes_as_transformers_own(config: PreTrainedConfig):
     torch.manual_seed(0)
