@@ -81,7 +81,7 @@ def check_space_for_tuning(
         folder = Path(config.cache.folder or output)
         # The embedding may be narrower than the hidden states; then the config has their width.
         width = getattr(skeleton.model.config.get_text_config(), "hidden_size", 0)
-        width = max(width, skeleton.model.get_input_embeddings().embedding_dim)
+        width = max(width, skeleton.embeddings.embedding_dim)
         needs.append(Need("activations", folder, num_samples * _sample_bytes(shape[1], width), "--cache.folder"))
     together(ranks, lambda: check_room(needs) if ranks.local_rank == 0 else None)
 

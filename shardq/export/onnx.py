@@ -26,6 +26,7 @@ class Onnx(Format):
 
     name = "onnx"
     package = "onnxscript"
+    is_of_text = True
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         for grid in set(grids.values()):

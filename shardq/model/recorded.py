@@ -51,7 +51,7 @@ def _two_sequences(skeleton: Skeleton, length: int) -> tuple[Tensor, Tensor]:
 
     Special tokens stand at its ends; those for images would ask for images.
     """
-    num_tokens = skeleton.model.get_input_embeddings().num_embeddings
+    num_tokens = skeleton.embeddings.num_embeddings
     apart = max(1, num_tokens // 4)
     first_T = apart + torch.randint(apart, (length,), generator=torch.Generator().manual_seed(0))
     return first_T[None] % num_tokens, (first_T[None] + apart) % num_tokens

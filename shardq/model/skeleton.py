@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
-from shardq.model.build import build_on_meta, find_blocks, find_head
+from shardq.model.build import build_on_meta, find_blocks, find_embeddings, find_head
 from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
 from shardq.model.hidden import in_place_of, streams_of
@@ -152,6 +152,11 @@ class Skeleton:
         """
         first, _, inner = self.list_name.partition(".")
         return first if inner and self.head not in self.model.get_submodule(first).modules() else ""
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The table that tokens index."""
+        return find_embeddings(self.model)
 
     @property
     def head(self) -> nn.Module:
