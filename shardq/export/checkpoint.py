@@ -213,9 +213,10 @@ def linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
     left = {name for name, module in modules.items() if is_linear(module) and name not in quantized}
     others = {
-        skeleton.tensor(f"{name}.weight").name
+        piece.source
         for name, module in modules.items()
         if name in quantized or isinstance(module, nn.Embedding)
+        for piece in skeleton.layout.get(f"{name}.weight", ())
     }
     matrices = {
         name for name, tensor in skeleton.source.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2

@@ -231,9 +231,13 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    layout = with_views(layout_of(source, model), adapt_experts(model) | adapt_transposed(model))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor_in(source.tensors, name, shapes[name], layout[name]) for name in shapes if name in layout}
+    stored, views = layout_of(source, model), adapt_experts(model) | adapt_transposed(model)
+    layout = with_views(stored, views)
+    tensors = {
+        name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
+        for name, tensor in model.state_dict().items()
+        if name in layout
+    }
     list_name, block_list = find_blocks(model)
     blocks = list(block_list)
     for number, block in enumerate(blocks):

@@ -9,9 +9,11 @@ from transformers import Zamba2Config
 
 import tiny
 from shardq.errors import ConfigError, UnsupportedModelError
+from shardq.matrix import is_linear
 from shardq.model.choice import matrices_to_quantize, shared_linears
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.quant.options import DEFAULT_IGNORE
+from tests.families.tiny_config import tiny_config
 
 LINEARS = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -45,6 +47,16 @@ def test_weights_that_blocks_share_stay_in_float_and_are_stored_once(tmp_path: P
     assert len(shared) == 10 and all(name.startswith("model.layers.1.shared_transformer.") for name in shared)
     held = [tensor.name for number in range(4) for tensor in skeleton.held_tensors(number).values()]
     assert len(held) == len(set(held)) and set(shared) <= set(held)
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [("qwen2_moe", "mlp.shared_expert_gate"), ("phimoe", "mlp.router"), ("afmoe", "mlp.router.gate")],
+)
+def test_linears_that_weigh_experts_are_not_quantized(tmp_path: Path, family: str, left: str):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, tiny_config(family)))
+    names = {name for name, module in skeleton.blocks[-1].named_modules() if is_linear(module)}
+    assert names - set(chosen(skeleton, ())[-1]) == {left}
 
 
 class TestIgnore:
