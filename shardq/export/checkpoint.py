@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
 from shardq.formats.block_file import read_activations, read_block
@@ -115,6 +115,20 @@ class Checkpoint(Format):
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
+def check_order(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
+    """Check that the source stores the quantized linears' weights [O, I], for a format that programs read so.
+
+    Raises:
+        UnsupportedModelError: naming one that is stored [I, O].
+    """
+    for name in grids:
+        if skeleton.is_transposed(f"{name}.weight"):
+            raise UnsupportedModelError(
+                f"{format_name}: {name} is a Conv1D, stored [input, output channels], which programs do not read in "
+                "this format; export hf"
+            )
+
+
 def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors by full name, as the source has them; a packed weight apart from those that it is stored with.
 
@@ -198,9 +212,10 @@ def linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
     left = {name for name, module in modules.items() if is_linear(module) and name not in quantized}
     others = {
-        skeleton.tensor(f"{name}.weight").name
+        piece.source
         for name, module in modules.items()
         if name in quantized or isinstance(module, nn.Embedding)
+        for piece in skeleton.layout.get(f"{name}.weight", ())
     }
     matrices = {
         name for name, tensor in skeleton.source.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardq.formats.source import SourceTensor
 from shardq.matrix import is_linear
-from shardq.model.choice import patterns_of
+from shardq.model.choice import patterns_of, weighs_experts
 from shardq.model.layout import Piece
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
@@ -158,7 +158,7 @@ class _Kinds:
 
     def __init__(self, skeleton: Skeleton, owned: Mapping[str, nn.Module], ignored: tuple[str, ...]):
         self._owned, self._ignored, self._users = owned, ignored, skeleton.users
-        self._list_name, self._num_blocks = skeleton.list_name, len(skeleton.blocks)
+        self._list_name, self._blocks = skeleton.list_name, skeleton.blocks
         with own_code(type(skeleton.model).__name__, "it does not tell its text decoder"):
             decoder, self._head = skeleton.model.get_decoder(), skeleton.model.get_output_embeddings()
         paths = {id(module): name for name, module in skeleton.model.named_modules()}
@@ -199,11 +199,13 @@ class _Kinds:
         return "router" if ROUTERS.search(words) and getattr(module, parameter).dim() > 1 else "state"
 
     def _of_linear(self, path: str, is_shared: bool) -> tuple[str, str]:
-        inner = path.removeprefix(f"{self._list_name}.").partition(".")[2]
+        number, _, inner = path.removeprefix(f"{self._list_name}.").partition(".")
         if not path.startswith(f"{self._list_name}."):
             return "linear outside the blocks", KINDS["linear outside the blocks"]
         if patterns := sorted(patterns_of(path, inner, self._ignored)):
             return "linear", f"quant.ignore {patterns[0]!r}"
+        if weighs_experts(self._blocks[int(number)], inner):
+            return "router", KINDS["router"]
         return "linear", "several blocks share it" if is_shared else "left by the rules of the target"
 
     def _part_outside(self, path: str) -> str:
@@ -214,7 +216,7 @@ class _Kinds:
 
     def _predicts_further(self, name: str) -> bool:
         number = name.removeprefix(f"{self._list_name}.").partition(".")[0]
-        is_behind = name.startswith(f"{self._list_name}.") and number.isdigit() and int(number) >= self._num_blocks
+        is_behind = name.startswith(f"{self._list_name}.") and number.isdigit() and int(number) >= len(self._blocks)
         return is_behind or FURTHER_TOKENS.search(name) is not None
 
 
