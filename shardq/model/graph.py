@@ -18,6 +18,7 @@ from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import Call
 from shardq.model.block import run_block
 from shardq.model.ends import prologue
+from shardq.model.own_code import own_code
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
@@ -146,12 +147,24 @@ def _trace(part: _Part, entering: Tensor, prefixes: dict[str, str], opset: int) 
         raise UnsupportedModelError(
             f"{type(part.block or part.model).__name__}: torch's ONNX exporter cannot take it ({reason})"
         ) from error
+    _check_sizes(type(part.block or part.model).__name__, program.exported_program.module(), entering)
     for name, value in list(program.model.graph.initializers.items()):
         if name in weights:
             kind, _, rest = name.partition(".")
             value.name = f"{prefixes[kind]}.{rest}".removeprefix(".")
     _forget_places(program.model)
     return program.model
+
+
+def _check_sizes(name: str, traced: nn.Module, like: Tensor) -> None:
+    """Check that a traced part takes any number of samples and tokens; the exporter fixes some sizes without a word.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    entering = like.new_zeros(BATCH + 1, LENGTH + 5, *like.shape[2:])
+    with own_code(name, f"torch's ONNX exporter fixes the number of tokens at {LENGTH}"):
+        traced(torch.ones(entering.shape[:2], dtype=torch.long), entering)
 
 
 def _forget_places(model: ir.Model) -> None:
