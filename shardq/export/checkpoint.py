@@ -2,7 +2,7 @@
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.block_file import Linears, LinearsInFiles, read_activations, read_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
-from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.formats.tensor_file import check_finite, write_one_by_one, write_tensors
 from shardq.logs import Display
 from shardq.matrix import is_linear
 from shardq.model.layout import is_whole, put_together
@@ -67,7 +67,7 @@ class Checkpoint(Format):
     def write_shard(
         self,
         path: Path,
-        linears: dict[str, QuantizedLinear],
+        linears: Linears,
         activations: dict[str, ActivationGrid],
         *,
         skeleton: Skeleton,
@@ -84,18 +84,24 @@ class Checkpoint(Format):
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
         inputs = input_grids(self, linears, activations)
-        made: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in skeleton.held_tensors(block_index).items():
-            full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
-            if full_name in linears:
-                linear = linears[full_name]
-                dtype = self.weight_dtype(skeleton, linear.grid)
-                if self.rounded_by:
-                    linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
-                bare_name = tensor.name.removesuffix(".weight")
-                made[name] = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
-                check_finite(path, made[name])
-        write_tensors(path, dict(_laid_out(skeleton, block_index, made)), {"format": "pt"})
+        held, full = skeleton.held_tensors(block_index), f"{skeleton.names[block_index]}."
+
+        def make(name: str) -> dict[str, Tensor]:
+            full_name = (full + name).removesuffix(".weight")
+            linear = linears[full_name]
+            dtype = self.weight_dtype(skeleton, linear.grid)
+            if self.rounded_by:
+                linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
+            bare_name = held[name].name.removesuffix(".weight")
+            made = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
+            check_finite(path, made)
+            return made
+
+        quantized = {name for name in held if (full + name).removesuffix(".weight") in linears}
+        if isinstance(linears, LinearsInFiles):
+            write_one_by_one(path, lambda: _laid_out(skeleton, block_index, quantized, make), {"format": "pt"})
+        else:
+            write_tensors(path, dict(_laid_out(skeleton, block_index, quantized, make)), {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         described = self.described(skeleton.folder, skeleton, grids, linears_left(skeleton, grids))
@@ -116,15 +122,19 @@ class Checkpoint(Format):
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
-def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _laid_out(
+    skeleton: Skeleton, block_index: int, of_linears: Collection[str], make: Callable[[str], dict[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors by full name, as the source has them; a packed weight apart from those that it is stored with.
 
     Args:
-        made: for each weight that is quantized, by name within the block, the tensors that it becomes.
+        of_linears: names within the block of weights that are quantized.
+        make: gives the tensors that one of them becomes.
     """
     source, tensors = skeleton.source, skeleton.block_tensors(block_index)
     for name, pieces in skeleton.held_pieces(block_index).items():
-        stored, quantized = source.tensors[name], pieces.keys() & made.keys()
+        stored, quantized = source.tensors[name], pieces.keys() & set(of_linears)
+        made = {inner: make(inner) for inner in pieces if inner in quantized}
         if not quantized and is_whole(next(iter(pieces.values())), stored):
             yield name, source.read_plain(stored)
         elif all(tensors[inner].name in made[inner] for inner in quantized):  # plain weights, no packed ones

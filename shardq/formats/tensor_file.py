@@ -1,6 +1,8 @@
 """Our own safetensors files: written whole, read without a memory map."""
 
 import json
+import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +14,27 @@ from torch import Tensor
 from shardq.devices import mark_ready, to_host
 from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.files import write_whole
-from shardq.formats.shards import read_header, read_metadata, read_tensor
+from shardq.formats.shards import DTYPES, read_header, read_metadata, read_tensor
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ORDER = (
+    "U64",
+    "I64",
+    "F64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E8M0",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+)  # of the dtypes in a file, as the library sorts them: wide ones first, so all are aligned
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -36,6 +58,39 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise StorageError(
                 f"{path}: cannot be written ({error}); make room or mend the disk and run the same command again"
             ) from error
+
+    write_whole(path, write)
+
+
+def write_one_by_one(
+    path: Path, make: Callable[[], Iterable[tuple[str, Tensor]]], metadata: dict[str, str] | None = None
+) -> None:
+    """Write the bytes that `write_tensors` would, with one tensor in memory at a time.
+
+    Args:
+        make: gives the tensors; called twice, as the file begins with all shapes.
+
+    Raises:
+        StorageError: the disk is full or cannot be written.
+    """
+    shapes = {name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in make()}
+    entries: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in sorted(shapes, key=lambda name: (ORDER.index(NAMES[shapes[name][0]]), name)):
+        dtype, shape, num_bytes = shapes[name]
+        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(aside: Path) -> None:
+        with open(aside, "r+b") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for name, tensor in make():
+                file.seek(8 + len(header) + entries[name]["data_offsets"][0])
+                on_cpu = to_host(tensor.detach(), mark_ready(tensor)).contiguous()
+                file.write(on_cpu.view(-1).view(torch.uint8).numpy().data if on_cpu.numel() else b"")
+            file.truncate(8 + len(header) + end)
 
     write_whole(path, write)
 

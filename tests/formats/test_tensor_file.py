@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.formats.shards import read_metadata
-from shardq.formats.tensor_file import check_finite, read_checked, read_tensors, write_checked, write_tensors
+from shardq.formats.tensor_file import (
+    check_finite,
+    read_checked,
+    read_tensors,
+    write_checked,
+    write_one_by_one,
+    write_tensors,
+)
 
 TENSORS = {
     "codes": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
@@ -172,3 +179,13 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float):
     with pytest.raises(QuantizationError, match="scale has a value that is not finite in float16"):
         check_finite(tmp_path / "a", tensors)
     check_finite(tmp_path / "a", tensors | {"scale": torch.ones(2).half(), "empty": torch.ones(0)})
+
+
+def test_one_by_one_gives_the_same_bytes(tmp_path: Path):
+    dtypes = (torch.uint8, torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.int64, torch.float16)
+    tensors = {f"layer.{number}": torch.arange(15).view(3, 5).to(dtype) for number, dtype in enumerate(dtypes)}
+    tensors |= {"a": torch.ones(()), "b": torch.zeros(0, 3), 'c"é': torch.ones(2)}
+    for metadata in ({"format": "pt"}, None):
+        write_tensors(tmp_path / "whole.safetensors", tensors, metadata)
+        write_one_by_one(tmp_path / "parts.safetensors", tensors.items, metadata)
+        assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
