@@ -1,8 +1,8 @@
 """Training of a block by parts: first all but its routed experts, then these, a few at a time.
 
 The first part is trained with the experts' outputs as the float model has them. Each expert is then trained on the
-tokens that the quantized stream's router gives it, towards its own float output. So memory holds the first part, or a
-few experts.
+tokens that the quantized stream's router gives it, towards what it makes of the same tokens in the float model. So
+memory holds the first part, or a few experts.
 """
 
 import shutil
@@ -100,7 +100,7 @@ def again_by_parts(
         route(block, stream)
         for some in block.groups:
             with in_memory(block, some):
-                add_outputs(block, some, OUTPUT, job.activations.samples)
+                add_outputs(block, some, stream, OUTPUT, job.activations.samples)
         finish(block, stream)
     block.drop()
 
@@ -120,7 +120,7 @@ def _float_pass(job: Job, block: StreamedBlock, check: Check) -> Seen:
             own = _matrices(block, searched, some)
             with in_memory(block, some):
                 with channel_power(loaded.module, own) as of_experts:
-                    add_outputs(block, some, OUTPUT, samples)
+                    add_outputs(block, some, "fp", OUTPUT, samples)
                 names = [name for number in some if (name := f"{block.name}.{number}") in starved]
                 power |= of_experts | power_of_all_tokens(loaded, routing, names, own)
         reduce_over_ranks(job.ranks, list(power.values()))
@@ -158,9 +158,9 @@ def _with_experts(
             with in_memory(block, some):
                 starts, ends = _trained(own, block, some, seen)
                 _serve(job, block, starts)
-                add_outputs(block, some, AT_START, looked_at)
+                add_outputs(block, some, "quant", AT_START, looked_at)
                 _serve(job, block, ends)
-                add_outputs(block, some, OUTPUT, job.activations.samples)
+                add_outputs(block, some, "quant", OUTPUT, job.activations.samples)
             path = folder / f"{some.start:05d}.safetensors"
             on_rank_zero(ranks, partial(write_block, path, ends))
             held |= dict.fromkeys(ends, path)
