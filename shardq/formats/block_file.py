@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.formats.shards import read_header, read_metadata, read_tensor
-from shardq.formats.tensor_file import write_one_by_one, write_tensors
+from shardq.formats.tensor_file import LARGE_BYTES, write_one_by_one, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -64,6 +64,14 @@ def renamed(linears: Linears, names: dict[str, str]) -> Linears:
 
 def write_block(path: Path, linears: Linears, activations: dict[str, ActivationGrid] | None = None) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, linear in linears.items():
+            yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
+            yield f"{name}.scale", linear.scale_OG.float()
+            if linear.grid.has_zero_point:
+                yield f"{name}.zero_point", linear.zero_point_OG.char()
+
     described = {
         name: {"in_features": linear.codes_OI.shape[1], **linear.grid.as_dict()} for name, linear in linears.items()
     }
@@ -71,19 +79,11 @@ def write_block(path: Path, linears: Linears, activations: dict[str, ActivationG
     if activations:
         # A list: their order is that of the block's code.
         content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
-    metadata = {"shardq": json.dumps(content, sort_keys=True)}
-    if isinstance(linears, LinearsInFiles):
-        write_one_by_one(path, lambda: _tensors_of(linears), metadata)
+    about = {"shardq": json.dumps(content, sort_keys=True)}
+    if isinstance(linears, LinearsInFiles) or sum(each.codes_OI.nbytes for each in linears.values()) > LARGE_BYTES:
+        write_one_by_one(path, tensors, about)
     else:
-        write_tensors(path, dict(_tensors_of(linears)), metadata)
-
-
-def _tensors_of(linears: Linears) -> Iterator[tuple[str, Tensor]]:
-    for name, linear in linears.items():
-        yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
-        yield f"{name}.scale", linear.scale_OG.float()
-        if linear.grid.has_zero_point:
-            yield f"{name}.zero_point", linear.zero_point_OG.char()
+        write_tensors(path, dict(tensors()), about)
 
 
 def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:

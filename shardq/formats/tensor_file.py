@@ -1,7 +1,6 @@
 """Our own safetensors files: written whole, read without a memory map."""
 
 import json
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,25 +15,9 @@ from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.files import write_whole
 from shardq.formats.shards import DTYPES, read_header, read_metadata, read_tensor
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ORDER = (
-    "U64",
-    "I64",
-    "F64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E8M0",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "BOOL",
-)  # of the dtypes in a file, as the library sorts them: wide ones first, so all are aligned
+LARGE_BYTES = 4 << 30  # a file of more is written in the memory of one tensor
+# The dtypes of safetensors, the last of its own list first.
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -65,34 +48,37 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def write_one_by_one(
     path: Path, make: Callable[[], Iterable[tuple[str, Tensor]]], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write the bytes that `write_tensors` would, with one tensor in memory at a time.
+    """Write the file that `write_tensors` would, in the memory of one tensor.
 
     Args:
-        make: gives the tensors; called twice, as the file begins with all shapes.
+        make: makes the tensors, by name, one after the other; called twice, first for their shapes.
 
     Raises:
         StorageError: the disk is full or cannot be written.
     """
-    shapes = {name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in make()}
-    entries: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name in sorted(shapes, key=lambda name: (ORDER.index(NAMES[shapes[name][0]]), name)):
-        dtype, shape, num_bytes = shapes[name]
-        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [end, end + num_bytes]}
-        end += num_bytes
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    shapes = {name: (_name_of(tensor.dtype), list(tensor.shape), tensor.nbytes) for name, tensor in make()}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    starts, end = {}, 0
+    # The library's order: wide dtypes first, so that each tensor is aligned.
+    for name, (dtype, shape, num_bytes) in sorted(shapes.items(), key=lambda item: (ORDER.index(item[1][0]), item[0])):
+        starts[name], end = end, end + num_bytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
 
     def write(aside: Path) -> None:
-        with open(aside, "r+b") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
+        with open(aside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
             for name, tensor in make():
-                file.seek(8 + len(header) + entries[name]["data_offsets"][0])
+                file.seek(8 + len(text) + starts[name])
                 on_cpu = to_host(tensor.detach(), mark_ready(tensor)).contiguous()
-                file.write(on_cpu.view(-1).view(torch.uint8).numpy().data if on_cpu.numel() else b"")
-            file.truncate(8 + len(header) + end)
+                file.write(on_cpu.reshape(-1).view(torch.uint8).numpy().data)
 
     write_whole(path, write)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, other in DTYPES.items() if other is dtype)
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
