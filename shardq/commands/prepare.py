@@ -10,12 +10,12 @@ from shardq.calib.tokens import digest, load_tokens
 from shardq.checks import check_quantize
 from shardq.commands.redo import begin_redo, blocks_asked, mend
 from shardq.compiling import why_not
-from shardq.config import QuantizeConfig
+from shardq.config import DEFAULT_GROUP_SIZES, QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
-from shardq.export.target import as_served, check_served
+from shardq.export.target import as_served, check_served, why_not_in_vllm, with_form
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
@@ -35,7 +35,7 @@ from shardq.rundir.digests import cut_torn_line
 from shardq.rundir.folder import RunFolder, output_folder
 from shardq.rundir.lock import only_run
 from shardq.rundir.manifest import make_manifest
-from shardq.rundir.plan import ENCODINGS, Plan, make_plan
+from shardq.rundir.plan import ENCODINGS, Plan, group_size_of, make_plan
 from shardq.rundir.record import RunRecord, check_folder, open_run
 from shardq.rundir.source import begin_with
 from shardq.training.activation_grids import plan_activations
@@ -101,16 +101,6 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     together(ranks, lambda: check_quantize(config, ranks))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
 
-    def open_and_plan() -> tuple[Skeleton, Plan]:
-        skeleton, length = open_skeleton(folder), config.calib.sequence_length
-        companions(folder)  # copied after the last block; one that must not be copied is refused now
-        _check_length(skeleton, length)
-        plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))
-        check_served(config, skeleton, plan)
-        with prologue(skeleton, ranks.device) as embed:
-            plan = plan.with_arguments(record_arguments(skeleton, embed, length))
-        return skeleton, plan_activations(skeleton, plan, length, config.activations)
-
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
@@ -126,7 +116,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
             mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
-    skeleton, plan = together(ranks, open_and_plan)
+    skeleton, plan, config = together(ranks, lambda: _planned(config, folder, ranks, display))
     length = config.calib.sequence_length
     largest = together(ranks, lambda: largest_block(skeleton, plan, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
@@ -144,6 +134,31 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     )  # fmt: skip
     _say_what_will_be_done(run)
     return run
+
+
+def _planned(
+    config: QuantizeConfig, folder: Path, ranks: Ranks, display: Display
+) -> tuple[Skeleton, Plan, QuantizeConfig]:
+    """The model, its plan, and options in which every value that depends on the model's shapes is filled in."""
+    skeleton, length = open_skeleton(folder), config.calib.sequence_length
+    companions(folder)  # copied after the last block; one that must not be copied is refused now
+    _check_length(skeleton, length)
+    quant = replace(config.quant, group_size=group_size_of(skeleton, config.quant))
+    if quant.group_size not in (config.quant.group_size, DEFAULT_GROUP_SIZES[0]):
+        kind = "per-channel" if quant.group_size == -1 else f"groups of {quant.group_size}"
+        display.line(f"grid: {kind}, as {DEFAULT_GROUP_SIZES[0]} does not divide every width of the model")
+    plan = make_plan(skeleton, quant)
+    export, why_plain = with_form(config, skeleton, plan)
+    config = replace(config, quant=quant, export=export)
+    plan = as_served(config.target, export, skeleton, plan)
+    check_served(config, skeleton, plan)
+    if why_plain:
+        display.line(f"checkpoint: plain weights, for lack of a packed form ({why_plain})")
+    elif fault := why_not_in_vllm(config, skeleton, plan):
+        display.line(f"checkpoint: packed, for transformers; vLLM: {fault}")
+    with prologue(skeleton, ranks.device) as embed:
+        plan = plan.with_arguments(record_arguments(skeleton, embed, length))
+    return skeleton, plan_activations(skeleton, plan, length, config.activations), config
 
 
 def take_folder(

@@ -1,13 +1,13 @@
 """The requirements of the program that will serve a run's result, checked before work starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
 
 from shardq.config import QuantizeConfig
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, ShardQError, UnsupportedModelError
 from shardq.export.checkpoint import model_dtype
 from shardq.export.chosen import check_installed, formats_of, own_form, served_as
 from shardq.formats import compressed_tensors, gptq
@@ -42,6 +42,34 @@ def as_served(target: str | None, options: ExportOptions, skeleton: Skeleton, pl
     except ValueError as error:
         keeper = target or "a packed checkpoint"
         raise ConfigError(f"quant.{error}; {keeper} keeps them so, leave out one of the two") from error
+
+
+def with_form(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> tuple[ExportOptions, str]:
+    """Options in which the form of the run's own checkpoint is decided; and why it is not packed, where that is asked
+    of the default."""
+    if config.export.checkpoint is not None:
+        return config.export, ""
+    packed = replace(config.export, checkpoint="packed")
+    try:
+        own_form(packed).check(skeleton, as_served(config.target, packed, skeleton, plan).grids)
+    except (ConfigError, UnsupportedModelError) as error:
+        return replace(config.export, checkpoint="plain"), _without_advice(error)
+    return packed, ""
+
+
+def why_not_in_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str:
+    """Why vLLM would not serve the run's own checkpoint; empty if it would."""
+    if config.target == "vllm" or config.export.checkpoint == "plain":
+        return ""
+    try:
+        _check_vllm(config, skeleton, plan)
+    except ConfigError as error:
+        return _without_advice(error).removeprefix("target: ")
+    return ""
+
+
+def _without_advice(error: ShardQError) -> str:
+    return str(error).rpartition(";")[0] or str(error)
 
 
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
