@@ -31,7 +31,8 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     _check_engine(config, ranks)
     for name in ("iterations", "batch_size"):
         _require(getattr(optimize, name) >= 1, f"optimize.{name}", getattr(optimize, name), "at least 1")
-    _require(optimize.retries >= 0, "optimize.retries", optimize.retries, "at least 0")
+    for name in ("retries", "min_expert_tokens"):
+        _require(getattr(optimize, name) >= 0, f"optimize.{name}", getattr(optimize, name), "at least 0")
     every = config.checkpoint.every_iterations
     _require(every >= 0, "checkpoint.every_iterations", every, "at least 0")
     for name in ("grid_lr", "weight_lr"):

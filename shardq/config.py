@@ -130,8 +130,8 @@ class QuantizeConfig:
     """Where blocks are computed."""
     target: Literal["vllm", "gguf"] | None = None
     """Program that will serve the result. `vllm`: scales are rounded to the model's dtype before codes are made, as
-    vLLM keeps them, so that what is measured is what is served; and its rules on shapes are checked before work starts.
-    `gguf` (llama.cpp): the same with float16 and its rules."""
+    vLLM keeps them, so that what is measured is what is served; its rules on shapes are checked before work starts,
+    and linears too narrow for its kernels stay in float. `gguf` (llama.cpp): the same with float16 and its rules."""
     tensor_parallel: int = 1
     """GPUs over which vLLM will split each linear: its rules on shapes are checked for each GPU's part."""
     quant: QuantOptions = field(default_factory=QuantOptions)

@@ -21,7 +21,6 @@ class Matrix:
         parameter: the parameter's name in that module.
         expert: index in the first dimension of a fused parameter [E, O, I]; None: the matrix is the whole parameter.
         shape: number of outputs and inputs.
-        sources: names of the source's tensors that the values come from.
     """
 
     name: str
@@ -29,7 +28,6 @@ class Matrix:
     parameter: str = "weight"
     expert: int | None = None
     shape: tuple[int, int]
-    sources: tuple[str, ...]
 
     @property
     def tensor(self) -> str:
@@ -95,14 +93,10 @@ def hooked(block: nn.Module, hooks: Mapping[Matrix, Callable]) -> Iterator[None]
         yield
 
 
-def matrices_in(block: nn.Module, source_name: Callable[[str], str] = str) -> list[Matrix]:
-    """The matrices of a block that can be quantized, in the order of its modules: the weights of its linears.
-
-    Args:
-        source_name: from a parameter's name within the block to its name in the source (default: the same).
-    """
+def matrices_in(block: nn.Module) -> list[Matrix]:
+    """The matrices of a block that can be quantized, in the order of its modules: the weights of its linears."""
     return [
-        Matrix(name=name, module=name, shape=tuple(module.weight.shape), sources=(source_name(f"{name}.weight"),))
+        Matrix(name=name, module=name, shape=tuple(module.weight.shape))
         for name, module in block.named_modules()
         if is_linear(module)
     ]

@@ -15,7 +15,7 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
-from shardq.export.target import as_served, check_served, why_not_in_vllm, with_form
+from shardq.export.target import as_served, check_served, why_not_in_vllm, with_form, with_narrow_left
 from shardq.files import remove_asides
 from shardq.formats import encodings
 from shardq.formats.checkpoint import companions
@@ -97,9 +97,9 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The resolved grid: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=grid.full_range)
-    config = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
-    together(ranks, lambda: check_quantize(config, ranks))
-    folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
+    asked = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
+    together(ranks, lambda: check_quantize(asked, ranks))
+    folder = on_every_host(ranks, lambda: local_folder(asked.model, asked.revision, display.line))
 
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
@@ -116,7 +116,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
             mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
-    skeleton, plan, config = together(ranks, lambda: _planned(config, folder, ranks, display))
+    skeleton, plan, config = together(ranks, lambda: _planned(asked, folder, ranks, display))
     length = config.calib.sequence_length
     largest = together(ranks, lambda: largest_block(skeleton, plan, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
@@ -141,6 +141,7 @@ def _planned(
 ) -> tuple[Skeleton, Plan, QuantizeConfig]:
     """The model, its plan, and options in which every value that depends on the model's shapes is filled in."""
     skeleton, length = open_skeleton(folder), config.calib.sequence_length
+    config = with_narrow_left(config, skeleton, display.line)
     companions(folder)  # copied after the last block; one that must not be copied is refused now
     _check_length(skeleton, length)
     quant = replace(config.quant, group_size=group_size_of(skeleton, config.quant))
@@ -230,6 +231,8 @@ def _say_what_will_be_done(run: Run) -> None:
         f"{config.model}: {run.plan.num_blocks} blocks, {run.plan.num_matrices} linears to quantize "
         f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
     )
+    if run.skeleton.source.scheme:
+        line(f"source: weights stored as {run.skeleton.source.scheme} are decoded as they are read")
     more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""
     line(
         f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "

@@ -48,10 +48,10 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
                 for loaded, check in blocks_to_do(run, job):
                     block, block_begun = loaded.plan, time.perf_counter()
                     with located(f"block {block.index} {block.name}"):
-                        power, grids = float_pass(job, loaded, check)
-                        with in_training(job, loaded, grids) as training:
-                            result = train(training, start_at_nearest(training, power))  # ends with the fold
-                        grids = quantized_pass(job, loaded, grids)
+                        seen = float_pass(job, loaded, check)
+                        with in_training(job, loaded, seen.grids) as training:
+                            result = train(training, start_at_nearest(training, seen))  # ends with the fold
+                        grids = quantized_pass(job, loaded, seen.grids)
                     gained = commit_block(run, job, block, result, grids, on_commit)
                     del loaded, training  # frees the block's source before the block after the next is read
                     say_block_done(run, block, result, gained, time.perf_counter() - block_begun)

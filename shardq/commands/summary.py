@@ -4,12 +4,15 @@ from shardq.commands.prepare import Run
 from shardq.export.target import why_not_in_vllm
 from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
+from shardq.model.build import factory_of
 from shardq.parallel.collectives import max_over_ranks
 from shardq.rundir.account import Account, account_of
 from shardq.rundir.folder import RunFolder
 from shardq.summaries import QuantizeSummary
 from shardq.training.objective import LOSSES
 from shardq.training.tries import BlockResult
+
+NAMED_EXPERTS = 4  # in a line; the ledger has all
 
 
 def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int, seconds: float) -> None:
@@ -23,7 +26,7 @@ def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int,
         f"block {block.index} {block.name}, {run.record.num_done} of {run.plan.num_blocks} done: "
         f"{LOSSES[result.kind].format(result.loss_before, result.loss_after)}, "
         f"{seconds:.1f} s, peak {peak_device_bytes(run.ranks.device) / 2**20:.0f} MiB"
-        + (f"; {_not_finite(result.facts)}" if result.failed_tries else "")
+        + "".join(f"; {words}" for words in _said_of(run, result.facts))
     )
     run.display.advance_block(gained)
     if gained <= 0:
@@ -65,8 +68,8 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
     cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
     display.line(f"done: mean {', '.join(losses)}, {cost}")
     for block, entry in zip(run.plan.blocks, run.record.blocks.values(), strict=True):
-        if entry.get("failed_tries"):
-            display.line(f"  {block.name}: {_not_finite(entry)}")
+        for words in _said_of(run, entry):
+            display.line(f"  {block.name}: {words}")
     share, *left = account.lines()
     display.line(share)
     for line in left:
@@ -74,7 +77,8 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
     if run.config.export.checkpoint == "packed" and not why_not_in_vllm(run.config, run.skeleton, run.plan):
         display.line(f"  {output}/  is served as it is: vllm serve {output}")
     unpack = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if _must_unpack(run) else ""
-    display.line(f"  {output}/  loads with transformers: AutoModelForCausalLM.from_pretrained({str(output)!r}{unpack})")
+    factory = factory_of(run.skeleton.model)
+    display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r}{unpack})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")
@@ -92,6 +96,20 @@ def _mean(entries: list[dict], key: str) -> float | None:
     """Mean of a fact over the blocks that have it; None if none has."""
     values = [entry[key] for entry in entries if key in entry]
     return sum(values) / len(values) if values else None
+
+
+def _said_of(run: Run, entry: dict) -> list[str]:
+    """What a user should know of a block, in words, from its facts in the ledger."""
+    least = run.config.optimize.min_expert_tokens
+    not_finite = [_not_finite(entry)] if entry.get("failed_tries") else []
+    return not_finite + ([_starved(entry["starved_experts"], least)] if entry.get("starved_experts") else [])
+
+
+def _starved(tokens: dict[str, int], least: int) -> str:
+    """The experts that too few tokens reached, the first ones by name."""
+    names = [f"{name} ({count})" for name, count in list(tokens.items())[:NAMED_EXPERTS]]
+    more = f" and {len(tokens) - len(names)} more" if len(tokens) > len(names) else ""
+    return f"{len(tokens)} expert(s) got fewer than {least} tokens and stay at the start: {', '.join(names)}{more}"
 
 
 def _not_finite(entry: dict) -> str:

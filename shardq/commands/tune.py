@@ -42,7 +42,7 @@ from shardq.rundir.folder import RunFolder
 from shardq.rundir.manifest import differences, export_options, model_of, quant_options
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
-from shardq.rundir.source import agree, begin_with, noted
+from shardq.rundir.source import agree, all_stored, begin_with, noted
 from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.summaries import TuneSummary
 from shardq.training.activation_grids import written_grids
@@ -180,7 +180,7 @@ def _finish(
                              found.options.dtype, config.self_check)  # fmt: skip
             plan = together(ranks, target)
             activations = replace(activations, blocks=plan.blocks)
-            agree(skeleton.source.digests, skeleton.source.index.values(), ranks)
+            agree(skeleton.source.digests, all_stored(skeleton), ranks)
     tuning = Tuning(
         run=Path(config.run),
         skeleton=skeleton,

@@ -50,5 +50,5 @@ class Aimet(Format):
         merge_encodings(folder, self.version, run, num_blocks)
         return 0.0
 
-    def how_to_serve(self, grids: Grids) -> str:
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
         return f"{USE_ENCODINGS}\n\n```python\n{LOAD_ENCODINGS}\n```"

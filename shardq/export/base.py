@@ -90,8 +90,8 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def how_to_serve(self, grids: Grids) -> str:
-        """Markdown that says how a program loads it."""
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
+        """Markdown that says how a program loads it; `factory` is the class of transformers that does."""
 
 
 def only_grid(format_name: str, grids: Grids) -> Grid:

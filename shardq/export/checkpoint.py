@@ -2,7 +2,7 @@
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.logs import Display
 from shardq.matrix import is_linear
+from shardq.model.layout import is_whole, put_together
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -26,7 +27,7 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import code_bytes
 
-LOAD_PLAIN = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+LOAD_PLAIN = '{factory}.from_pretrained("path/to/this/folder")'
 
 
 class Checkpoint(Format):
@@ -83,21 +84,18 @@ class Checkpoint(Format):
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
         inputs = input_grids(self, linears, activations)
-        tensors: dict[str, Tensor] = {}
+        made: dict[str, dict[str, Tensor]] = {}
         for name, tensor in skeleton.held_tensors(block_index).items():
             full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
-            if full_name not in linears:
-                tensors[tensor.name] = skeleton.source.read_plain(tensor)
-                continue
-            linear = linears[full_name]
-            dtype = self.weight_dtype(skeleton, linear.grid)
-            if self.rounded_by:
-                linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
-            bare_name = tensor.name.removesuffix(".weight")
-            of_linear = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
-            check_finite(path, of_linear)
-            tensors |= of_linear
-        write_tensors(path, tensors, {"format": "pt"})
+            if full_name in linears:
+                linear = linears[full_name]
+                dtype = self.weight_dtype(skeleton, linear.grid)
+                if self.rounded_by:
+                    linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
+                bare_name = tensor.name.removesuffix(".weight")
+                made[name] = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
+                check_finite(path, made[name])
+        write_tensors(path, dict(_laid_out(skeleton, block_index, made)), {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         described = self.described(skeleton.folder, skeleton, grids, linears_left(skeleton, grids))
@@ -116,6 +114,30 @@ class Checkpoint(Format):
         dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
         write_config(skeleton.folder, folder, dtype, described)
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
+
+
+def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """A block's tensors by full name, as the source has them; a packed weight apart from those that it is stored with.
+
+    Args:
+        made: for each weight that is quantized, by name within the block, the tensors that it becomes.
+    """
+    source, tensors = skeleton.source, skeleton.block_tensors(block_index)
+    for name, pieces in skeleton.held_pieces(block_index).items():
+        stored, quantized = source.tensors[name], pieces.keys() & made.keys()
+        if not quantized and is_whole(next(iter(pieces.values())), stored):
+            yield name, source.read_plain(stored)
+        elif all(tensors[inner].name in made[inner] for inner in quantized):  # plain weights, no packed ones
+            plain = {inner: made[inner][tensors[inner].name] for inner in quantized}
+            like = next(iter(plain.values()), None)
+            for inner in pieces.keys() - quantized:
+                value = source.read(tensors[inner])
+                plain[inner] = value if like is None else value.to(like)
+            parts = ((piece.in_source, piece.in_model.of(plain[inner])) for inner, piece in pieces.items())
+            yield name, put_together(stored.shape, parts)
+        else:
+            for inner in pieces:
+                yield from (made.get(inner) or {tensors[inner].name: source.read(tensors[inner])}).items()
 
 
 def in_transformers(package: str, load: str) -> str:

@@ -21,7 +21,7 @@ from shardq.rundir.folder import RunFolder
 from shardq.rundir.record import RunRecord
 
 # Left packed, transformers 5.23 makes room for unpacked zero points only.
-LOAD_ASYMMETRIC = """AutoModelForCausalLM.from_pretrained(
+LOAD_ASYMMETRIC = """{factory}.from_pretrained(
     "path/to/this/folder", quantization_config=CompressedTensorsConfig(dequantize=True)
 )"""
 
@@ -66,6 +66,7 @@ class CompressedTensors(Checkpoint):
             display.line(f"{folder}: without the run's grids of keys and values; vLLM would take float8 alone")
         return scale_change
 
-    def how_to_serve(self, grids: Grids) -> str:
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
         grid = only_grid(self.name, grids)
-        return with_vllm(in_transformers("compressed-tensors", LOAD_ASYMMETRIC if grid.has_zero_point else LOAD_PLAIN))
+        load = LOAD_ASYMMETRIC if grid.has_zero_point else LOAD_PLAIN
+        return with_vllm(in_transformers("compressed-tensors", load.format(factory=factory)))

@@ -10,7 +10,7 @@ from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
 
-LOAD_GGUF = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", gguf_file="model.gguf")'
+LOAD_GGUF = '{factory}.from_pretrained("path/to/this/folder", gguf_file="model.gguf")'
 
 
 class Gguf(Format):
@@ -36,8 +36,8 @@ class Gguf(Format):
 
         return write_gguf(skeleton, folder, grids)
 
-    def how_to_serve(self, grids: Grids) -> str:
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
         return (
             "```bash\nllama-cli -m path/to/this/folder/model.gguf\n```\n\n"
-            f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF}\n```"
+            f"or in transformers, which unpacks it:\n\n```python\n{LOAD_GGUF.format(factory=factory)}\n```"
         )

@@ -37,6 +37,6 @@ class Gptq(Checkpoint):
     def is_served(self, grid: Grid) -> bool:
         return gptq.is_served_by_vllm(grid)
 
-    def how_to_serve(self, grids: Grids) -> str:
-        loaded = in_transformers("gptqmodel optimum", LOAD_PLAIN)
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
+        loaded = in_transformers("gptqmodel optimum", LOAD_PLAIN.format(factory=factory))
         return with_vllm(loaded) if self.is_served(only_grid(self.name, grids)) else f"W{loaded[1:]}"

@@ -41,5 +41,5 @@ class Hf(Checkpoint):
     ) -> dict[str, Tensor]:
         return plain_tensors(name, linear, dtype)
 
-    def how_to_serve(self, grids: Grids) -> str:
-        return f"The weights are plain:\n\n```python\n{LOAD_PLAIN}\n```"
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
+        return f"The weights are plain:\n\n```python\n{LOAD_PLAIN.format(factory=factory)}\n```"

@@ -11,11 +11,14 @@ from shardq.rundir.account import Account
 LOCAL_FOLDER = re.compile(r"(?<![^,])(?:[^,]*/(?=[^/,]+\.(?:txt|jsonl|json|parquet|safetensors))|[/~.][^,]*/(?=[^/,]))")
 
 
-def model_card(manifest: dict, grids: Grids, chosen: Format, scale_change: float, account: Account) -> str:
+def model_card(
+    manifest: dict, grids: Grids, chosen: Format, factory: str, scale_change: float, account: Account
+) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
         manifest, grids: of the run.
+        factory: the class of transformers that loads such models.
         scale_change: largest relative change of a scale by its rounding after codes were made.
         account: of the checkpoint's tensors.
     """
@@ -30,7 +33,7 @@ Quantized by shardq {manifest["shardq"]}, only the weights of the decoder's line
 
 ## Serve it
 
-{chosen.how_to_serve(grids)}
+{chosen.how_to_serve(grids, factory)}
 
 ## What is quantized
 

@@ -42,5 +42,5 @@ class Onnx(Format):
         write_config(skeleton.folder, folder, torch.float32)
         return 0.0
 
-    def how_to_serve(self, grids: Grids) -> str:
+    def how_to_serve(self, grids: Grids, factory: str) -> str:
         return f"With onnxruntime; no cache of keys and values:\n\n```python\n{LOAD_ONNX}\n```\n\n{ONNX_PARTS}"

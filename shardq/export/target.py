@@ -1,18 +1,21 @@
 """The requirements of the program that will serve a run's result, checked before work starts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
 
-from shardq.config import QuantizeConfig
+from shardq.config import DEFAULT_GROUP_SIZES, QuantizeConfig
 from shardq.errors import ConfigError, ShardQError, UnsupportedModelError
 from shardq.export.checkpoint import model_dtype
 from shardq.export.chosen import check_installed, formats_of, own_form, served_as
 from shardq.formats import compressed_tensors, gptq
 from shardq.formats.options import ExportOptions
+from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan
+from shardq.model.choice import matrices_to_quantize
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
 from shardq.rundir.plan import Plan
@@ -22,6 +25,7 @@ from shardq.rundir.plan import Plan
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
+NARROW = 4  # times that a narrow linear's other side is as long, at least: such a linear is a small part of its block
 
 
 def as_served(target: str | None, options: ExportOptions, skeleton: Skeleton, plan: Plan) -> Plan:
@@ -138,34 +142,81 @@ class _Fault:
 
 
 def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> _Fault | None:
-    """A fault that keeps vLLM from splitting the quantized linears over `degree` GPUs, or None.
-
-    The architecture declares which side of a linear is split. If there are fewer heads of keys and values than GPUs,
-    they are repeated, not split.
-    """
-    ways = getattr(skeleton.model, "tp_plan", None) or {}
-    config = skeleton.model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", degree)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if degree > 1 and not ways:
+    """A fault that keeps vLLM from splitting the quantized linears over `degree` GPUs, or None."""
+    heads, kv_heads = _heads(skeleton, degree)
+    if degree > 1 and not _ways(skeleton):
         return _Fault(f"on {degree} GPUs: {type(skeleton.model).__name__} declares no way to split it")
     if heads % degree:
         return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
     if max(kv_heads, degree) % min(kv_heads, degree):
         return _Fault(f"on {degree} GPUs: {kv_heads} heads of keys and values neither divide nor can be repeated")
+    fault_of = partial(_linear_fault, _ways(skeleton), kv_heads, multiple, degree)
     every = [(block.full_name(matrix), matrix, grid) for block in plan.blocks for matrix, grid in block.grids.items()]
-    for name, matrix, grid in every:
-        way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
-        over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
-        parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
-        for kind, size in (("input", matrix.shape[1]), ("output", matrix.shape[0])):
-            split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
-            part = f"{name} has {size} {kind} channels{split}"
-            if size % (parts[kind] * multiple):
-                return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
-            if kind == "input" and not grid.divides(size // parts[kind]):
-                return _Fault(f"{part}; these must be whole groups of {grid.group_size}", name)
+    return next((fault for entry in every if (fault := fault_of(*entry))), None)
+
+
+def _ways(skeleton: Skeleton) -> dict[str, str]:
+    """Which side of a linear is split, by a pattern of its name, as the architecture declares."""
+    return getattr(skeleton.model, "tp_plan", None) or {}
+
+
+def _heads(skeleton: Skeleton, default: int) -> tuple[int, int]:
+    """Numbers of attention heads, and of those of keys and values."""
+    config = skeleton.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", default)
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _linear_fault(
+    ways: dict[str, str], kv_heads: int, multiple: int, degree: int, name: str, matrix: Matrix, grid: Grid
+) -> _Fault | None:
+    """A fault that keeps vLLM from splitting a linear over `degree` GPUs, or None.
+
+    If there are fewer heads of keys and values than GPUs, they are repeated, not split.
+    """
+    way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
+    over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
+    parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
+    for kind, size in (("input", matrix.shape[1]), ("output", matrix.shape[0])):
+        split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
+        part = f"{name} has {size} {kind} channels{split}"
+        if size % (parts[kind] * multiple):
+            return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
+        if kind == "input" and not grid.divides(size // parts[kind]):
+            return _Fault(f"{part}; these must be whole groups of {grid.group_size}", name)
     return None
+
+
+def with_narrow_left(config: QuantizeConfig, skeleton: Skeleton, say: Callable[[str], None]) -> QuantizeConfig:
+    """The options, which now ignore linears too narrow for vLLM's kernels, where the result is for it.
+
+    Of linears that vLLM makes one of, all are narrow or none is ignored.
+
+    Args:
+        say: gets a line that names them, if there are any.
+    """
+    is_packed = config.export.checkpoint != "plain" and config.quant.bits in compressed_tensors.BITS
+    if config.target != "vllm" and not is_packed:
+        return config
+    least = config.quant if config.quant.group_size else replace(config.quant, group_size=DEFAULT_GROUP_SIZES[-1])
+    grid, degree = least.grid, config.tensor_parallel
+    multiple, kv_heads = VLLM_MULTIPLE[config.export.activation_bits], _heads(skeleton, degree)[1]
+    fault_of = partial(_linear_fault, _ways(skeleton), kv_heads, multiple, degree)
+    chosen = matrices_to_quantize(skeleton, config.quant.ignored)
+    left: set[str] = set()
+    for (name, block), matrices in zip(skeleton.named_blocks.items(), chosen, strict=True):
+        narrow = {
+            matrix.name
+            for matrix in matrices
+            if NARROW * min(matrix.shape) <= max(matrix.shape) and fault_of(f"{name}.{matrix.name}", matrix, grid)
+        }
+        parents = {inner.rpartition(".")[0] for inner in narrow}
+        wider = [group for parent in parents for group in _fused_groups(block, parent) if not narrow.issuperset(group)]
+        left |= narrow.difference(*wider)
+    if not left:
+        return config
+    say(f"{', '.join(sorted(left))}: in float in every block, too narrow for vLLM's kernels")
+    return replace(config, quant=replace(config.quant, ignore=(*config.quant.ignored, *sorted(left))))
 
 
 def _how_to_ignore(skeleton: Skeleton, name: str) -> str:

@@ -15,6 +15,7 @@ from shardq.formats.block_file import read_grids
 from shardq.formats.checkpoint import companions
 from shardq.formats.source import stored_in
 from shardq.logs import Display
+from shardq.model.build import factory_of
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.rundir.account import account_of
 from shardq.rundir.folder import RunFolder
@@ -96,7 +97,8 @@ def _write_files(
         )
     record = RunRecord.read(skeleton.folder)
     account = account_of(skeleton, grids, quant_options(record.options("quant")).ignored)
-    write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, scale_change, account))
+    factory = factory_of(skeleton.model)
+    write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, factory, scale_change, account))
     return scale_change
 
 
@@ -109,6 +111,6 @@ def _num_bytes(chosen: Format, skeleton: Skeleton, grids: Grids) -> int:
         names = {name: f"{block_name}.{name}".removesuffix(".weight") for name in tensors}
         quantized = {name: grids[full] for name, full in names.items() if full in grids}
         total += chosen.block_bytes(tensors, quantized, itemsize)
-        for info in stored_in(tensors.values()):
+        for info in stored_in(skeleton.source.tensors[name] for name in skeleton.held_pieces(number)):
             left.pop(info.name, None)
     return total + chosen.holds_weights * sum(info.num_bytes + HEADER_BYTES for info in left.values())

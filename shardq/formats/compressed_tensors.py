@@ -8,7 +8,7 @@ and config are the library's own (https://github.com/vllm-project/compressed-ten
 which its packing fills several times as slowly.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from compressed_tensors import CompressionFormat, __version__
@@ -22,6 +22,7 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from shardq.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardq.formats.floats import FLOAT8, Block, block_scaled
 from shardq.formats.integers import grid_points, integer_grid
 from shardq.formats.shards import Index, TensorInfo, read_tensor
 from shardq.formats.source import Rows, SourceTensor
@@ -32,7 +33,15 @@ from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
 
 BITS = (4, 8)
-OF_INPUTS = ("input_scale", "input_zero_point")  # how programs round what enters a linear
+OF_INPUTS = ("input_scale", "input_zero_point", "input_global_scale")  # how programs round what enters a linear
+_INTEGERS = (("pack-quantized", "int-quantized", "naive-quantized"), ("tensor", "channel", "group"))
+# What is read, by type and width: in which forms, with scales by what.
+READ = {
+    "int4": _INTEGERS,
+    "int8": _INTEGERS,
+    "float8": (("float-quantized", "naive-quantized", "mxfp8-quantized"), ("tensor", "channel", "block", "group")),
+    "float4": (("nvfp4-pack-quantized", "mxfp4-pack-quantized"), ("tensor_group", "group")),
+}
 PER_TOKEN_INT8 = ActivationGrid(8, symmetric=True)
 
 
@@ -135,20 +144,31 @@ def encoded_tensors(index: Index, scheme: dict) -> Iterator[SourceTensor]:
 
     Raises:
         CheckpointError: tensors are missing or do not fit together.
-        UnsupportedModelError: more is quantized than weights and inputs of linears, or not to integers of 4 or 8 bits.
+        UnsupportedModelError: more is quantized than weights and inputs of linears, or in a way that is not known.
     """
     _check_scheme(scheme)
+    blocks = [block for group in scheme["config_groups"].values() for block in _float_blocks(group["weights"])]
+    width = _width_in_groups(scheme["config_groups"].values())
     has_zeros = not any(group["weights"].get("symmetric", True) for group in scheme["config_groups"].values())
     for name in [name.removesuffix("_scale") for name in index if name.endswith(".weight_scale")]:
         codes = index.get(f"{name}_packed", index.get(name))
-        if codes is None or codes.dtype not in ("I32", "I8"):
+        if codes is None or codes.dtype not in ("I32", "I8", "U8", *FLOAT8):
             raise CheckpointError(f"{index[f'{name}_scale'].file}: {name} has scales, but no codes")
+        scale, around = index[f"{name}_scale"], name.removesuffix("weight")
+        unused = [index[f"{around}{part}"] for part in OF_INPUTS if f"{around}{part}" in index]
+        if codes.dtype not in ("I32", "I8"):
+            divisor = index.get(f"{name}_global_scale")
+            if codes.dtype == "U8" and scale.dtype in FLOAT8 and divisor is None:
+                raise CheckpointError(f"{codes.file}: {name} lacks its global scale; download it again")
+            yield block_scaled(name, codes, scale, blocks, unused, divisor)
+            continue
         zeros, groups, shape = (index.get(f"{name}_{part}") for part in ("zero_point", "g_idx", "shape"))
-        if (zeros is None and has_zeros) or (shape is None and codes.name != name):
+        if (zeros is None and has_zeros) or (shape is None and codes.name != name and not width):
             raise CheckpointError(f"{codes.file}: {name} lacks its zero points or its shape; download it again")
-        of_inputs = [index.get(f"{name.removesuffix('weight')}{part}") for part in OF_INPUTS]
-        unused = [info for info in of_inputs if info]
-        yield _encoded(name, codes, index[f"{name}_scale"], zeros, groups, shape, unused)
+        sizes = codes.shape if codes.dtype == "I8" else read_tensor(shape).tolist() if shape else None
+        sizes = sizes or (codes.shape[0], codes.shape[-1] * 32 // width)
+        unused += [shape] if shape else []
+        yield _encoded(name, sizes, codes, scale, zeros, groups, unused)
 
 
 def _check_scheme(scheme: dict) -> None:
@@ -162,27 +182,42 @@ def _check_scheme(scheme: dict) -> None:
     found = ", ".join(more)
     for group in groups:
         weights, stored_as = group["weights"], group.get("format") or scheme.get("format")
-        kind = f"{weights.get('type', 'int')}{weights.get('num_bits')} by {weights.get('strategy')}, {stored_as}"
-        is_read = weights.get("type", "int") == "int" and weights.get("num_bits") in BITS
-        is_read &= weights.get("strategy") in ("tensor", "channel", "group") and not group.get("output_activations")
-        if not is_read or stored_as not in ("pack-quantized", "int-quantized", "naive-quantized"):
-            found = found or kind
+        number, strategy = f"{weights.get('type', 'int')}{weights.get('num_bits')}", weights.get("strategy")
+        forms, strategies = READ.get(number, ((), ()))
+        is_read = stored_as in forms and strategy in strategies and not group.get("output_activations")
+        if not is_read or (number.startswith("float") and not weights.get("symmetric", True)):
+            found = found or f"{number} by {strategy}, {stored_as}"
     if found:
         raise UnsupportedModelError(
-            f"compressed-tensors: {found}: cannot be read, only integer weights of 4 and 8 bits can"
+            f"compressed-tensors: {found}: cannot be read, only integer weights of 4 and 8 bits, FP8, MXFP8, NVFP4 and "
+            "MXFP4 can; pass the checkpoint it was made from"
         )
+
+
+def _float_blocks(weights: dict) -> list[Block]:
+    """The size of a block that has one scale, if the scheme gives one for floats."""
+    if weights.get("type", "int") == "int":
+        return []
+    size = weights.get("block_structure") or [1, weights.get("group_size")]
+    is_pair = isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)
+    return [(size[0], size[1])] if is_pair else []
+
+
+def _width_in_groups(groups: Iterable[dict]) -> int:
+    """The width of all integers where groups of inputs fill whole words, which tell a weight's shape; 0: unknown."""
+    widths = {weights["num_bits"] if weights.get("group_size") else 0 for weights in (one["weights"] for one in groups)}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 def _encoded(
     name: str,
+    sizes: Sequence[int],
     codes: TensorInfo,
     scale: TensorInfo,
     zeros: TensorInfo | None,
     groups: TensorInfo | None,
-    shape: TensorInfo | None,
     unused: Iterable[TensorInfo],
 ) -> SourceTensor:
-    sizes = codes.shape if codes.dtype == "I8" else read_tensor(shape).tolist() if shape else ()
     num_outputs, num_inputs = sizes if len(sizes) == 2 and len(codes.shape) == 2 else (0, 0)
     bits = next((bits for bits in BITS if codes.shape == (num_outputs, -(-num_inputs * bits // 32))), None)
     num_groups = scale.shape[1] if len(scale.shape) > 1 else 1
@@ -205,5 +240,5 @@ def _encoded(
             scale_OG, zero_OG = scale_OG[rows], zero_OG if zero_OG is None else zero_OG[rows]
         return grid_points(f"{codes.file}: {name}", codes_OI, scale_OG, zero_OG, group_I)
 
-    stored = tuple(info for info in (codes, scale, zeros, groups, shape, *unused) if info)
+    stored = tuple(info for info in (codes, scale, zeros, groups, *unused) if info)
     return SourceTensor(name, scale.dtype, (num_outputs, num_inputs), stored, decode)

@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from shardq.errors import CheckpointError
-from shardq.formats import compressed_tensors, gptq
+from shardq.formats import awq, compressed_tensors, fp8, gptq, mxfp4
 from shardq.formats.shards import Index
 from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config, scheme_of
 
-DECODERS: dict[str, Decoder] = {"compressed-tensors": compressed_tensors.encoded_tensors, "gptq": gptq.encoded_tensors}
+DECODERS: dict[str, Decoder] = {  # by `quant_method`
+    "awq": awq.encoded_tensors,
+    "compressed-tensors": compressed_tensors.encoded_tensors,
+    "fbgemm_fp8": fp8.encoded_tensors,
+    "fp8": fp8.encoded_tensors,
+    "gptq": gptq.encoded_tensors,
+    "mxfp4": mxfp4.encoded_tensors,
+}
 
 
 def open_checkpoint(folder: Path) -> WeightSource:
@@ -36,4 +43,5 @@ def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[Source
 def rounds_activations(folder: Path) -> bool:
     """Whether programs that serve a folder which `open_checkpoint` takes round what enters its linears."""
     scheme = scheme_of(read_config(folder)) or {}
-    return any(group.get("input_activations") for group in (scheme.get("config_groups") or {}).values())
+    groups = (scheme.get("config_groups") or {}).values()
+    return bool(scheme.get("activation_scheme")) or any(group.get("input_activations") for group in groups)

@@ -31,6 +31,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 SAMPLE_BYTES = 4096
 PIECE_BYTES = 64 << 20  # bytes of a piece of a tensor that is only checked; a multiple of every dtype's size

@@ -38,8 +38,11 @@ Digests = dict[str, str]
 Rows = list[int] | None
 """Indices of a tensor's first dimension, ascending; None for all of it."""
 
-Decode = Callable[[Callable[[TensorInfo, Rows], Tensor], Rows], Tensor]
-"""Makes a tensor's values, of some rows or of all. Its first argument reads some rows of a stored tensor, or all."""
+Read = Callable[[TensorInfo, Rows], Tensor]
+"""Reads some rows of a stored tensor, or all."""
+
+Decode = Callable[[Read, Rows], Tensor]
+"""Makes a tensor's values, of some rows or of all, from its stored tensors."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ def stored_in(tensors: Iterable[SourceTensor]) -> list[TensorInfo]:
     return list({info.name: info for tensor in tensors for info in tensor.stored}.values())
 
 
+def values_of(tensor: SourceTensor, read: Read, rows: Rows = None) -> Tensor:
+    """A tensor's values, of some rows or of all, from what `read` gives of its stored tensors."""
+    return tensor.decode(read, rows) if tensor.decode else read(tensor.stored[0], rows)
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """The tensors of a checkpoint folder.
@@ -93,6 +101,7 @@ class WeightSource:
     Attributes:
         index: where every stored tensor lies.
         tensors: what the stored tensors stand for, by name; every stored tensor is part of one.
+        scheme: the name of the scheme by which some tensors are encoded; empty: none is.
         digests: of the stored tensors that have been read whole.
         samples: digests of parts of stored tensors that had not been read when `note_samples` was called.
     """
@@ -100,6 +109,7 @@ class WeightSource:
     folder: Path
     index: Index
     tensors: dict[str, SourceTensor]
+    scheme: str = ""
     digests: Digests = field(default_factory=dict)
     samples: Digests = field(default_factory=dict)
 
@@ -114,7 +124,7 @@ class WeightSource:
             CheckpointError: a NaN or an infinity is found, the bytes are others, or `read_tensor`'s reasons.
         """
         whole = {info.name: read_tensor(info, pinned and tensor.decode is None) for info in tensor.stored}
-        values = _values(tensor, lambda info, rows: whole[info.name] if rows is None else whole[info.name][rows])
+        values = values_of(tensor, lambda info, rows: whole[info.name] if rows is None else whole[info.name][rows])
         _check_finite(tensor, values, is_buffer=is_buffer)
         for info in tensor.stored:
             self._check_same(info, whole[info.name])
@@ -122,7 +132,7 @@ class WeightSource:
 
     def read_unchecked(self, tensor: SourceTensor) -> Tensor:
         """Read a tensor's values, which may not be finite, from bytes that may have changed; raises `read_tensor`'s."""
-        return _values(tensor, _read_stored)
+        return values_of(tensor, read_stored)
 
     def read_rows(self, tensor: SourceTensor, rows: list[int]) -> Tensor:
         """Read some rows of a floating-point tensor's values, which must be finite.
@@ -130,7 +140,7 @@ class WeightSource:
         Raises:
             CheckpointError: a NaN or an infinity is found, or a file ended early.
         """
-        values = _values(tensor, _read_stored, rows)
+        values = values_of(tensor, read_stored, rows)
         _check_finite(tensor, values, rows)
         return values
 
@@ -159,9 +169,9 @@ class WeightSource:
             whole.update(_bytes_of(piece))
         _compare(info, whole.hexdigest(), self.digests)
 
-    def note_samples(self) -> None:
-        """Note a part of each stored tensor that has not been read: files may be exchanged before it is."""
-        unread = [info for name, info in self.index.items() if name not in self.digests]
+    def note_samples(self, stored: Iterable[TensorInfo]) -> None:
+        """Note some bytes of each of these that has not been read: files may be exchanged before it is."""
+        unread = [info for info in stored if info.name not in self.digests]
         self.samples.update({info.name: xxhash.xxh3_128_hexdigest(read_sample(info)) for info in unread})
 
     def _check_same(self, info: TensorInfo, raw: Tensor) -> None:
@@ -191,7 +201,14 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} is stored encoded and plain; delete the one that is not meant"
             )
-    return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)})
+    for tensor in plain:
+        if tensor.dtype.startswith("F8_"):
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}, and nothing says by which scale; "
+                "pass a checkpoint with its scales and quantization_config in its config.json, or one in bfloat16"
+            )
+    name = str(scheme["quant_method"]) if decoded and isinstance(scheme, dict) and "quant_method" in scheme else ""
+    return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)}, name)
 
 
 def read_config(folder: Path) -> dict:
@@ -247,12 +264,9 @@ def only_plain(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor
     return ()
 
 
-def _read_stored(info: TensorInfo, rows: Rows) -> Tensor:
+def read_stored(info: TensorInfo, rows: Rows) -> Tensor:
+    """Read some rows of a stored tensor, or all; raises as `read_tensor`."""
     return read_tensor(info) if rows is None else read_rows(info, rows)
-
-
-def _values(tensor: SourceTensor, read: Callable[[TensorInfo, Rows], Tensor], rows: Rows = None) -> Tensor:
-    return tensor.decode(read, rows) if tensor.decode else read(tensor.stored[0], rows)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

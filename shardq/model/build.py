@@ -73,6 +73,12 @@ def _auto_class(folder: Path, config: PreTrainedConfig) -> type:
     )
 
 
+def factory_of(model: PreTrainedModel) -> str:
+    """Name of the class of transformers that loads a checkpoint of such a model as it is built here."""
+    factories = (entry for entry in (CAUSAL, MULTIMODAL, SOUND) if type(model.config) in entry[1])
+    return next(auto.__name__ for auto, classes in factories if classes[type(model.config)] is type(model))
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of the text decoder's blocks, and its name in the model; a vision tower's list is not meant.
 

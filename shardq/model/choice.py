@@ -3,8 +3,6 @@
 import fnmatch
 import re
 
-from torch import nn
-
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.matrix import Matrix, matrices_in
 from shardq.model.skeleton import Skeleton
@@ -26,10 +24,11 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
     used: set[str] = set()
     chosen = []
     for block_name, block in skeleton.named_blocks.items():
-        matrices = _matrices_of(skeleton, block_name, block)
+        matrices = matrices_in(block)
         matches = {matrix: patterns_of(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
-        chosen.append([matrix for matrix in matrices if not matches[matrix] and not _is_shared(skeleton, matrix)])
+        unshared = [matrix for matrix in matrices if len(_users(skeleton, block_name, matrix)) == 1]
+        chosen.append([matrix for matrix in unshared if not matches[matrix]])
     unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
     if unused:
         raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
@@ -45,18 +44,14 @@ def shared_linears(skeleton: Skeleton) -> list[str]:
     return [
         f"{name}.{matrix.name}"
         for number, (name, block) in enumerate(skeleton.named_blocks.items())
-        for matrix in _matrices_of(skeleton, name, block)
-        if _is_shared(skeleton, matrix) and skeleton.users[matrix.sources[0]][0] == number
+        for matrix in matrices_in(block)
+        if len(users := _users(skeleton, name, matrix)) > 1 and users[0] == number
     ]
 
 
-def _is_shared(skeleton: Skeleton, matrix: Matrix) -> bool:
-    """Whether several blocks compute with a matrix: trained for one block, it would be another's, too."""
-    return any(len(skeleton.users[source]) > 1 for source in matrix.sources)
-
-
-def _matrices_of(skeleton: Skeleton, name: str, block: nn.Module) -> list[Matrix]:
-    return matrices_in(block, lambda tensor: skeleton.tensor(f"{name}.{tensor}").name)
+def _users(skeleton: Skeleton, block_name: str, matrix: Matrix) -> list[int]:
+    """The blocks that compute with a block's matrix: trained for one of several, it would be another's, too."""
+    return skeleton.users[skeleton.layout[f"{block_name}.{matrix.tensor}"][0].source]
 
 
 def _why_none(skeleton: Skeleton, ignore: tuple[str, ...]) -> str:

@@ -78,20 +78,24 @@ def routed(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Te
     Args:
         index_TK: numbers of the experts; the number of experts itself stands for none.
     """
-    if hidden_TD.is_meta:  # which tokens an expert gets depends on values
-        return torch.empty_like(hidden_TD)
     output_TD = torch.zeros_like(hidden_TD)
-    order_S = index_TK.flatten().argsort(stable=True)
-    counts = index_TK.flatten().bincount(minlength=module.num_experts)[: module.num_experts].tolist()
+    order_S, counts = index_TK.flatten().argsort(stable=True), counts_of(index_TK, module.num_experts)
     token_S, weight_S = order_S // index_TK.shape[-1], weight_TK.flatten()[order_S]
     num_kept = sum(counts)
     pieces = zip(token_S[:num_kept].split(counts), weight_S[:num_kept].split(counts), strict=True)
     for number, (token_S, weight_S) in enumerate(pieces):
-        if len(token_S):
+        if len(token_S) or hidden_TD.is_meta:
             expert_SD = run_expert(module, number, hidden_TD.index_select(0, token_S)) * weight_S[:, None]
             # A token chooses an expert once, so no two rows are added to the same one, in an order that varies.
             output_TD.index_add_(0, token_S, expert_SD.to(output_TD.dtype))
     return output_TD
+
+
+def counts_of(index_TK: Tensor, num_experts: int) -> list[int]:
+    """Tokens that each expert gets; on the meta device, where nothing is known of them, all get as many."""
+    if index_TK.is_meta:
+        return [(index_TK.numel() + number) // num_experts for number in range(num_experts)]
+    return index_TK.flatten().bincount(minlength=num_experts)[:num_experts].tolist()
 
 
 def run_expert(module: nn.Module, number: int, hidden_SD: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
         UnsupportedModelError: the exporter cannot take the model.
     """
     _check_arguments(skeleton)
-    unread = frozenset(skeleton.source.tensors)
+    unread = frozenset(tensor.name for tensor in skeleton.tensors.values())
     with materialised(skeleton, skeleton.model, "", CPU, unread):
         ones_NT = torch.ones(BATCH, LENGTH, dtype=torch.long)
         # Where nothing is padded and no window reached, some models pass None in place of masks that differ later.

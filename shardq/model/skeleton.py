@@ -3,6 +3,7 @@
 The names and shapes of the checkpoint's tensors are checked against the model before any weight is read.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +19,10 @@ from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.build import build_on_meta, find_blocks, find_head
+from shardq.model.conversion import layout_of
+from shardq.model.experts import adapt_experts
+from shardq.model.layout import Layout, Piece, tensor_in, with_views
 from shardq.model.own_code import own_code
-from shardq.model.transformers_internals import (
-    WeightConverter,
-    WeightRenaming,
-    get_model_conversion_mapping,
-    rename_source_key,
-)
 from shardq.torch_internals import tree_map_only
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -108,14 +106,16 @@ class Skeleton:
         model: the transformers model on the meta device, a StandIn in each block's place.
         blocks: the decoder blocks, on the meta device, in order.
         list_name: name of the list that holds them, such as `model.layers`.
-        aliases: names of tied parameters -> the source's name of the tensor.
+        layout: where the values of each tensor of the model, and of its blocks, lie in the source.
+        tensors: the same tensors as the source's.
     """
 
     source: WeightSource
     model: PreTrainedModel
     blocks: list[nn.Module]
     list_name: str
-    aliases: dict[str, str]
+    layout: Layout
+    tensors: dict[str, SourceTensor]
 
     @property
     def folder(self) -> Path:
@@ -157,13 +157,13 @@ class Skeleton:
         Raises:
             CheckpointError: the checkpoint has no such tensor.
         """
-        source_name = self.aliases.get(name, name)
-        if source_name not in self.source.tensors:
+        if name not in self.tensors:
+            stored = self.model.all_tied_weights_keys.get(name, name)
             raise CheckpointError(
-                f"{self.folder}: tensor {source_name} is missing although config.json asks for it; "
+                f"{self.folder}: tensor {stored} is missing although config.json asks for it; "
                 "the checkpoint is incomplete or in another layout"
             )
-        return self.source.tensors[source_name]
+        return self.tensors[name]
 
     def block_tensors(self, block_index: int) -> dict[str, SourceTensor]:
         """The source's tensors for a block's parameters and persistent buffers, by name within the block."""
@@ -177,14 +177,26 @@ class Skeleton:
         """The blocks that use each of the source's tensors of blocks, by its name: several, where blocks share it."""
         users: dict[str, list[int]] = {}
         for block_index in range(len(self.blocks)):
-            for tensor in self.block_tensors(block_index).values():
-                users.setdefault(tensor.name, []).append(block_index)
+            for name in self._pieces_of(block_index):
+                users.setdefault(name, []).append(block_index)
         return users
 
     def held_tensors(self, block_index: int) -> dict[str, SourceTensor]:
         """Those of `block_tensors` that a block's file holds: what blocks share is in the file of the first."""
-        tensors = self.block_tensors(block_index)
-        return {name: tensor for name, tensor in tensors.items() if self.users[tensor.name][0] == block_index}
+        held = {name for pieces in self.held_pieces(block_index).values() for name in pieces}
+        return {name: tensor for name, tensor in self.block_tensors(block_index).items() if name in held}
+
+    def held_pieces(self, block_index: int) -> dict[str, dict[str, Piece]]:
+        """For each tensor of the source that a block's file holds, what `held_tensors` have of it, by their names."""
+        pieces = self._pieces_of(block_index)
+        return {name: of_name for name, of_name in pieces.items() if self.users[name][0] == block_index}
+
+    def _pieces_of(self, block_index: int) -> dict[str, dict[str, Piece]]:
+        found: dict[str, dict[str, Piece]] = {}
+        for name in self.blocks[block_index].state_dict():
+            for piece in self.layout[f"{self.list_name}.{block_index}.{name}"]:
+                found.setdefault(piece.source, {})[name] = piece
+        return found
 
 
 def open_skeleton(folder: Path) -> Skeleton:
@@ -200,49 +212,17 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    aliases = _aliases(source, model)
+    layout = with_views(layout_of(source, model), adapt_experts(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor_in(source.tensors, name, shapes[name], layout[name]) for name in shapes if name in layout}
     list_name, block_list = find_blocks(model)
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    skeleton = Skeleton(source, model, blocks, list_name, aliases)
+    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors)
     _check_tensors(skeleton)
+    _check_pieces(skeleton)
     return skeleton
-
-
-def _aliases(source: WeightSource, model: nn.Module) -> dict[str, str]:
-    """Names of tied parameters, and of those that transformers renames as it loads -> the source's names."""
-    with own_code(type(model).__name__, "transformers does not tell under which names it is stored"):
-        transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    expected, renamed = model.state_dict(), {}
-    for source_name in source.tensors:
-        name, pattern = rename_source_key(source_name, renamings, converters, model.base_model_prefix, expected)
-        if pattern is not None and name in expected:
-            converter = next(converter for converter in converters if pattern in converter.source_patterns)
-            raise UnsupportedModelError(
-                f"{source.folder}: tensor {source_name} {_conversion(converter, name)} as {type(model).__name__} loads "
-                "it; such blocks are not supported yet"
-            )
-        if name != source_name and name in expected:
-            renamed[name] = source_name
-    # A head that is stored in addition to the embedding is a separate matrix, even if the config says it is tied.
-    tied = {name: other for name, other in model.all_tied_weights_keys.items() if name not in source.tensors}
-    return {name: renamed.get(other, other) for name, other in tied.items()} | renamed
-
-
-def _conversion(converter: WeightConverter, name: str) -> str:
-    """The conversion, in words, by which transformers loads a stored tensor into `name`."""
-    num_parts, num_results = len(converter.source_patterns), len(converter.target_patterns)
-    if "expert" in name:
-        return f"is of fused experts, and becomes {name}"
-    if num_results > num_parts:
-        return f"is split, into {name} and {num_results - 1} more,"
-    if num_parts > num_results:
-        return f"is one of {num_parts} parts that become {name}"
-    kinds = ", ".join(type(operation).__name__ for operation in converter.operations)
-    return f"is changed by {kinds}, into {name},"
 
 
 def _check_tensors(skeleton: Skeleton) -> None:
@@ -253,11 +233,6 @@ def _check_tensors(skeleton: Skeleton) -> None:
     ]
     for name, tensor in [*skeleton.model.state_dict().items(), *expected]:
         found = skeleton.tensor(name)
-        if found.shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{found.file}: tensor {found.name} has shape {list(found.shape)}, config.json asks for "
-                f"{list(tensor.shape)}; config.json and weights belong to different models"
-            )
         if tensor.is_floating_point() and found.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}, supported are "
@@ -268,6 +243,19 @@ def _check_tensors(skeleton: Skeleton) -> None:
                 f"{type(skeleton.model).__name__}: parameter {name} is {tensor.dim()}-dimensional, of fused experts; "
                 "such blocks are not supported yet"
             )
+
+
+def _check_pieces(skeleton: Skeleton) -> None:
+    """Check that each tensor of the source that blocks use is one block's, all of it, or is shared as a whole."""
+    for number in range(len(skeleton.blocks)):
+        for name, pieces in skeleton.held_pieces(number).items():
+            stored = skeleton.source.tensors[name]
+            places = {piece.in_source for piece in pieces.values()}
+            if sum(place.num_values for place in places) != math.prod(stored.shape):
+                raise UnsupportedModelError(
+                    f"{stored.file}: only part of tensor {name} is of block {skeleton.names[number]}; such checkpoints "
+                    "are not supported"
+                )
 
 
 def _is_of_experts(skeleton: Skeleton, name: str) -> bool:

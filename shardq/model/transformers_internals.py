@@ -5,13 +5,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # How stored names become a model's; only whole models can be loaded by public functions.
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 # Transformers' table of functions that compute experts; it is exported nowhere else.
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "WeightConverter", "WeightRenaming", "get_model_conversion_mapping",
-           "rename_source_key"]  # fmt: skip
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "WeightConverter", "WeightRenaming", "dot_natural_key",
+           "get_model_conversion_mapping", "rename_source_key"]  # fmt: skip
 
 
 def block_classes(model: PreTrainedModel) -> set[str]:

@@ -1,7 +1,7 @@
 """The quantizers of a block's matrices, and how weights get into the block and out of it."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,6 +52,7 @@ class BlockQuantizer(nn.Module):
         self._dtype, self._kernels, self._share = dtype, kernels, share or Everything()
         self._num_outputs = [matrix.shape[0] for matrix in grids]
         self._collecting: list[Tensor] = []
+        self._fixed: Container[str] = ()
         parameters = {matrix.tensor: matrix.parameter_in(block) for matrix in grids}
         # Frees their memory; `load` and `serve` bring the weights that the block computes with.
         num_matrices = Counter(matrix.tensor for matrix in grids)
@@ -67,6 +68,7 @@ class BlockQuantizer(nn.Module):
         source: dict[str, Tensor],
         importance: dict[str, Tensor] | None = None,
         gathered: Gathered = whole,
+        fixed: Container[str] = (),
     ) -> None:
         """Go to the start, round-to-nearest, for the matrices in `source`, of any float dtype.
 
@@ -74,7 +76,9 @@ class BlockQuantizer(nn.Module):
             source: the block's tensors, by name within it.
             importance: of the input channels [I], by name of the matrix; named matrices have their start grid searched.
             gathered: the stepper's, where there is one.
+            fixed: names of matrices that stay at the start; their gradients are zeros.
         """
+        self._fixed = fixed
         for matrix, quantizer in zip(self.matrices, self.quantizers, strict=True):
             weight_OI = matrix.of(source)
             part_OI = weight_OI[self._share.outputs(len(weight_OI))]
@@ -108,7 +112,8 @@ class BlockQuantizer(nn.Module):
         for name, values in assembled((matrix, weight_OI.detach()) for matrix, weight_OI in loaded).items():
             self._places[name].load(values, adding_up)
         self._collecting = [
-            Collect.apply(weight_OI, self._places[matrix.tensor], matrix.expert) for matrix, weight_OI in loaded
+            Collect.apply(weight_OI, self._places[matrix.tensor], matrix.expert, matrix.name in self._fixed)
+            for matrix, weight_OI in loaded
         ]
 
     def leaving(self) -> AbstractContextManager:

@@ -56,6 +56,9 @@ class OptimizeOptions:
     weight_lr: float | None = None
     """Learning rate of the weight's parameters, s2 and s3 (presets at 4 bits and more: 4e-3, light 6e-3, best 3e-3;
     at 3 bits 2 times, at 2 bits 2.5 times that; aimet 5e-4 at any)."""
+    min_expert_tokens: int = 128
+    """Calibration tokens that a routed expert must get to be trained; with fewer it keeps the start, whose search uses
+    tokens of all experts instead of the few."""
     retries: int = 2
     """Times that a block in which a loss, a gradient or a scale is not finite is trained again from its start, each
     time at half the learning rates; then it is left at its best finite iterate."""

@@ -63,15 +63,16 @@ class Collect(torch.autograd.Function):
     """Zero; its gradient in a fake-quantized weight is the gradient that the weight's place has collected."""
 
     @staticmethod
-    def forward(ctx, weight_OI, place, expert):
+    def forward(ctx, weight_OI, place, expert, is_fixed):
         """The zero."""
-        ctx.place, ctx.expert, ctx.dtype = place, expert, weight_OI.dtype
+        ctx.place, ctx.expert, ctx.dtype, ctx.is_fixed = place, expert, weight_OI.dtype, is_fixed
         return weight_OI.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        """The matrix' gradient [O, I], rounded to the weight's dtype; taken from its place."""
-        return ctx.place.take_gradient(ctx.expert).to(ctx.dtype), None, None
+        """The matrix' gradient [O, I], rounded to the weight's dtype; taken from its place. Zeros if it is fixed."""
+        gradient = ctx.place.take_gradient(ctx.expert).to(ctx.dtype)
+        return torch.zeros_like(gradient) if ctx.is_fixed else gradient, None, None, None
 
 
 class _Use(NamedTuple):

@@ -114,9 +114,7 @@ def group_size_of(skeleton: Skeleton, quant: QuantOptions) -> int:
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:
     """The source's tensors that are only copied: those of no block, or that a block's code does not use."""
-    numbers = range(len(skeleton.blocks))
-    in_blocks = {tensor.name for number in numbers for tensor in skeleton.block_tensors(number).values()}
-    return [tensor for name, tensor in skeleton.source.tensors.items() if name not in in_blocks]
+    return [tensor for name, tensor in skeleton.source.tensors.items() if name not in skeleton.users]
 
 
 def _check_group_sizes(block: BlockPlan) -> None:

@@ -25,7 +25,7 @@ def check_outside(skeleton: Skeleton) -> Digests:
         CheckpointError: a value is not finite, or a tensor has changed.
     """
     source, tensors = skeleton.source, outside_blocks(skeleton)
-    buffers = {skeleton.aliases.get(name, name) for name, _ in skeleton.model.named_buffers()}
+    buffers = {skeleton.tensor(name).name for name, _ in skeleton.model.named_buffers() if name in skeleton.tensors}
     for tensor in tensors:
         source.check(tensor, tensor.name in buffers)
     return {info.name: source.digests[info.name] for info in stored_in(tensors)}
@@ -47,8 +47,14 @@ def begin_with(skeleton: Skeleton, former: Digests, ranks: Ranks, say: Callable[
     if num_bytes > LARGE_BYTES:
         say(f"reading what lies outside the blocks, to check it: {num_bytes / 1e9:.1f} GB")
     source.digests.update(on_every_host(ranks, lambda: check_outside(skeleton)))
-    on_rank_zero(ranks, source.note_samples)
+    on_rank_zero(ranks, lambda: source.note_samples(all_stored(skeleton)))
     agree(source.digests, outside, ranks)
+
+
+def all_stored(skeleton: Skeleton) -> list[TensorInfo]:
+    """What is read of the source, block by block and outside the blocks, each stored tensor or part of one once."""
+    in_blocks = [skeleton.block_tensors(number).values() for number in range(len(skeleton.blocks))]
+    return stored_in([tensor for tensors in (*in_blocks, outside_blocks(skeleton)) for tensor in tensors])
 
 
 def agree(digests: Digests, infos: Collection[TensorInfo], ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from shardq.quant.activation import ActivationGrid
 from shardq.training.activation_grids import activation_grids, observed
 from shardq.training.objective import objective_of
 from shardq.training.passes import advance
+from shardq.training.routing import expert_of, power_of_all_tokens, sampling, watched
 from shardq.training.self_check import Check
 from shardq.training.trainer import Job, served_forward, trainer_for
 from shardq.training.tries import BlockInTraining, Start, agreed_loss
@@ -21,26 +23,46 @@ Grids = dict[str, ActivationGrid]
 """Grids of a block's activations, by name within the block."""
 
 
-def float_pass(job: Job, loaded: LoadedBlock, check: Check) -> tuple[dict[str, Tensor], Grids]:
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the fp stream shows of a block.
+
+    Attributes:
+        power: the mean square of each input channel, by matrix, where the start range is searched.
+        grids: the grids of the activations that are rounded in training.
+        starved: names of the routed experts that too few tokens reached, with the number of their tokens.
+    """
+
+    power: dict[str, Tensor]
+    grids: Grids
+    starved: dict[str, int]
+
+
+def float_pass(job: Job, loaded: LoadedBlock, check: Check) -> Seen:
     """Move the fp stream on through a block: its output is the block's target now and the next block's input.
 
     Args:
         check: compares the block's output with the model's own.
-
-    Returns:
-        the mean square of each input channel, by matrix, where the start range is searched; and the grids of the
-        activations that are rounded in training.
     """
     plan, recipe = loaded.plan, job.recipe
+    stride = sampling(job.num_samples, job.activations.sequence_length)
     searched = plan.grids if recipe.optimize.start == "search" else ()
     rounded = plan.activations if recipe.activations.in_training else {}
-    with job.events.span("fp pass", block=plan.index), channel_power(loaded.module, searched) as power:
-        with observed(loaded.module, rounded, recipe.activations) as statistics:
+    with job.events.span("fp pass", block=plan.index) as facts, channel_power(loaded.module, searched) as power:
+        with (
+            observed(loaded.module, rounded, recipe.activations) as statistics,
+            watched(loaded.module, stride) as routing,
+        ):
             advance(job.activations, "fp", plan.index, loaded)
+        reduce_over_ranks(job.ranks, list(routing.tokens.values()))
+        starved = routing.starved(recipe.optimize.min_expert_tokens)
+        power |= power_of_all_tokens(loaded, routing, starved, searched)
         reduce_over_ranks(job.ranks, list(power.values()))
+        facts |= routing.facts
     with job.events.span("self-check", block=plan.index):
         together(job.ranks, lambda: check(loaded))
-    return power, activation_grids(statistics, rounded, recipe.activations, job.ranks)
+    grids = activation_grids(statistics, rounded, recipe.activations, job.ranks)
+    return Seen(power=power, grids=grids, starved=starved)
 
 
 @contextmanager
@@ -53,21 +75,22 @@ def in_training(job: Job, loaded: LoadedBlock, grids: Grids) -> Iterator[BlockIn
         trainer.quantizer.release()
 
 
-def start_at_nearest(block: BlockInTraining, power: dict[str, Tensor]) -> Start:
+def start_at_nearest(block: BlockInTraining, seen: Seen) -> Start:
     """Move a block's weights from its source into the quantizers, round them to nearest, and measure the loss.
 
     Raises:
         QuantizationError: the loss is not finite; the same on all ranks.
     """
     job, trainer = block.job, block.trainer
+    fixed = {matrix.name for matrix in block.loaded.plan.grids if expert_of(matrix) in seen.starved}
     with job.events.span("start", block=block.index):
-        trainer.start(block.loaded.source, power)
+        trainer.start(block.loaded.source, seen.power, fixed)
         block.loaded.source.clear()  # the quantizers hold the weights now, or their shard of them
         linears = trainer.served()
     with job.events.span("loss", block=block.index):
         loss = agreed_loss(block)
     is_kept = trainer.stepper is None or job.recipe.optimize.held_out
-    return Start(loss, BestIterate(linears, loss) if is_kept else None)
+    return Start(loss, BestIterate(linears, loss) if is_kept else None, seen.starved)
 
 
 def quantized_pass(job: Job, loaded: LoadedBlock, grids: Grids) -> Grids:

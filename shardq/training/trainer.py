@@ -1,7 +1,7 @@
 """The trainer of all blocks of a kind, built for the first of them, and the job that all blocks of a run share."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from shardq.devices import training_attention
 from shardq.logs import Display, Events
 from shardq.model.arguments import Entering, hidden_of
 from shardq.model.block import BlockPlan, LoadedBlock, run_block
+from shardq.model.experts import routed_in
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.block_quantizer import BlockQuantizer, whole
 from shardq.optimize.distill import distill
@@ -103,6 +104,10 @@ class Job:
         """`block_loss`, compiled where this job compiles."""
         return self.compiled(block_loss, False)
 
+    def compiles(self, block: nn.Module) -> bool:
+        """Whether a block's training is compiled; the sizes within one with routed experts depend on the values."""
+        return self.recipe.optimize.compile == "on" and not routed_in(block)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTrainer:
@@ -121,13 +126,16 @@ class BlockTrainer:
     block_loss: Callable[..., tuple[Tensor, Tensor]]
     written_dtype: torch.dtype
 
-    def start(self, source: dict[str, Tensor], power: dict[str, Tensor] | None = None) -> None:
+    def start(
+        self, source: dict[str, Tensor], power: dict[str, Tensor] | None = None, fixed: Container[str] = ()
+    ) -> None:
         """Begin with a block's stored weights, rounded to nearest.
 
         Args:
             power: mean square of each input channel, by matrix, where the start range is searched for.
+            fixed: names of matrices that are not trained.
         """
-        self.quantizer.start(source, power, self._gathered)
+        self.quantizer.start(source, power, self._gathered, fixed)
 
     def restart(self) -> None:
         """Go back to the start for the same block."""
@@ -186,11 +194,12 @@ def _make_trainer(job: Job, loaded: LoadedBlock) -> BlockTrainer:
     share = job.engine.share(next(dtypes, optimize.dtype))
     quantizer = BlockQuantizer(loaded.module, grids, recipe.method, kernels, optimize.dtype, share)
     rounds = recipe.activations.in_training
+    of_block = job.compiled(uncompiled_copy(block_loss), False) if rounds else job.block_loss
     trainer = BlockTrainer(
         quantizer=quantizer,
         stepper=job.engine.stepper(quantizer, optimize) if recipe.trains(loaded.plan) else None,
         inputs=RoundedInputs(loaded.module, grids if rounds else (), recipe.activations),
-        block_loss=job.compiled(uncompiled_copy(block_loss), False) if rounds else job.block_loss,
+        block_loss=of_block if job.compiles(loaded.module) else block_loss,
         written_dtype=recipe.written_dtype,
     )
     if trainer.stepper is not None:
@@ -220,7 +229,7 @@ def served_forward(job: Job, loaded: LoadedBlock) -> Forward:
     block's own turn; no other rank is waited for.
     """
     plan, arguments, optimize = loaded.plan, loaded.plan.arguments, job.recipe.optimize
-    if optimize.compile == "off" or not job.recipe.trains(plan) or plan.activations or not arguments.is_fixed:
+    if not (job.compiles(loaded.module) and job.recipe.trains(plan) and arguments.is_fixed) or plan.activations:
         return loaded
     passed = (arguments.args, arguments.kwargs, loaded.dtype, optimize.loss)
     weights = [matrix.parameter_in(loaded.module) for matrix in plan.grids]

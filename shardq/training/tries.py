@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -53,10 +53,14 @@ class BlockInTraining:
 
 
 class Start(NamedTuple):
-    """The start of training: its loss, and its linears as the best iterate so far, if a best iterate is kept."""
+    """The start of training: its loss, and its linears as the best iterate so far, if a best iterate is kept.
+
+    `starved` has the routed experts that stay at the start, with the number of their tokens.
+    """
 
     loss: float
     best: BestIterate | None
+    starved: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class BlockResult:
         loss_before, loss_after: losses over the watched samples.
         failed_tries: trainings that ended at a number that is not finite.
         gave_up: whether all trainings did.
+        starved: the routed experts that stay at the start, with the number of their tokens.
     """
 
     linears: Linears
@@ -76,12 +81,14 @@ class BlockResult:
     loss_after: float
     failed_tries: int = 0
     gave_up: bool = False
+    starved: dict[str, int] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, object]:
         """The facts about the block that the ledger keeps."""
         losses = {f"{self.kind}_before": self.loss_before, f"{self.kind}_after": self.loss_after}
-        return losses | ({"failed_tries": self.failed_tries, "gave_up": self.gave_up} if self.failed_tries else {})
+        failed = {"failed_tries": self.failed_tries, "gave_up": self.gave_up} if self.failed_tries else {}
+        return losses | failed | ({"starved_experts": self.starved} if self.starved else {})
 
 
 def train(block: BlockInTraining, start: Start) -> BlockResult:
@@ -129,6 +136,7 @@ def _result(block: BlockInTraining, start: Start, linears: Linears, loss: float,
         loss_after=loss,
         failed_tries=failed,
         gave_up=failed > block.job.recipe.optimize.retries,
+        starved=start.starved,
     )
 
 

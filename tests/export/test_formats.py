@@ -48,7 +48,8 @@ def test_a_format_has_the_name_that_options_give_it(chosen: Format):
 
 @every_format
 def test_a_format_says_how_it_is_served(chosen: Format):
-    assert SERVED[chosen.name] in chosen.how_to_serve(GRIDS)
+    text = chosen.how_to_serve(GRIDS, "AutoModelForMultimodalLM")
+    assert SERVED[chosen.name] in text and "AutoModelForCausalLM" not in text
 
 
 @every_format

@@ -19,7 +19,9 @@ def card_of(dataset: str) -> str:
         "model": {"config": "c0", "weights": "e1"},
         "calibration_tokens": "70",
     }
-    return model_card(manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, Hf("float32"), 0.0, ACCOUNT)
+    return model_card(
+        manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, Hf("float32"), "AutoModelForCausalLM", 0.0, ACCOUNT
+    )
 
 
 @pytest.mark.parametrize(

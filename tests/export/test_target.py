@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, OPTConfig
+from transformers import DeepseekV3Config, OPTConfig, Qwen3_5TextConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
 from shardq.errors import ConfigError
-from shardq.export.target import as_served, check_served
+from shardq.export.target import as_served, check_served, with_narrow_left
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir.plan import make_plan
 
@@ -180,3 +180,37 @@ def test_scales_are_kept_in_the_targets_dtype(tmp_path: Path, dtype: str, name: 
     for target, expected in (("vllm", name), ("gguf", "float16"), (None, None)):
         plan = as_served(target, ExportOptions(), skeleton, make_plan(skeleton, QuantOptions()))
         assert {grid.scale_dtype for grid in plan.grids.values()} == {plan.scale_dtype} == {expected}
+
+
+def save_gated(folder: Path, num_heads: int) -> Path:
+    """A dense Qwen 3.5 in which vLLM makes one of `in_proj_b` and `in_proj_a`, of as many outputs as heads each."""
+    config = Qwen3_5TextConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, linear_num_value_heads=num_heads, linear_num_key_heads=num_heads // 2,
+        linear_key_head_dim=16, linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    return tiny.save_model(folder, config)
+
+
+def narrow_in(folder: Path, **options: object) -> list[str]:
+    """What a run with these options says that it leaves in float of a model, which is then served."""
+    skeleton, said = open_skeleton(folder), []
+    config = with_narrow_left(QuantizeConfig(model="", **({"target": "vllm"} | options)), skeleton, said.append)
+    plan = make_plan(skeleton, config.quant)
+    check_served(config, skeleton, as_served(config.target, config.export, skeleton, plan))
+    return said
+
+
+def test_linears_too_narrow_for_the_kernels_stay_in_float(tmp_path: Path):
+    folder = save_gated(tmp_path / "8", 8)
+    (line,) = narrow_in(folder)
+    assert line.startswith("linear_attn.in_proj_a, linear_attn.in_proj_b: in float")
+    assert narrow_in(folder, quant=QuantOptions(ignore="in_proj_a,in_proj_b")) == []
+    assert narrow_in(folder, target=None) == []
+    assert narrow_in(save_gated(tmp_path / "32", 32)) == []
+
+
+def test_a_narrow_linear_that_vllm_makes_one_of_with_a_wide_one_is_refused(tmp_path: Path):
+    folder = tiny.save_llama(tmp_path, num_blocks=1, hidden=256, head_dim=16, num_key_value_heads=1)
+    with pytest.raises(ConfigError, match="k_proj has 16 output channels"):
+        narrow_in(folder)

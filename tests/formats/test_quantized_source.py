@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
@@ -70,6 +71,15 @@ class TestCompressedTensors:
         tensors, config, expected = library_folder(stored_as, symmetric, 8, strategy)
         assert torch.equal(weight(opened(tmp_path, tensors, config)), expected)
 
+    def test_groups_tell_a_shape_that_is_not_stored(self, tmp_path: Path):
+        tensors, config, expected = library_folder("pack-quantized", True, 4, "group")
+        del tensors["l.weight_shape"]
+        assert torch.equal(weight(opened(tmp_path, tensors, config)), expected)
+        tensors, config, _ = library_folder("pack-quantized", True, 4, "channel")
+        del tensors["l.weight_shape"]
+        with pytest.raises(CheckpointError, match=r"l\.weight lacks its zero points or its shape"):
+            opened(tmp_path, tensors, config)
+
     def test_order_of_activations_is_taken_from_the_file(self, tmp_path: Path):
         tensors, config, _ = library_folder("pack-quantized", True, 4, "group")
         plain = weight(opened(tmp_path, tensors, config)).float()
@@ -85,8 +95,10 @@ class TestCompressedTensors:
         [
             ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
             ({"transform_config": {"R1": {}}}, "transform_config"),
-            ({"format": "nvfp4-pack-quantized", "config_groups": {"g": {"weights": {"type": "float", "num_bits": 4}}}},
-             "float4 by None, nvfp4-pack-quantized"),
+            ({"format": "mxfp6-packed", "config_groups": {"g": {"weights": {"type": "float", "num_bits": 6}}}},
+             "float6 by None, mxfp6-packed"),
+            ({"format": "pack-quantized", "config_groups": {"g": {"weights": {"num_bits": 3, "strategy": "group"}}}},
+             "int3 by group, pack-quantized"),
             ({"config_groups": None}, "describes no weights"),
             ({"config_groups": {"group_0": {"weights": 4}}}, "describes no weights"),
         ],
@@ -148,8 +160,8 @@ class TestGptq:
     def test_what_is_not_read_is_named(self, tmp_path: Path, by_hand: dict):
         with pytest.raises(UnsupportedModelError, match="packing marlin"):
             opened(tmp_path, by_hand, {"quant_method": "gptq", "checkpoint_format": "marlin"})
-        with pytest.raises(UnsupportedModelError, match=r"already quantized \(awq\)"):
-            opened(tmp_path, by_hand, {"quant_method": "awq"})
+        with pytest.raises(UnsupportedModelError, match=r"already quantized \(hqq\)"):
+            opened(tmp_path, by_hand, {"quant_method": "hqq"})
         with pytest.raises(UnsupportedModelError, match="already quantized"):
             opened(tmp_path, by_hand, {"quant_method": ["gptq"]})
 
@@ -166,3 +178,42 @@ class TestGptq:
         ambiguous = by_hand | {"l.qzeros": torch.full((2, 4), -1, dtype=torch.int32)}
         with pytest.raises(CheckpointError, match=r"l has a zero point that programs read as 0 or as 2\^4"):
             weight(opened(tmp_path, ambiguous, {"quant_method": "gptq"}))
+
+
+class TestAwq:
+    SCHEME = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+    @pytest.fixture
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Random words, which are codes in any case."""
+        generator = torch.Generator().manual_seed(7)
+        words = [torch.randint(-(2**31), 2**31, (size, O // 8), generator=generator).int() for size in (I, I // 32)]
+        scales = (torch.rand(I // 32, O, generator=generator) * 0.01 + 0.001).half()
+        return {"l.qweight": words[0], "l.qzeros": words[1], "l.scales": scales}
+
+    @pytest.mark.parametrize("zero_point", [True, False])
+    def test_weights_are_the_librarys(self, tmp_path: Path, stored: dict, zero_point: bool):
+        if not zero_point:
+            del stored["l.qzeros"]
+        scheme = self.SCHEME | {"zero_point": zero_point}
+        converted = AutoAWQConverter(group_size=32, zero_point=zero_point).process(dict(stored))
+        args = QuantizationArgs(num_bits=4, symmetric=not zero_point, strategy="group", group_size=32)
+        compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+        state = {name.removeprefix("l."): tensor for name, tensor in converted.items()}
+        expected = compressor.decompress(state, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+        found = weight(opened(tmp_path, stored, scheme))
+        assert found.dtype == torch.float16 and torch.equal(found, expected)
+
+    def test_what_is_not_read_is_named(self, tmp_path: Path, stored: dict):
+        with pytest.raises(UnsupportedModelError, match="awq: 4 bits packed as gemv cannot be read"):
+            opened(tmp_path, stored, self.SCHEME | {"version": "GEMV"})
+        with pytest.raises(UnsupportedModelError, match="awq: 8 bits packed as gemm"):
+            opened(tmp_path, stored, self.SCHEME | {"bits": 8})
+
+    def test_damage_is_named(self, tmp_path: Path, stored: dict):
+        with pytest.raises(CheckpointError, match="l lacks a tensor of qzeros and scales"):
+            opened(tmp_path, {name: one for name, one in stored.items() if "zeros" not in name}, self.SCHEME)
+        with pytest.raises(CheckpointError, match="of l do not fit together"):
+            opened(tmp_path, stored | {"l.qzeros": stored["l.qzeros"][1:]}, self.SCHEME)
+        with pytest.raises(CheckpointError, match="of l are not matrices"):
+            opened(tmp_path, stored | {"l.scales": stored["l.scales"][0]}, self.SCHEME)

@@ -223,10 +223,10 @@ def test_shard_outside_the_folder_is_refused(tmp_path, kind: str):
 
 
 def test_unsupported_dtype_names_tensor_and_dtype(tmp_path):
-    save_file({"gate.weight": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    save_file({"gate.weight": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.safetensors")
     info = shards.read_header(tmp_path / "a.safetensors")["gate.weight"]
     message = message_of(CheckpointError, shards.read_tensor, info)
-    assert "gate.weight" in message and "F8_E4M3" in message and str(info.file) in message
+    assert "gate.weight" in message and "C64" in message and str(info.file) in message
 
 
 def test_shard_that_shrinks_after_its_header_was_read_names_the_tensor(tmp_path):

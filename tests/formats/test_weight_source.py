@@ -81,7 +81,7 @@ def test_tensor_is_known_by_all_its_bytes_and_by_nothing_else(in_pieces: tuple[W
 @pytest.mark.parametrize("values", [torch.randn(7, 2), torch.tensor([True, False]), torch.zeros(0, 4), torch.tensor(3)])
 def test_pieces_and_the_whole_have_one_digest(tmp_path: Path, values: Tensor):
     source, tensor = source_of(tmp_path, values)
-    source.note_samples()
+    source.note_samples(source.index.values())
     source.check(tensor)
     assert torch.equal(source.read(tensor), values)
     assert source.digests.keys() == {"weight"} and source.samples.keys() == {"a", "weight", "z"}
@@ -90,7 +90,7 @@ def test_pieces_and_the_whole_have_one_digest(tmp_path: Path, values: Tensor):
 def test_sample_is_compared_with_the_same_bytes_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shards, "SAMPLE_BYTES", 8)
     source, tensor = source_of(tmp_path, torch.arange(25.0))  # its middle 8 bytes begin inside number 11
-    source.note_samples()
+    source.note_samples(source.index.values())
     assert source.samples["weight"] == xxhash.xxh3_128_hexdigest(torch.arange(25.0).numpy().tobytes()[46:54])
     flip(tensor.stored[0], 45)
     source.read(tensor)

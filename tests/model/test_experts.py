@@ -95,3 +95,15 @@ def test_router_stays_and_every_fused_parameter_goes():
 def test_experts_that_do_not_tell_their_layout_are_refused(family: str):
     with pytest.raises(UnsupportedModelError, match=r"whose layout it does not tell \(is_concatenated, "):
         adapt_experts(tiny_model(family))
+
+
+def test_on_the_meta_device_all_experts_get_as_many_tokens():
+    adapted = first_experts(tiny_model("granitemoe"))
+    adapt_experts(adapted)
+    seen: list[int] = []
+    for number in range(4):
+        linear = adapted.get_submodule(f"{number}.down_proj")
+        linear.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    hidden_TD, index_TK = torch.empty(7, 64, device="meta"), torch.empty(7, 2, dtype=torch.int64, device="meta")
+    assert adapted(hidden_TD, index_TK, torch.empty(7, 2, device="meta")).shape == (7, 64)
+    assert seen == [3, 3, 4, 4]

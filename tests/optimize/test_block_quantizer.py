@@ -322,3 +322,21 @@ def test_start_is_searched_where_importance_is_given():
     quantizer.start(source, importance)
     for name, error in errors().items():
         assert error < 0.9 * plain[name], name
+
+
+def test_fixed_matrix_stays_at_its_start():
+    grid, block = IntegerGrid(bits=4, group_size=8), Block()
+    source = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    quantizer = started(block, grid, "adascale")
+    start = quantizer.folded()
+    quantizer.start(source, fixed={"mlp.down"})
+    optimizer = torch.optim.Adagrad(quantizer.parameters(), lr=0.05)
+    for _ in range(3):
+        quantizer.load(quantizer())
+        block(torch.randn(4, 16)).square().sum().backward()
+        quantizer.collected().backward()
+        optimizer.step()
+    trained = quantizer.folded()
+    assert torch.equal(trained["mlp.down"].codes_OI, start["mlp.down"].codes_OI)
+    assert torch.equal(trained["mlp.down"].scale_OG, start["mlp.down"].scale_OG)
+    assert not torch.equal(trained["mlp.up"].scale_OG, start["mlp.up"].scale_OG)

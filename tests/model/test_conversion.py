@@ -1,0 +1,71 @@
+"""What transformers loads from a checkpoint is what is read of it, and goes back to the same places."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import PermuteForRope, WeightConverter
+
+import tiny
+from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.formats.source import open_source
+from shardq.model import conversion
+from shardq.model.build import build_on_meta
+from shardq.model.conversion import layout_of
+from shardq.model.layout import put_together, tensor_in
+from shardq.model.skeleton import open_skeleton
+from tests.families.tiny_config import tiny_config
+
+# Experts each by itself, under other names, and fused; one matrix that the model splits, and several that it joins.
+FAMILIES = ["mixtral", "qwen3_moe", "phimoe", "gpt_oss", "granitemoe", "hrm_text", "kimi_linear", "nemotron_h"]
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tiny.save_model(tmp_path, tiny_config(request.param), dtype=torch.float32)
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_values_are_those_that_transformers_loads_and_go_back(folder: Path):
+    source, expected = open_source(folder), loaded(folder).state_dict()
+    layout = layout_of(source, build_on_meta(folder))
+    assert layout.keys() == expected.keys()
+    read = {}
+    for name, pieces in layout.items():
+        read[name] = source.read(tensor_in(source.tensors, name, tuple(expected[name].shape), pieces))
+        assert torch.equal(read[name], expected[name]), name
+    of_source: dict[str, list] = {}
+    for name, pieces in layout.items():
+        for piece in pieces:
+            of_source.setdefault(piece.source, []).append((piece.in_source, piece.in_model.of(read[name])))
+    assert of_source.keys() == source.tensors.keys()
+    for name, parts in of_source.items():
+        stored = source.read(source.tensors[name])
+        assert torch.equal(put_together(tuple(stored.shape), parts), stored), name
+
+
+def test_an_expert_that_is_missing_is_told(tmp_path: Path):
+    folder = tiny.save_model(tmp_path, tiny_config("mixtral"), max_shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"of model.layers.1.mlp.experts.gate_up_proj there are 4 like .* 3 like"):
+        open_skeleton(folder)
+    for name in [name for name in tensors if "layers.1" in name and ".w2" in name][:2]:
+        del tensors[name]
+    tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"] = torch.ones(96, 64, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"\(2 like model.*w2.weight\) make \[2, .*config.json asks for \[4, "):
+        open_skeleton(folder)
+
+
+def test_values_that_change_places_in_no_even_steps_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    rule = WeightConverter("q_proj.weight", "q_proj.weight", [PermuteForRope()])
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [rule])
+    with pytest.raises(UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by PermuteForRope, whi"):
+        open_skeleton(llama)
