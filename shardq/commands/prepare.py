@@ -154,7 +154,7 @@ def _planned(
     plan = as_served(config.target, export, skeleton, plan)
     check_served(config, skeleton, plan)
     if why_plain:
-        display.line(f"checkpoint: plain weights, for lack of a packed form ({why_plain})")
+        display.line(f"checkpoint: plain weights ({why_plain})")
     elif fault := why_not_in_vllm(config, skeleton, plan):
         display.line(f"checkpoint: packed, for transformers; vLLM: {fault}")
     with prologue(skeleton, ranks.device) as embed:

@@ -127,7 +127,7 @@ def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Te
         stored, quantized = source.tensors[name], pieces.keys() & made.keys()
         if not quantized and is_whole(next(iter(pieces.values())), stored):
             yield name, source.read_plain(stored)
-        elif all(tensors[inner].name in made[inner] for inner in quantized):  # plain weights, no packed ones
+        elif all(made[inner].keys() == {tensors[inner].name} for inner in quantized):  # plain weights, no codes
             plain = {inner: made[inner][tensors[inner].name] for inner in quantized}
             like = next(iter(plain.values()), None)
             for inner in pieces.keys() - quantized:

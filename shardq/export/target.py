@@ -56,8 +56,9 @@ def with_form(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> tuple[E
     packed = replace(config.export, checkpoint="packed")
     try:
         own_form(packed).check(skeleton, as_served(config.target, packed, skeleton, plan).grids)
+        _check_places(skeleton, plan)
     except (ConfigError, UnsupportedModelError) as error:
-        return replace(config.export, checkpoint="plain"), _without_advice(error)
+        return replace(config.export, checkpoint="plain"), _without_advice(error).removeprefix("export.checkpoint: ")
     return packed, ""
 
 
@@ -97,8 +98,24 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
             )
     for chosen in asked.values():
         chosen.check(skeleton, plan.grids)
+    if config.export.checkpoint == "packed":
+        _check_places(skeleton, plan)
     if config.target == "vllm":
         _check_vllm(config, skeleton, plan)
+
+
+def _check_places(skeleton: Skeleton, plan: Plan) -> None:
+    """Check that codes have a place in a checkpoint of the source's layout: that every matrix is a tensor of its own.
+
+    Raises:
+        ConfigError: one is stored as a part of another tensor, or in parts.
+    """
+    for name in plan.grids:
+        if skeleton.tensor(f"{name}.weight").name not in skeleton.source.tensors:
+            raise ConfigError(
+                f"export.checkpoint: packed has no place for codes of {name}, which the source does not store as a tensor "
+                "of its own; choose plain, and --export.formats compressed-tensors"
+            )
 
 
 def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 import tiny
 from runs import ONE_RANK, result_files, run_evaluate, run_quantize
@@ -168,4 +174,28 @@ def test_grid_without_a_packed_form_has_plain_weights_by_default_and_says_why(
     llama: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, more: list, reason: str
 ):
     assert "quantization_config" not in default_run(llama, token_file, tmp_path / "out", *more)
-    assert re.search(rf"checkpoint: plain weights, for lack of a packed form \(.*{reason}", capsys.readouterr().out)
+    assert re.search(rf"checkpoint: plain weights \(.*{reason}", capsys.readouterr().out)
+
+
+def save_mixture(folder: Path, kind: type[PretrainedConfig]) -> Path:
+    """A tiny mixture of four experts."""
+    config = kind(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return tiny.save_model(folder, config)
+
+
+def test_experts_that_are_stored_one_by_one_are_packed(token_file: Path, tmp_path: Path):
+    default_run(save_mixture(tmp_path / "model", MixtralConfig), token_file, tmp_path / "out")
+    names = dict(shards_of(tmp_path / "out"))
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight_packed" in names
+    verify(parse("verify", [str(tmp_path / "out")]), ONE_RANK)
+
+
+def test_experts_that_are_stored_together_stay_plain(token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    model = save_mixture(tmp_path / "model", GraniteMoeConfig)
+    assert "quantization_config" not in default_run(model, token_file, tmp_path / "out")
+    assert "checkpoint: plain weights (packed has no place for codes of model.layers.0." in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="export.checkpoint: packed has no place .*; choose plain"):
+        default_run(model, token_file, tmp_path / "other", "--export.checkpoint", "packed")

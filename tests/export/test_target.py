@@ -206,7 +206,8 @@ def test_linears_too_narrow_for_the_kernels_stay_in_float(tmp_path: Path):
     (line,) = narrow_in(folder)
     assert line.startswith("linear_attn.in_proj_a, linear_attn.in_proj_b: in float")
     assert narrow_in(folder, quant=QuantOptions(ignore="in_proj_a,in_proj_b")) == []
-    assert narrow_in(folder, target=None) == []
+    assert narrow_in(folder, target=None) == [line]
+    assert narrow_in(folder, target=None, export=ExportOptions(checkpoint="plain")) == []
     assert narrow_in(save_gated(tmp_path / "32", 32)) == []
 
 
