@@ -113,8 +113,8 @@ def _check_places(skeleton: Skeleton, plan: Plan) -> None:
     for name in plan.grids:
         if skeleton.tensor(f"{name}.weight").name not in skeleton.source.tensors:
             raise ConfigError(
-                f"export.checkpoint: packed has no place for codes of {name}, which the source does not store as a tensor "
-                "of its own; choose plain, and --export.formats compressed-tensors"
+                f"export.checkpoint: packed has no place for codes of {name}, which the source does not store as a "
+                "tensor of its own; choose plain, and --export.formats compressed-tensors"
             )
 
 
