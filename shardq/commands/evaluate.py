@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> EvaluateSummary:
     together(ranks, lambda: check_evaluate(config))
     folder = on_every_host(ranks, lambda: local_folder(config.model, config.revision, display.line))
     skeleton, plan = together(ranks, lambda: _open(folder, config))
-    vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+    vocabulary_size = skeleton.embeddings.num_embeddings
     display.line(f"evaluation: reading {config.eval.dataset}")
     tokens_NT = on_rank_zero(ranks, lambda: load_tokens(config.eval, folder, vocabulary_size))
     display.line(f"{config.model}: {len(tokens_NT)} sequences of {tokens_NT.shape[1]} tokens, {plan.num_blocks} blocks")

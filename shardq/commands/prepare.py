@@ -103,7 +103,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
 
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
-        vocabulary_size = skeleton.model.get_input_embeddings().num_embeddings
+        vocabulary_size = skeleton.embeddings.num_embeddings
         for what in unread(folder):
             display.line(f"not read: {what}")
         display.line(f"calibration: reading {config.calib.dataset}")

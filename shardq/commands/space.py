@@ -81,7 +81,7 @@ def check_space_for_tuning(
         folder = Path(config.cache.folder or output)
         # The embedding may be narrower than the hidden states; then the config has their width.
         width = getattr(skeleton.model.config.get_text_config(), "hidden_size", 0)
-        width = max(width, skeleton.model.get_input_embeddings().embedding_dim)
+        width = max(width, skeleton.embeddings.embedding_dim)
         needs.append(Need("activations", folder, num_samples * _sample_bytes(shape[1], width), "--cache.folder"))
     together(ranks, lambda: check_room(needs) if ranks.local_rank == 0 else None)
 
@@ -95,9 +95,12 @@ def cache_bytes(run: Run) -> int:
     held = _held(num_samples, run.ranks, run.config.cache.folder is None)
     arguments = [block.arguments for block in run.plan.blocks]
     hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, arguments[0].width)
-    own = sum(passed.own_bytes for passed in arguments)  # all written before the first block
-    carried = 4 * max(passed.carried_bytes for passed in arguments)
-    return held * (hidden + own + carried)
+    own: dict[tuple[int, str], int] = {}  # all written before the first block
+    for passed in arguments:
+        own |= passed.own_bytes
+    files_of_own = sum(own.values()) + HEADER_BYTES * len(own)
+    carried = 4 * max(passed.carried_bytes + HEADER_BYTES * len(passed.carried_names) for passed in arguments)
+    return held * (hidden + files_of_own + carried)
 
 
 def _held(num_samples: int, ranks: Ranks, is_shared: bool) -> int:

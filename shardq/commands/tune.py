@@ -144,7 +144,7 @@ def _tokens(config: TuneConfig, former: dict, skeleton: Skeleton) -> Tensor:
     text = config.calib.instead_of(TextOptions(**former["options"]["calib"]))
     advice = "or say with --calib.dataset where that text is now"
     try:
-        tokens_NT = load_tokens(text, skeleton.folder, skeleton.model.get_input_embeddings().num_embeddings)
+        tokens_NT = load_tokens(text, skeleton.folder, skeleton.embeddings.num_embeddings)
     except CalibrationError as error:
         raise CalibrationError(f"{error}; {config.run} was calibrated on it: restore it, {advice}") from error
     if digest(tokens_NT) != former["calibration_tokens"]:

@@ -213,6 +213,6 @@ def model_dtype(skeleton: Skeleton, grid: Grid) -> torch.dtype:
     """Dtype to which a target rounds scales, or else the source's dtype, that of the embeddings, which a run copies."""
     if grid.kept_dtype:
         return grid.kept_dtype
-    table = skeleton.model.get_input_embeddings()
+    table = skeleton.embeddings
     name = next(name for name, module in skeleton.model.named_modules() if module is table)
     return DTYPES[skeleton.tensor(f"{name}.weight").dtype]

@@ -25,6 +25,11 @@ from shardq.rundir.plan import Plan
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
+# Where the architecture declares nothing for a linear (Qwen3-VL, DeepSeek's attention): vLLM's models have these names.
+VLLM_WAYS = {
+    **{f"*.{name}_proj": "colwise" for name in ("q", "k", "v", "gate", "up", "q_b", "kv_b")},
+    **{f"*.{name}_proj": "rowwise" for name in ("o", "down")},
+}
 NARROW = 4  # times that a narrow linear's other side is as long, at least: such a linear is a small part of its block
 
 
@@ -173,8 +178,9 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> 
 
 
 def _ways(skeleton: Skeleton) -> dict[str, str]:
-    """Which side of a linear is split, by a pattern of its name, as the architecture declares."""
-    return getattr(skeleton.model, "tp_plan", None) or {}
+    """Which side of a linear is split, by a pattern of its name; empty if the architecture declares nothing at all."""
+    declared = getattr(skeleton.model, "tp_plan", None)
+    return declared | VLLM_WAYS if declared else {}
 
 
 def _heads(skeleton: Skeleton, default: int) -> tuple[int, int]:

@@ -1,18 +1,20 @@
 """Arguments of a decoder block other than the hidden states: the same for all samples, or one for each sample."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shardq.model.handed import Handed, Shared
+from shardq.model.hidden import Streams, hidden_in
 from shardq.model.skeleton import to_meta
-from shardq.torch_internals import tree_flatten, tree_unflatten
+from shardq.torch_internals import tree_flatten, tree_leaves, tree_unflatten
 
 
 class Call(NamedTuple):
-    """One call of a block by the model: hidden states [N, T, D], then its other arguments."""
+    """One call of a block by the model: hidden states in the model's own form, then the other arguments."""
 
     hidden: Tensor
     args: tuple
@@ -56,34 +58,20 @@ def with_hidden(entering: Tensor | Entering, hidden_NTD: Tensor) -> Tensor | Ent
     return replace(entering, hidden=hidden_NTD) if isinstance(entering, Entering) else hidden_NTD
 
 
-@dataclass(frozen=True)
-class Shared:
-    """A mapping that blocks pass on: its place among a call's leaves, its type, and its tensors at this block.
+class Own(NamedTuple):
+    """An argument that follows the sample.
 
     Attributes:
-        entering, leaving: key and place of each tensor in it before and after the block.
-        is_tuple: whether a key's value is a tuple of tensors.
+        place: its place among the arguments' leaves.
+        dim: dimension of the samples.
+        block: the first block that is passed the same tensor; it is kept once, with that block.
+        name: the name under which it is kept.
     """
 
     place: int
-    kind: type
-    entering: tuple[tuple[str, int], ...]
-    leaving: tuple[tuple[str, int], ...]
-    is_tuple: dict[str, bool]
-
-    def mapping(self, carried: Sequence[Tensor]) -> MutableMapping:
-        """The mapping as it enters a block."""
-        values: dict[str, list[Tensor]] = {}
-        for (key, _), tensor in zip(self.entering, carried, strict=True):
-            values.setdefault(key, []).append(tensor)
-        filled = self.kind()
-        for key, tensors in values.items():
-            filled[key] = tuple(tensors) if self.is_tuple[key] else tensors[0]
-        return filled
-
-    def left_in(self, mapping: MutableMapping) -> tuple[Tensor, ...]:
-        """The tensors in the mapping after the block, in the order of `leaving`."""
-        return tuple(mapping[key][place] if self.is_tuple[key] else mapping[key] for key, place in self.leaving)
+    dim: int
+    block: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -91,53 +79,73 @@ class BlockArguments:
     """Arguments of a block other than the hidden states: masks, position embeddings, position ids, ...
 
     Attributes:
+        index: the block's place in the model.
         args, kwargs: the arguments of a call with one sequence.
-        width: channels of the hidden states that enter the block.
-        own: places, among the arguments' leaves, of tensors that follow the sample, and their batch dimension.
-        repeated: places of tensors that are the same for any sample but grow with the batch, and the dimension.
+        width: channels of the hidden states [N, T, D] that enter the block, all streams together.
+        streams: where the streams are in the model's hidden states; None for plain ones.
+        own: arguments that follow the sample.
+        repeated: places, among the arguments' leaves, of tensors that are the same for any sample but grow with the
+            batch, and the dimension.
         rows: places of the repeated tensors that the block broadcasts from one row.
         shared: the mapping that blocks pass on, if there is one.
+        handed: tensors that earlier blocks have returned and that this block or later ones are passed.
+        received: places among the arguments' leaves of handed tensors.
+        returned: tensors that this block returns and later blocks are passed.
         example: the block's input for one sample without the hidden states, on the meta device.
     """
 
+    index: int
     args: tuple
     kwargs: dict
     width: int
-    own: tuple[tuple[int, int], ...] = ()
+    streams: Streams | None = None
+    own: tuple[Own, ...] = ()
     repeated: tuple[tuple[int, int], ...] = ()
     rows: tuple[tuple[int, int], ...] = ()
     shared: Shared | None = None
+    handed: tuple[Handed, ...] = ()
+    received: tuple[tuple[int, Handed], ...] = ()
+    returned: tuple[Handed, ...] = ()
     example: Entering | None = None
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the same objects are passed for any samples."""
-        return not (self.own or self.repeated or self.shared)
-
-    @property
-    def own_names(self) -> tuple[str, ...]:
-        """Names under which a sample's own arguments are kept."""
-        return tuple(f"own{place}" for place, _ in self.own)
+        """Whether the same objects are passed for any samples, and nothing but hidden states leaves."""
+        return not (self.streams or self.own or self.repeated or self.shared or self.handed or self.returned)
 
     @property
     def carried_names(self) -> tuple[str, ...]:
-        """Names under which the tensors that earlier blocks have left for this block are kept."""
-        return tuple(f"{key}{place}" for key, place in self.shared.entering) if self.shared else ()
+        """Names under which the tensors that earlier blocks have left for this and later ones are kept."""
+        return (*(self.shared.names if self.shared else ()), *(tensor.name for tensor in self.handed))
 
     @property
-    def own_bytes(self) -> int:
-        """Bytes of a sample's own arguments."""
-        return sum(values.nbytes for values in self.example.own) if self.example else 0
+    def own_bytes(self) -> dict[tuple[int, str], int]:
+        """Bytes of a sample's own arguments, by the block with which each is kept and its name."""
+        own = () if self.example is None else self.example.own
+        return {(kept.block, kept.name): values.nbytes for kept, values in zip(self.own, own, strict=True)}
 
     @property
     def carried_bytes(self) -> int:
         """Bytes of a sample's tensors that earlier blocks have left for this block."""
-        return sum(values.nbytes for values in self.example.carried) if self.example else 0
+        carried = () if self.example is None else self.example.carried
+        return sum(values.nbytes for values in carried)
 
     def own_of(self, call: Call) -> tuple[Tensor, ...]:
-        """The arguments that follow the sample, from the model's call with N sequences, [N, K, ...] each."""
-        leaves, num = tree_flatten((call.args, call.kwargs))[0], len(call.hidden)
-        return tuple(leaves[place].movedim(dim, 0).unflatten(0, (num, -1)) for place, dim in self.own)
+        """The arguments that follow the sample, from the model's call with some samples, [N, K, ...] each."""
+        leaves, num = tree_leaves((call.args, call.kwargs)), self.num_samples(call)
+        return tuple(leaves[own.place].movedim(own.dim, 0).unflatten(0, (num, -1)) for own in self.own)
+
+    def num_samples(self, call: Call) -> int:
+        """Number of samples of a call."""
+        return call.hidden.shape[self.streams.dim if self.streams else 0]
+
+    def flat(self, hidden: Tensor) -> Tensor:
+        """The model's hidden states as [N, T, D]."""
+        return self.streams.flat(hidden) if self.streams else hidden
+
+    def spread(self, hidden_NTD: Tensor) -> Tensor:
+        """Hidden states [N, T, D] as the model has them."""
+        return self.streams.spread(hidden_NTD) if self.streams else hidden_NTD
 
     def entering(self, left: Tensor | Entering, own: tuple[Tensor, ...]) -> Tensor | Entering:
         """The block's input: the output of the block before it, and this block's own arguments."""
@@ -150,28 +158,56 @@ class BlockArguments:
             return Call(hidden_of(entering), self.args, self.kwargs)
         given = entering if isinstance(entering, Entering) else Entering(entering)
         leaves, structure = tree_flatten((self.args, self.kwargs))
-        for (place, dim), values in zip(self.own, given.own, strict=True):
-            leaves[place] = values.flatten(0, 1).movedim(0, dim)
+        for own, values in zip(self.own, given.own, strict=True):
+            leaves[own.place] = values.flatten(0, 1).movedim(0, own.dim)
         for place, dim in self.repeated:
             leaves[place] = torch.cat([leaves[place]] * len(given), dim)
+        handed = self._handed_in(given)
+        for place, tensor in self.received:
+            leaves[place] = handed[tensor].flatten(0, 1).movedim(0, tensor.dim)
         if self.shared:
-            leaves[self.shared.place] = self.shared.mapping(given.carried)
-        return Call(given.hidden, *tree_unflatten(leaves, structure))
+            leaves[self.shared.place] = self.shared.mapping(given.carried[: len(self.shared.entering)])
+        return Call(self.spread(given.hidden), *tree_unflatten(leaves, structure))
 
-    def leaving(self, hidden_NTD: Tensor, call: Call) -> Tensor | Entering:
-        """The block's output after a call that gave hidden states; the next block's own arguments are not in it."""
-        if self.shared is None or not self.shared.leaving:
-            return hidden_NTD
-        return Entering(hidden_NTD, carried=self.shared.left_in(self.shared_in(call)))
+    def taken_up(self, call: Call, entering: Tensor | Entering, first: int) -> Call:
+        """The model's own call where the blocks before `first` were left out: with what they left for this block."""
+        if not isinstance(entering, Entering):
+            return call
+        leaves, structure = tree_flatten((call.args, call.kwargs))
+        bound = tree_leaves(self.bound(entering)[1:])
+        for place, tensor in self.received:
+            leaves[place] = bound[place] if tensor.block < first else leaves[place]
+        if self.shared and self.index == first:
+            leaves[self.shared.place].update(bound[self.shared.place])
+        return Call(call.hidden, *tree_unflatten(leaves, structure))
+
+    def leaving(self, returned: object, call: Call, entering: Tensor | Entering) -> Tensor | Entering:
+        """The block's output, from what it returned for a call; the next block's own arguments are not in it."""
+        hidden_NTD = self.flat(hidden_in(returned)).float()
+        carried = self.shared.left_in(self.shared_in(call)) if self.shared else ()
+        if self.handed or self.returned:
+            handed = self._handed_in(entering) if isinstance(entering, Entering) else {}
+            handed |= {tensor: tensor.of(returned, len(hidden_NTD)) for tensor in self.returned}
+            carried += tuple(handed[tensor] for tensor in self.leaving_tensors)
+        return Entering(hidden_NTD, carried=carried) if carried else hidden_NTD
+
+    @property
+    def leaving_tensors(self) -> tuple[Handed, ...]:
+        """The handed tensors that leave the block."""
+        return (*(tensor for tensor in self.handed if tensor.until > self.index), *self.returned)
+
+    def _handed_in(self, entering: Entering) -> dict[Handed, Tensor]:
+        num_shared = len(self.shared.entering) if self.shared else 0
+        return dict(zip(self.handed, entering.carried[num_shared:], strict=True))
 
     def shared_in(self, call: Call) -> MutableMapping:
         """The mapping that blocks pass on, in a call."""
-        return tree_flatten((call.args, call.kwargs))[0][self.shared.place]
+        return tree_leaves((call.args, call.kwargs))[self.shared.place]
 
     def on_meta(self, hidden_shape: tuple[int, int, int]) -> Call:
         """The call for hidden states [N, T, D] on the meta device, where nothing is computed."""
         num, hidden = hidden_shape[0], torch.empty(hidden_shape, device="meta")
-        if self.is_fixed:
+        if self.example is None:
             return Call(*to_meta(self.bound(hidden)))
         own, carried = (
             tuple(values.expand(num, *values.shape[1:]) for values in kept)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shardq.matrix import Matrix
-from shardq.model.arguments import BlockArguments, Entering
+from shardq.model.arguments import BlockArguments, Call, Entering
+from shardq.model.hidden import hidden_in
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationLevels
 from shardq.quant.grid import Grid
@@ -85,19 +86,22 @@ class LoadedBlock:
     def __call__(self, entering: Tensor | Entering) -> Tensor | Entering:
         """Hidden states [N, T, D], float32, and tensors that are carried for later blocks."""
         call = self.plan.arguments.bound(entering)
-        return self.plan.arguments.leaving(run_block(self.module, *call, self.dtype), call)
+        return self.plan.arguments.leaving(returned_by(self.module, call, self.dtype), call, entering)
 
 
-def run_block(block: nn.Module, hidden_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
-    """Hidden states [N, T, D] that leave a block, float32.
+def run_block(block: nn.Module, call: Call, dtype: torch.dtype) -> Tensor:
+    """Hidden states that leave a block, in the model's own form, float32; arguments as `returned_by`."""
+    return hidden_in(returned_by(block, call, dtype)).float()
+
+
+def returned_by(block: nn.Module, call: Call, dtype: torch.dtype) -> object:
+    """What a block returns, hidden states first or nothing else.
 
     Args:
-        args, kwargs: the block's other arguments.
         dtype: dtype of the matrix multiplies; norms, softmax and the residual stream stay in float32.
     """
-    with multiplying_in(dtype, hidden_NTD.device):
-        output = block(hidden_NTD, *args, **kwargs)
-    return (output[0] if isinstance(output, tuple | list) else output).float()
+    with multiplying_in(dtype, call.hidden.device):
+        return block(call.hidden, *call.args, **call.kwargs)
 
 
 def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:

@@ -119,3 +119,16 @@ def find_head(model: PreTrainedModel, list_name: str) -> nn.Module:
     if found is None:
         raise UnsupportedModelError(f"{type(model).__name__}: it has no head that gives the next token's logits")
     return found
+
+
+def find_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The table that tokens index.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    with own_code(type(model).__name__, "it does not tell its table of embeddings"):
+        found = model.get_input_embeddings()
+    if found is None:
+        raise UnsupportedModelError(f"{type(model).__name__}: it has no table of embeddings that tokens index")
+    return found

@@ -58,7 +58,7 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
 
 def _token_tables(skeleton: Skeleton) -> dict[nn.Embedding, SourceTensor]:
     """The embeddings that tokens index, the model's own and others made like it, and the tensors of their rows."""
-    own = skeleton.model.get_input_embeddings()
+    own = skeleton.embeddings
     return {
         module: skeleton.tensor(f"{name}.weight")
         for name, module in skeleton.model.named_modules()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardq.errors import UnsupportedModelError
+from shardq.model.arguments import Call
 from shardq.model.block import run_block
 from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
@@ -48,7 +49,7 @@ class _Part(nn.Module):
             output = self._stand_ins[0].seen[0]
         elif self.block is not None:
             _, args, kwargs = self._stand_ins[self._block_index].seen
-            output = run_block(self.block, entering, args, kwargs, COMPUTE_DTYPE)
+            output = run_block(self.block, Call(entering, args, kwargs), COMPUTE_DTYPE)
         for stand_in in self._stand_ins:  # torch.export lets no module keep what was traced
             stand_in.seen = stand_in.injected = None
         return output
@@ -91,10 +92,11 @@ def _check_arguments(skeleton: Skeleton) -> None:
     """Check that a block computes from hidden states and mask alone, which is what its graph takes."""
     with prologue(skeleton, CPU) as embed:
         arguments = record_arguments(skeleton, embed, LENGTH)
-    if any(passed.own or passed.carried_names for passed in arguments):
+    if any(passed.own or passed.streams or passed.carried_names for passed in arguments):
         raise UnsupportedModelError(
             f"{type(skeleton.model).__name__}: its blocks take more than hidden states and mask (an input of each "
-            "token's own, or keys of earlier blocks), which ONNX in parts does not pass on; export another format"
+            "token's own, several streams, or tensors of earlier blocks), which ONNX in parts does not pass on; "
+            "export another format"
         )
 
 

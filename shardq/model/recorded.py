@@ -2,25 +2,26 @@
 
 The model's own forward is run with stand-ins in the blocks' places on two sequences, one by one and both at once. An
 argument that is equal in all three calls is passed to every sample. One that follows the sequence is kept for each
-sample, like hidden states. Keys and values that a block leaves in a mapping for later blocks travel with the hidden
-states. Any other argument that differs is refused by name.
+sample, like hidden states. What a block leaves for later ones, in a mapping that all share or among what it returns,
+travels with the hidden states. Any other argument that differs is refused by name.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shardq.errors import UnsupportedModelError
-from shardq.model.arguments import BlockArguments, Call, Entering, Shared
+from shardq.model.arguments import BlockArguments, Call, Entering, Own
+from shardq.model.chain import UNSUPPORTED, Received, check_chain, check_end, named
 from shardq.model.compared import argument_names, is_equal
+from shardq.model.handed import Handed, Shared
+from shardq.model.hidden import streams_of
 from shardq.model.skeleton import Skeleton, to_meta
-from shardq.torch_internals import tree_flatten
+from shardq.torch_internals import tree_flatten, tree_leaves
 
 CHAIN_TOKENS = 16  # tokens of the call that shows in which order blocks are called, and with which inputs
-_UNSUPPORTED = "such models are not supported yet"
 
 
 def record_arguments(
@@ -36,12 +37,13 @@ def record_arguments(
             follows neither the sample nor the number of samples.
     """
     first_1T, second_1T = _two_sequences(skeleton, sequence_length)
-    _check_chain(skeleton, embed, first_1T[:, :CHAIN_TOKENS])
-    _check_end(skeleton, embed, (first_1T[:, :CHAIN_TOKENS], second_1T[:, :CHAIN_TOKENS]))
+    received = check_chain(skeleton, embed, first_1T[:, :CHAIN_TOKENS])
+    check_end(skeleton, embed, (first_1T[:, :CHAIN_TOKENS], second_1T[:, :CHAIN_TOKENS]))
     apart = [_calls(skeleton, embed, tokens_NT) for tokens_NT in (first_1T, second_1T)]
     together = _calls(skeleton, embed, torch.cat([first_1T, second_1T]))
-    recorded = [_compared(skeleton, number, *calls) for number, calls in enumerate(zip(*apart, together, strict=True))]
-    return _followed(skeleton, recorded, together)
+    calls = zip(*apart, together, received, strict=True)
+    recorded = [_compared(skeleton, sequence_length, number, *of_block) for number, of_block in enumerate(calls)]
+    return _followed(skeleton, sequence_length, _kept_once(recorded, together), received, together)
 
 
 def _two_sequences(skeleton: Skeleton, length: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def _two_sequences(skeleton: Skeleton, length: int) -> tuple[Tensor, Tensor]:
 
     Special tokens stand at its ends; those for images would ask for images.
     """
-    num_tokens = skeleton.model.get_input_embeddings().num_embeddings
+    num_tokens = skeleton.embeddings.num_embeddings
     apart = max(1, num_tokens // 4)
     first_T = apart + torch.randint(apart, (length,), generator=torch.Generator().manual_seed(0))
     return first_T[None] % num_tokens, (first_T[None] + apart) % num_tokens
@@ -60,139 +62,54 @@ def _calls(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_NT: Ten
     return [Call(*stand_in.seen) for stand_in in skeleton.stand_ins]
 
 
-@contextmanager
-def _answering(skeleton: Skeleton, answer: Callable[[int, Call], Tensor]) -> Iterator[None]:
-    """While the body runs, stand-ins give what `answer` makes of a block's number and call, as the block would."""
-    for number, stand_in in enumerate(skeleton.stand_ins):
-        stand_in.answer = lambda *call, number=number, stand_in=stand_in: stand_in.returned(answer(number, Call(*call)))
-    try:
-        yield
-    finally:
-        for stand_in in skeleton.stand_ins:
-            stand_in.answer = None
-
-
-def _check_chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Tensor) -> None:
-    """Check that blocks are called once each, in order, on what the block before gave, with arguments from the tokens.
-
-    Two runs, in which stand-ins give different hidden states, must pass the same arguments.
-    """
-    runs = [_chain(skeleton, embed, tokens_1T, added) for added in (1.0, 2.0)]
-    for number, (call, other) in enumerate(zip(*runs, strict=True)):
-        leaves, others = (tree_flatten((one.args, one.kwargs))[0] for one in (call, other))
-        for place, values in enumerate(zip(leaves, others, strict=True)):
-            if isinstance(values[0], Tensor) and not is_equal(*values):
-                raise UnsupportedModelError(
-                    f"{_named(skeleton, number)} is passed {argument_names(skeleton, number, call)[place]}, which "
-                    f"comes from what earlier blocks give; {_UNSUPPORTED}"
-                )
-
-
-def _chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Tensor, added: float) -> list[Call]:
-    """The calls of all blocks, where each gives its hidden states with something added to them.
-
-    Raises:
-        UnsupportedModelError: blocks do not form a chain.
-    """
-    calls: list[Call] = []
-
-    def answer(number: int, call: Call) -> Tensor:
-        where = _named(skeleton, number)
-        _check_hidden(where, call.hidden)
-        if number < len(calls):
-            raise UnsupportedModelError(f"{where} is called several times in one forward; {_UNSUPPORTED}")
-        if number > len(calls):
-            raise _not_called(skeleton, len(calls))
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_flatten((call.args, call.kwargs))[0]):
-            raise UnsupportedModelError(f"{where} takes more than hidden states from the blocks before it; "
-                                        f"{_UNSUPPORTED}")  # fmt: skip
-        if calls and not torch.equal(call.hidden, calls[-1].hidden + added):
-            raise UnsupportedModelError(f"{where} is called on other hidden states than the block before it gives; "
-                                        f"{_UNSUPPORTED}")  # fmt: skip
-        calls.append(call)
-        return call.hidden + added
-
-    with _answering(skeleton, answer):
-        embed(tokens_1T)
-    if len(calls) < len(skeleton.blocks):
-        raise _not_called(skeleton, len(calls))
-    return calls
-
-
-def _check_end(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], sequences: tuple[Tensor, Tensor]) -> None:
-    """Check that the code after the blocks uses only the last block's hidden states, not the tokens.
-
-    Raises:
-        UnsupportedModelError: it uses others; logits of a stream would be those of other tokens.
-    """
-    base, last, outputs = skeleton.model.get_submodule(skeleton.base_name), len(skeleton.blocks) - 1, []
-
-    def answer(number: int, call: Call) -> Tensor:
-        # Channels alike would be all zero behind a norm.
-        return torch.ones_like(call.hidden).cumsum(-1) if number == last else call.hidden
-
-    hook = base.register_forward_hook(lambda module, inputs, output: outputs.append(tree_flatten(output)[0][0]))
-    try:
-        with _answering(skeleton, answer):
-            for tokens_1T in sequences:
-                embed(tokens_1T)
-    finally:
-        hook.remove()
-    if not is_equal(*outputs):
-        raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__}: what follows its blocks computes from the tokens too; {_UNSUPPORTED}"
-        )
-
-
-def _not_called(skeleton: Skeleton, number: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{_named(skeleton, number)} is not called where there are tokens alone, or after later blocks; models with "
-        "blocks for images or sound among the others are not supported yet"
-    )
-
-
-def _check_hidden(name: str, hidden: Tensor) -> None:
-    if hidden.dim() != 3:
-        raise UnsupportedModelError(
-            f"{name} takes hidden states of {hidden.dim()} dimensions (several streams of them); {_UNSUPPORTED}"
-        )
-
-
-def _named(skeleton: Skeleton, number: int) -> str:
-    return f"{type(skeleton.model).__name__}: {skeleton.names[number]}"
-
-
-def _compared(skeleton: Skeleton, number: int, first: Call, second: Call, both: Call) -> BlockArguments:
+def _compared(
+    skeleton: Skeleton, length: int, number: int, first: Call, second: Call, both: Call, received: Received
+) -> BlockArguments:
     """A block's arguments, from the calls with two sequences one by one, and with both."""
-    where = _named(skeleton, number)
-    names = argument_names(skeleton, number, first)
+    where, names = named(skeleton, number), argument_names(skeleton, number, first)
     (leaves, structure), *others = (tree_flatten((call.args, call.kwargs)) for call in (first, second, both))
-    _check_hidden(where, first.hidden)
     if any(other != structure for _, other in others):
-        raise UnsupportedModelError(f"{where} is passed other arguments for other sequences; {_UNSUPPORTED}")
+        raise UnsupportedModelError(f"{where} is passed other arguments for other sequences; {UNSUPPORTED}")
     own, repeated, rows, shared = [], [], [], None
     for place, values in enumerate(zip(leaves, *(leaves for leaves, _ in others), strict=True)):
         one, other, two = values
+        if place in received:
+            continue
         if isinstance(one, Tensor):
-            how = _follows(one, other, two)
+            how = None if one.is_meta else _follows(one, other, two)
             if how is None:
                 raise UnsupportedModelError(
-                    f"{where} is passed {names[place]}, which differs between samples but not row by row; "
-                    f"{_UNSUPPORTED}"
+                    f"{where} is passed {names[place]}, which differs between samples but not row by row; {UNSUPPORTED}"
                 )
             follows, dim = how
-            {"sample": own, "number": repeated, "row": rows, "nothing": []}[follows].append((place, dim))
+            if follows == "sample":
+                own.append(Own(place, dim, number, f"own{place}"))
+            elif follows != "nothing":
+                {"number": repeated, "row": rows}[follows].append((place, dim))
         elif isinstance(one, MutableMapping):
             if shared is not None:
-                raise UnsupportedModelError(f"{where} is passed two mappings that blocks share; {_UNSUPPORTED}")
+                raise UnsupportedModelError(f"{where} is passed two mappings that blocks share; {UNSUPPORTED}")
             shared = Shared(place, type(one), (), (), {})
         elif not (is_equal(one, other) and is_equal(one, two)):
             raise UnsupportedModelError(
                 f"{where} is passed {names[place]} ({type(one).__name__}), which may differ from call to call; "
-                f"{_UNSUPPORTED}"
+                f"{UNSUPPORTED}"
             )
-    width = first.hidden.shape[-1]
-    return BlockArguments(first.args, first.kwargs, width, tuple(own), tuple(repeated), tuple(rows), shared)
+    width = first.hidden.numel() // length
+    streams = streams_of(first.hidden, 1, length, where)
+    return BlockArguments(
+        number, first.args, first.kwargs, width, streams, tuple(own), tuple(repeated), tuple(rows), shared
+    )
+
+
+def _kept_once(recorded: list[BlockArguments], together: list[Call]) -> Iterator[BlockArguments]:
+    """The arguments, with a tensor that several blocks are passed kept with the first of them."""
+    kept: dict[tuple[int, int], Own] = {}
+    for arguments, call in zip(recorded, together, strict=True):
+        leaves = tree_leaves((call.args, call.kwargs))
+        firsts = [kept.setdefault((id(leaves[own.place]), own.dim), own) for own in arguments.own]
+        pairs = zip(arguments.own, firsts, strict=True)
+        yield replace(arguments, own=tuple(own._replace(block=first.block, name=first.name) for own, first in pairs))
 
 
 def _follows(one: Tensor, other: Tensor, both: Tensor) -> tuple[str, int] | None:
@@ -211,44 +128,51 @@ def _follows(one: Tensor, other: Tensor, both: Tensor) -> tuple[str, int] | None
     return None
 
 
-def _followed(skeleton: Skeleton, recorded: list[BlockArguments], together: list[Call]) -> list[BlockArguments]:
+def _followed(
+    skeleton: Skeleton, length: int, recorded: Iterable[BlockArguments], received: list[Received], together: list[Call]
+) -> list[BlockArguments]:
     """The arguments with what blocks leave for one another, found by calling all of them on the meta device.
 
     Raises:
         UnsupportedModelError: a block does not take several sequences with the arguments recorded of one.
     """
-    followed, carried = [], _Carried()
+    followed, carried, returns = [], _Carried(), _Returned(received)
     for number, arguments in enumerate(recorded):
-        where = _named(skeleton, number)
+        where = named(skeleton, number)
         if carried.tensors and not arguments.shared:
-            raise UnsupportedModelError(f"{where} is not passed the mapping that earlier blocks share; {_UNSUPPORTED}")
+            raise UnsupportedModelError(f"{where} is not passed the mapping that earlier blocks share; {UNSUPPORTED}")
         shared = carried.entering(arguments.shared) if arguments.shared else None
         own = tuple(values[:1] for values in to_meta(arguments.own_of(together[number])))
-        example = Entering(torch.empty(0, device="meta"), own, carried.of_one())
-        arguments = replace(arguments, shared=shared, example=example)
-        arguments, call = _accepted(skeleton, number, arguments, (2, *together[number].hidden.shape[1:]))
+        example = Entering(torch.empty(0, device="meta"), own, carried.of_one() + returns.of_one(number))
+        handed, places = returns.entering(number), returns.received(number)
+        arguments = replace(arguments, shared=shared, handed=handed, received=places, example=example)
+        arguments, call, returned = _accepted(skeleton, arguments, length)
         if shared:
             arguments = replace(arguments, shared=carried.leaving(shared, arguments.shared_in(call), where))
-        followed.append(arguments)
+
+        def returned_of(num: int, passed: BlockArguments = arguments) -> object:
+            return skeleton.stand_ins[passed.index].on_meta(passed.on_meta((num, length, passed.width)))
+
+        returned = returns.leaving(number, returned, returned_of, where)
+        followed.append(replace(arguments, returned=returned))
     return followed
 
 
-def _accepted(
-    skeleton: Skeleton, number: int, arguments: BlockArguments, hidden_shape: tuple[int, int, int]
-) -> tuple[BlockArguments, Call]:
-    """A block's arguments in the form in which it takes several samples, and the call on the meta device."""
-    stand_in, call = skeleton.stand_ins[number], arguments.on_meta(hidden_shape)
+def _accepted(skeleton: Skeleton, arguments: BlockArguments, length: int) -> tuple[BlockArguments, Call, object]:
+    """A block's arguments in the form in which it takes two samples, and call and return value on the meta device."""
+    stand_in, hidden_shape = skeleton.stand_ins[arguments.index], (2, length, arguments.width)
+    call = arguments.on_meta(hidden_shape)
     try:
-        stand_in.on_meta(call)
+        returned = stand_in.on_meta(call)
     except UnsupportedModelError:
         if not arguments.rows:
             raise
         arguments = replace(arguments, repeated=arguments.repeated + arguments.rows, rows=())
         call = arguments.on_meta(hidden_shape)
-        stand_in.on_meta(call)
+        returned = stand_in.on_meta(call)
     if tree_flatten((call.args, call.kwargs))[1] != tree_flatten((arguments.args, arguments.kwargs))[1]:
-        raise UnsupportedModelError(f"{_named(skeleton, number)} writes to what it is passed; {_UNSUPPORTED}")
-    return arguments, call
+        raise UnsupportedModelError(f"{named(skeleton, arguments.index)} writes to what it is passed; {UNSUPPORTED}")
+    return arguments, call, returned
 
 
 class _Carried:
@@ -273,7 +197,51 @@ class _Carried:
             tensors = value if isinstance(value, tuple) else (value,)
             if not all(isinstance(tensor, Tensor) and len(tensor) == 2 for tensor in tensors):
                 raise UnsupportedModelError(f"{where} leaves {key!r} for later blocks, which is no tensor of a batch; "
-                                            f"{_UNSUPPORTED}")  # fmt: skip
+                                            f"{UNSUPPORTED}")  # fmt: skip
             self._is_tuple[key] = isinstance(value, tuple)
             self.tensors |= {(key, place): tensor for place, tensor in enumerate(tensors)}
         return Shared(shared.place, shared.kind, shared.entering, tuple(self.tensors), dict(self._is_tuple))
+
+
+class _Returned:
+    """The values that blocks return and later ones are passed, on the meta device."""
+
+    def __init__(self, received: list[Received]):
+        """Take what each block receives of earlier ones."""
+        self._received = received
+        self._until = {origin: number for number, places in enumerate(received) for origin in places.values()}
+        self._known: dict[tuple[int, int], Handed] = {}
+        self._of_one: dict[Handed, Tensor] = {}
+
+    def entering(self, number: int) -> tuple[Handed, ...]:
+        """The values of earlier blocks that a block or a later one is passed."""
+        return tuple(handed for handed in self._known.values() if handed.until >= number)
+
+    def of_one(self, number: int) -> tuple[Tensor, ...]:
+        """These values for one sample."""
+        return tuple(self._of_one[handed] for handed in self.entering(number))
+
+    def received(self, number: int) -> tuple[tuple[int, Handed], ...]:
+        """The places of such values among a block's arguments."""
+        return tuple((place, self._known[origin]) for place, origin in self._received[number].items())
+
+    def leaving(
+        self, number: int, returned: object, returned_of: Callable[[int], object], where: str
+    ) -> tuple[Handed, ...]:
+        """The values that later blocks are passed of what a block returns for two samples.
+
+        Args:
+            returned_of: what it returns for another number of samples.
+        """
+        leaves = [leaf for block, leaf in self._until if block == number]
+        for leaf in leaves:
+            shapes = zip(*(tree_leaves(given)[leaf].shape for given in (returned, returned_of(3))), strict=True)
+            dims = [dim for dim, (of_two, of_three) in enumerate(shapes) if 3 * of_two == 2 * of_three]
+            if len(dims) != 1:
+                raise UnsupportedModelError(
+                    f"{where} returns a tensor for later blocks that is not a sample's own; {UNSUPPORTED}"
+                )
+            handed = Handed(number, leaf, dims[0], self._until[number, leaf])
+            self._known[number, leaf] = handed
+            self._of_one[handed] = handed.of(returned, 2)[:1]
+        return tuple(self._known[number, leaf] for leaf in leaves)

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
-from shardq.model.build import build_on_meta, find_blocks, find_head
+from shardq.model.build import build_on_meta, find_blocks, find_embeddings, find_head
 from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
+from shardq.model.hidden import in_place_of, streams_of
 from shardq.model.layout import Layout, Piece, tensor_in, with_views
 from shardq.model.own_code import own_code
 from shardq.torch_internals import tree_map_only
@@ -34,8 +35,8 @@ class StandIn(nn.Module):
     They are returned in the block's form, single or first of a tuple; further outputs of the block are on the meta
     device, without values. Plain attributes of the block are copied, because some models read them (such as
     `attention_type`). If `injected` is set, it is returned instead, so that the model's own code turns given hidden
-    states into logits. If `answer` is set, it is called with the hidden states and the other arguments, and gives the
-    return value.
+    states [N, T, D] into logits. If `answer` is set, it is called with the hidden states and the other arguments, and
+    gives the return value.
     """
 
     def __init__(self, block: nn.Module):
@@ -67,13 +68,18 @@ class StandIn(nn.Module):
         self.seen = (hidden, args, kwargs)
         if self.answer is not None:
             return self.answer(hidden, args, kwargs)
-        return self.returned(hidden if self.injected is None else self.injected)
+        return self.returned(hidden if self.injected is None else self._as_called(self.injected))
 
     def returned(self, hidden: Tensor) -> object:
         """Hidden states in the form in which the block returns them; it must have been called."""
         if self._returns is None:
             self._returns = self.on_meta(to_meta(self.seen))
-        return (hidden, *self._returns[1:]) if isinstance(self._returns, tuple | list) else hidden
+        return in_place_of(hidden, self._returns)
+
+    def _as_called(self, hidden_NTD: Tensor) -> Tensor:
+        """Hidden states in the form of those that the model has called this with, for as many samples and tokens."""
+        streams = streams_of(self.seen[0], *hidden_NTD.shape[:2], type(self._block[0]).__name__)
+        return streams.spread(hidden_NTD) if streams else hidden_NTD
 
     @torch.no_grad()
     def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:
@@ -145,6 +151,11 @@ class Skeleton:
         """
         first, _, inner = self.list_name.partition(".")
         return first if inner and self.head not in self.model.get_submodule(first).modules() else ""
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The table that tokens index."""
+        return find_embeddings(self.model)
 
     @property
     def head(self) -> nn.Module:

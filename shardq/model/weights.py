@@ -178,7 +178,7 @@ def _with_models(
 
 def _models_beside(skeleton: Skeleton, module: nn.Module) -> tuple[str, ...]:
     """Prefixes, within a module, of transformers models that have neither the blocks nor embeddings or head."""
-    text = {skeleton.stand_ins, skeleton.model.get_input_embeddings(), skeleton.head}
+    text = {skeleton.stand_ins, skeleton.embeddings, skeleton.head}
     return tuple(
         f"{name}."
         for name, inner in module.named_modules()

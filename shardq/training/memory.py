@@ -177,7 +177,7 @@ def saved_bytes(block: nn.Module, arguments: BlockArguments, hidden_shape: tuple
     block = copy.deepcopy(block).requires_grad_(True)
     call = arguments.on_meta(hidden_shape)
     with own_code(type(block).__name__, "its memory for training cannot be counted"):
-        kept = saved_tensors(lambda: run_block(block, *call, torch.float32))
+        kept = saved_tensors(lambda: run_block(block, call, torch.float32))
     parameters = {storage_key(parameter) for parameter in block.parameters()}
     return sum(tensor.untyped_storage().nbytes() for tensor in kept if storage_key(tensor) not in parameters)
 

@@ -14,7 +14,7 @@ from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, storage_threads, to_device, to_host
 from shardq.liveness.stall import Pace
 from shardq.matrix import Matrix
-from shardq.model.arguments import Call, Entering, hidden_of
+from shardq.model.arguments import Call, Entering, Own, hidden_of
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.ends import prologue
 from shardq.model.skeleton import Skeleton
@@ -48,13 +48,18 @@ class Activations:
     def entering(self, stream: Stream, block_index: int, samples: list[int]) -> Tensor | Entering:
         """A stream's input to a block for some samples, on the device."""
         hidden_NTD = self.load(stream, block_index, samples)
-        own = tuple(self.load(name, block_index, samples) for name in self._own(block_index))
+        own = tuple(self.load(kept.name, kept.block, samples) for kept in self._own(block_index))
         carried = tuple(self.load(name, block_index, samples) for name in self._carried(stream, block_index))
         return Entering(hidden_NTD, own, carried) if own or carried else hidden_NTD
 
-    def _own(self, generation: int) -> tuple[Stream, ...]:
-        """Names of the arguments of a block that are kept for each sample."""
-        return self.blocks[generation].arguments.own_names if generation < len(self.blocks) else ()
+    def _own(self, generation: int) -> tuple[Own, ...]:
+        """The arguments of a block that are kept for each sample."""
+        return self.blocks[generation].arguments.own if generation < len(self.blocks) else ()
+
+    def _own_from(self, generation: int) -> set[tuple[int, Stream]]:
+        """Generations and names of all that is kept for a block and later ones."""
+        later = range(generation, len(self.blocks))
+        return {(kept.block, kept.name) for block_index in later for kept in self._own(block_index)}
 
     def _carried(self, stream: Stream, generation: int) -> tuple[Stream, ...]:
         """Names of the tensors that earlier blocks have left in a stream for this block and later ones."""
@@ -62,8 +67,7 @@ class Activations:
         return tuple(f"{stream}-{name}" for name in names)
 
     def _streams(self, generation: int) -> tuple[Stream, ...]:
-        carried = (name for stream in STREAMS for name in self._carried(stream, generation))
-        return (*STREAMS, *self._own(generation), *carried)
+        return (*STREAMS, *(name for stream in STREAMS for name in self._carried(stream, generation)))
 
     def ahead(self, load: Callable, keys: Iterable, num_samples: int = 1) -> Iterator:
         """Yield `(key, load(key))` in order, loaded ahead of their use; the use of each is a step.
@@ -94,11 +98,12 @@ class Activations:
 
     def keep_own(self, block_index: int, samples: list[int], call: Call) -> None:
         """Write the arguments of a block that follow the sample, from the model's call with these samples."""
-        names = self._own(block_index)
-        own = self.blocks[block_index].arguments.own_of(call) if names else ()
-        for name, values_N in zip(names, own, strict=True):
+        own = self._own(block_index)
+        given = self.blocks[block_index].arguments.own_of(call) if own else ()
+        for kept, values_N in zip(own, given, strict=True):
             for sample, value in zip(samples, values_N.cpu(), strict=True):
-                self.store.write(name, block_index, sample, value.contiguous())
+                if kept.block == block_index:
+                    self.store.write(kept.name, block_index, sample, value.contiguous())
 
     def chunks(self) -> list[list[int]]:
         """This rank's samples in the groups that a pass computes at once."""
@@ -106,18 +111,23 @@ class Activations:
 
     def holds(self, generation: int) -> bool:
         """Whether both streams of all samples are kept, with all that later blocks need of them."""
-        later = range(generation + 1, len(self.blocks))
+        own = self._own_from(generation)
         return all(
             self.store.holds(generation, sample, self._streams(generation))
-            and all(self.store.holds(block_index, sample, self._own(block_index)) for block_index in later)
+            and all(self.store.holds(block_index, sample, [name]) for block_index, name in own)
             for sample in self.samples
         )
 
     def drop(self, generation: int, streams: Sequence[Stream] | None = None) -> None:
-        """Forget a generation, or some of it."""
+        """Forget a generation, with what no later block is passed, or some of it."""
+        dropped = [(generation, streams or self._streams(generation))]
+        if streams is None:
+            unused = self._own_from(generation) - self._own_from(generation + 1)
+            dropped += [(block_index, [name]) for block_index, name in unused]
         with behind(self.store.drop, threads=storage_threads(self.device)) as drop_later:
             for sample in self.samples:
-                drop_later(generation, sample, streams or self._streams(generation))
+                for block_index, names in dropped:
+                    drop_later(block_index, sample, names)
 
 
 @torch.no_grad()
@@ -127,7 +137,8 @@ def embed_samples(
     """Write generation 0, the hidden states that enter block 0, and for each block the samples' own arguments."""
     with activations.keeping("fp", 0) as keep:
         for samples in activations.chunks():
-            keep(samples, embed(tokens_NT[samples]))
+            hidden = embed(tokens_NT[samples])
+            keep(samples, activations.blocks[0].arguments.flat(hidden))
             for block_index, stand_in in enumerate(skeleton.stand_ins):
                 activations.keep_own(block_index, samples, Call(*stand_in.seen))
 

@@ -97,7 +97,7 @@ def embed_and_target(
         plan = plan.with_arguments(record_arguments(skeleton, embed, activations.sequence_length))
         if any(block.arguments.carried_names for block in plan.blocks):
             raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__}: its blocks hand keys and values to later blocks, through which "
+                f"{type(skeleton.model).__name__}: its blocks hand tensors to later blocks, through which "
                 "scales cannot be tuned; the run itself can be evaluated, exported and served"
             )
         activations = replace(activations, blocks=plan.blocks)
@@ -141,7 +141,8 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
 
 def _forward(loaded: LoadedBlock) -> Forward:
     """Function from a block's input to its hidden states [N, T, D], with the attention kernel of training."""
-    return lambda entering: training_output(loaded.module, *loaded.plan.arguments.bound(entering), loaded.dtype)
+    arguments = loaded.plan.arguments
+    return lambda entering: training_output(loaded.module, arguments.bound(entering), loaded.dtype, arguments.streams)
 
 
 def _forget(activations: Activations, generation: int) -> None:

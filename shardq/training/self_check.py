@@ -12,9 +12,10 @@ from torch import Tensor
 
 from shardq.errors import UnsupportedModelError
 from shardq.logs import Display
-from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
+from shardq.model.arguments import BlockArguments, Call, hidden_of
 from shardq.model.block import LoadedBlock
 from shardq.model.compared import differing
+from shardq.model.hidden import hidden_in, in_place_of
 from shardq.model.own_forward import OwnForward, computed, own_forward
 from shardq.model.skeleton import Skeleton
 from shardq.parallel.ranks import Ranks
@@ -115,7 +116,7 @@ class _Checked:
             _Different: the output, by more than rounding; says where, by how much and in which arguments.
             UnsupportedModelError: what enters it, or the block that is called.
         """
-        index, skeleton = loaded.index, self._forward.skeleton
+        index, skeleton, arguments = loaded.index, self._forward.skeleton, loaded.plan.arguments
         entering = self._activations.entering("fp", index, self._samples)
         entering_NTD = self._cut(hidden_of(entering))
         left_NTD = self._cut(self._activations.load("fp", index + 1, self._samples))
@@ -124,20 +125,23 @@ class _Checked:
         def respond(number: int, call: Call) -> object:
             if number != index:
                 raise _explained(f"{name}: the model's own forward calls {skeleton.names[number]} in its place")
-            if index == self._first > 0:
-                call = self._taken_up(entering, call)
-            fault = self._fault("what enters it", call.hidden, entering_NTD, entering_NTD, torch.float32)
+            if self._first:
+                call = arguments.taken_up(call, entering, self._first)
+            if index == self._first > 0:  # what entered it was the input of the blocks that are left out
+                call = call._replace(hidden=arguments.spread(entering_NTD))
+            passed_NTD = arguments.flat(call.hidden)
+            fault = self._fault("what enters it", passed_NTD, entering_NTD, entering_NTD, torch.float32)
             if fault:
                 raise _explained(f"{name}: {fault}")
             returned = computed(skeleton.blocks[index], loaded.module, call, self._dtype)
-            own_NTD = returned[0] if isinstance(returned, tuple | list) else returned
+            own_NTD = arguments.flat(hidden_in(returned))
             streamed_NTD = self._cut(hidden_of(unrounded(entering))) if unrounded else left_NTD
             fault = self._fault("its output", own_NTD.float(), streamed_NTD, entering_NTD, self._dtype)
             if fault:
-                names = differing(skeleton, index, call, loaded.plan.arguments.bound(entering))
-                arguments = f" (arguments that differ: {', '.join(names)})" if names else ""
-                raise _Different(f"{name}: {fault}{arguments}")
-            return (left_NTD, *returned[1:]) if isinstance(returned, tuple | list) else left_NTD
+                names = differing(skeleton, index, call, arguments.bound(entering))
+                which = f" (arguments that differ: {', '.join(names)})" if names else ""
+                raise _Different(f"{name}: {fault}{which}")
+            return in_place_of(arguments.spread(left_NTD), returned)
 
         self._forward.at_next_block(respond)
 
@@ -145,13 +149,6 @@ class _Checked:
         """Hidden states of the checked tokens, in the memory layout of the model's own."""
         is_whole = self.length == self._activations.sequence_length
         return hidden_NTD if is_whole else hidden_NTD[:, : self.length].contiguous()
-
-    def _taken_up(self, entering: Tensor | Entering, call: Call) -> Call:
-        """The call of the first block that is checked, where blocks before it were left out."""
-        passed = self._activations.blocks[self._first].arguments
-        if isinstance(entering, Entering) and entering.carried:
-            passed.shared_in(call).update(passed.shared.mapping(entering.carried))
-        return call._replace(hidden=self._cut(hidden_of(entering)))
 
     def _fault(
         self, what: str, own_NTD: Tensor, streamed_NTD: Tensor, entering_NTD: Tensor, dtype: torch.dtype

@@ -14,9 +14,10 @@ from shardq.calib.partition import largest_part
 from shardq.compiling import Compile, uncompiled_copy
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
-from shardq.model.arguments import Entering, hidden_of
+from shardq.model.arguments import Call, Entering, hidden_of
 from shardq.model.block import BlockPlan, LoadedBlock, run_block
 from shardq.model.experts import routed_in
+from shardq.model.hidden import Streams
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.block_quantizer import BlockQuantizer, whole
 from shardq.optimize.distill import distill
@@ -163,8 +164,11 @@ class BlockTrainer:
         """Function from a block's input and targets [N, T, D] to its training loss and its output [N, T, D]."""
 
         def loss(entering: Tensor | Entering, targets_NTD: Tensor) -> tuple[Tensor, Tensor]:
-            inputs_NTD, args, kwargs = loaded.plan.arguments.bound(entering)
-            return self.block_loss(loaded.module, inputs_NTD, targets_NTD, args, kwargs, loaded.dtype, kind)
+            arguments = loaded.plan.arguments
+            hidden, args, kwargs = arguments.bound(entering)
+            return self.block_loss(
+                loaded.module, hidden, targets_NTD, args, kwargs, loaded.dtype, kind, arguments.streams
+            )
 
         return loss
 
@@ -260,19 +264,22 @@ def collecting(weights: Collection[nn.Parameter]) -> Iterator[None]:
 
 def block_loss(
     block: nn.Module,
-    inputs_NTD: Tensor,
+    hidden: Tensor,
     targets_NTD: Tensor,
     args: tuple,
     kwargs: dict,
     dtype: torch.dtype,
     kind: Loss = "squared",
+    streams: Streams | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Training loss of a block, and its output [N, T, D]; compiled, forward and backward, as one piece."""
-    output_NTD = training_output(block, inputs_NTD, args, kwargs, dtype)
+    output_NTD = training_output(block, Call(hidden, args, kwargs), dtype, streams)
     return distillation_loss(output_NTD, targets_NTD, kind), output_NTD
 
 
-def training_output(block: nn.Module, inputs_NTD: Tensor, args: tuple, kwargs: dict, dtype: torch.dtype) -> Tensor:
-    """`run_block` with the attention kernel whose backward pass is the fastest for these inputs."""
-    with sdpa_kernel(training_attention(inputs_NTD.device, inputs_NTD.shape[1], dtype)):
-        return run_block(block, inputs_NTD, args, kwargs, dtype)
+def training_output(block: nn.Module, call: Call, dtype: torch.dtype, streams: Streams | None) -> Tensor:
+    """A block's output [N, T, D], by the attention kernel whose backward pass is the fastest for these inputs."""
+    length = call.hidden.shape[streams.dim + 1 if streams else 1]
+    with sdpa_kernel(training_attention(call.hidden.device, length, dtype)):
+        output = run_block(block, call, dtype)
+    return streams.flat(output) if streams else output

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GlmMoeDsaConfig, LlamaConfig, SmolLM3Config
 
 import tiny
 from runs import ONE_RANK, run_evaluate, run_quantize
@@ -55,21 +55,42 @@ def whole_model_perplexity(folder: Path, tokens_NT: Tensor) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-def test_a_run_of_blocks_that_hand_keys_on_is_the_whole_models_also_when_it_is_resumed(
-    gemma4: Path, tokens: Path, tmp_path: Path
+# Blocks that are passed more than hidden states from earlier ones: a mapping with keys and values; that, and four
+# streams; the tokens that the block before chose.
+HANDING_ON = {
+    "gemma4": tiny.GEMMA4,
+    "gemma3n": Gemma3nTextConfig(
+        vocab_size=211, vocab_size_per_layer_input=211, hidden_size=48, intermediate_size=[80] * 5,
+        num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=12, sliding_window=7,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"], num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.5] + [0.0] * 4,
+        initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
+    "glm_moe_dsa": GlmMoeDsaConfig(
+        vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12,
+        mlp_layer_types=["dense"] * 5, indexer_types=["full", "shared", "full", "shared", "shared"], index_topk=16,
+        index_head_dim=16, index_n_heads=2, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma4", "glm_moe_dsa", pytest.param("gemma3n", marks=pytest.mark.slow)])
+def test_a_run_of_blocks_that_hand_tensors_on_is_the_whole_models_also_when_it_is_resumed(
+    name: str, tokens: Path, tmp_path: Path
 ):
-    tokens_NT = load_file(tokens)["tokens"]
+    model, tokens_NT = tiny.save_model(tmp_path / "model", HANDING_ON[name]), load_file(tokens)["tokens"]
     few = ("--optimize.iterations", 1, "--calib.samples", 17)
-    found = run_evaluate(gemma4, tokens)["perplexity"]
-    assert found == pytest.approx(whole_model_perplexity(gemma4, tokens_NT), rel=1e-5)
-    run_quantize(gemma4, tokens, tmp_path / "straight", *few)
+    found = run_evaluate(model, tokens)["perplexity"]
+    assert found == pytest.approx(whole_model_perplexity(model, tokens_NT), rel=1e-5)
+    run_quantize(model, tokens, tmp_path / "straight", *few)
     with pytest.raises(Stopped):
-        run_quantize(gemma4, tokens, tmp_path / "resumed", *few, stop_after=3)
-    run_quantize(gemma4, tokens, tmp_path / "resumed", *few)
+        run_quantize(model, tokens, tmp_path / "resumed", *few, stop_after=3)
+    run_quantize(model, tokens, tmp_path / "resumed", *few)
     of_memory = (*few, "--cache.placement", "cpu")
     with pytest.raises(Stopped):
-        run_quantize(gemma4, tokens, tmp_path / "replayed", *of_memory, stop_after=3)
-    run_quantize(gemma4, tokens, tmp_path / "replayed", *of_memory)
+        run_quantize(model, tokens, tmp_path / "replayed", *of_memory, stop_after=3)
+    run_quantize(model, tokens, tmp_path / "replayed", *of_memory)
     files = [
         {path.name: path.read_bytes() for path in sorted((tmp_path / name / "blocks").iterdir())}
         for name in ("straight", "resumed", "replayed")
@@ -82,7 +103,9 @@ def test_a_run_of_blocks_that_hand_keys_on_is_the_whole_models_also_when_it_is_r
 def recorded_as_if_for_all(skeleton, embed, length: int) -> list[BlockArguments]:
     """What one sample is passed, taken for what all are."""
     found = record_arguments(skeleton, embed, length)
-    return [BlockArguments(passed.args, passed.kwargs, passed.width, shared=passed.shared) for passed in found]
+    return [
+        BlockArguments(passed.index, passed.args, passed.kwargs, passed.width, shared=passed.shared) for passed in found
+    ]
 
 
 def test_arguments_of_another_sample_stop_the_run_and_are_named(

@@ -87,6 +87,16 @@ def test_activations_are_as_wide_as_what_enters_a_block(token_file, tmp_path):
     assert three_generations <= num_bytes < 1.1 * three_generations
 
 
+def test_what_blocks_are_passed_of_the_sample_and_of_earlier_blocks_is_counted(tmp_path):
+    model = tiny.save_model(tmp_path / "model", tiny.GEMMA4)
+    tokens = tiny.save_tokens(tmp_path / "tokens.safetensors", vocab=200)
+    arguments, cached = quantize_arguments(model, tokens, tmp_path / "out", "--quant.method", "rtn"), []
+    counted = predicted(arguments)["activations"]
+    cache = tmp_path / "out" / "cache"
+    quantize(parse("quantize", arguments), ONE_RANK, lambda block: cached.append(bytes_there(cache)))
+    assert max(cached) <= counted <= 1.2 * max(cached)
+
+
 def test_disks_are_told_apart_by_their_file_system(small_disk, llama, token_file, tmp_path):
     """Each alone has room for its part only."""
     fill(small_disk, leave=900_000)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, OPTConfig, Qwen3_5TextConfig
+from transformers import DeepseekV3Config, OPTConfig, Qwen3_5TextConfig, Qwen3VLConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
@@ -83,6 +83,16 @@ def test_shapes_that_cannot_be_split_are_refused(tmp_path: Path, model: dict, gp
     folder = tiny.save_llama(tmp_path, **(WIDE | model))
     with pytest.raises(ConfigError, match=reason):
         check(folder, gpus=gpus, group_size=64, **quant)
+
+
+def test_linears_for_which_a_wrapper_declares_no_split_are_split_as_vllm_does(tmp_path: Path):
+    text = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 32,
+            "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 128}
+    folder = tiny.save_model(tmp_path, Qwen3VLConfig(text_config=text, vision_config=vision))
+    check(folder, gpus=2)
+    with pytest.raises(ConfigError, match=r"o_proj has 128 input channels, 64 on each of 2 GPUs; .* groups of 128"):
+        check(folder, gpus=2, group_size=128)
 
 
 def test_an_architecture_that_declares_no_split_is_refused(tmp_path: Path):

@@ -13,7 +13,7 @@ from tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
 # and capped logits, tied and own heads, keys of low rank, convolutions and states, weights that blocks share, a wrapper
 # whose tensors are renamed, fused experts.
 QUICK = ("llama, rope yarn", "opt, narrow embedding", "falcon, alibi", "qwen2, window", "gemma4_text, shared keys",
-         "deepseek_v32, dense", "falcon_h1", "zamba2", "mistral3", "granitemoe")  # fmt: skip
+         "deepseek_v32, dense", "gemma3n_text", "falcon_h1", "zamba2", "mistral3", "granitemoe")  # fmt: skip
 STREAMED = frozenset(Path(__file__).with_name("streamed.txt").read_text().splitlines())
 
 

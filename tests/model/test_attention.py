@@ -92,13 +92,13 @@ def test_a_block_takes_pieces_in_bf16_alone_and_comes_out_the_same(tmp_path: Pat
     skeleton = open_skeleton(tiny.save_llama(tmp_path / "llama"))
     assert skeleton.model.config._attn_implementation == NAME
     with prologue(skeleton, CPU) as embed:
-        arguments, hidden = record_arguments(skeleton, embed, 40)[0], embed(torch.arange(80).view(2, 40))
+        call = record_arguments(skeleton, embed, 40)[0].bound(embed(torch.arange(80).view(2, 40)))
     block = next(iter(stream_blocks(skeleton, block_plans(skeleton), CPU))).module
-    in_float32 = run_block(block, hidden, arguments.args, arguments.kwargs, torch.float32)
+    in_float32 = run_block(block, call, torch.float32)
     assert not pieces
-    in_pieces = run_block(block, hidden, arguments.args, arguments.kwargs, BF16)
+    in_pieces = run_block(block, call, BF16)
     assert len(pieces) == 1 and pieces[0][2] == 40
-    error = (in_pieces - in_float32).square().mean() / (in_float32 - hidden).square().mean()
+    error = (in_pieces - in_float32).square().mean() / (in_float32 - call.hidden).square().mean()
     assert 0 < error < 1e-3
 
 
@@ -110,7 +110,7 @@ def test_masks_that_are_more_than_causal_are_kept(kind: str, tmp_path: Path, pie
     skeleton = open_skeleton(tiny.save_model(tmp_path, config))
     assert skeleton.model.config._attn_implementation == ("eager" if kind == "eager" else NAME)
     with prologue(skeleton, CPU) as embed:
-        arguments, hidden = record_arguments(skeleton, embed, 20)[0], embed(torch.arange(20)[None])
+        call = record_arguments(skeleton, embed, 20)[0].bound(embed(torch.arange(20)[None]))
     block = next(iter(stream_blocks(skeleton, block_plans(skeleton), CPU))).module
-    run_block(block, hidden, arguments.args, arguments.kwargs, BF16)
+    run_block(block, call, BF16)
     assert not pieces

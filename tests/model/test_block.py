@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.matrix import matrices_in
-from shardq.model.arguments import BlockArguments
+from shardq.model.arguments import BlockArguments, Call
 from shardq.model.block import BlockPlan, LoadedBlock, run_block
 from shardq.quant.integer_grid import IntegerGrid
 
@@ -17,8 +17,8 @@ class TestRunBlock:
                 return hidden * factor, "attention weights"
 
         given = torch.ones(1, 2, 3)
-        assert torch.equal(run_block(Talkative(), given, (), {"factor": 3}, torch.float32), given * 3)
-        assert torch.equal(run_block(Talkative(), given, (4,), {}, torch.float32), given * 4)
+        assert torch.equal(run_block(Talkative(), Call(given, (), {"factor": 3}), torch.float32), given * 3)
+        assert torch.equal(run_block(Talkative(), Call(given, (4,), {}), torch.float32), given * 4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_matrix_multiplies_alone_are_in_the_dtype(self, dtype: torch.dtype):
@@ -33,13 +33,13 @@ class TestRunBlock:
                 return self.multiplied + hidden
 
         block, hidden_NTD = Block(), torch.randn(2, 4, 8)
-        output_NTD = run_block(block, hidden_NTD, (), {}, dtype)
+        output_NTD = run_block(block, Call(hidden_NTD, (), {}), dtype)
         product = hidden_NTD.to(dtype) @ block.linear.weight.to(dtype).T + block.linear.bias.to(dtype)
         assert (block.multiplied.dtype, block.normed.dtype, output_NTD.dtype) == (dtype, torch.float32, torch.float32)
         torch.testing.assert_close(output_NTD, product.float() + hidden_NTD, rtol=1e-2, atol=1e-2)
 
     def test_output_of_a_block_that_leaves_in_bfloat16_is_float32(self):
-        output_NTD = run_block(nn.Linear(8, 8), torch.randn(1, 2, 8), (), {}, torch.bfloat16)
+        output_NTD = run_block(nn.Linear(8, 8), Call(torch.randn(1, 2, 8), (), {}), torch.bfloat16)
         assert output_NTD.dtype == torch.float32
 
 
@@ -59,7 +59,7 @@ class TestLoadedBlock:
             def forward(self, hidden: Tensor, offset: int, factor: int) -> tuple[Tensor]:
                 return (hidden * factor + offset,)
 
-        arguments = BlockArguments((1,), {"factor": 3}, width=4)
+        arguments = BlockArguments(0, (1,), {"factor": 3}, width=4)
         plan = BlockPlan(index=0, name="layers.0", is_last=True, arguments=arguments)
         loaded = LoadedBlock(plan=plan, module=Scaled(), source={}, dtype=torch.float32)
         hidden_NTD = torch.randn(2, 3, 4)
