@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import groupby
@@ -156,13 +157,34 @@ def demo_text() -> str:
 
 
 def models_text() -> str:
-    """The families that the sweep has streamed, each with its forms."""
-    lines = (ROOT / "tests/families/streamed.txt").read_text().splitlines()
-    forms: dict[str, list[str]] = {}
-    for line in lines:
-        family, _, form = line.partition(", ")
-        forms.setdefault(family, []).append(form or "as it is")
-    return _table(("`model_type`", "forms"), [(f"`{name}`", ", ".join(found)) for name, found in forms.items()])
+    """What the sweep found of every family and its forms: how many, those that run or do not, and the others."""
+    rows = [line.split("\t") for line in (ROOT / "tests/families/support.tsv").read_text().splitlines()]
+    by_outcome: dict[str, list[str]] = defaultdict(list)
+    for family, outcome, *_ in rows:
+        by_outcome[outcome].append(family)
+    decoders = [row for row in rows if row[1] not in ("not built", "no decoder")]
+    kinds = {"equal": "run", "refused": "are refused in one line"}
+    counts = [f"{len(by_outcome[outcome])} {said}" for outcome, said in kinds.items()]
+    counts += [f"{len(found)} end in: {outcome}" for outcome, found in by_outcome.items()
+               if outcome not in (*kinds, "not built", "no decoder")]  # fmt: skip
+    cells = [_model_cells(*row) for row in decoders]
+    text = f"Of {len(decoders)} decoders and forms {', '.join(counts)}.\n\n"
+    text += _table(("`model_type`", "form", "runs", "quantized of the blocks", "why not"), cells)
+    for outcome, said in (
+        ("no decoder", "No decoders, though listed as causal"),
+        ("not built", "Not built from a small config"),
+    ):
+        text += (
+            f"\n{said}: {', '.join(f'`{family}`' for family in by_outcome[outcome])}.\n" if by_outcome[outcome] else ""
+        )
+    return text
+
+
+def _model_cells(name: str, outcome: str, stage: str, share: str, detail: str) -> tuple[str, ...]:
+    family, _, form = name.partition(", ")
+    is_equal = outcome == "equal"
+    why = "" if is_equal else re.sub(r"^model: ", "", detail) or outcome
+    return f"`{family}`", form, "yes" if is_equal else "no", f"{share} %" if is_equal else "", _cell(why)
 
 
 def python_text() -> str:

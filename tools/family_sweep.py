@@ -1,57 +1,47 @@
-"""Streams a tiny model of every family that transformers can build against transformers' own, and prints what came.
+"""Streams and quantizes a tiny model of every family that transformers can build, and keeps what came in a table.
 
-Usage: PYTHONPATH=. python tools/family_sweep.py RESULT.json [FAMILY ...]
+Usage: PYTHONPATH=. python tools/family_sweep.py [FAMILY ...]
 
-RESULT.json is written after each family; families that it holds are not run again. RESULT.md, beside it, is a table.
+Without a name all families are run, which takes about half an hour of one core. The table, tests/families/support.tsv,
+is written after each family; docs/models.md shows it (python tools/docs_tables.py), and a slow test compares with it.
 """
 
-import json
 import os
 import sys
 import time
 import warnings
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "families")]
-from sweep import OUTCOMES, families, sweep  # noqa: E402
+from sweep import OUTCOMES, TABLE, Row, families, sweep_apart  # noqa: E402
 
 
-def table(rows):
-    """The counts and the rows as Markdown."""
-    counts = Counter(row["outcome"] for row in rows)
-    lines = [", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]) + ".", ""]
-    lines += ["| family | outcome | at | detail |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (OUTCOMES.index(row["outcome"]), row["family"])):
-        lines.append(f"| {row['family']} | {row['outcome']} | {row['stage']} | {row['detail'].replace('|', '/')} |")
-    return "\n".join(lines) + "\n"
+def counted(rows: list[Row]) -> str:
+    """How many families came to each outcome."""
+    counts = Counter(row.outcome for row in rows)
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
 
 
-def main(result, *chosen):
-    """Runs the chosen families, or all, and keeps what came of each."""
-    path = Path(result)
-    rows = json.loads(path.read_text()) if path.exists() else []
+def main(table: Path, *chosen: str) -> None:
+    """Run the chosen families, or all, and put what came of each in the table, in the place of its former row."""
+    known = set(families())
+    former = table.read_text().splitlines() if table.exists() else []
+    rows = {row.family: row for row in map(Row.parsed, former) if row.family in known}
     for family in chosen or families():
-        if family in {row["family"] for row in rows}:
-            continue
         start = time.perf_counter()
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
-            row = asdict(sweep(family))
-        rows.append(row | {"seconds": round(time.perf_counter() - start, 2)})
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table(rows))
-        print(f"{row['family']}: {row['outcome']} {row['stage']} {row['detail']}", flush=True)
-    print(table(rows).splitlines()[0])
+            rows[family] = sweep_apart(family)
+        table.write_text("".join(f"{rows[name]}\n" for name in sorted(rows)))
+        print(f"{time.perf_counter() - start:5.1f} s  {rows[family]}", flush=True)
+    print(counted(list(rows.values())))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if not sys.argv[1:]:
-        raise SystemExit("family_sweep: name a file for the result, such as sweep.json")
-    main(*sys.argv[1:])
+    main(TABLE, *sys.argv[1:])

@@ -42,13 +42,16 @@ from shardq.training.activation_grids import plan_activations
 from shardq.training.memory import (
     LargestBlock,
     choose_engine,
+    choose_experts,
     choose_micro_batch,
+    experts_at_once,
     largest_block,
     memory_limit,
     reads_ahead,
 )
 from shardq.training.objective import PREDICTION_STEPS
 from shardq.training.self_check import say_if_unchecked
+from shardq.training.streamed import of_experts
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Run:
         record: the record in its folder, with the line that begins a redo.
         begins_redo: whether that line has still to be written.
         reads_ahead: whether a block's weights are read while the block before is trained.
+        experts_at_once: routed experts in memory at the same time, where they are trained by parts.
     """
 
     config: QuantizeConfig
@@ -72,6 +76,7 @@ class Run:
     record: RunRecord
     begins_redo: bool
     reads_ahead: bool
+    experts_at_once: int
     ranks: Ranks
     display: Display
 
@@ -118,19 +123,20 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
 
     skeleton, plan, config = together(ranks, lambda: _planned(asked, folder, ranks, display))
     length = config.calib.sequence_length
-    largest = together(ranks, lambda: largest_block(skeleton, plan, length, config.optimize))
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
+    config, largest = together(ranks, lambda: _with_experts(config, former, skeleton, plan, limit, ranks, display))
     tokens_NT, manifest, (record, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # each host decides where it keeps activations
     shared_by_all(ranks, output)
     if redo or not record.is_finished:
         begin_with(skeleton, record.source, ranks, display.line)
     ahead = reads_ahead(largest, config.optimize, engine_for(config.parallel, ranks), limit)
+    at_once = experts_at_once(skeleton, plan, -(-len(tokens_NT) // ranks.world_size) * length, config.optimize, limit)
     if redo:
         record.lines.append(redo)
     run = Run(
         config, output, skeleton, plan, largest, tokens_NT, manifest, record,
-        redo is not None, ahead, ranks, display,
+        redo is not None, ahead, at_once, ranks, display,
     )  # fmt: skip
     _say_what_will_be_done(run)
     return run
@@ -195,6 +201,32 @@ def _resolved(config: QuantizeConfig, former: dict, ranks: Ranks) -> OptimizeOpt
         # A run that goes on keeps its batches with any number of ranks: all its blocks have the same iterations.
         optimize = replace(optimize, batch_size=former.get("batch_size"))
     return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
+
+
+def _with_experts(
+    config: QuantizeConfig, former: dict, skeleton: Skeleton, plan: Plan, limit: int, ranks: Ranks, display: Display
+) -> tuple[QuantizeConfig, LargestBlock]:
+    """Options with the way in which routed experts are trained, and the block that takes the most memory that way.
+
+    Raises:
+        ConfigError: they are to be trained by parts, which the other options do not allow.
+    """
+    optimize, length = config.optimize, config.calib.sequence_length
+    largest = largest_block(skeleton, plan, length, optimize)
+    if not any(of_experts(block) for block in skeleton.blocks):
+        return replace(config, optimize=replace(optimize, experts="joint")), largest
+    if optimize.experts == "auto":  # a run that goes on keeps its own way, even if memory has changed
+        optimize = replace(optimize, experts=former.get("experts", "auto"))
+    chosen, why = choose_experts(largest, optimize, candidates(config.parallel, ranks), limit)
+    display.line(f"optimize.experts: {chosen} ({why})")
+    optimize = replace(optimize, experts=chosen)
+    if chosen == "joint":
+        return replace(config, optimize=optimize), largest
+    if config.activations.asked:
+        raise ConfigError("optimize.experts: by parts, activations get no grids; leave out activations, or use joint")
+    if config.parallel.engine.startswith("zero"):
+        raise ConfigError(f"parallel.engine: {config.parallel.engine} does not train experts by parts; use allreduce")
+    return replace(config, optimize=optimize), largest_block(skeleton, plan, length, optimize, by_parts=True)
 
 
 def _fitted(

@@ -9,7 +9,7 @@ from shardq.calib.partition import owned_samples
 from shardq.commands.commit import OnCommit, commit_block, complete, export_missing
 from shardq.commands.prepare import Run, begin, prepare
 from shardq.commands.redo import remove_what_completes
-from shardq.commands.resume import blocks_to_do
+from shardq.commands.resume import blocks_to_do, parts_of
 from shardq.commands.space import check_space
 from shardq.commands.summary import account_of_run, say_block_done, say_what_is_where, summary_of
 from shardq.compiling import compiler, eager
@@ -24,6 +24,7 @@ from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.summaries import QuantizeSummary
 from shardq.training.block import float_pass, in_training, quantized_pass, start_at_nearest
 from shardq.training.checkpoint import Checkpoints
+from shardq.training.parts import quantize_by_parts
 from shardq.training.passes import Activations
 from shardq.training.trainer import Job, Recipe
 from shardq.training.tries import train
@@ -48,12 +49,16 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
                 for loaded, check in blocks_to_do(run, job):
                     block, block_begun = loaded.plan, time.perf_counter()
                     with located(f"block {block.index} {block.name}"):
-                        seen = float_pass(job, loaded, check)
-                        with in_training(job, loaded, seen.grids) as training:
-                            result = train(training, start_at_nearest(training, seen))  # ends with the fold
-                        grids = quantized_pass(job, loaded, seen.grids)
+                        if parts := parts_of(run, block):
+                            result, grids = quantize_by_parts(job, loaded, parts, check), {}
+                        else:
+                            seen = float_pass(job, loaded, check)
+                            with in_training(job, loaded, seen.grids) as training:
+                                result = train(training, start_at_nearest(training, seen))  # ends with the fold
+                            grids = quantized_pass(job, loaded, seen.grids)
+                            del training
                     gained = commit_block(run, job, block, result, grids, on_commit)
-                    del loaded, training  # frees the block's source before the block after the next is read
+                    del loaded  # frees the block's source before the block after the next is read
                     say_block_done(run, block, result, gained, time.perf_counter() - block_begun)
                     if run.record.num_done < run.plan.num_blocks:
                         stop_if_asked(run.output, ranks, run.record.num_done, run.plan.num_blocks)

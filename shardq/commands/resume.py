@@ -1,24 +1,28 @@
 """The blocks that a run has still to do, loaded in order, with their input activations."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from shardq.commands.prepare import Run
+from shardq.devices import to_device
 from shardq.formats.block_file import read_block
 from shardq.formats.source import stored_in
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan, LoadedBlock
-from shardq.model.weights import stream_blocks
+from shardq.model.weights import read_weights, stream_blocks
 from shardq.parallel.collectives import on_rank_zero, sum_over_ranks, together
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.source import agree
 from shardq.training.activation_grids import simulated, written_grids
-from shardq.training.passes import Forward, replay
+from shardq.training.parts import Parts, again_by_parts
+from shardq.training.passes import advance, replay
 from shardq.training.self_check import Check, self_check
+from shardq.training.streamed import of_experts
 from shardq.training.trainer import Job, served_forward
 
 
@@ -52,15 +56,42 @@ def _tokens_through_block(run: Run) -> int:
 
 def _agreed_blocks(run: Run, job: Job, blocks: list[BlockPlan]) -> Iterator[LoadedBlock]:
     """Stream blocks; a rank that cannot read one, or reads other bytes, stops all ranks with its message."""
-    stream = stream_blocks(run.skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
-                           partial(job.events.waiting, "input"), ahead=run.reads_ahead)  # fmt: skip
+    skeleton = run.skeleton
+    stream = stream_blocks(skeleton, blocks, run.ranks.device, run.config.optimize.dtype,
+                           partial(job.events.waiting, "input"), ahead=run.reads_ahead,
+                           read=partial(_read, run))  # fmt: skip
     for block in blocks:
         with job.events.span("load", block=block.index):
             loaded = together(run.ranks, lambda: next(stream))
-            stored = stored_in(run.skeleton.block_tensors(block.index).values())
-            agree(run.skeleton.source.digests, stored, run.ranks)
+            tensors, later = skeleton.block_tensors(block.index), set(_read_later(run, block))
+            stored = stored_in(tensor for name, tensor in tensors.items() if name not in later)
+            agree(skeleton.source.digests, stored, run.ranks)
         yield loaded
         del loaded
+
+
+def _read(run: Run, block: BlockPlan) -> dict[str, Tensor]:
+    """A block's tensors, but for those of routed experts that are read later, a few at a time."""
+    return read_weights(run.skeleton, block, run.ranks.device, set(_read_later(run, block)))
+
+
+def _read_later(run: Run, block: BlockPlan) -> list[str]:
+    """Names of the tensors of a block's routed experts if they are trained by parts."""
+    return of_experts(run.skeleton.blocks[block.index]) if run.config.optimize.experts == "parts" else []
+
+
+def parts_of(run: Run, block: BlockPlan) -> Parts | None:
+    """How a block is trained by parts; None where it is not."""
+    if not _read_later(run, block):
+        return None
+
+    def read(block: BlockPlan, names: list[str]) -> dict[str, Tensor]:
+        values = together(run.ranks, lambda: _read_experts(run, block, names))
+        stored = stored_in(run.skeleton.tensor(f"{block.name}.{name}") for name in names)
+        agree(run.skeleton.source.digests, stored, run.ranks)
+        return values
+
+    return Parts(at_once=run.experts_at_once, read=read)
 
 
 def _prepare_activations(run: Run, job: Job, first: int) -> None:
@@ -82,26 +113,61 @@ def _prepare_activations(run: Run, job: Job, first: int) -> None:
             f"{cost if num_without else 'nothing is done again'}"
         )
 
-    def served(loaded: LoadedBlock) -> Forward:
+    def through(loaded: LoadedBlock) -> None:
         run.display.start_part("activations again, block", loaded.index, first)
-        return served_forward(job, loaded)
+        _again(run, job, loaded)
 
     def compute() -> None:
         if first and are_there:
             activations.drop(first - 1)  # left by a kill right after a commit
         if not are_there:
-            replay(activations, run.tokens_NT, run.skeleton, run.plan.blocks[:first], run.config.optimize.dtype,
-                   served, partial(_written_weights, run), partial(_rounding, run))  # fmt: skip
+            blocks = stream_blocks(run.skeleton, run.plan.blocks[:first], run.ranks.device, run.config.optimize.dtype,
+                                   read=partial(_read, run))  # fmt: skip
+            replay(activations, run.tokens_NT, run.skeleton, blocks, through)
 
     together(run.ranks, compute)
 
 
-def _written_weights(run: Run, block: BlockPlan) -> Iterator[tuple[Matrix, Tensor]]:
-    """A finished block's quantized weights, as they are served and in the dtype of the computation."""
+@torch.no_grad()
+def _again(run: Run, job: Job, loaded: LoadedBlock) -> None:
+    """Take both streams through a finished block; no other rank is waited for."""
+
+    def put_written() -> None:
+        later = set(_read_later(run, loaded.plan))
+        matrices = [matrix for matrix in loaded.plan.grids if matrix.tensor not in later]
+        for matrix, weight_OI in _written_weights(run, loaded.plan, matrices):
+            matrix.put(loaded.module, weight_OI)
+
+    if _read_later(run, loaded.plan):
+        parts = Parts(at_once=run.experts_at_once, read=partial(_read_experts, run))
+        again_by_parts(job, loaded, parts, partial(_read_written_experts, run), put_written)
+        return
+    forward = served_forward(job, loaded)
+    advance(job.activations, "fp", loaded.index, loaded)
+    put_written()
+    with _rounding(run, loaded):
+        advance(job.activations, "quant", loaded.index, forward)
+
+
+def _written_weights(run: Run, block: BlockPlan, some: Collection[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+    """Quantized weights of a finished block, as they are served and in the dtype of the computation."""
     device, dtype = run.ranks.device, run.config.optimize.dtype
-    codes = read_block(RunFolder(run.output).block(block.index))
-    for matrix in block.grids:
+    codes = read_block(RunFolder(run.output).block(block.index), {block.full_name(matrix) for matrix in some})
+    for matrix in some:
         yield matrix, codes[block.full_name(matrix)].to(device).dequantized(run.result.dtype).to(dtype)
+
+
+def _read_experts(run: Run, block: BlockPlan, names: list[str]) -> dict[str, Tensor]:
+    """Tensors of routed experts, as the source has them."""
+    tensors = {name: run.skeleton.tensor(f"{block.name}.{name}") for name in names}
+    return {name: to_device(run.skeleton.source.read(tensor), run.ranks.device) for name, tensor in tensors.items()}
+
+
+def _read_written_experts(run: Run, block: BlockPlan, names: list[str]) -> dict[str, Tensor]:
+    """Tensors of routed experts, quantized ones as they are served."""
+    wanted = [matrix for matrix in block.grids if matrix.tensor in set(names)]
+    quantized = {matrix.tensor: weight_OI for matrix, weight_OI in _written_weights(run, block, wanted)}
+    return quantized | _read_experts(run, block, [name for name in names if name not in quantized])
 
 
 def _rounding(run: Run, loaded: LoadedBlock) -> AbstractContextManager:

@@ -26,6 +26,7 @@ class Format(ABC):
         rounded_by: the --target that rounds scales, before codes are made, to the format's dtype of scales; None if the
             format keeps float32 scales.
         holds_weights: whether all of the model's weights are in the format.
+        is_of_text: whether only what the text decoder computes with is in the format.
         activation_bits: bits of the activations that the format asks for.
     """
 
@@ -33,6 +34,7 @@ class Format(ABC):
     package: ClassVar[str | None] = None
     rounded_by: ClassVar[Literal["vllm", "gguf"] | None] = None
     holds_weights: ClassVar[bool] = True
+    is_of_text: ClassVar[bool] = False
     activation_bits: int = 16
 
     @property

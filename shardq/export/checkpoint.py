@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
 from shardq.formats.block_file import read_activations, read_block
-from shardq.formats.checkpoint import copy_companions, write_config, write_index
+from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import check_finite, write_tensors
 from shardq.logs import Display
@@ -110,10 +110,23 @@ class Checkpoint(Format):
             else:  # outside the blocks nothing is quantized
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
-        copy_companions(skeleton.folder, folder)
         dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
         write_config(skeleton.folder, folder, dtype, described)
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
+
+
+def check_order(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
+    """Check that the source stores the quantized linears' weights [O, I], for a format that programs read so.
+
+    Raises:
+        UnsupportedModelError: naming one that is stored [I, O].
+    """
+    for name in grids:
+        if skeleton.is_transposed(f"{name}.weight"):
+            raise UnsupportedModelError(
+                f"{format_name}: {name} is a Conv1D, stored [input, output channels], which programs do not read in "
+                "this format; export hf"
+            )
 
 
 def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -199,9 +212,10 @@ def linears_left(skeleton: Skeleton, quantized: Container[str]) -> set[str]:
         modules |= {f"{block_name}.{name}": module for name, module in block.named_modules()}
     left = {name for name, module in modules.items() if is_linear(module) and name not in quantized}
     others = {
-        skeleton.tensor(f"{name}.weight").name
+        piece.source
         for name, module in modules.items()
         if name in quantized or isinstance(module, nn.Embedding)
+        for piece in skeleton.layout.get(f"{name}.weight", ())
     }
     matrices = {
         name for name, tensor in skeleton.source.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2

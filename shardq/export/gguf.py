@@ -19,6 +19,7 @@ class Gguf(Format):
     name = "gguf"
     package = "gguf"
     rounded_by = "gguf"
+    is_of_text = True
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         from shardq.export.gguf_file import check_gguf  # its package is an extra

@@ -37,7 +37,7 @@ Quantized by shardq {manifest["shardq"]}, only the weights of the decoder's line
 
 ## What is quantized
 
-{_accounted(account)}
+{_accounted(account, chosen)}
 ## How it was made
 
 The options of `shardq quantize`, as a recipe for `--config`:
@@ -50,9 +50,12 @@ SHA-256 of the source's config.json: `{manifest["model"]["config"]}`; of samples
 """
 
 
-def _accounted(account: Account) -> str:
+def _accounted(account: Account, chosen: Format) -> str:
     share, *left = account.lines()
-    return "\n".join([f"{share[0].upper()}{share[1:]}", "", *(f"- {line}" for line in left), ""])
+    lines = [f"{share[0].upper()}{share[1:]}", "", *(f"- {line}" for line in left), ""]
+    if chosen.is_of_text and account.beside_text():
+        lines += [f"This format is of the text decoder alone, without {account.beside_text()}.", ""]
+    return "\n".join(lines)
 
 
 def _public(value: object) -> object:

@@ -13,9 +13,10 @@ from shardq.export.checkpoint import model_dtype
 from shardq.export.chosen import check_installed, formats_of, own_form, served_as
 from shardq.formats import compressed_tensors, gptq
 from shardq.formats.options import ExportOptions
-from shardq.matrix import Matrix
+from shardq.matrix import Matrix, is_linear
 from shardq.model.block import BlockPlan
 from shardq.model.choice import matrices_to_quantize
+from shardq.model.experts import routed_in
 from shardq.model.skeleton import Skeleton
 from shardq.quant.grid import Grid
 from shardq.rundir.plan import Plan
@@ -25,6 +26,8 @@ from shardq.rundir.plan import Plan
 VLLM_GROUP_SIZES = (None, 32, 64, 128)
 VLLM_MULTIPLE = {16: 32, 8: 16}
 VLLM_KV = ("k_proj", "v_proj")
+VLLM_EXPERTS = {"colwise": (128, 64), "rowwise": (64, 128)}
+"""Multiples of inputs and outputs that Marlin asks of experts; Triton takes others, but groups and 16 bits alone."""
 # Where the architecture declares nothing for a linear (Qwen3-VL, DeepSeek's attention): vLLM's models have these names.
 VLLM_WAYS = {
     **{f"*.{name}_proj": "colwise" for name in ("q", "k", "v", "gate", "up", "q_b", "kv_b")},
@@ -139,6 +142,7 @@ def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
         raise ConfigError(f"target: {fault.reason}; {advice}")
     for block in plan.blocks:
         _check_fused(block, skeleton.blocks[block.index])
+        _check_experts(block, skeleton.blocks[block.index])
 
 
 def _check_vllm_grid(config: QuantizeConfig, grid: Grid) -> None:
@@ -166,7 +170,7 @@ class _Fault:
 def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> _Fault | None:
     """A fault that keeps vLLM from splitting the quantized linears over `degree` GPUs, or None."""
     heads, kv_heads = _heads(skeleton, degree)
-    if degree > 1 and not _ways(skeleton):
+    if degree > 1 and not getattr(skeleton.model, "tp_plan", None):
         return _Fault(f"on {degree} GPUs: {type(skeleton.model).__name__} declares no way to split it")
     if heads % degree:
         return _Fault(f"on {degree} GPUs: {heads} attention heads do not divide")
@@ -178,9 +182,15 @@ def _shape_fault(skeleton: Skeleton, plan: Plan, multiple: int, degree: int) -> 
 
 
 def _ways(skeleton: Skeleton) -> dict[str, str]:
-    """Which side of a linear is split, by a pattern of its name; empty if the architecture declares nothing at all."""
+    """Which side of a linear is split, by a pattern of its name; of experts always, else only where any is declared."""
+    paths = dict.fromkeys(path for block in skeleton.blocks for path in routed_in(block))
+    experts = {
+        f"{skeleton.list_name}.*.{path}.*.{name}": f"expert {way}"
+        for path in paths
+        for name, way in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise"))
+    }
     declared = getattr(skeleton.model, "tp_plan", None)
-    return declared | VLLM_WAYS if declared else {}
+    return experts | (declared | VLLM_WAYS if declared else {})
 
 
 def _heads(skeleton: Skeleton, default: int) -> tuple[int, int]:
@@ -200,11 +210,14 @@ def _linear_fault(
     way = next((way for pattern, way in ways.items() if fnmatchcase(name, pattern)), "")
     over = min(degree, kv_heads) if name.endswith(VLLM_KV) else degree
     parts = {"input": over if "rowwise" in way else 1, "output": over if "colwise" in way else 1}
+    needed = dict.fromkeys(parts, multiple)
+    if way.startswith("expert") and grid.group_size is None and multiple == VLLM_MULTIPLE[16]:
+        needed = dict(zip(needed, VLLM_EXPERTS[way.partition(" ")[2]], strict=True))
     for kind, size in (("input", matrix.shape[1]), ("output", matrix.shape[0])):
         split = f", {size / parts[kind]:g} on each of {degree} GPUs" if degree > 1 else ""
         part = f"{name} has {size} {kind} channels{split}"
-        if size % (parts[kind] * multiple):
-            return _Fault(f"{part}; vLLM's kernels need a multiple of {multiple}", name)
+        if size % (parts[kind] * needed[kind]):
+            return _Fault(f"{part}; vLLM's kernels need a multiple of {needed[kind]}", name)
         if kind == "input" and not grid.divides(size // parts[kind]):
             return _Fault(f"{part}; these must be whole groups of {grid.group_size}", name)
     return None
@@ -262,6 +275,23 @@ def _fused_groups(block: nn.Module, parent: str) -> list[list[str]]:
 
 def _last_parts(names: list[str], before: str = "", between: str = ", ") -> str:
     return between.join(before + name.rpartition(".")[2] for name in names)
+
+
+def _check_experts(block: BlockPlan, module: nn.Module) -> None:
+    grids = {matrix.name: grid for matrix, grid in block.grids.items()}
+    for path, experts in routed_in(module).items():
+        names = [f"{path}.{name}" for name, linear in experts.named_modules() if is_linear(linear)]
+        left = [name for name in names if name not in grids]
+        if left and len(left) < len(names):
+            raise ConfigError(
+                f"quant.ignore: vLLM has one scheme for all experts of {block.name}.{path}, so all or none must be "
+                f"quantized; {left[0]} is not"
+            )
+        if not left and any(linear.bias is not None for linear in experts.modules() if is_linear(linear)):
+            raise ConfigError(
+                f"target: the experts of {block.name}.{path} have biases, which vLLM reads from no packed checkpoint; "
+                f"leave them as they are with --quant.ignore '{path}.*', or leave out target"
+            )
 
 
 def _check_fused(block: BlockPlan, module: nn.Module) -> None:

@@ -7,6 +7,7 @@ grids of the block's activations where there are any.
 """
 
 import json
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from shardq.errors import CheckpointError
-from shardq.formats.shards import read_header, read_metadata
-from shardq.formats.tensor_file import read_tensors, write_tensors
+from shardq.formats.shards import read_header, read_metadata, read_tensor
+from shardq.formats.tensor_file import write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -46,15 +47,22 @@ def write_block(
     write_tensors(path, tensors, {"shardq": json.dumps(content, sort_keys=True)})
 
 
-def read_block(path: Path) -> dict[str, QuantizedLinear]:
+def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:
     """Read what `write_block` wrote.
+
+    Args:
+        some: names of the linears to read (default: all).
 
     Raises:
         CheckpointError: the file is missing or truncated, or not a block file of this version.
     """
-    tensors = read_tensors(path)
+    header = read_header(path)
+    wanted = {name: info for name, info in header.items() if some is None or name.rpartition(".")[0] in some}
+    tensors = {name: read_tensor(info) for name, info in wanted.items()}
     linears = {}
     for name, (num_inputs, grid) in _described(path).items():
+        if some is not None and name not in some:
+            continue
         _check_shapes(path, name, tensors, num_inputs, grid)
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = torch.zeros_like(scale_OG)

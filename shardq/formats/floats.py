@@ -87,16 +87,17 @@ def block_scaled(
     dtype = "F16" if scale.dtype == "F16" else "BF16"
 
     def decode(read: Callable[[TensorInfo, Rows], Tensor], rows: Rows) -> Tensor:
-        scales = scale_values(read(scale, None)).view(grid)
+        # Of experts, those of the rows: nothing is read of the others.
+        scales = scale_values(read(scale, rows if len(shape) > 2 else None)).view(-1, *grid[-2:])
         if divisor is not None:
             scales = scales / read(divisor, None).float().reshape(())
         held, numbers = read(codes, rows), torch.arange(shape[-2])
         if len(shape) == 2:
             numbers = numbers if rows is None else torch.tensor(rows, dtype=torch.int64)
-            return scaled(held, scales, block, numbers, DTYPES[dtype])
+            return scaled(held, scales[0], block, numbers, DTYPES[dtype])
         values = torch.empty(len(held), *shape[1:], dtype=DTYPES[dtype])
-        for place, expert in enumerate(range(shape[0]) if rows is None else rows):
-            values[place] = scaled(held[place], scales[expert], block, numbers, DTYPES[dtype])
+        for place, (codes_RW, scale_GH) in enumerate(zip(held, scales, strict=True)):
+            values[place] = scaled(codes_RW, scale_GH, block, numbers, DTYPES[dtype])
         return values
 
     stored = (codes, scale, *(() if divisor is None else (divisor,)), *more)
@@ -113,7 +114,7 @@ def _grid(
     for block in (*asked, (num_rows, num_columns), (1, num_columns), (num_rows, 1)):
         grid = (*lead, -(-num_rows // block[0]), -(-num_columns // block[1]))
         # Formats leave out last dimensions of one, and store a single scale in any shape.
-        forms = [grid[:length] for length in range(len(grid) + 1) if prod(grid[length:]) == 1]
-        if scale in forms or prod(scale) == prod(grid) == 1:
+        forms = [grid[:length] for length in range(len(lead), len(grid) + 1) if prod(grid[length:]) == 1]
+        if scale in forms or (not lead and prod(scale) == prod(grid) == 1):
             return grid, block
     return None

@@ -3,14 +3,17 @@
 import fnmatch
 import re
 
+from torch import nn
+
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.matrix import Matrix, matrices_in
+from shardq.model.experts import routed_in
 from shardq.model.skeleton import Skeleton
 from shardq.quant.options import DEFAULT_IGNORE
 
 
 def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[list[Matrix]]:
-    """The matrices of each block that are to be quantized; those of weights that blocks share are not.
+    """The matrices of each block that are to be quantized; not those that blocks share, nor those that weigh experts.
 
     Args:
         ignore: full names, names within a block, or last parts of a name; shell patterns (`*.down_proj`) or, after
@@ -27,8 +30,8 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
         matrices = matrices_in(block)
         matches = {matrix: patterns_of(f"{block_name}.{matrix.name}", matrix.name, ignore) for matrix in matrices}
         used.update(*matches.values())
-        unshared = [matrix for matrix in matrices if len(_users(skeleton, block_name, matrix)) == 1]
-        chosen.append([matrix for matrix in unshared if not matches[matrix]])
+        own = [matrix for matrix in matrices if len(_users(skeleton, block_name, matrix)) == 1]
+        chosen.append([matrix for matrix in own if not matches[matrix] and not weighs_experts(block, matrix.name)])
     unused = [pattern for pattern in ignore if pattern not in used and pattern not in DEFAULT_IGNORE]
     if unused:
         raise ConfigError(f"quant.ignore: {unused[0]!r} matches no linear of the blocks; give a name such as "
@@ -37,6 +40,17 @@ def matrices_to_quantize(skeleton: Skeleton, ignore: tuple[str, ...]) -> list[li
         raise UnsupportedModelError(f"{type(skeleton.model).__name__}: no linear would be quantized: "
                                     f"{_why_none(skeleton, ignore)}")  # fmt: skip
     return chosen
+
+
+def weighs_experts(block: nn.Module, name: str) -> bool:
+    """Whether a linear chooses among a block's experts or weighs them: small, and a change of choice changes a lot.
+
+    Most routers are no linears. The others are told by their names, a shared expert's gate by its only output.
+    """
+    if not routed_in(block):
+        return False
+    words = name.split(".")
+    return any(word == "gate" or "router" in word for word in words) or block.get_submodule(name).out_features == 1
 
 
 def shared_linears(skeleton: Skeleton) -> list[str]:

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.formats.source import SourceTensor, WeightSource
-from shardq.model.layout import Layout, Part, Piece, cut, moved, part_of, whole
+from shardq.formats.source import WeightSource
+from shardq.model.layout import Layout, Part, Piece, check_shape, cut, moved, part_of, whole
 from shardq.model.own_code import own_code
 from shardq.model.transformers_internals import (
     WeightConverter,
@@ -29,6 +29,9 @@ from shardq.model.transformers_internals import (
 
 def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
     """The layout of a model on the meta device, as transformers would load it from a checkpoint.
+
+    Tensors that the model does not have are in it under the names that they would have there, so that `with_views`
+    finds experts that are stored apart where no rule of transformers joins them.
 
     Raises:
         CheckpointError: the tensors that a rule joins are not all there, or do not fit the model.
@@ -46,7 +49,7 @@ def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
             renamed, pattern = name, None
         if renamed in expected and pattern is not None:
             converted[renamed][pattern].append(name)
-        elif renamed in expected:
+        elif pattern is None:
             all_of = whole(source.tensors[name].shape)
             layout[renamed] = (Piece(name, all_of, all_of),)
     for renamed, names in converted.items():
@@ -55,17 +58,9 @@ def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
     # A head that is stored in addition to the embedding is a separate matrix, even if the config says it is tied.
     tied = {name: other for name, other in model.all_tied_weights_keys.items() if name not in layout}
     layout |= {name: layout[other] for name, other in tied.items() if other in layout}
-    for name, pieces in layout.items():
-        _check_shape(source.tensors[pieces[0].source], pieces, tuple(expected[name].shape))
+    for name in layout.keys() & expected.keys():
+        check_shape(source.tensors, layout[name], tuple(expected[name].shape))
     return layout
-
-
-def _check_shape(stored: SourceTensor, pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
-    if pieces == (Piece(stored.name, whole(stored.shape), whole(stored.shape)),) and stored.shape != shape:
-        raise CheckpointError(
-            f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, config.json asks for {list(shape)}; "
-            "config.json and weights belong to different models"
-        )
 
 
 def _converted(

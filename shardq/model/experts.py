@@ -4,7 +4,8 @@ The layout is read from the flags that transformers' decorator `use_experts_impl
 hooks, quantizers and exports see linears, whatever the family. The router stays as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,20 +73,44 @@ def routed_in(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in block.named_modules() if is_routed(module)}
 
 
-def routed(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+@contextmanager
+def answered(module: nn.Module, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """In the body, a function of hidden states, experts' numbers and weights computes in a module of experts' place."""
+    former = vars(module).get("forward")  # of an outer body
+    module.forward = answer
+    try:
+        yield
+    finally:
+        if former is None:
+            del module.forward
+        else:
+            module.forward = former
+
+
+def routed(
+    module: nn.Module,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    some: Collection[int] | None = None,
+    onto_TD: Tensor | None = None,
+) -> Tensor:
     """Sum of the outputs [T, D] of the experts that a router chose for each token, times their weights.
 
     Args:
         index_TK: numbers of the experts; the number of experts itself stands for none.
+        some: the experts that compute; the others add nothing (default: all).
+        onto_TD: sum of the experts before these, which is changed in place (default: zeros).
     """
-    output_TD = torch.zeros_like(hidden_TD)
+    output_TD = torch.zeros_like(hidden_TD) if onto_TD is None else onto_TD
     order_S, counts = index_TK.flatten().argsort(stable=True), counts_of(index_TK, module.num_experts)
     token_S, weight_S = order_S // index_TK.shape[-1], weight_TK.flatten()[order_S]
     num_kept = sum(counts)
     pieces = zip(token_S[:num_kept].split(counts), weight_S[:num_kept].split(counts), strict=True)
     for number, (token_S, weight_S) in enumerate(pieces):
-        if len(token_S) or hidden_TD.is_meta:
-            expert_SD = run_expert(module, number, hidden_TD.index_select(0, token_S)) * weight_S[:, None]
+        if (len(token_S) or hidden_TD.is_meta) and (some is None or number in some):
+            expert = module.get_submodule(str(number))
+            expert_SD = run_expert(module, expert, hidden_TD.index_select(0, token_S)) * weight_S[:, None]
             # A token chooses an expert once, so no two rows are added to the same one, in an order that varies.
             output_TD.index_add_(0, token_S, expert_SD.to(output_TD.dtype))
     return output_TD
@@ -98,9 +123,8 @@ def counts_of(index_TK: Tensor, num_experts: int) -> list[int]:
     return index_TK.flatten().bincount(minlength=num_experts)[:num_experts].tolist()
 
 
-def run_expert(module: nn.Module, number: int, hidden_SD: Tensor) -> Tensor:
-    """Output [S, D] of one expert, before the router's weight."""
-    expert = module.get_submodule(str(number))
+def run_expert(module: nn.Module, expert: nn.Module, hidden_SD: Tensor) -> Tensor:
+    """Output [S, D] of one of a module's experts, or of one like them, before the router's weight."""
     if module.has_gate:
         parts = expert.gate_proj(hidden_SD), expert.up_proj(hidden_SD)
         inner_SI = gated(module, torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2))

@@ -6,11 +6,12 @@ A tensor of the model may be one of the source, a part of one, such as an expert
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
 
-from shardq.errors import UnsupportedModelError
+from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.ranges import range_of
 from shardq.formats.source import Read, Rows, SourceTensor, values_of
 from shardq.model.experts import FusedView
@@ -73,6 +74,20 @@ def is_whole(piece: Piece, stored: SourceTensor) -> bool:
     return piece.in_source == piece.in_model == whole(stored.shape)
 
 
+def check_shape(tensors: Mapping[str, SourceTensor], pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
+    """Check that a checkpoint's tensor that is one of a model has the shape that the model asks for.
+
+    Raises:
+        CheckpointError: it has another one.
+    """
+    stored = tensors[pieces[0].source]
+    if len(pieces) == 1 and is_whole(pieces[0], stored) and stored.shape != shape:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, config.json asks for {list(shape)}; "
+            "config.json and weights belong to different models"
+        )
+
+
 def cut(part: Part, pieces: Mapping[Part, Piece]) -> tuple[Piece, ...]:
     """The pieces that a part of a tensor is made of; none where it crosses the tensor's.
 
@@ -102,7 +117,7 @@ def with_views(layout: Layout, views: Mapping[str, FusedView]) -> Layout:
     """The layout of a model in which some tensors have been replaced by views of them.
 
     Args:
-        views: by name of the new tensor.
+        views: by name of the new tensor; one that is stored under that name is that.
 
     Raises:
         UnsupportedModelError: a view crosses the pieces of the tensor that it is of.
@@ -119,18 +134,25 @@ def with_views(layout: Layout, views: Mapping[str, FusedView]) -> Layout:
 
 
 def tensor_in(
-    tensors: Mapping[str, SourceTensor], name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]
+    tensors: Mapping[str, SourceTensor],
+    name: str,
+    shape: tuple[int, ...],
+    pieces: tuple[Piece, ...],
+    view: FusedView | None = None,
 ) -> SourceTensor:
     """A model's tensor as one of a checkpoint's, or as made of parts of some, of which no more is read.
 
     Args:
         tensors: of the checkpoint, by name.
-        name: a name for it if it is made of parts.
-        shape: of the model's tensor.
+        name, shape: of the model's tensor.
+        view: its place in the tensor that it is part of as transformers builds the model; its name is then one beside
+            that.
 
     Raises:
+        CheckpointError: as `check_shape`.
         UnsupportedModelError: the parts are of several dtypes.
     """
+    check_shape(tensors, pieces, shape)
     if len(pieces) == 1 and is_whole(pieces[0], tensors[pieces[0].source]):
         return tensors[pieces[0].source]
     ranges = [range_of(tensors[piece.source], piece.in_source.offset, piece.in_source.end) for piece in pieces]
@@ -149,7 +171,18 @@ def tensor_in(
         return values if rows is None else values[rows]
 
     stored = {info.name: info for tensor in ranges for info in tensor.stored}
+    name = _beside(name, view.fused, pieces[0].source) if view else name
     return SourceTensor(name, ranges[0].dtype, shape, tuple(stored.values()), decode)
+
+
+def _beside(name: str, fused: str, stored: str) -> str:
+    """The name of a part beside that of the tensor in which it is stored, where only their beginnings differ.
+
+    `a.experts.0.up_proj` of `a.experts.gate_up_proj`, stored as `b.experts.gate_up_proj`, is `b.experts.0.up_proj`.
+    """
+    num_same = len(commonprefix([fused[::-1], stored[::-1]]))
+    start = fused[: len(fused) - num_same]
+    return stored[: len(stored) - num_same] + name.removeprefix(start) if name.startswith(start) else name
 
 
 def put_together(shape: tuple[int, ...], parts: Iterable[tuple[Part, Tensor]]) -> Tensor:

@@ -6,7 +6,7 @@ a thread of its own; the caller computes the blocks, one at a time.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shardq.model.arguments import Call
 from shardq.model.attention import torchs_own
 from shardq.model.ends import multiplying_in, prologue
+from shardq.model.experts import answered, routed_in
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton, skeleton_of
 
@@ -98,5 +99,10 @@ def computed(block: nn.Module, like: nn.Module, call: Call, dtype: torch.dtype) 
     """
     tensors = {**dict(like.named_parameters()), **dict(like.named_buffers())}
     what = "transformers' own code fails in it"
-    with torchs_own(), multiplying_in(dtype, call.hidden.device), own_code(type(block).__name__, what):
+    with ExitStack() as stack:
+        for name, experts in routed_in(like).items():
+            if "forward" in vars(experts):  # another function computes in the loaded block's experts' place
+                stack.enter_context(answered(block.get_submodule(name), experts.forward))
+        for context in (torchs_own(), multiplying_in(dtype, call.hidden.device), own_code(type(block).__name__, what)):
+            stack.enter_context(context)
         return torch.func.functional_call(block, tensors, (call.hidden, *call.args), call.kwargs)

@@ -56,6 +56,9 @@ class OptimizeOptions:
     weight_lr: float | None = None
     """Learning rate of the weight's parameters, s2 and s3 (presets at 4 bits and more: 4e-3, light 6e-3, best 3e-3;
     at 3 bits 2 times, at 2 bits 2.5 times that; aimet 5e-4 at any)."""
+    experts: Literal["auto", "joint", "parts"] = "auto"
+    """Training of routed experts: `joint`, with the rest of their block; or by `parts`, first the rest, then each
+    expert by itself on its own tokens, in the memory of a few experts. `auto`: joint where that fits the memory."""
     min_expert_tokens: int = 128
     """Calibration tokens that a routed expert must get to be trained; with fewer it keeps the start, whose search uses
     tokens of all experts instead of the few."""

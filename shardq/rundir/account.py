@@ -10,13 +10,16 @@ from torch import nn
 
 from shardq.formats.source import SourceTensor
 from shardq.matrix import is_linear
-from shardq.model.choice import patterns_of
+from shardq.model.choice import patterns_of, weighs_experts
+from shardq.model.layout import Piece
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.rundir.room import readable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FURTHER_TOKENS = re.compile(r"(^|[._])(mtp|nextn)|multi_token")  # in names of layers that predict further tokens
+ROUTERS = re.compile(r"router|gat(e|ing)$")  # in names of classes, in small letters
+OUTSIDE = "outside the text decoder"
 KINDS = {
     "embedding": "looked up, not multiplied",
     "head": "the model's output",
@@ -49,6 +52,11 @@ class Left:
     num_parameters: int
     num_bytes: int
 
+    @property
+    def is_of_text(self) -> bool:
+        """Whether the text decoder computes with them."""
+        return self.reason not in (OUTSIDE, KINDS["further tokens"], KINDS["unused"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
@@ -77,6 +85,11 @@ class Account:
                 f"{readable(left.num_bytes)} ({left.reason})"
             )
 
+    def beside_text(self) -> str:
+        """In words, what a format of the text decoder alone lacks; empty if that is nothing."""
+        kinds = [f"{left.kind} ({len(left.names)} tensor(s))" for left in self.left if not left.is_of_text]
+        return ", ".join(kinds)
+
     def facts(self) -> dict:
         """The account as a verb's summary has it, without the tensors' names."""
         return {
@@ -101,21 +114,21 @@ def account_of(skeleton: Skeleton, quantized: Collection[str], ignored: tuple[st
         ignored: the patterns of linears that were to be left.
     """
     owned = _owned(skeleton)
-    names_of: dict[str, list[str]] = defaultdict(list)
+    pieces_of: dict[str, dict[str, Piece]] = defaultdict(dict)
     for name in owned:
-        for info in skeleton.tensor(name).stored:
-            names_of[info.name].append(name)
+        for piece in skeleton.layout[name]:
+            pieces_of[piece.source][name] = piece
     kinds = _Kinds(skeleton, owned, ignored)
     num_quantized, left = 0, defaultdict(list)
     for tensor in skeleton.source.tensors.values():
-        names = dict.fromkeys(name for info in tensor.stored for name in names_of[info.name])
-        taken = [name for name in names if name.removesuffix(".weight") in quantized]
         # A tensor that the model takes in parts, such as one of fused experts, may be quantized in some of them.
-        num_taken = min(sum(prod(skeleton.tensor(name).shape) for name in taken), prod(tensor.shape))
+        pieces, size = pieces_of[tensor.name], prod(tensor.shape)
+        taken = [name for name in pieces if name.removesuffix(".weight") in quantized]
+        num_taken = sum(pieces[name].num_values for name in taken)
         num_quantized += num_taken
-        if num_taken < prod(tensor.shape) or not taken:
-            others = [name for name in names if name not in taken]
-            left[kinds.of(tensor, others)].append((tensor, prod(tensor.shape) - num_taken))
+        if num_taken < size or not taken:
+            others = [name for name in pieces if name not in taken]
+            left[kinds.of(tensor, others)].append((tensor, size - num_taken))
     parts = [_left(kind, reason, tensors) for (kind, reason), tensors in left.items()]
     return Account(num_quantized=num_quantized, left=tuple(sorted(parts, key=lambda part: -part.num_bytes)))
 
@@ -145,7 +158,7 @@ class _Kinds:
 
     def __init__(self, skeleton: Skeleton, owned: Mapping[str, nn.Module], ignored: tuple[str, ...]):
         self._owned, self._ignored, self._users = owned, ignored, skeleton.users
-        self._list_name, self._num_blocks = skeleton.list_name, len(skeleton.blocks)
+        self._list_name, self._blocks = skeleton.list_name, skeleton.blocks
         with own_code(type(skeleton.model).__name__, "it does not tell its text decoder"):
             decoder, self._head = skeleton.model.get_decoder(), skeleton.model.get_output_embeddings()
         paths = {id(module): name for name, module in skeleton.model.named_modules()}
@@ -165,7 +178,7 @@ class _Kinds:
         path, _, parameter = name.rpartition(".")
         outside = self._part_outside(path)
         if module is not self._head and outside:
-            return outside, "outside the text decoder"
+            return outside, OUTSIDE
         if is_linear(module) and parameter == "weight" and module is not self._head:
             return self._of_linear(path, is_shared)
         kind = self._kind(module, parameter)
@@ -183,14 +196,16 @@ class _Kinds:
             return "bias"
         if "norm" in words:
             return "norm"
-        return "router" if "router" in words or "gate" in words else "state"
+        return "router" if ROUTERS.search(words) and getattr(module, parameter).dim() > 1 else "state"
 
     def _of_linear(self, path: str, is_shared: bool) -> tuple[str, str]:
-        inner = path.removeprefix(f"{self._list_name}.").partition(".")[2]
+        number, _, inner = path.removeprefix(f"{self._list_name}.").partition(".")
         if not path.startswith(f"{self._list_name}."):
             return "linear outside the blocks", KINDS["linear outside the blocks"]
         if patterns := sorted(patterns_of(path, inner, self._ignored)):
             return "linear", f"quant.ignore {patterns[0]!r}"
+        if weighs_experts(self._blocks[int(number)], inner):
+            return "router", KINDS["router"]
         return "linear", "several blocks share it" if is_shared else "left by the rules of the target"
 
     def _part_outside(self, path: str) -> str:
@@ -201,7 +216,7 @@ class _Kinds:
 
     def _predicts_further(self, name: str) -> bool:
         number = name.removeprefix(f"{self._list_name}.").partition(".")[0]
-        is_behind = name.startswith(f"{self._list_name}.") and number.isdigit() and int(number) >= self._num_blocks
+        is_behind = name.startswith(f"{self._list_name}.") and number.isdigit() and int(number) >= len(self._blocks)
         return is_behind or FURTHER_TOKENS.search(name) is not None
 
 

@@ -1,8 +1,10 @@
 """The memory that training a block takes, and the micro-batch that fits it."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from shardq.devices import spare_bytes
 from shardq.errors import ConfigError
 from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, run_block
+from shardq.model.experts import answered, routed_in
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.loss import LOGITS_TOKENS
@@ -22,11 +25,13 @@ from shardq.parallel.ranks import Ranks
 from shardq.rundir.plan import Plan
 from shardq.torch_internals import storage_key
 from shardq.training.objective import LIKELY_TOKENS
+from shardq.training.streamed import of_experts
 
 # Memory for each weight in training: the frozen weight in the source's dtype, s2 and the optimizer's moments in
 # float32; the fake-quantized weight in the matrix multiplies' dtype, whose memory its gradient takes; later, in that
 # memory's place, the gradient of s2 in float32.
 MOMENTS = {"adam": 2, "rms": 1}  # in float32 numbers a weight
+CHOSEN_EXPERTS = 8  # of a token, for the estimate of an expert's tokens; no model of 2026 chooses many more
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,34 @@ class LargestBlock:
     head_bytes: int = 0
 
 
-def largest_block(skeleton: Skeleton, plan: Plan, sequence_length: int, options: OptimizeOptions) -> LargestBlock:
+def largest_block(
+    skeleton: Skeleton, plan: Plan, sequence_length: int, options: OptimizeOptions, by_parts: bool = False
+) -> LargestBlock:
     """The first block with the most weights to train; it counts as the last block, for which the head may be loaded.
 
     Args:
         plan: with the blocks' arguments.
         options: resolved but for the micro-batch.
+        by_parts: blocks have no routed experts.
     """
-    largest = max(plan.blocks, key=lambda block: block.num_weights)
-    hidden_shape = (1, sequence_length, largest.arguments.width)
-    sample = saved_bytes(skeleton.blocks[largest.index], largest.arguments, hidden_shape)
+    blocks = plan.blocks
+    if by_parts:
+        blocks = [_without_experts(block, skeleton.blocks[block.index]) for block in blocks]
+    largest = max(blocks, key=lambda block: block.num_weights)
+    block, hidden_shape = skeleton.blocks[largest.index], (1, sequence_length, largest.arguments.width)
+    with ExitStack() as stack:
+        for experts in routed_in(block).values() if by_parts else ():
+            stack.enter_context(answered(experts, lambda hidden_TD, *others: torch.zeros_like(hidden_TD)))
+        sample = saved_bytes(block, largest.arguments, hidden_shape)
     head = head_bytes(skeleton, options.dtype) if options.last_block == "predictions" else 0
-    return LargestBlock(largest.name, block_size(skeleton, largest), sample, head)
+    return LargestBlock(
+        largest.name, block_size(skeleton, largest, of_experts(block) if by_parts else ()), sample, head
+    )
+
+
+def _without_experts(plan: BlockPlan, block: nn.Module) -> BlockPlan:
+    experts = set(of_experts(block))
+    return replace(plan, grids={matrix: grid for matrix, grid in plan.grids.items() if matrix.tensor not in experts})
 
 
 def choose_micro_batch(block: LargestBlock, options: OptimizeOptions, engine: Engine, limit: int) -> int:
@@ -77,6 +98,23 @@ def choose_micro_batch(block: LargestBlock, options: OptimizeOptions, engine: En
             "raise it or lower calib.sequence_length"
         )
     return max(fitting, default=1)
+
+
+def choose_experts(
+    block: LargestBlock, options: OptimizeOptions, engines: list[Engine], limit: int
+) -> tuple[Literal["joint", "parts"], str]:
+    """Whether routed experts are trained with the rest of their blocks or by parts; and why, in words.
+
+    Args:
+        block: with its routed experts.
+        limit: bytes that a rank may use.
+    """
+    if options.experts != "auto":
+        return options.experts, "as asked"
+    engine, _ = choose_engine(block, options, engines, limit)
+    needed = min(_needed_bytes(block, options, engine).values())
+    why = f"{block.name} takes {needed / 2**30:.2f} GiB a rank with all its experts, of {limit / 2**30:.2f} GiB"
+    return ("joint" if needed <= limit else "parts"), why
 
 
 def choose_engine(
@@ -124,9 +162,35 @@ def reads_ahead(block: LargestBlock, options: OptimizeOptions, engine: Engine, l
     return needed + block.size.source <= limit
 
 
-def block_size(skeleton: Skeleton, block: BlockPlan) -> BlockSize:
-    """Size of one of the model's blocks."""
-    source = sum(info.num_bytes for info in skeleton.block_tensors(block.index).values())
+def experts_at_once(skeleton: Skeleton, plan: Plan, num_tokens: int, options: OptimizeOptions, limit: int) -> int:
+    """Experts of a block that fit the memory at the same time, with their tokens, where they are trained by parts.
+
+    Args:
+        num_tokens: calibration tokens of a rank.
+        limit: bytes that a rank may use.
+    """
+    fitting = []
+    for block in plan.blocks:
+        for experts in routed_in(skeleton.blocks[block.index]).values():
+            expert = experts.get_submodule("0")
+            num_weights = sum(parameter.numel() for parameter in expert.parameters())
+            # Each token chooses a few experts; that their number is that of the shares of a token is an upper bound
+            # for evenly used experts. Input and target in float32.
+            tokens = num_tokens * CHOSEN_EXPERTS // experts.num_experts * expert.down_proj.out_features * 8
+            # In training: the source, s2, moments, the fake-quantized weight and its gradient, of one expert.
+            trained = (4 + 4 + 4 * MOMENTS[options.optimizer] + 4 + 4 + 4) * num_weights
+            fitting.append((limit - trained) // (tokens + 8 * num_weights))
+    return max(1, min(fitting, default=1))
+
+
+def block_size(skeleton: Skeleton, block: BlockPlan, but: Collection[str] = ()) -> BlockSize:
+    """Size of one of the model's blocks.
+
+    Args:
+        but: names within the block of tensors that do not count.
+    """
+    tensors = skeleton.block_tensors(block.index)
+    source = sum(info.num_bytes for name, info in tensors.items() if name not in set(but))
     return BlockSize(source, block.num_weights, max((matrix.num_weights for matrix in block.grids), default=0))
 
 

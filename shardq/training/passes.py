@@ -13,12 +13,10 @@ from shardq.cache.store import STREAMS, ActivationStore, Stream
 from shardq.calib.partition import chunks
 from shardq.devices import mark_ready, pass_tokens, storage_threads, to_device, to_host
 from shardq.liveness.stall import Pace
-from shardq.matrix import Matrix
 from shardq.model.arguments import Call, Entering, Own, hidden_of
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.ends import prologue
 from shardq.model.skeleton import Skeleton
-from shardq.model.weights import stream_blocks
 from shardq.optimize.loss import ErrorSums
 
 Forward = Callable[[Tensor | Entering], Tensor | Entering]
@@ -160,32 +158,21 @@ def replay(
     activations: Activations,
     tokens_NT: Tensor,
     skeleton: Skeleton,
-    blocks: Sequence[BlockPlan],
-    dtype: torch.dtype,
-    served: Callable[[LoadedBlock], Forward],
-    written: Callable[[BlockPlan], Iterable[tuple[Matrix, Tensor]]],
-    rounding: Callable[[LoadedBlock], AbstractContextManager],
+    blocks: Iterable[LoadedBlock],
+    through: Callable[[LoadedBlock], None],
 ) -> None:
     """Compute the input of the block after `blocks`: the embeddings, then both streams through these blocks.
 
     Args:
         blocks: all blocks before it.
-        dtype: dtype of their matrix multiplies.
-        served: gives the function that computes a block after the quantized weights have been put into it.
-        written: gives the quantized weights on the device, in the dtype of the computation.
-        rounding: rounds a block's activations in its body if the quantized stream uses rounded activations.
+        through: takes both streams through a block.
     """
     with prologue(skeleton, activations.device) as embed:
         embed_samples(activations, tokens_NT, skeleton, embed)
-    for loaded in stream_blocks(skeleton, blocks, activations.device, dtype):
-        served_forward = served(loaded)
-        advance(activations, "fp", loaded.index, loaded)
-        for matrix, weight_OI in written(loaded.plan):
-            matrix.put(loaded.module, weight_OI)
-        with rounding(loaded):
-            advance(activations, "quant", loaded.index, served_forward)
+    for loaded in blocks:
+        through(loaded)
         activations.drop(loaded.index)
-        del loaded, served_forward  # frees the block's source before the block after the next is read
+        del loaded  # frees the block's source before the block after the next is read
 
 
 @torch.no_grad()

@@ -81,10 +81,11 @@ def power_of_all_tokens(
     power: dict[str, Tensor] = {}
     for expert in experts:
         name, _, number = expert.rpartition(".")
+        module = loaded.module.get_submodule(name)
         own = [matrix for matrix in searched if expert_of(matrix) == expert]
         with channel_power(loaded.module, own) as sums, multiplying_in(loaded.dtype, routing.tokens[name].device):
             for hidden_SD in routing.sampled[name] if own else ():
-                run_expert(loaded.module.get_submodule(name), int(number), hidden_SD)
+                run_expert(module, module.get_submodule(number), hidden_SD)
         power |= sums
     return power
 

@@ -48,7 +48,7 @@ def self_check(
     if num_tokens == 0 or ranks.rank != 0:
         yield lambda loaded, unrounded=None: None
         return
-    samples = list(dict.fromkeys((activations.samples[0], activations.samples[-1])))
+    samples = checked_samples(activations)
     whole = tokens_NT.shape[1]
     with ExitStack() as stack:
         under_way: list[_Checked] = []
@@ -72,6 +72,11 @@ def self_check(
                 check(loaded, unrounded)
 
         yield check
+
+
+def checked_samples(activations: Activations) -> list[int]:
+    """The samples of this rank that are checked: the first and the last."""
+    return list(dict.fromkeys((activations.samples[0], activations.samples[-1])))
 
 
 def say_if_unchecked(checks: bool, display: Display) -> None:

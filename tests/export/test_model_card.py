@@ -3,16 +3,20 @@
 import pytest
 import yaml
 
+from shardq.export.base import Format
+from shardq.export.gguf import Gguf
 from shardq.export.hf import Hf
 from shardq.export.model_card import model_card
 from shardq.quant.integer_grid import IntegerGrid
-from shardq.rundir.account import Account, Left
+from shardq.rundir.account import KINDS, Account, Left
 
 NORMS = Left(kind="norm", reason="vectors", names=("a", "b"), num_parameters=1000, num_bytes=2000)
-ACCOUNT = Account(num_quantized=9000, left=(NORMS,))
+MTP = Left(kind="further tokens", reason=KINDS["further tokens"], names=("c",), num_parameters=0, num_bytes=0)
+ACCOUNT = Account(num_quantized=9000, left=(NORMS, MTP))
+HF = Hf("float32")
 
 
-def card_of(dataset: str) -> str:
+def card_of(dataset: str, chosen: Format = HF) -> str:
     manifest = {
         "shardq": "0.1.0",
         "options": {"calib": {"dataset": dataset, "samples": 4}, "seed": 0, "cache": None},
@@ -20,7 +24,7 @@ def card_of(dataset: str) -> str:
         "calibration_tokens": "70",
     }
     return model_card(
-        manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, Hf("float32"), "AutoModelForCausalLM", 0.0, ACCOUNT
+        manifest, {"model.layers.0.mlp": IntegerGrid(bits=4)}, chosen, "AutoModelForCausalLM", 0.0, ACCOUNT
     )
 
 
@@ -46,5 +50,7 @@ def test_the_share_that_is_quantized_and_the_rest_are_listed():
     section = card_of("c4").split("## What is quantized\n\n")[1].split("\n\n## ")[0]
     assert section == (
         "Quantized: 90.0% of 10.0 k parameters; left as they are:\n\n"
-        "- norm: 1.0 k parameters in 2 tensor(s), 2.0 kB (vectors)"
+        "- norm: 1.0 k parameters in 2 tensor(s), 2.0 kB (vectors)\n"
+        f"- further tokens: 0 parameters in 1 tensor(s), 0.0 kB ({MTP.reason})"
     )
+    assert "of the text decoder alone, without further tokens (1 tensor(s))." in card_of("c4", Gguf())

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, OPTConfig, Qwen3_5TextConfig, Qwen3VLConfig
+from transformers import DeepseekV3Config, GPT2Config, OPTConfig, Qwen3_5TextConfig, Qwen3MoeConfig, Qwen3VLConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.target import as_served, check_served, with_narrow_left
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir.plan import make_plan
+from tests.families.tiny_config import tiny_config
 
 
 def check(
@@ -125,6 +126,14 @@ def test_sizes_that_gptq_cannot_hold_are_refused_before_the_run(tmp_path: Path):
     check(folder, target=None, formats="gptq", ignore="*.mlp.*")
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_weights_that_are_stored_transposed_are_refused_where_programs_would_not_read_them(tmp_path: Path, name: str):
+    folder = tiny.save_model(tmp_path, GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError, match=f"^{name}: transformer.h.0.attn.c_attn is a Conv1D"):
+        check(folder, target=None, formats=name)
+    check(folder, target=None, formats="hf")
+
+
 @pytest.mark.parametrize(
     "ignored, left", [("*.k_proj", r"self_attn\.k_proj"), ("model.layers.1.mlp.up_proj", r"layers\.1\.mlp.*up_proj")]
 )
@@ -133,6 +142,40 @@ def test_linears_that_vllm_fuses_are_quantized_together_or_not_at_all(llama: Pat
         check(llama, ignore=ignored)
     check(llama, ignore=f"{ignored},*.q_proj,*.k_proj,*.v_proj,*.gate_proj,*.up_proj")
     check(llama, ignore=ignored, target=None)
+
+
+def save_mixture(folder: Path, hidden: int = 128, inner: int = 384) -> Path:
+    config = Qwen3MoeConfig(
+        vocab_size=300, hidden_size=hidden, moe_intermediate_size=inner, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, num_experts=2, num_experts_per_tok=1, max_position_embeddings=128,
+    )  # fmt: skip
+    return tiny.save_model(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "quant", "reason"),
+    [
+        ({}, 4, {"group_size": 128},
+         r"0\.down_proj has 384 input channels, 96 on each of 4 GPUs; .* groups of 128; on 1"),
+        ({}, 8, {"group_size": None}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
+        ({"hidden": 64}, 1, {"group_size": None}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
+        ({}, 1, {"ignore": "*.experts.1.down_proj"}, r"one scheme for all experts of model\.layers\.0\.mlp\.experts, .*"
+         r"mlp\.experts\.1\.down_proj is not"),
+    ],
+)  # fmt: skip
+def test_experts_that_vllm_cannot_serve_are_refused(tmp_path: Path, sizes: dict, gpus: int, quant: dict, reason: str):
+    folder = save_mixture(tmp_path, **sizes)
+    with pytest.raises(ConfigError, match=reason):
+        check(folder, gpus=gpus, **quant)
+    check(folder, group_size=32)
+    check(folder, ignore="*.experts.*")
+
+
+def test_experts_with_biases_are_refused(tmp_path: Path):
+    folder = tiny.save_model(tmp_path, tiny_config("gpt_oss"))
+    with pytest.raises(ConfigError, match=r"mlp\.experts have biases, .* --quant.ignore 'mlp\.experts\.\*'"):
+        check(folder, group_size=32)
+    check(folder, group_size=32, ignore="mlp.experts.*")
 
 
 def save_mla(folder: Path, rope_channels: int) -> Path:

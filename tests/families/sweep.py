@@ -2,10 +2,12 @@
 
 import copy
 import math
+import multiprocessing
 import re
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,14 +30,18 @@ import tiny
 from shardq.cli import parse
 from shardq.commands.evaluate import evaluate
 from shardq.commands.quantize import quantize
-from shardq.errors import ShardQError
+from shardq.errors import ShardQError, Stopped
+from shardq.model.skeleton import open_skeleton
 from shardq.parallel.ranks import Ranks
+from shardq.rundir.folder import RunFolder
 from tiny_config import FIRST_SPECIAL_TOKEN, VARIANTS, tiny_config
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 TOLERANCE = 1e-5  # of the loss; sums in another order change it by less than 1e-7
 WEIGHT_STD = 0.15  # so wide that every block changes the hidden states visibly
 MAX_PARAMETERS = 9_000_000
+LIMIT_SECONDS = 240.0  # for one family
+TABLE = Path(__file__).with_name("support.tsv")
 
 # Wrappers around text decoders that transformers has only in its list of encoders with decoders.
 WITH_SOUND = ("audioflamingo3", "musicflamingo")
@@ -45,8 +51,8 @@ TEXTS = {"few": (6, 48), "many": (40, 64), "long": (3, 1040)}
 
 # equal: as transformers computes it, before and after quantization. refused: by one line. different: other numbers,
 # without a word. traceback: any other exception. not built: transformers makes no such model from a small config.
-# no decoder: a token's logits depend on what comes after it.
-OUTCOMES = ("equal", "refused", "different", "traceback", "not built", "no decoder")
+# no decoder: a token's logits depend on what comes after it. too slow: not done within the limit.
+OUTCOMES = ("equal", "refused", "different", "traceback", "too slow", "not built", "no decoder")
 
 
 class _NotBuilt(Exception):
@@ -61,19 +67,52 @@ class Row:
         family: `model_type`, and after a comma the name of a variant.
         outcome: one of `OUTCOMES`.
         stage: where that was seen: a name of `TEXTS`, `quantize` or `quantized`; "" where the model was not streamed.
+        share: percent of the blocks' parameters that are quantized; 0 where nothing was.
         detail: one line that says more.
     """
 
     family: str
     outcome: str
     stage: str = ""
+    share: int = 0
     detail: str = ""
+
+    @classmethod
+    def parsed(cls, line: str) -> "Row":
+        """A row from its line in the table."""
+        family, outcome, stage, share, detail = line.rstrip("\n").split("\t")
+        return cls(family, outcome, stage, int(share), detail)
+
+    def __str__(self) -> str:
+        """The row's line in the table."""
+        return "\t".join((self.family, self.outcome, self.stage, str(self.share), " ".join(self.detail.split())))
+
+
+def kept_rows() -> list[Row]:
+    """The rows that the repository keeps, in the order of their families' names."""
+    return [Row.parsed(line) for line in TABLE.read_text().splitlines()]
 
 
 def families() -> list[str]:
     """Every family and variant that the sweep knows, those that are text alone first."""
     wrappers = [name for name in (*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *WITH_SOUND) if name not in _causal()]
     return [*_causal(), *VARIANTS, *wrappers]
+
+
+def sweep_apart(family: str) -> Row:
+    """The same as `sweep`, in a process of its own that is ended after `LIMIT_SECONDS`."""
+    context = multiprocessing.get_context("fork")
+    ours, its = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: its.send(sweep(family)), daemon=True)
+    process.start()
+    its.close()
+    try:
+        return ours.recv() if ours.poll(LIMIT_SECONDS) else Row(family, "too slow")
+    except EOFError:
+        return Row(family, "traceback", detail="its process died")
+    finally:
+        process.kill()
+        process.join()
 
 
 def sweep(family: str) -> Row:
@@ -198,35 +237,64 @@ def _compared(family: str, stage: str, expected: float, measure: Callable[[], fl
     try:
         measured = measure()
     except ShardQError as error:
-        return Row(family, "refused", stage, _first_line(error))
+        return Row(family, "refused", stage, detail=_first_line(error))
     except Exception as error:
-        return Row(family, "traceback", stage, told(error))
+        return Row(family, "traceback", stage, detail=told(error))
     if math.isclose(measured, expected, rel_tol=TOLERANCE):
         return Row(family, "equal", stage)
-    return Row(family, "different", stage, f"loss {measured:.5f}, transformers has {expected:.5f}")
+    return Row(family, "different", stage, detail=f"loss {measured:.5f}, transformers has {expected:.5f}")
 
 
 def _quantized(family: str, folder: Path, streamed: Row, model_class: type[PreTrainedModel]) -> Row:
-    """Quantize a model that streams as it should; the result must load, and be in transformers what `evaluate` says."""
-    model, output, tokens = folder / "model", folder / "output", folder / "few.safetensors"
-    arguments = ["--model", model, "--output", output, "--calib.dataset", tokens, "--calib.samples", 4,
-                 "--calib.sequence_length", 48, "--quant.bits", 2, "--optimize.iterations", 2,
-                 "--optimize.batch_size", 2, "--optimize.compile", "off", "--optimize.precision", "float32",
-                 "--device", "cpu"]  # fmt: skip
+    """Quantize a model that streams as it should, and again with a stop after the first block: the same bytes.
+
+    The result must load without a strange tensor, and be in transformers what `evaluate` says.
+    """
+    output, stopped, tokens = folder / "output", folder / "stopped", folder / "few.safetensors"
     try:
-        quantize(parse("quantize", list(map(str, arguments))), ONE_RANK)
+        summary = _quantize(folder, output)
+        with suppress(Stopped):
+            _quantize(folder, stopped, lambda block: RunFolder(stopped).stop.touch() if block == 0 else None)
+        _quantize(folder, stopped)
+        share = round(100 * summary["quantized_parameters"] / _block_parameters(output))
         loaded, info = model_class.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
     except ShardQError as error:
-        return Row(family, "refused", "quantize", _first_line(error))
+        return Row(family, "refused", "quantize", detail=_first_line(error))
     except Exception as error:
-        return Row(family, "traceback", "quantize", told(error))
+        return Row(family, "traceback", "quantize", detail=told(error))
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     strange = [f"{kind}: {key}" for kind in kinds for key in info[kind]]
+    if other := _differing(output, stopped):
+        return Row(family, "different", "quantize", detail=f"a run that was stopped and went on has another {other}")
     if strange:
-        return Row(family, "different", "quantize", f"transformers loads it with {strange[0]}")
+        return Row(family, "different", "quantize", detail=f"transformers loads it with {strange[0]}")
     expected = whole_loss(loaded.eval(), _tokens(tokens))
     row = _compared(family, "quantized", expected, lambda: streamed_loss(output, tokens))
-    return replace(row, detail=row.detail or streamed.detail)
+    return replace(row, share=share, detail=row.detail or streamed.detail)
+
+
+def _quantize(folder: Path, output: Path, on_commit: Callable[[int | None], None] = lambda block: None) -> dict:
+    arguments = ["--model", folder / "model", "--output", output, "--calib.dataset", folder / "few.safetensors",
+                 "--calib.samples", 4, "--calib.sequence_length", 48, "--quant.bits", 2, "--optimize.iterations", 2,
+                 "--optimize.batch_size", 2, "--optimize.compile", "off", "--optimize.precision", "float32",
+                 "--device", "cpu"]  # fmt: skip
+    return quantize(parse("quantize", list(map(str, arguments))), ONE_RANK, on_commit)
+
+
+def _block_parameters(model: Path) -> int:
+    """Parameters of a model's blocks; what several blocks share counts once for each."""
+    return sum(parameter.numel() for block in open_skeleton(model).blocks for parameter in block.parameters())
+
+
+def _differing(output: Path, other: Path) -> str:
+    """The first file of weights or codes that two runs do not both have, with the same bytes; "" if there is none."""
+    names = {path.relative_to(folder) for folder in (output, other) for path in folder.rglob("*.safetensors")}
+    for name in sorted(names):
+        if not all((folder / name).exists() for folder in (output, other)):
+            return str(name)
+        if (output / name).read_bytes() != (other / name).read_bytes():
+            return str(name)
+    return ""
 
 
 def told(error: Exception) -> str:

@@ -1,15 +1,19 @@
 """Which matrices of the blocks are quantized, and what is said of patterns that choose none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, Zamba2Config
+from torch import nn
+from transformers import Zamba2Config
 
 import tiny
 from shardq.errors import ConfigError, UnsupportedModelError
+from shardq.matrix import is_linear
 from shardq.model.choice import matrices_to_quantize, shared_linears
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.quant.options import DEFAULT_IGNORE
+from tests.families.tiny_config import tiny_config
 
 LINEARS = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -43,6 +47,16 @@ def test_weights_that_blocks_share_stay_in_float_and_are_stored_once(tmp_path: P
     assert len(shared) == 10 and all(name.startswith("model.layers.1.shared_transformer.") for name in shared)
     held = [tensor.name for number in range(4) for tensor in skeleton.held_tensors(number).values()]
     assert len(held) == len(set(held)) and set(shared) <= set(held)
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [("qwen2_moe", "mlp.shared_expert_gate"), ("phimoe", "mlp.router"), ("afmoe", "mlp.router.gate")],
+)
+def test_linears_that_weigh_experts_are_not_quantized(tmp_path: Path, family: str, left: str):
+    skeleton = open_skeleton(tiny.save_model(tmp_path, tiny_config(family)))
+    names = {name for name, module in skeleton.blocks[-1].named_modules() if is_linear(module)}
+    assert names - set(chosen(skeleton, ())[-1]) == {left}
 
 
 class TestIgnore:
@@ -85,13 +99,12 @@ class TestIgnore:
         with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: no linear .*quant.ignore.*[*]_proj"):
             chosen(open_skeleton(llama), ("*_proj",))
 
-    def test_blocks_without_linears_are_refused(self, tmp_path: Path):
-        config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-        skeleton = open_skeleton(tiny.save_model(tmp_path, config))
+    def test_blocks_without_linears_are_refused(self, llama: Path):
+        skeleton = replace(open_skeleton(llama), blocks=[nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 1)])
         with pytest.raises(UnsupportedModelError) as caught:
             chosen(skeleton, DEFAULT_IGNORE)
         message = str(caught.value)
-        assert "GPT2LMHeadModel: no linear would be quantized" in message and "other kinds (Conv1D)" in message
+        assert "LlamaForCausalLM: no linear would be quantized" in message and "other kinds (Conv1d)" in message
         assert "\n" not in message
 
     def test_pattern_that_is_no_regular_expression_is_refused(self, llama: Path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Gemma3Config, Qwen2Config
+from transformers import Gemma3Config, GptOssConfig, Qwen2Config
 
 import tiny
 from shardq.config import QuantOptions
@@ -67,6 +67,18 @@ def test_every_tensor_of_a_text_model_has_its_kind(tmp_path: Path):
     }
     assert [part.reason for part in account.left if part.kind == "linear"] == ["quant.ignore '*.o_proj'"]
     assert [part.num_bytes for part in account.left if part.kind == "head"] == [50 * 32 * 2]
+
+
+def test_fused_experts_are_quantized_in_parts(tmp_path: Path):
+    config = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+    folder = tiny.save_model(tmp_path, config)
+    skeleton, quant = open_skeleton(folder), QuantOptions(ignore=("*.experts.0.up_proj",))
+    account = account_of(skeleton, make_plan(skeleton, quant).grids, quant.ignored)
+    assert account.num_parameters == sum(stored_sizes(folder).values())
+    [ignored] = [part for part in account.left if part.num_parameters == 2 * 32 * 48]
+    assert ignored.reason == "quant.ignore '*.experts.0.up_proj'" and "unused" not in {
+        part.kind for part in account.left
+    }
 
 
 def test_tensors_that_the_model_does_not_take_are_named(llama: Path, tmp_path: Path):

@@ -1,6 +1,5 @@
-"""The family sweep's program: what it has is not run again, and its table counts what came."""
+"""The family sweep's program: chosen families take the place of their former rows, the others stay."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,19 +9,13 @@ import family_sweep  # noqa: E402
 from sweep import Row  # noqa: E402
 
 
-def test_families_that_the_result_holds_are_not_run_again(tmp_path, monkeypatch, capsys):
-    run = []
-
-    def planted_sweep(family):
-        run.append(family)
-        return Row(family, "refused" if family == "gpt2" else "equal", "few", "a | b")
-
-    monkeypatch.setattr(family_sweep, "sweep", planted_sweep)
-    result = tmp_path / "result.json"
-    family_sweep.main(result, "llama", "gpt2")
-    family_sweep.main(result, "llama", "gpt2", "opt")
-    assert run == ["llama", "gpt2", "opt"]
-    assert [row["family"] for row in json.loads(result.read_text())] == run
-    lines = (tmp_path / "result.md").read_text().splitlines()
-    assert lines[0] == "2 equal, 1 refused." == capsys.readouterr().out.splitlines()[-1]
-    assert lines[-1] == "| gpt2 | refused | few | a / b |"
+def test_rows_of_chosen_families_are_replaced_and_the_others_stay(tmp_path, monkeypatch, capsys):
+    outcomes = {"llama": Row("llama", "equal", "quantized", 98), "gpt2": Row("gpt2", "refused", "few", 0, "a\tb\nc")}
+    monkeypatch.setattr(family_sweep, "sweep_apart", outcomes.__getitem__)
+    table = tmp_path / "support.tsv"
+    table.write_text("opt\tequal\tquantized\t99\t\nno family\tequal\tquantized\t1\t\ngpt2\ttraceback\tfew\t0\tx\n")
+    family_sweep.main(table, "llama", "gpt2")
+    assert [Row.parsed(line) for line in table.read_text().splitlines()] == [
+        Row("gpt2", "refused", "few", 0, "a b c"), outcomes["llama"], Row("opt", "equal", "quantized", 99),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[-1] == "2 equal, 1 refused"
