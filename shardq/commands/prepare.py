@@ -8,24 +8,21 @@ from torch import Tensor
 
 from shardq.calib.tokens import digest, load_tokens
 from shardq.checks import check_quantize
+from shardq.commands.planning import planned
 from shardq.commands.redo import begin_redo, blocks_asked, mend
 from shardq.compiling import why_not
-from shardq.config import DEFAULT_GROUP_SIZES, QuantizeConfig
+from shardq.config import QuantizeConfig
 from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
-from shardq.export.target import as_served, check_served, why_not_in_vllm, with_form, with_narrow_left
 from shardq.files import remove_asides
 from shardq.formats import encodings
-from shardq.formats.checkpoint import companions
 from shardq.formats.shards import unread
 from shardq.logs import Display
 from shardq.model.choice import shared_linears
-from shardq.model.ends import prologue
 from shardq.model.hub import local_folder
-from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.skeleton import Skeleton
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.engines import candidates, engine_for
@@ -35,10 +32,9 @@ from shardq.rundir.digests import cut_torn_line
 from shardq.rundir.folder import RunFolder, output_folder
 from shardq.rundir.lock import only_run
 from shardq.rundir.manifest import make_manifest
-from shardq.rundir.plan import ENCODINGS, Plan, group_size_of, make_plan
+from shardq.rundir.plan import ENCODINGS, Plan
 from shardq.rundir.record import RunRecord, check_folder, open_run
 from shardq.rundir.source import begin_with
-from shardq.training.activation_grids import plan_activations
 from shardq.training.memory import (
     LargestBlock,
     choose_engine,
@@ -121,7 +117,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
             mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
-    skeleton, plan, config = together(ranks, lambda: _planned(asked, folder, ranks, display))
+    skeleton, plan, config = together(ranks, lambda: planned(asked, folder, ranks, display))
     length = config.calib.sequence_length
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
     config, largest = together(ranks, lambda: _with_experts(config, former, skeleton, plan, limit, ranks, display))
@@ -140,32 +136,6 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     )  # fmt: skip
     _say_what_will_be_done(run)
     return run
-
-
-def _planned(
-    config: QuantizeConfig, folder: Path, ranks: Ranks, display: Display
-) -> tuple[Skeleton, Plan, QuantizeConfig]:
-    """The model, its plan, and options in which every value that depends on the model's shapes is filled in."""
-    skeleton, length = open_skeleton(folder), config.calib.sequence_length
-    config = with_narrow_left(config, skeleton, display.line)
-    companions(folder)  # copied after the last block; one that must not be copied is refused now
-    _check_length(skeleton, length)
-    quant = replace(config.quant, group_size=group_size_of(skeleton, config.quant))
-    if quant.group_size not in (config.quant.group_size, DEFAULT_GROUP_SIZES[0]):
-        kind = "per-channel" if quant.group_size == -1 else f"groups of {quant.group_size}"
-        display.line(f"grid: {kind}, as {DEFAULT_GROUP_SIZES[0]} does not divide every width of the model")
-    plan = make_plan(skeleton, quant)
-    export, why_plain = with_form(config, skeleton, plan)
-    config = replace(config, quant=quant, export=export)
-    plan = as_served(config.target, export, skeleton, plan)
-    check_served(config, skeleton, plan)
-    if why_plain:
-        display.line(f"checkpoint: plain weights ({why_plain})")
-    elif fault := why_not_in_vllm(config, skeleton, plan):
-        display.line(f"checkpoint: packed, for transformers; vLLM: {fault}")
-    with prologue(skeleton, ranks.device) as embed:
-        plan = plan.with_arguments(record_arguments(skeleton, embed, length))
-    return skeleton, plan_activations(skeleton, plan, length, config.activations), config
 
 
 def take_folder(
@@ -298,9 +268,3 @@ def _say_what_will_be_done(run: Run) -> None:
         line("no block is read while the one before is trained: memory has no room for both")
     if run.record.is_finished:
         line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")
-
-
-def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
-    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and sequence_length > limit:
-        raise ConfigError(f"calib.sequence_length: {sequence_length} is beyond the model's {limit} positions; lower it")

@@ -1,7 +1,7 @@
 """Output about a run: a line when a block is done, the summary, and the lines at the end."""
 
 from shardq.commands.prepare import Run
-from shardq.export.target import why_not_in_vllm
+from shardq.export.form import why_not_in_vllm
 from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
 from shardq.model.build import factory_of

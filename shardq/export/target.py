@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from shardq.config import DEFAULT_GROUP_SIZES, QuantizeConfig
-from shardq.errors import ConfigError, ShardQError, UnsupportedModelError
+from shardq.errors import ConfigError
 from shardq.export.checkpoint import model_dtype
 from shardq.export.chosen import check_installed, formats_of, own_form, served_as
 from shardq.formats import compressed_tensors, gptq
@@ -56,35 +56,6 @@ def as_served(target: str | None, options: ExportOptions, skeleton: Skeleton, pl
         raise ConfigError(f"quant.{error}; {keeper} keeps them so, leave out one of the two") from error
 
 
-def with_form(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> tuple[ExportOptions, str]:
-    """Options in which the form of the run's own checkpoint is decided; and why it is not packed, where that is asked
-    of the default."""
-    if config.export.checkpoint is not None:
-        return config.export, ""
-    packed = replace(config.export, checkpoint="packed")
-    try:
-        own_form(packed).check(skeleton, as_served(config.target, packed, skeleton, plan).grids)
-        _check_places(skeleton, plan)
-    except (ConfigError, UnsupportedModelError) as error:
-        return replace(config.export, checkpoint="plain"), _without_advice(error).removeprefix("export.checkpoint: ")
-    return packed, ""
-
-
-def why_not_in_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> str:
-    """Why vLLM would not serve the run's own checkpoint; empty if it would."""
-    if config.target == "vllm" or config.export.checkpoint == "plain":
-        return ""
-    try:
-        _check_vllm(config, skeleton, plan)
-    except ConfigError as error:
-        return _without_advice(error).removeprefix("target: ")
-    return ""
-
-
-def _without_advice(error: ShardQError) -> str:
-    return str(error).rpartition(";")[0] or str(error)
-
-
 def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
     """Check that the formats asked for can be written, and that the target's program can load them.
 
@@ -106,27 +77,16 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
             )
     for chosen in asked.values():
         chosen.check(skeleton, plan.grids)
-    if config.export.checkpoint == "packed":
-        _check_places(skeleton, plan)
     if config.target == "vllm":
-        _check_vllm(config, skeleton, plan)
+        check_vllm(config, skeleton, plan)
 
 
-def _check_places(skeleton: Skeleton, plan: Plan) -> None:
-    """Check that codes have a place in a checkpoint of the source's layout: that every matrix is a tensor of its own.
+def check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
+    """Check vLLM's rules.
 
     Raises:
-        ConfigError: one is stored as a part of another tensor, or in parts.
+        ConfigError: as `check_served`.
     """
-    for name in plan.grids:
-        if skeleton.tensor(f"{name}.weight").name not in skeleton.source.tensors:
-            raise ConfigError(
-                f"export.checkpoint: packed has no place for codes of {name}, which the source does not store as a "
-                "tensor of its own; choose plain, and --export.formats compressed-tensors"
-            )
-
-
-def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
     for grid in dict.fromkeys(plan.grids.values()):
         _check_vllm_grid(config, grid)
     if config.activations.kv_bits:
