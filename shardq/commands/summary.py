@@ -76,9 +76,11 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
         display.line(f"  {line}")
     if run.config.export.checkpoint == "packed" and not why_not_in_vllm(run.config, run.skeleton, run.plan):
         display.line(f"  {output}/  is served as it is: vllm serve {output}")
-    unpack = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if _must_unpack(run) else ""
-    factory = factory_of(run.skeleton.model)
-    display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r}{unpack})")
+    if run.config.export.checkpoint == "plain" or run.skeleton.joins_experts:
+        factory, unpack = factory_of(run.skeleton.model), ""
+        if _must_unpack(run):
+            unpack = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+        display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r}{unpack})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")

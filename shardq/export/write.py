@@ -101,7 +101,8 @@ def _write_files(
     account = account_of(skeleton, grids, quant_options(record.options("quant")).ignored)
     if chosen.is_of_text and account.beside_text():
         display.line(f"{folder}: {chosen.name} is of the text decoder alone, without {account.beside_text()}")
-    factory = factory_of(skeleton.model)
+    is_packed = chosen.rounded_by == "vllm"
+    factory = factory_of(skeleton.model) if skeleton.joins_experts or not is_packed else ""
     write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, factory, scale_change, account))
     return scale_change
 

@@ -115,6 +115,7 @@ class Skeleton:
         list_name: name of the list that holds them, such as `model.layers`.
         layout: where the values of each tensor of the model, and of its blocks, lie in the source.
         tensors: the same tensors as the source's.
+        joins_experts: whether transformers joins experts that a checkpoint stores one by one; true where it has none.
     """
 
     source: WeightSource
@@ -123,6 +124,7 @@ class Skeleton:
     list_name: str
     layout: Layout
     tensors: dict[str, SourceTensor]
+    joins_experts: bool
 
     @property
     def folder(self) -> Path:
@@ -242,7 +244,8 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors)
+    joins = all(len(stored.get(view.fused, ())) > 1 for view in views.values())
+    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, joins)
     _check_tensors(skeleton)
     _check_pieces(skeleton)
     return skeleton
