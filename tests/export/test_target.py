@@ -22,7 +22,11 @@ def check(
 ) -> None:
     export = ExportOptions(activation_bits=activation_bits, formats=formats)
     config = QuantizeConfig(
-        model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
+        model=str(folder),
+        target=target,
+        tensor_parallel=gpus,
+        quant=QuantOptions(**{"group_size": -1} | quant),
+        export=export,
     )
     skeleton = open_skeleton(folder)
     plan = make_plan(skeleton, config.quant)
@@ -157,8 +161,8 @@ def save_mixture(folder: Path, hidden: int = 128, inner: int = 384) -> Path:
     [
         ({}, 4, {"group_size": 128},
          r"0\.down_proj has 384 input channels, 96 on each of 4 GPUs; .* groups of 128; on 1"),
-        ({}, 8, {"group_size": None}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
-        ({"hidden": 64}, 1, {"group_size": None}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
+        ({}, 8, {"group_size": -1}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
+        ({"hidden": 64}, 1, {"group_size": -1}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
         ({}, 1, {"ignore": "*.experts.1.down_proj"}, r"one scheme for all experts of model\.layers\.0\.mlp\.experts, .*"
          r"mlp\.experts\.1\.down_proj is not"),
     ],
