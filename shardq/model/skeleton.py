@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
-from shardq.model.build import build_on_meta, find_blocks, find_embeddings, find_head
+from shardq.model.build import (
+    build_on_meta,
+    find_blocks,
+    find_embeddings,
+    find_head,
+    find_runner,
+    models_beside,
+)
 from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
 from shardq.model.hidden import in_place_of, streams_of
@@ -115,6 +122,7 @@ class Skeleton:
         list_name: name of the list that holds them, such as `model.layers`.
         layout: where the values of each tensor of the model, and of its blocks, lie in the source.
         tensors: the same tensors as the source's.
+        beside: prefixes of the names in models beside the text decoder, such as those for images.
     """
 
     source: WeightSource
@@ -123,6 +131,7 @@ class Skeleton:
     list_name: str
     layout: Layout
     tensors: dict[str, SourceTensor]
+    beside: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
@@ -148,15 +157,26 @@ class Skeleton:
     def base_name(self) -> str:
         """Name of the model's part that takes tokens and calls the blocks: everything except the head.
 
-        "" for the whole model, where the head lies in that part too.
+        That of all that gives logits, where the head lies in that part too.
         """
-        first, _, inner = self.list_name.partition(".")
-        return first if inner and self.head not in self.model.get_submodule(first).modules() else ""
+        first, _, inner = self.list_name.removeprefix(f"{self.runner_name}.").partition(".")
+        name = f"{self.runner_name}.{first}".removeprefix(".")
+        return name if inner and self.head not in self.model.get_submodule(name).modules() else self.runner_name
+
+    @property
+    def runner_name(self) -> str:
+        """Name of the model's part that takes tokens and gives logits; "" for the whole model, as in most."""
+        return find_runner(self.model, self.list_name)
+
+    @property
+    def runner(self) -> PreTrainedModel:
+        """That part."""
+        return self.model.get_submodule(self.runner_name)
 
     @property
     def embeddings(self) -> nn.Embedding:
         """The table that tokens index."""
-        return find_embeddings(self.model)
+        return find_embeddings(self.runner)
 
     @property
     def head(self) -> nn.Module:
@@ -231,18 +251,22 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    stored, views = layout_of(source, model), adapt_experts(model) | adapt_transposed(model)
+    list_name, block_list = find_blocks(model)
+    beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model)))
+    stored, views = layout_of(source, model, beside), adapt_experts(model) | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
-        name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
+        # Of the others nothing is computed.
+        name: source.tensors[layout[name][0].source]
+        if name.startswith(beside)
+        else tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
         for name, tensor in model.state_dict().items()
         if name in layout
     }
-    list_name, block_list = find_blocks(model)
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors)
+    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, beside)
     _check_tensors(skeleton)
     _check_pieces(skeleton)
     return skeleton
