@@ -160,14 +160,17 @@ def find_head(model: PreTrainedModel, list_name: str) -> nn.Module:
     return found
 
 
-def find_embeddings(model: PreTrainedModel) -> nn.Embedding:
+def find_embeddings(model: PreTrainedModel, list_name: str) -> nn.Embedding:
     """The table that tokens index.
+
+    Args:
+        list_name: name of the list of blocks.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     with own_code(type(model).__name__, "it does not tell its table of embeddings"):
-        found = model.get_input_embeddings()
+        found = model.get_submodule(find_runner(model, list_name)).get_input_embeddings()
     if found is None:
         raise UnsupportedModelError(f"{type(model).__name__}: it has no table of embeddings that tokens index")
     return found

@@ -176,7 +176,7 @@ class Skeleton:
     @property
     def embeddings(self) -> nn.Embedding:
         """The table that tokens index."""
-        return find_embeddings(self.runner)
+        return find_embeddings(self.model, self.list_name)
 
     @property
     def head(self) -> nn.Module:
@@ -252,7 +252,7 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
     list_name, block_list = find_blocks(model)
-    beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model)))
+    beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model, list_name)))
     stored, views = layout_of(source, model, beside), adapt_experts(model) | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {

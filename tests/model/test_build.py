@@ -52,4 +52,4 @@ def test_model_without_a_head_is_refused():
 def test_model_without_a_table_of_embeddings_is_refused():
     model = on_meta(AutoModelForMultimodalLM, PPFormulaNetConfig())
     with pytest.raises(UnsupportedModelError, match="does not tell its table of embeddings .NotImplementedError"):
-        find_embeddings(model)
+        find_embeddings(model, "model.decoder.layers")
