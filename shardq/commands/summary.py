@@ -75,8 +75,9 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
         display.line(f"  {line}")
     if run.config.export.checkpoint == "packed":
         display.line(f"  {output}/  is served as it is: vllm serve {output}")
-    factory = factory_of(run.skeleton.model)
-    display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r})")
+    if run.config.export.checkpoint == "plain" or run.skeleton.joins_experts:
+        factory = factory_of(run.skeleton.model)
+        display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")

@@ -7,7 +7,7 @@ grids of the block's activations where there are any.
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.formats.shards import read_header, read_metadata, read_tensor
-from shardq.formats.tensor_file import write_tensors
+from shardq.formats.tensor_file import LARGE_BYTES, write_one_by_one, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -31,12 +31,14 @@ def write_block(
     path: Path, linears: dict[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
 ) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
-    tensors: dict[str, Tensor] = {}
-    for name, linear in linears.items():
-        tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.grid)
-        tensors[f"{name}.scale"] = linear.scale_OG.float()
-        if linear.grid.has_zero_point:
-            tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, linear in linears.items():
+            yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
+            yield f"{name}.scale", linear.scale_OG.float()
+            if linear.grid.has_zero_point:
+                yield f"{name}.zero_point", linear.zero_point_OG.char()
+
     described = {
         name: {"in_features": linear.codes_OI.shape[1], **linear.grid.as_dict()} for name, linear in linears.items()
     }
@@ -44,7 +46,11 @@ def write_block(
     if activations:
         # A list: their order is that of the block's code.
         content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
-    write_tensors(path, tensors, {"shardq": json.dumps(content, sort_keys=True)})
+    about = {"shardq": json.dumps(content, sort_keys=True)}
+    if sum(linear.codes_OI.nbytes for linear in linears.values()) > LARGE_BYTES:
+        write_one_by_one(path, tensors, about)
+    else:
+        write_tensors(path, dict(tensors()), about)
 
 
 def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:

@@ -19,7 +19,8 @@ from shardq.model.arguments import Call
 from shardq.model.block import run_block
 from shardq.model.ends import prologue
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, to_meta
+from shardq.model.skeleton import Skeleton
+from shardq.model.stand_in import to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 from shardq.torch_internals import tree_leaves
 
