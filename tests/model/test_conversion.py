@@ -69,3 +69,14 @@ def test_values_that_change_places_in_no_even_steps_are_refused(llama: Path, mon
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [rule])
     with pytest.raises(UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by PermuteForRope, whi"):
         open_skeleton(llama)
+
+
+def test_values_that_change_in_a_part_for_images_are_only_copied(tmp_path: Path):
+    """Kimi's tower has queries and keys in another order than the model, and all three in one tensor."""
+    folder = tiny.save_model(tmp_path, tiny_config("kimi_k25"), dtype=torch.float32)
+    source, model = open_source(folder), build_on_meta(folder)
+    with pytest.raises(UnsupportedModelError, match="wqkv.* PermuteForRope"):
+        layout_of(source, model)
+    layout = layout_of(source, model, ("model.vision_tower.",))
+    assert layout.keys() == model.state_dict().keys()
+    assert {piece.source for pieces in layout.values() for piece in pieces} == source.tensors.keys()
