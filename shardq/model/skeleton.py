@@ -175,7 +175,8 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     model = build_on_meta(source.folder)
     list_name, block_list = find_blocks(model)
     beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model, list_name)))
-    stored, views = layout_of(source, model, beside), adapt_experts(model) | adapt_transposed(model)
+    stored, experts = layout_of(source, model, beside), adapt_experts(model)
+    views = experts | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
         # Of the others nothing is computed.
@@ -188,7 +189,7 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    joins = all(len(stored.get(view.fused, ())) > 1 for view in views.values())
+    joins = all(len(stored.get(view.fused, ())) > 1 for view in experts.values())
     skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, beside, joins)
     _check_tensors(skeleton)
     _check_pieces(skeleton)

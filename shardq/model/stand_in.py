@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardq.errors import UnsupportedModelError
 from shardq.model.hidden import in_place_of, streams_of
-from shardq.model.own_code import own_code
+from shardq.model.own_code import own_code, reason_of
 from shardq.torch_internals import tree_map_only
 
 
@@ -75,10 +76,16 @@ class StandIn(nn.Module):
         hidden, args, kwargs = call
         what = (
             "a decoder block must take any number of sequences with the arguments that the model passes it for one; it "
-            f"does not take {len(hidden)}"
+            f"does not take those for hidden states {list(hidden.shape)}"
         )
         with own_code(type(block).__name__, what):
-            return block(hidden, *args, **kwargs)
+            try:
+                return block(hidden, *args, **kwargs)
+            except NotImplementedError as error:  # by an operation whose result's shape depends on values
+                raise UnsupportedModelError(
+                    f"{type(block).__name__}: its own code computes shapes from values, which are not known before its "
+                    f"weights are read; such blocks are not supported yet ({reason_of(error)})"
+                ) from error
 
 
 def to_meta(values: Any) -> Any:
