@@ -30,14 +30,11 @@ IN_ORDER = (Tensor.contiguous, Tensor.clone, Tensor.reshape, Tensor.flatten, tor
 """Functions whose result, where it is a copy, has the values of their first argument in the same order."""
 
 
-def layout_of(source: WeightSource, model: PreTrainedModel, beside: tuple[str, ...] = ()) -> Layout:
+def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
     """The layout of a model on the meta device, as transformers would load it from a checkpoint.
 
     Tensors that the model does not have are in it under the names that they would have there, so that `with_views`
     finds experts that are stored apart where no rule of transformers joins them.
-
-    Args:
-        beside: prefixes of tensors that are only copied; their values may change by a rule, too.
 
     Raises:
         CheckpointError: the tensors that a rule joins are not all there, or do not fit the model.
@@ -60,26 +57,13 @@ def layout_of(source: WeightSource, model: PreTrainedModel, beside: tuple[str, .
             layout[renamed] = (Piece(name, all_of, all_of),)
     for renamed, names in converted.items():
         converter = next(rule for rule in converters if next(iter(names)) in rule.source_patterns)
-        try:
-            layout |= _converted(source, model, expected, converter, renamed, names)
-        except UnsupportedModelError:
-            if not renamed.startswith(beside):
-                raise
-            layout |= _only_copied(source, converter, renamed, names)
+        layout |= _converted(source, model, expected, converter, renamed, names)
     # A head that is stored in addition to the embedding is a separate matrix, even if the config says it is tied.
     tied = {name: other for name, other in model.all_tied_weights_keys.items() if name not in layout}
     layout |= {name: layout[other] for name, other in tied.items() if other in layout}
     for name in layout.keys() & expected.keys():
-        if not name.startswith(beside):
-            check_shape(source.tensors, layout[name], tuple(expected[name].shape))
+        check_shape(source.tensors, layout[name], tuple(expected[name].shape))
     return layout
-
-
-def _only_copied(source: WeightSource, rule: WeightConverter, renamed: str, names: dict[str, list[str]]) -> Layout:
-    """A layout that says from which tensors a rule makes others, without the places; arguments as in `_converted`."""
-    wholes = {name: whole(source.tensors[name].shape) for of_pattern in names.values() for name in of_pattern}
-    pieces = tuple(Piece(name, all_of, all_of) for name, all_of in wholes.items())
-    return {renamed.replace(rule.target_patterns[0], target): pieces for target in rule.target_patterns}
 
 
 def _converted(

@@ -173,19 +173,16 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    list_name, block_list = find_blocks(model)
-    beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model, list_name)))
-    stored, experts = layout_of(source, model, beside), adapt_experts(model)
+    stored, experts = layout_of(source, model), adapt_experts(model)
     views = experts | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
-        # Of the others nothing is computed.
-        name: source.tensors[layout[name][0].source]
-        if name.startswith(beside)
-        else tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
+        name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
         for name, tensor in model.state_dict().items()
         if name in layout
     }
+    list_name, block_list = find_blocks(model)
+    beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model, list_name)))
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)

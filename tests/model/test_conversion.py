@@ -85,14 +85,3 @@ def test_a_rule_that_changes_values_is_refused(llama: Path, monkeypatch: pytest.
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [rule])
     with pytest.raises(UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by Doubled, which is not"):
         open_skeleton(llama)
-
-
-def test_values_that_change_in_a_part_for_images_are_only_copied(tmp_path: Path):
-    """Kimi's tower has queries and keys in another order than the model, and all three in one tensor."""
-    folder = tiny.save_model(tmp_path, tiny_config("kimi_k25"), dtype=torch.float32)
-    source, model = open_source(folder), build_on_meta(folder)
-    with pytest.raises(UnsupportedModelError, match="wqkv.* PermuteForRope"):
-        layout_of(source, model)
-    layout = layout_of(source, model, ("model.vision_tower.",))
-    assert layout.keys() == model.state_dict().keys()
-    assert {piece.source for pieces in layout.values() for piece in pieces} == source.tensors.keys()
