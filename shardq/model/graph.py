@@ -20,7 +20,8 @@ from shardq.model.block import run_block
 from shardq.model.ends import prologue
 from shardq.model.own_code import own_code
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, to_meta
+from shardq.model.skeleton import Skeleton
+from shardq.model.stand_in import to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 from shardq.torch_internals import tree_leaves
 
@@ -36,7 +37,7 @@ class _Part(nn.Module):
 
     def __init__(self, skeleton: Skeleton, block_index: int | None, from_tokens: bool = False):
         super().__init__()
-        self.model = skeleton.model
+        self.model = skeleton.runner
         self.block = None if block_index is None else skeleton.blocks[block_index]
         self._stand_ins, self._block_index, self._from_tokens = tuple(skeleton.stand_ins), block_index, from_tokens
 
@@ -69,14 +70,15 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
     """
     _check_arguments(skeleton)
     unread = frozenset(tensor.name for tensor in skeleton.tensors.values())
-    with materialised(skeleton, skeleton.model, "", CPU, unread):
+    with materialised(skeleton, skeleton.runner, skeleton.runner_name, CPU, unread):
         ones_NT = torch.ones(BATCH, LENGTH, dtype=torch.long)
         # Where nothing is padded and no window reached, some models pass None in place of masks that differ later.
         padded_NT = ones_NT.index_fill(1, torch.tensor(LENGTH - 1), 0)
-        skeleton.model(input_ids=ones_NT, attention_mask=padded_NT, use_cache=False)
+        skeleton.runner(input_ids=ones_NT, attention_mask=padded_NT, use_cache=False)
         seen = [stand_in.seen for stand_in in skeleton.stand_ins]
         hidden_NTD = seen[0][0]
-        yield "embedding", None, _trace(_Part(skeleton, None, True), ones_NT, {"model": ""}, opset)
+        names = {"model": skeleton.runner_name}
+        yield "embedding", None, _trace(_Part(skeleton, None, True), ones_NT, names, opset)
         traced: dict[tuple, tuple[str, ir.Model]] = {}
         for number, (name, block) in enumerate(skeleton.named_blocks.items()):
             kind = _computation(block, seen[number])
@@ -84,9 +86,9 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
                 kind = (*kind, *_computed_buffers(block))
                 if kind not in traced:
                     part = _Part(skeleton, number)
-                    traced[kind] = name, _trace(part, hidden_NTD, {"model": "", "block": name}, opset)
+                    traced[kind] = name, _trace(part, hidden_NTD, names | {"block": name}, opset)
             yield f"block-{number:05d}", number, _for_block(*traced[kind], name)
-        yield "head", None, _trace(_Part(skeleton, None), hidden_NTD, {"model": ""}, opset)
+        yield "head", None, _trace(_Part(skeleton, None), hidden_NTD, names, opset)
 
 
 def _check_arguments(skeleton: Skeleton) -> None:
