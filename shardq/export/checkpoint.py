@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.block_file import Linears, read_activations, read_block
 from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import LARGE_BYTES, check_finite, write_one_by_one, write_tensors
@@ -72,7 +72,7 @@ class Checkpoint(Format):
     def write_shard(
         self,
         path: Path,
-        linears: dict[str, QuantizedLinear],
+        linears: Linears,
         activations: dict[str, ActivationGrid],
         *,
         skeleton: Skeleton,

@@ -7,8 +7,8 @@ grids of the block's activations where there are any.
 """
 
 import json
-from collections.abc import Container, Iterator
-from dataclasses import asdict
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -27,9 +27,42 @@ from shardq.quant.quantized import QuantizedLinear
 VERSION = 1
 
 
-def write_block(
-    path: Path, linears: dict[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
-) -> None:
+Linears = Mapping[str, QuantizedLinear]
+"""Quantized linears by name: a dict, or `LinearsInFiles`, which are written with one of them in memory at a time."""
+
+
+@dataclass(frozen=True)
+class LinearsInFiles(Linears):
+    """Linears of which some are in memory and the others are read from block files whenever they are asked for.
+
+    Attributes:
+        held: those in memory, and for each other one its file, by the names in the files.
+        names: names by which they are asked for, in order, and the names in the files.
+    """
+
+    held: dict[str, QuantizedLinear | Path]
+    names: dict[str, str]
+
+    def __getitem__(self, name: str) -> QuantizedLinear:
+        inner = self.names[name]
+        linear = self.held[inner]
+        return read_block(linear, {inner})[inner] if isinstance(linear, Path) else linear
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def renamed(linears: Linears, names: dict[str, str]) -> Linears:
+    """Linears under other names, in the names' order: from a new name to the present one."""
+    if isinstance(linears, LinearsInFiles):
+        return LinearsInFiles(linears.held, {name: linears.names[former] for name, former in names.items()})
+    return {name: linears[former] for name, former in names.items()}
+
+
+def write_block(path: Path, linears: Linears, activations: dict[str, ActivationGrid] | None = None) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -47,7 +80,7 @@ def write_block(
         # A list: their order is that of the block's code.
         content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
     about = {"shardq": json.dumps(content, sort_keys=True)}
-    if sum(linear.codes_OI.nbytes for linear in linears.values()) > LARGE_BYTES:
+    if isinstance(linears, LinearsInFiles) or sum(each.codes_OI.nbytes for each in linears.values()) > LARGE_BYTES:
         write_one_by_one(path, tensors, about)
     else:
         write_tensors(path, dict(tensors()), about)
