@@ -154,7 +154,7 @@ def _laid_out(
         stored, quantized = source.tensors[name], [inner for inner in pieces if inner in names]
         if not quantized and is_whole(next(iter(pieces.values())), stored):
             yield name, source.read_plain(stored)
-        elif quantized and tensors[quantized[0]].name not in make(quantized[0]):  # packed
+        elif quantized and make(quantized[0]).keys() != {tensors[quantized[0]].name}:  # codes and scales
             for inner in pieces:
                 yield from (
                     make(inner) if inner in names else {tensors[inner].name: source.read(tensors[inner])}

@@ -239,7 +239,8 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    stored, views = layout_of(source, model), adapt_experts(model) | adapt_transposed(model)
+    stored, experts = layout_of(source, model), adapt_experts(model)
+    views = experts | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
         name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
@@ -250,7 +251,7 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    joins = all(len(stored.get(view.fused, ())) > 1 for view in views.values())
+    joins = all(len(stored.get(view.fused, ())) > 1 for view in experts.values())
     skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, joins)
     _check_tensors(skeleton)
     _check_pieces(skeleton)
