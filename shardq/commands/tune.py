@@ -255,7 +255,7 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 
 def _plan(skeleton: Skeleton, manifest: dict) -> Plan:
     """The plan of the run that a manifest is of."""
-    plan, target = make_plan(skeleton, quant_options(manifest)), manifest["options"].get("target")
+    plan, target = make_plan(skeleton, quant_options(manifest["options"]["quant"])), manifest["options"].get("target")
     return as_served(target, export_options(manifest), skeleton, plan)
 
 
