@@ -2,7 +2,7 @@
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.block_file import BlockFile, outline, read_activations
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
-from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.formats.source import SourceTensor
+from shardq.formats.tensor_file import check_finite, write_filled, write_tensors
 from shardq.logs import Display
 from shardq.matrix import is_linear
 from shardq.model.layout import is_whole, put_together
@@ -27,6 +28,8 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import code_bytes
 
+PLAIN = {"format": "pt"}
+Read = Callable[[SourceTensor], Tensor]
 LOAD_PLAIN = '{factory}.from_pretrained("path/to/this/folder")'
 
 
@@ -67,7 +70,7 @@ class Checkpoint(Format):
     def write_shard(
         self,
         path: Path,
-        linears: dict[str, QuantizedLinear],
+        linears: Mapping[str, QuantizedLinear],
         activations: dict[str, ActivationGrid],
         *,
         skeleton: Skeleton,
@@ -76,26 +79,40 @@ class Checkpoint(Format):
         """Write a block's shard; it appears whole.
 
         Args:
-            linears, activations: the block's linears and grids of activations, by full name.
+            linears, activations: the block's linears and grids of activations, by full name; linears that are read
+                from a file are in memory one at a time.
             skeleton: skeleton of the run's source or of its result, which has the block's other tensors.
 
         Raises:
             ConfigError: as `described`.
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
-        inputs = input_grids(self, linears, activations)
-        made: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in skeleton.held_tensors(block_index).items():
-            full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
-            if full_name in linears:
-                linear = linears[full_name]
-                dtype = self.weight_dtype(skeleton, linear.grid)
-                if self.rounded_by:
-                    linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
-                bare_name = tensor.name.removesuffix(".weight")
-                made[name] = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
-                check_finite(path, made[name])
-        write_tensors(path, dict(_laid_out(skeleton, block_index, made)), {"format": "pt"})
+        inputs, tensors = input_grids(self, linears, activations), skeleton.held_tensors(block_index)
+        full_names = {name: f"{skeleton.names[block_index]}.{name}".removesuffix(".weight") for name in tensors}
+
+        def made_of(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+            dtype = self.weight_dtype(skeleton, linear.grid)
+            if self.rounded_by:
+                linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
+            bare_name = tensors[name].name.removesuffix(".weight")
+            return self.linear_tensors(bare_name, linear, dtype, inputs.get(full_names[name]))
+
+        def made(name: str) -> dict[str, Tensor]:
+            found = made_of(name, linears[full_names[name]])
+            check_finite(path, found)
+            return found
+
+        outlines = {
+            name: made_of(name, outline(linears, full_name))
+            for name, full_name in full_names.items()
+            if full_name in linears
+        }
+        laid_out = partial(_laid_out, skeleton, block_index, outlines)
+        values = laid_out(made, skeleton.source.read, skeleton.source.read_plain)
+        if isinstance(linears, BlockFile):
+            write_filled(path, dict(laid_out(outlines.__getitem__, _outline, _outline)), partial(_fill, values), PLAIN)
+        else:
+            write_tensors(path, dict(values), PLAIN)
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         described = self.described(skeleton.folder, skeleton, grids, linears_left(skeleton, grids))
@@ -105,8 +122,9 @@ class Checkpoint(Format):
                 continue
             if number < len(skeleton.names):
                 path = RunFolder(skeleton.folder).block(number)
-                linears, activations = read_block(path), read_activations(path)
-                self.write_shard(folder / shard, linears, activations, skeleton=skeleton, block_index=number)
+                self.write_shard(
+                    folder / shard, BlockFile(path), read_activations(path), skeleton=skeleton, block_index=number
+                )
             else:  # outside the blocks nothing is quantized
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
@@ -116,28 +134,48 @@ class Checkpoint(Format):
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
-def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _laid_out(
+    skeleton: Skeleton,
+    block_index: int,
+    outlines: dict[str, dict[str, Tensor]],
+    made: Callable[[str], dict[str, Tensor]],
+    read: Read,
+    read_plain: Read,
+) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors by full name, as the source has them; a packed weight apart from those that it is stored with.
 
     Args:
-        made: for each weight that is quantized, by name within the block, the tensors that it becomes.
+        outlines: for each weight that is quantized, by name within the block, the tensors that it becomes, without
+            values.
+        made: gives them with their values.
+        read, read_plain: as those of a `WeightSource`.
     """
-    source, tensors = skeleton.source, skeleton.block_tensors(block_index)
+    tensors = skeleton.block_tensors(block_index)
     for name, pieces in skeleton.held_pieces(block_index).items():
-        stored, quantized = source.tensors[name], pieces.keys() & made.keys()
+        stored, quantized = skeleton.source.tensors[name], [inner for inner in pieces if inner in outlines]
         if not quantized and is_whole(next(iter(pieces.values())), stored):
-            yield name, source.read_plain(stored)
-        elif all(tensors[inner].name in made[inner] for inner in quantized):  # plain weights, no packed ones
-            plain = {inner: made[inner][tensors[inner].name] for inner in quantized}
-            like = next(iter(plain.values()), None)
-            for inner in pieces.keys() - quantized:
-                value = source.read(tensors[inner])
-                plain[inner] = value if like is None else value.to(like)
-            parts = ((piece.in_source, piece.in_model.of(plain[inner])) for inner, piece in pieces.items())
+            yield name, read_plain(stored)
+        elif all(outlines[inner].keys() == {tensors[inner].name} for inner in quantized):  # plain weights, no codes
+            dtype = outlines[quantized[0]][tensors[quantized[0]].name].dtype if quantized else DTYPES[stored.dtype]
+            parts = (
+                (piece.in_source, piece.in_model.of(value.to(dtype)))
+                for inner, piece in pieces.items()
+                for value in ((made(inner) if inner in outlines else {"": read(tensors[inner])}).values())
+            )
             yield name, put_together(stored.shape, parts)
         else:
             for inner in pieces:
-                yield from (made.get(inner) or {tensors[inner].name: source.read(tensors[inner])}).items()
+                yield from (made(inner) if inner in outlines else {tensors[inner].name: read(tensors[inner])}).items()
+
+
+def _fill(values: Iterable[tuple[str, Tensor]], tensors: dict[str, Tensor]) -> Iterator[None]:
+    for name, value in values:
+        tensors[name].copy_(value)
+        yield
+
+
+def _outline(tensor: SourceTensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
 
 
 def in_transformers(package: str, load: str) -> str:

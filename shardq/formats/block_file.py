@@ -7,7 +7,7 @@ grids of the block's activations where there are any.
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.formats.shards import read_header, read_metadata, read_tensor
-from shardq.formats.tensor_file import write_tensors
+from shardq.formats.tensor_file import write_filled, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -27,24 +27,105 @@ from shardq.quant.quantized import QuantizedLinear
 VERSION = 1
 
 
+Shapes = dict[str, tuple[tuple[int, int], Grid]]
+"""Shape [O, I] and grid of linears, by full name."""
+
+
 def write_block(
     path: Path, linears: dict[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
 ) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
-    tensors: dict[str, Tensor] = {}
-    for name, linear in linears.items():
-        tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.grid)
-        tensors[f"{name}.scale"] = linear.scale_OG.float()
-        if linear.grid.has_zero_point:
-            tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
-    described = {
-        name: {"in_features": linear.codes_OI.shape[1], **linear.grid.as_dict()} for name, linear in linears.items()
-    }
+    tensors = {name: tensor for pair in linears.items() for name, tensor in _tensors_of(*pair).items()}
+    shapes = {name: (_shape_of(linear), linear.grid) for name, linear in linears.items()}
+    write_tensors(path, tensors, _metadata(shapes, activations))
+
+
+def write_block_by_one(path: Path, shapes: Shapes, linears: Iterable[tuple[str, QuantizedLinear]]) -> None:
+    """Write as `write_block`, to the byte, linears that need not be in memory together.
+
+    Args:
+        shapes: of all linears.
+        linears: by full name, in any order.
+    """
+    like = {name: tensor for each in shapes for name, tensor in _tensors_of(each, _outline(*shapes[each])).items()}
+
+    def fill(tensors: dict[str, Tensor]) -> Iterator[None]:
+        for pair in linears:
+            for name, tensor in _tensors_of(*pair).items():
+                tensors[name].copy_(tensor)
+            yield
+
+    write_filled(path, like, fill, _metadata(shapes, None))
+
+
+def _tensors_of(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """A linear's tensors in a block file."""
+    tensors = {f"{name}.codes": packing.pack(linear.codes_OI, linear.grid), f"{name}.scale": linear.scale_OG.float()}
+    if linear.grid.has_zero_point:
+        tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
+    return tensors
+
+
+def _metadata(shapes: Shapes, activations: dict[str, ActivationGrid] | None) -> dict[str, str]:
+    described = {name: {"in_features": shape[1], **grid.as_dict()} for name, (shape, grid) in shapes.items()}
     content = {"version": VERSION, "linears": described}
     if activations:
         # A list: their order is that of the block's code.
         content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
-    write_tensors(path, tensors, {"shardq": json.dumps(content, sort_keys=True)})
+    return {"shardq": json.dumps(content, sort_keys=True)}
+
+
+def _shape_of(linear: QuantizedLinear) -> tuple[int, int]:
+    num_outputs, num_inputs = linear.codes_OI.shape
+    return num_outputs, num_inputs
+
+
+def _outline(shape: tuple[int, int], grid: Grid) -> QuantizedLinear:
+    """A quantized linear of a shape on the meta device."""
+    codes_OI = torch.empty(shape, dtype=torch.int8, device="meta")
+    scale_OG = torch.empty(shape[0], grid.num_groups(shape[1]), device="meta")
+    return QuantizedLinear(codes_OI, scale_OG, scale_OG, grid)
+
+
+class BlockFile(Mapping[str, QuantizedLinear]):
+    """The linears of a block file, by full name in its order; each is read when it is asked for.
+
+    Raises:
+        CheckpointError: the file is missing or truncated, or not a block file of this version.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._header, self._described = path, read_header(path), _described(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __len__(self) -> int:
+        return len(self._described)
+
+    def __getitem__(self, name: str) -> QuantizedLinear:
+        num_inputs, grid = self._described[name]
+        parts = (f"{name}.{kind}" for kind in ("codes", "scale", "zero_point"))
+        tensors = {part: read_tensor(self._header[part]) for part in parts if part in self._header}
+        _check_shapes(self._path, name, tensors, num_inputs, grid)
+        scale_OG = tensors[f"{name}.scale"]
+        zero_point_OG = torch.zeros_like(scale_OG)
+        if grid.has_zero_point:
+            zero_point_OG = tensors[f"{name}.zero_point"].float()
+        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, grid)
+        return QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)
+
+    def outline(self, name: str) -> QuantizedLinear:
+        """A linear on the meta device: its shapes, without reading it."""
+        num_inputs, grid = self._described[name]
+        return _outline((self._header[f"{name}.scale"].shape[0], num_inputs), grid)
+
+
+def outline(linears: Mapping[str, QuantizedLinear], name: str) -> QuantizedLinear:
+    """A linear of some on the meta device, which is not read for that."""
+    if isinstance(linears, BlockFile):
+        return linears.outline(name)
+    return _outline(_shape_of(linears[name]), linears[name].grid)
 
 
 def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:
@@ -54,23 +135,10 @@ def read_block(path: Path, some: Container[str] | None = None) -> dict[str, Quan
         some: names of the linears to read (default: all).
 
     Raises:
-        CheckpointError: the file is missing or truncated, or not a block file of this version.
+        CheckpointError: as `BlockFile`.
     """
-    header = read_header(path)
-    wanted = {name: info for name, info in header.items() if some is None or name.rpartition(".")[0] in some}
-    tensors = {name: read_tensor(info) for name, info in wanted.items()}
-    linears = {}
-    for name, (num_inputs, grid) in _described(path).items():
-        if some is not None and name not in some:
-            continue
-        _check_shapes(path, name, tensors, num_inputs, grid)
-        scale_OG = tensors[f"{name}.scale"]
-        zero_point_OG = torch.zeros_like(scale_OG)
-        if grid.has_zero_point:
-            zero_point_OG = tensors[f"{name}.zero_point"].float()
-        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, grid)
-        linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)
-    return linears
+    linears = BlockFile(path)
+    return {name: linears[name] for name in linears if some is None or name in some}
 
 
 def read_grids(path: Path) -> dict[str, Grid]:

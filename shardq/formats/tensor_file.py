@@ -1,12 +1,16 @@
 """Our own safetensors files: written whole, read without a memory map."""
 
 import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from shardq.devices import mark_ready, to_host
@@ -38,6 +42,58 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             ) from error
 
     write_whole(path, write)
+
+
+def write_filled(
+    path: Path,
+    like: Mapping[str, Tensor],
+    fill: Callable[[dict[str, Tensor]], Iterable[object]],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write as `write_tensors`, to the byte, tensors that need not be in memory together.
+
+    Args:
+        like: their dtypes and shapes, on the meta device.
+        fill: is given the tensors in the file, and fills them while it is iterated; after each step, what has been
+            filled so far no longer takes memory of this process.
+        metadata: as in `write_tensors`.
+
+    Raises:
+        StorageError: as `write_tensors`.
+    """
+    header, places = _header_of(like, metadata)
+    size = len(header) + sum(tensor.nbytes for tensor in like.values())
+
+    def write(aside: Path) -> None:
+        with open(aside, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, in a mapped file it is a signal
+            mapped = mmap.mmap(file.fileno(), size)
+        mapped[: len(header)] = header
+        tensors = {
+            name: torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=len(header) + places[name])
+            .view(tensor.shape) if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in like.items()
+        }  # fmt: skip
+        for _ in fill(tensors):
+            mapped.madvise(mmap.MADV_DONTNEED)
+        mapped.flush()
+
+    write_whole(path, write)
+
+
+def _header_of(like: Mapping[str, Tensor], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, int]]:
+    """Header of a safetensors file, and each tensor's place behind it: in the library's order."""
+    empty = save({name: tensor.new_empty(0, device="cpu") for name, tensor in like.items()}, metadata)
+    facts = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])
+    places, place = {}, 0
+    for name in facts:
+        if name != "__metadata__":
+            end = place + prod(like[name].shape) * like[name].itemsize
+            facts[name] |= {"shape": list(like[name].shape), "data_offsets": [place, end]}
+            places[name], place = place, end
+    text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
