@@ -1,7 +1,8 @@
 """Fused kernels from plain functions: `torch.compile` where a compiler is present, the function itself where not.
 
-The only module that uses torch's private compiler packages, `_dynamo`, `_inductor` and `_triton`; checked with torch
-2.13. The functions that need them import them: that takes seconds and 150 MB.
+The only module that uses torch's private compiler packages, `_dynamo`, `_inductor` and `_triton`, and counts operations
+with its private `_python_dispatch`; checked with torch 2.13. The functions that need them import them: that takes
+seconds and 150 MB.
 """
 
 import os
@@ -19,6 +20,7 @@ Compile = Callable[[Function, bool], Function]
 """Takes a function and whether its sizes vary; gives the function to call in its place."""
 
 RECOMPILE_LIMIT = 64
+MOST_OPERATIONS = 1000  # a decoder block has 100 to 500 where it has no loop over tokens
 COMPILER_FILES = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
 """Files in which a thread stands while it compiles."""
 
@@ -63,6 +65,34 @@ def _kernel_folder() -> Path | None:
 
 def _code_can_run(folder: Path) -> bool:
     return not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+
+
+def is_long(work: Callable[[], object]) -> bool:
+    """Whether some work on the meta device is of so many operations that it takes too long to compile.
+
+    Each operation in a loop over tokens is compiled by itself: 3400 took 2 minutes (measured, forward and backward).
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+            self.count += 1
+            if self.count > MOST_OPERATIONS:
+                raise _TooMany
+            return operation(*args, **(kwargs or {}))
+
+    try:
+        with Counter(), torch.no_grad():
+            work()
+    except _TooMany:
+        return True
+    return False
+
+
+class _TooMany(BaseException):
+    """Ends a count; a BaseException, so that no handler of the counted code catches it."""
 
 
 def eager(function: Function, varying: bool) -> Function:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from shardq.compiling import COMPILER_FILES, compiler, eager, why_not
+from shardq.compiling import COMPILER_FILES, compiler, eager, is_long, why_not
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(why_not(CPU) is not None, reason=f"there is {why_not(CPU)}")
@@ -194,3 +194,9 @@ def test_torch_compiles_in_the_files_that_tell_so():
     """A thread in one of them compiles; were they renamed, it would be taken for one that hangs."""
     installed = Path(torch.__file__).parents[1]
     assert all((installed / name.removeprefix("/")).is_file() for name in COMPILER_FILES)
+
+
+@pytest.mark.parametrize("num_tokens, expected", [(100, False), (2000, True)])
+def test_a_loop_over_many_tokens_is_too_long_to_compile(num_tokens: int, expected: bool):
+    tokens_TD = torch.empty(num_tokens, 4, device="meta")
+    assert is_long(lambda: [token_D * 2 for token_D in tokens_TD.unbind()]) is expected

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
 from shardq.formats.block_file import BlockFile, outline, read_activations
@@ -132,6 +132,20 @@ class Checkpoint(Format):
         dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
         write_config(skeleton.folder, folder, dtype, described)
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
+
+
+def check_order(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
+    """Check that the source stores the quantized linears' weights [O, I], for a format that programs read so.
+
+    Raises:
+        UnsupportedModelError: naming one that is stored [I, O].
+    """
+    for name in grids:
+        if skeleton.is_transposed(f"{name}.weight"):
+            raise UnsupportedModelError(
+                f"{format_name}: {name} is a Conv1D, stored [input, output channels], which programs do not read in "
+                "this format; export hf"
+            )
 
 
 def _laid_out(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.files import ASIDE, storage_errors, write_json, write_whole
+from shardq.formats.config_file import SCHEME, without_scheme
 from shardq.formats.shards import INDEX_FILE, inside, read_header
-from shardq.formats.source import SCHEME, SourceTensor, without_scheme
+from shardq.formats.source import SourceTensor
 from shardq.quant.quantized import QuantizedLinear
 
 # What loads, prompts or licenses a model, beside config.json and weights; case counts, as in the hub's own patterns.

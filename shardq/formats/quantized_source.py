@@ -7,8 +7,9 @@ from typing import Any
 
 from shardq.errors import CheckpointError
 from shardq.formats import awq, compressed_tensors, fp8, gptq, mxfp4
+from shardq.formats.config_file import read_config, scheme_of
 from shardq.formats.shards import Index
-from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source, read_config, scheme_of
+from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source
 
 DECODERS: dict[str, Decoder] = {  # by `quant_method`
     "awq": awq.encoded_tensors,

@@ -3,7 +3,6 @@
 The digest of a stored tensor is taken as its bytes go by, without a pass for it, and compared when they are read again.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,12 +15,11 @@ import xxhash
 from torch import Tensor
 
 from shardq.errors import CheckpointError, UnsupportedModelError
-from shardq.files import storage_errors
+from shardq.formats.config_file import read_config, scheme_of
 from shardq.formats.shards import (
     DTYPES,
     Index,
     TensorInfo,
-    inside,
     open_index,
     read_pieces,
     read_rows,
@@ -29,8 +27,6 @@ from shardq.formats.shards import (
     read_tensor,
     sample_place,
 )
-
-SCHEME = "quantization_config"  # the entry of config.json
 
 Digests = dict[str, str]
 """XXH3-128 of all bytes of stored tensors, 32 hex digits, by the tensor's name."""
@@ -209,45 +205,6 @@ def open_source(folder: Path, decoder: Decoder | None = None) -> WeightSource:
             )
     name = str(scheme["quant_method"]) if decoded and isinstance(scheme, dict) and "quant_method" in scheme else ""
     return WeightSource(folder, index, {tensor.name: tensor for tensor in (*plain, *decoded)}, name)
-
-
-def read_config(folder: Path) -> dict:
-    """A checkpoint's config.json.
-
-    Raises:
-        CheckpointError: it is missing or no JSON object.
-    """
-    path = inside(folder, "config.json")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; --model takes a Hugging Face checkpoint folder")
-    try:
-        with storage_errors(path, "read"):
-            config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"a {type(config).__name__}")
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from error
-    return config
-
-
-def scheme_of(config: dict) -> Any:
-    """How config.json says that weights are stored, its own `quantization_config` or that of a part such as the text
-    model's; None where it says nothing."""
-    return next((part[SCHEME] for part in (config, *_parts(config)) if part.get(SCHEME)), None)
-
-
-def without_scheme(config: dict) -> dict:
-    """A config.json for plain weights: without `quantization_config`, its own and those of its parts."""
-    parts = {id(part) for part in _parts(config)}
-    return {
-        name: {key: entry for key, entry in value.items() if key != SCHEME} if id(value) in parts else value
-        for name, value in config.items()
-        if name != SCHEME
-    }
-
-
-def _parts(config: dict) -> list[dict]:
-    return [value for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)]
 
 
 def only_plain(folder: Path, index: Index, scheme: Any) -> Iterable[SourceTensor]:

@@ -22,8 +22,9 @@ from shardq.model.build import build_on_meta, find_blocks, find_embeddings, find
 from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
 from shardq.model.hidden import in_place_of, streams_of
-from shardq.model.layout import Layout, Piece, tensor_in, with_views
+from shardq.model.layout import Layout, Piece, is_whole, tensor_in, with_views
 from shardq.model.own_code import own_code
+from shardq.model.transposed import adapt_transposed
 from shardq.torch_internals import tree_map_only
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -176,6 +177,13 @@ class Skeleton:
             )
         return self.tensors[name]
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether a matrix [O, I] of the model is all of a tensor [I, O] of the source."""
+        first, *others = self.layout[name]
+        stored = self.source.tensors[first.source]
+        is_all = not others and first.num_values == math.prod(stored.shape)
+        return is_all and not is_whole(first, stored)
+
     def block_tensors(self, block_index: int) -> dict[str, SourceTensor]:
         """The source's tensors for a block's parameters and persistent buffers, by name within the block."""
         return {
@@ -223,7 +231,7 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    stored, views = layout_of(source, model), adapt_experts(model)
+    stored, views = layout_of(source, model), adapt_experts(model) | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
         name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))

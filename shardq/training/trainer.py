@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from shardq.calib.partition import largest_part
-from shardq.compiling import Compile, uncompiled_copy
+from shardq.compiling import Compile, is_long, uncompiled_copy
 from shardq.devices import training_attention
 from shardq.logs import Display, Events
 from shardq.model.arguments import Call, Entering, hidden_of
@@ -105,9 +105,17 @@ class Job:
         """`block_loss`, compiled where this job compiles."""
         return self.compiled(block_loss, False)
 
-    def compiles(self, block: nn.Module) -> bool:
-        """Whether a block's training is compiled; the sizes within one with routed experts depend on the values."""
-        return self.recipe.optimize.compile == "on" and not routed_in(block)
+    def compiles(self, loaded: LoadedBlock) -> bool:
+        """Whether a block's training is compiled."""
+        return self.recipe.optimize.compile == "on" and not self.why_uncompiled(loaded)
+
+    def why_uncompiled(self, loaded: LoadedBlock) -> str:
+        """Why a block's training cannot well be compiled; "" if it can."""
+        if routed_in(loaded.module):
+            return "the sizes within it depend on which experts tokens are routed to"
+        block, shape = self.skeleton.blocks[loaded.index], (1, self.tokens_NT.shape[1], loaded.plan.arguments.width)
+        is_loop = is_long(lambda: run_block(block, loaded.plan.arguments.on_meta(shape), torch.float32))
+        return "it computes token by token" if is_loop else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +194,9 @@ def trainer_for(job: Job, loaded: LoadedBlock) -> BlockTrainer:
             job.display.line("compiling the training step: a minute or two the first time, seconds where it is kept")
         with job.events.span("compile", block=loaded.index):
             job.trainers[key] = _make_trainer(job, loaded)
-        if compiles:
+        if compiles and (reason := job.why_uncompiled(loaded)):
+            job.display.line(f"{loaded.plan.name} and its like train uncompiled: {reason}")
+        elif compiles:
             job.display.line(f"compiled the training step in {time.perf_counter() - begun:.1f} s")
     return job.trainers[key]
 
@@ -203,7 +213,7 @@ def _make_trainer(job: Job, loaded: LoadedBlock) -> BlockTrainer:
         quantizer=quantizer,
         stepper=job.engine.stepper(quantizer, optimize) if recipe.trains(loaded.plan) else None,
         inputs=RoundedInputs(loaded.module, grids if rounds else (), recipe.activations),
-        block_loss=of_block if job.compiles(loaded.module) else block_loss,
+        block_loss=of_block if job.compiles(loaded) else block_loss,
         written_dtype=recipe.written_dtype,
     )
     if trainer.stepper is not None:
@@ -233,7 +243,7 @@ def served_forward(job: Job, loaded: LoadedBlock) -> Forward:
     block's own turn; no other rank is waited for.
     """
     plan, arguments, optimize = loaded.plan, loaded.plan.arguments, job.recipe.optimize
-    if not (job.compiles(loaded.module) and job.recipe.trains(plan) and arguments.is_fixed) or plan.activations:
+    if not (job.compiles(loaded) and job.recipe.trains(plan) and arguments.is_fixed) or plan.activations:
         return loaded
     passed = (arguments.args, arguments.kwargs, loaded.dtype, optimize.loss)
     weights = [matrix.parameter_in(loaded.module) for matrix in plan.grids]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, OPTConfig, Qwen3_5TextConfig, Qwen3MoeConfig, Qwen3VLConfig
+from transformers import DeepseekV3Config, GPT2Config, OPTConfig, Qwen3_5TextConfig, Qwen3MoeConfig, Qwen3VLConfig
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
-from shardq.errors import ConfigError
+from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.target import as_served, check_served, with_narrow_left
 from shardq.model.skeleton import open_skeleton
 from shardq.rundir.plan import make_plan
@@ -124,6 +124,14 @@ def test_sizes_that_gptq_cannot_hold_are_refused_before_the_run(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"gptq: model\.layers\.0\.mlp\.gate_proj has 80 output"):
         check(folder, target=None, formats="gptq")
     check(folder, target=None, formats="gptq", ignore="*.mlp.*")
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_weights_that_are_stored_transposed_are_refused_where_programs_would_not_read_them(tmp_path: Path, name: str):
+    folder = tiny.save_model(tmp_path, GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError, match=f"^{name}: transformer.h.0.attn.c_attn is a Conv1D"):
+        check(folder, target=None, formats=name)
+    check(folder, target=None, formats="hf")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
 
 # Kinds of decoder that differ in what streaming depends on: rotary and learned positions, biases by distance, windows
 # and capped logits, tied and own heads, keys of low rank, convolutions and states, weights that blocks share, a wrapper
-# whose tensors are renamed, fused experts.
+# whose tensors are renamed, fused experts, weights that are stored transposed.
 QUICK = ("llama, rope yarn", "opt, narrow embedding", "falcon, alibi", "qwen2, window", "gemma4_text, shared keys",
-         "deepseek_v32, dense", "gemma3n_text", "falcon_h1", "zamba2", "mistral3", "granitemoe")  # fmt: skip
+         "deepseek_v32, dense", "gemma3n_text", "falcon_h1", "zamba2", "mistral3", "granitemoe", "gpt2")  # fmt: skip
 KEPT = {row.family: row for row in kept_rows()}
 
 

@@ -95,14 +95,21 @@ def test_config_has_no_trace_of_how_the_source_was_stored(tmp_path):
     source.mkdir()
     folder.mkdir()
     scheme = {"quantization_config": {"quant_method": "fp8"}}
-    config = {"model_type": "llama", "text_config": {"hidden_size": 8} | scheme, "rope_scaling": {"factor": 2}}
+    config = {
+        "model_type": "llama",
+        "thinker_config": {"text_config": {"hidden_size": 8} | scheme},
+        "rope": {"factor": 2},
+    }
     (source / "config.json").write_text(json.dumps(config | scheme), encoding="utf-8")
     checkpoint.write_config(source, folder, torch.bfloat16)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert written == config | {"text_config": {"hidden_size": 8}, "dtype": "bfloat16"}
+    assert written == config | {"thinker_config": {"text_config": {"hidden_size": 8}}, "dtype": "bfloat16"}
     checkpoint.write_config(source, folder, torch.bfloat16, {"quant_method": "gptq"})
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert written["quantization_config"] == {"quant_method": "gptq"} and len(written["text_config"]) == 1
+    assert (
+        written["quantization_config"] == {"quant_method": "gptq"}
+        and len(written["thinker_config"]["text_config"]) == 1
+    )
 
 
 LEFT = ["model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "tokenizer.bin", "vocab.gguf",

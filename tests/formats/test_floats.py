@@ -120,6 +120,15 @@ class TestFp8:
         with pytest.raises(CheckpointError, match=r"tensor l\.weight holds nan at \[3, 4\]"):
             values(opened(tmp_path, stored, BLOCKS))
 
+    @pytest.mark.parametrize("place", ["compression_config", "text_config", "thinker_config"])
+    def test_the_scheme_may_stand_elsewhere_in_the_config(self, tmp_path: Path, place: str):
+        inner = {"quantization_config": BLOCKS}
+        config = {"text_config": inner, "thinker_config": {"text_config": inner}}.get(place, BLOCKS)
+        save_file({"l.weight": float8(100, 48), "l.weight_scale_inv": scales(1, 1)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({place: config}))
+        source = open_checkpoint(tmp_path)
+        assert source.scheme == "fp8" and source.tensors["l.weight"].dtype == "BF16"
+
     def test_float8_that_no_scheme_explains_is_refused(self, tmp_path: Path):
         stored = {"l.weight": float8(256, 128), "l.weight_scale_inv": scales(2, 1)}
         with pytest.raises(UnsupportedModelError, match=r"l\.weight is stored as F8_E4M3, and nothing says by which"):
