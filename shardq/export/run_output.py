@@ -1,6 +1,6 @@
 """What a run writes of its model: each block's files as it goes on, and those that complete it."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 
 from shardq.export.checkpoint import Checkpoint, linears_left
+from shardq.formats.block_file import BlockFile, write_block_by_one
+from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.block_output import WriteShard, write_block_files, write_run_files
+from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
 
@@ -53,13 +56,35 @@ class RunOutput:
         """
         full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
         grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
+        return self._write(block, full, grids, device, copies)
 
+    def write_block_by_one(
+        self,
+        block: BlockPlan,
+        linears: Iterable[tuple[Matrix, QuantizedLinear]],
+        device: torch.device,
+        copies: dict[Path, Checkpoint],
+    ) -> list[Path]:
+        """Write as `write_block` linears that need not be in memory together."""
+        path = RunFolder(self.folder).block(block.index)
+        shapes = {block.full_name(matrix): (matrix.shape, grid) for matrix, grid in block.grids.items()}
+        write_block_by_one(path, shapes, ((block.full_name(matrix), linear) for matrix, linear in linears))
+        return self._write(block, BlockFile(path), {}, device, copies)
+
+    def _write(
+        self,
+        block: BlockPlan,
+        linears: Mapping[str, QuantizedLinear],
+        grids: dict[str, ActivationGrid],
+        device: torch.device,
+        copies: dict[Path, Checkpoint],
+    ) -> list[Path]:
         def writer(form: Checkpoint) -> WriteShard:
             return partial(form.write_shard, skeleton=self.skeleton, block_index=block.index)
 
-        files = write_block_files(self.folder, self.plan, block, full, grids, writer(self.form), device)
+        files = write_block_files(self.folder, self.plan, block, linears, grids, writer(self.form), device)
         for folder, form in copies.items():
-            writer(form)(folder / self.plan.block_shard(block.index), full, grids)
+            writer(form)(folder / self.plan.block_shard(block.index), linears, grids)
         return files
 
     def write_end(self, kept: Container[Path] = ()) -> list[Path]:

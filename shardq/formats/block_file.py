@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[tuple[int, int], Grid]]
 
 
 def write_block(
-    path: Path, linears: dict[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
+    path: Path, linears: Mapping[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
 ) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
     tensors = {name: tensor for pair in linears.items() for name, tensor in _tensors_of(*pair).items()}

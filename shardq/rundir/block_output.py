@@ -1,6 +1,6 @@
 """A finished block's files, and those that complete a run."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardq.background import lookahead, one_by_one
 from shardq.formats import encodings
-from shardq.formats.block_file import write_block
+from shardq.formats.block_file import BlockFile, write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.tensor_file import write_tensors
 from shardq.model.block import BlockPlan
@@ -20,7 +20,7 @@ from shardq.rundir.encodings import merge_encodings
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
-WriteShard = Callable[[Path, dict[str, QuantizedLinear], dict[str, ActivationGrid]], None]
+WriteShard = Callable[[Path, Mapping[str, QuantizedLinear], dict[str, ActivationGrid]], None]
 """Writes a block's shard, which appears whole, from its linears and grids of activations by full name."""
 
 
@@ -33,7 +33,7 @@ def write_block_files(
     output: Path,
     plan: Plan,
     block: BlockPlan,
-    linears: dict[str, QuantizedLinear],
+    linears: Mapping[str, QuantizedLinear],
     activations: dict[str, ActivationGrid],
     write_shard: WriteShard,
     device: torch.device,
@@ -41,21 +41,24 @@ def write_block_files(
     """Write a block's codes, encodings and shard; each file appears whole.
 
     Args:
-        linears, activations: linears and grids of activations, by full name.
+        linears, activations: linears and grids of activations, by full name; a BlockFile is the file of the codes.
         device: the device that computed them; with a GPU the files are written at the same time.
 
     Returns:
         The files.
     """
     folder = RunFolder(output)
-    writers = {folder.block(block.index): lambda path: write_block(path, linears, activations)}
+    writers: dict[Path, Callable[[Path], None]] = {}
+    if not isinstance(linears, BlockFile):
+        writers[folder.block(block.index)] = lambda path: write_block(path, linears, activations)
     for version in plan.encoding_versions:
         path = folder.encodings(version, block.index)
         writers[path] = partial(encodings.write, version=version, linears=linears, grids=activations)
     writers[output / plan.block_shard(block.index)] = lambda path: write_shard(path, linears, activations)
     # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
-    return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
+    written = [path for path, _ in at_once(lambda path: writers[path](path), writers)]
+    return list(dict.fromkeys([folder.block(block.index), *written]))
 
 
 def write_run_files(
