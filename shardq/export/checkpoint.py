@@ -14,7 +14,7 @@ from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
 from shardq.formats.block_file import BlockFile, outline, read_activations
-from shardq.formats.checkpoint import copy_companions, write_config, write_index
+from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.source import SourceTensor
 from shardq.formats.tensor_file import check_finite, write_filled, write_tensors
@@ -128,7 +128,6 @@ class Checkpoint(Format):
             else:  # outside the blocks nothing is quantized
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
-        copy_companions(skeleton.folder, folder)
         dtype = self.weight_dtype(skeleton, next(iter(grids.values())))  # all grids keep scales in the same one
         write_config(skeleton.folder, folder, dtype, described)
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0

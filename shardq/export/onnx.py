@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from shardq.export.base import Format, Grids
-from shardq.formats.checkpoint import copy_companions, write_config
+from shardq.formats.checkpoint import write_config
 from shardq.formats.integers import integer_grid
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
@@ -39,7 +39,6 @@ class Onnx(Format):
         from shardq.export.onnx_graphs import write_onnx  # its packages are an extra
 
         write_onnx(skeleton, folder, grids, display)
-        copy_companions(skeleton.folder, folder)
         write_config(skeleton.folder, folder, torch.float32)
         return 0.0
 

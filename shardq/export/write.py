@@ -12,7 +12,7 @@ from shardq.export.chosen import check_installed, format_of
 from shardq.export.model_card import model_card
 from shardq.files import remove_folder, write_text
 from shardq.formats.block_file import read_grids
-from shardq.formats.checkpoint import companions
+from shardq.formats.checkpoint import companions, copy_companions
 from shardq.formats.source import stored_in
 from shardq.logs import Display
 from shardq.model.build import factory_of
@@ -89,6 +89,8 @@ def _write_files(
 ) -> float:
     """Write an export's files, the model card last; return the largest relative change of a scale by its rounding."""
     scale_change = chosen.write(skeleton, grids, folder, display, is_begun)
+    if chosen.holds_weights:
+        copy_companions(skeleton.folder, folder)
     if scale_change:
         display.line(
             f"{folder}: scales were rounded after codes were made, so weights differ from the run's by up to "
