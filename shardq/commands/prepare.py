@@ -103,7 +103,8 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The resolved grid: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=grid.full_range)
-    calib = replace(config.calib, dataset=config.calib.dataset or DATASET) if config.uses_data else config.calib
+    is_open = config.uses_data and config.calib.dataset is None
+    calib = replace(config.calib, dataset=DATASET) if is_open else config.calib
     asked = replace(config, optimize=_resolved(config, former, ranks), quant=quant, calib=calib)
     together(ranks, lambda: check_quantize(asked, ranks))
     folder = on_every_host(ranks, lambda: local_folder(asked.model, asked.revision, display.line))

@@ -69,7 +69,7 @@ class RunOutput:
         path = RunFolder(self.folder).block(block.index)
         shapes = {block.full_name(matrix): (matrix.shape, grid) for matrix, grid in block.grids.items()}
         write_block_by_one(path, shapes, ((block.full_name(matrix), linear) for matrix, linear in linears))
-        return self._write(block, BlockFile(path), {}, device, copies)
+        return self._write(block, BlockFile(path, shapes), {}, device, copies)
 
     def _write(
         self,

@@ -8,7 +8,7 @@ grids of the block's activations where there are any.
 
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -88,32 +88,44 @@ def _outline(shape: tuple[int, int], grid: Grid) -> QuantizedLinear:
 
 
 class BlockFile(Mapping[str, QuantizedLinear]):
-    """The linears of a block file, by full name in its order; each is read when it is asked for.
+    """The linears of a block file, by full name; each is read when it is asked for.
+
+    Args:
+        names: their order (default: the file's).
+        with_codes: whether codes are read; else they are on the meta device.
 
     Raises:
         CheckpointError: the file is missing or truncated, or not a block file of this version.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, names: Iterable[str] | None = None, with_codes: bool = True):
         self._path, self._header, self._described = path, read_header(path), _described(path)
+        self._names, self._with_codes = list(self._described if names is None else names), with_codes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._described)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._described)
+        return len(self._names)
 
     def __getitem__(self, name: str) -> QuantizedLinear:
         num_inputs, grid = self._described[name]
-        parts = (f"{name}.{kind}" for kind in ("codes", "scale", "zero_point"))
+        kinds = ("codes", "scale", "zero_point") if self._with_codes else ("scale", "zero_point")
+        parts = [f"{name}.{kind}" for kind in kinds]
         tensors = {part: read_tensor(self._header[part]) for part in parts if part in self._header}
-        _check_shapes(self._path, name, tensors, num_inputs, grid)
+        _check_shapes(self._path, name, tensors, num_inputs, grid, kinds)
         scale_OG = tensors[f"{name}.scale"]
         zero_point_OG = torch.zeros_like(scale_OG)
         if grid.has_zero_point:
             zero_point_OG = tensors[f"{name}.zero_point"].float()
+        if not self._with_codes:
+            return replace(self.outline(name), scale_OG=scale_OG, zero_point_OG=zero_point_OG)
         codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, grid)
         return QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)
+
+    def without_codes(self) -> "BlockFile":
+        """The same with codes on the meta device, for those that need only the grids."""
+        return BlockFile(self._path, self._names, with_codes=False)
 
     def outline(self, name: str) -> QuantizedLinear:
         """A linear on the meta device: its shapes, without reading it."""
@@ -208,20 +220,23 @@ def _described(path: Path) -> dict[str, tuple[int, Grid]]:
     return linears
 
 
-def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, grid: Grid) -> None:
+def _check_shapes(
+    path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, grid: Grid, kinds: Container[str]
+) -> None:
     """Raise CheckpointError where a linear's tensors are not all there or do not belong together."""
     num_outputs = len(tensors.get(f"{name}.scale", ()))
     scales = (num_outputs, grid.num_groups(num_inputs))
     expected = {"codes": (num_outputs, packing.packed_width(num_inputs, grid.bits)), "scale": scales}
     if grid.has_zero_point:
         expected["zero_point"] = scales
-    for kind, shape in expected.items():
+    for kind, shape in ((kind, shape) for kind, shape in expected.items() if kind in kinds):
         found = tensors.get(f"{name}.{kind}")
         if found is None or found.shape != shape:
             raise CheckpointError(
                 f"{path}: {name}.{kind} {'is missing' if found is None else f'has shape {list(found.shape)}'}, "
                 f"the grid asks for {list(shape)}; the file is damaged"
             )
-    if spare_bits := -num_inputs * grid.bits % 8:
+    spare_bits = -num_inputs * grid.bits % 8
+    if spare_bits and "codes" in kinds:
         if (tensors[f"{name}.codes"][:, -1] >> (8 - spare_bits)).any():
             raise CheckpointError(f"{path}: {name}.codes has bits set behind its last code; the file is damaged")

@@ -53,7 +53,8 @@ def write_block_files(
         writers[folder.block(block.index)] = lambda path: write_block(path, linears, activations)
     for version in plan.encoding_versions:
         path = folder.encodings(version, block.index)
-        writers[path] = partial(encodings.write, version=version, linears=linears, grids=activations)
+        with_grids = linears.without_codes() if isinstance(linears, BlockFile) else linears
+        writers[path] = partial(encodings.write, version=version, linears=with_grids, grids=activations)
     writers[output / plan.block_shard(block.index)] = lambda path: write_shard(path, linears, activations)
     # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one

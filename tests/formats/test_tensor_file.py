@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.formats.shards import read_metadata
-from shardq.formats.tensor_file import check_finite, read_checked, read_tensors, write_checked, write_tensors
+from shardq.formats.tensor_file import (
+    check_finite,
+    read_checked,
+    read_tensors,
+    write_checked,
+    write_filled,
+    write_tensors,
+)
 
 TENSORS = {
     "codes": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
@@ -172,3 +179,28 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float):
     with pytest.raises(QuantizationError, match="scale has a value that is not finite in float16"):
         check_finite(tmp_path / "a", tensors)
     check_finite(tmp_path / "a", tensors | {"scale": torch.ones(2).half(), "empty": torch.ones(0)})
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"shardq": '{"\u00e4": "\\n"}'}])
+def test_file_that_is_filled_has_the_librarys_bytes(tmp_path, metadata):
+    tensors = TENSORS | {
+        "two.weights": torch.randn(3, 5).bfloat16(), "\u00e4 \"x\"": torch.randint(0, 9, (4,), dtype=torch.uint8),
+        "none": torch.zeros(0, 3), "one": torch.tensor(3.0), "f8": torch.ones(3).to(torch.float8_e4m3fn),
+        "numbers": torch.tensor([1, 2]), "is": torch.tensor([True]), "half": torch.randn(3).half(),
+    }  # fmt: skip
+
+    def fill(in_file):
+        for name in reversed(in_file):
+            in_file[name].copy_(tensors[name])
+            yield
+
+    write_tensors(tmp_path / "whole.safetensors", tensors, metadata)
+    like = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    write_filled(tmp_path / "filled.safetensors", like, fill, metadata)
+    assert (tmp_path / "filled.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_full_disk_is_an_error_before_a_file_is_filled(small_disk):
+    like = {"x": torch.empty(100_000_000, device="meta")}
+    message = message_of(StorageError, write_filled, small_disk / "a.safetensors", like, lambda tensors: iter(()))
+    assert "no space left" in message and not list(small_disk.iterdir())
