@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shardq.export.base import Format, Grids
 from shardq.formats import encodings
-from shardq.formats.block_file import BlockFile, read_activations
+from shardq.formats.block_file import read_activations, read_block
 from shardq.formats.integers import integer_grid
 from shardq.logs import Display
 from shardq.model.skeleton import Skeleton
@@ -46,7 +46,7 @@ class Aimet(Format):
         run, num_blocks = skeleton.folder, len(skeleton.names)
         for number in range(num_blocks):
             path, block = RunFolder(folder).encodings(self.version, number), RunFolder(run).block(number)
-            encodings.write(path, self.version, BlockFile(block, with_codes=False), read_activations(block))
+            encodings.write(path, self.version, read_block(block), read_activations(block))
         merge_encodings(folder, self.version, run, num_blocks)
         return 0.0
 

@@ -2,9 +2,9 @@
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -13,23 +13,26 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import BlockFile, outline, read_activations
+from shardq.formats.block_file import Linears, read_activations, read_block
 from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
-from shardq.formats.source import SourceTensor
-from shardq.formats.tensor_file import check_finite, write_filled, write_tensors
+from shardq.formats.tensor_file import LARGE_BYTES, check_finite, write_one_by_one, write_tensors
 from shardq.logs import Display
-from shardq.matrix import is_linear
+from shardq.matrix import is_linear, matrices_in
 from shardq.model.layout import is_whole, put_together
 from shardq.model.skeleton import Skeleton
+from shardq.model.stacked import in_stack
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import code_bytes
 
-PLAIN = {"format": "pt"}
-Read = Callable[[SourceTensor], Tensor]
+VLLM_ALONE = """```bash
+vllm serve path/to/this/folder
+```
+
+Transformers cannot load it: it joins no experts of this model that are stored one by one."""
 LOAD_PLAIN = '{factory}.from_pretrained("path/to/this/folder")'
 
 
@@ -70,7 +73,7 @@ class Checkpoint(Format):
     def write_shard(
         self,
         path: Path,
-        linears: Mapping[str, QuantizedLinear],
+        linears: Linears,
         activations: dict[str, ActivationGrid],
         *,
         skeleton: Skeleton,
@@ -79,8 +82,7 @@ class Checkpoint(Format):
         """Write a block's shard; it appears whole.
 
         Args:
-            linears, activations: the block's linears and grids of activations, by full name; linears that are read
-                from a file are in memory one at a time.
+            linears, activations: the block's linears and grids of activations, by full name.
             skeleton: skeleton of the run's source or of its result, which has the block's other tensors.
 
         Raises:
@@ -88,31 +90,24 @@ class Checkpoint(Format):
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
         inputs, tensors = input_grids(self, linears, activations), skeleton.held_tensors(block_index)
-        full_names = {name: f"{skeleton.names[block_index]}.{name}".removesuffix(".weight") for name in tensors}
+        names = {name: f"{skeleton.names[block_index]}.{name}".removesuffix(".weight") for name in tensors}
 
-        def made_of(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+        def make(name: str) -> dict[str, Tensor]:
+            linear = linears[names[name]]
             dtype = self.weight_dtype(skeleton, linear.grid)
             if self.rounded_by:
                 linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
             bare_name = tensors[name].name.removesuffix(".weight")
-            return self.linear_tensors(bare_name, linear, dtype, inputs.get(full_names[name]))
+            made = self.linear_tensors(bare_name, linear, dtype, inputs.get(names[name]))
+            check_finite(path, made)
+            return made
 
-        def made(name: str) -> dict[str, Tensor]:
-            found = made_of(name, linears[full_names[name]])
-            check_finite(path, found)
-            return found
-
-        outlines = {
-            name: made_of(name, outline(linears, full_name))
-            for name, full_name in full_names.items()
-            if full_name in linears
-        }
-        laid_out = partial(_laid_out, skeleton, block_index, outlines)
-        values = laid_out(made, skeleton.source.read, skeleton.source.read_plain)
-        if isinstance(linears, BlockFile):
-            write_filled(path, dict(laid_out(outlines.__getitem__, _outline, _outline)), partial(_fill, values), PLAIN)
+        quantized = {name for name in tensors if names[name] in linears}
+        laid_out = partial(_laid_out, skeleton, block_index, quantized, make)
+        if sum(tensor.num_bytes for tensor in tensors.values()) > LARGE_BYTES:
+            write_one_by_one(path, laid_out, {"format": "pt"})
         else:
-            write_tensors(path, dict(values), PLAIN)
+            write_tensors(path, dict(laid_out()), {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         described = self.described(skeleton.folder, skeleton, grids, linears_left(skeleton, grids))
@@ -122,9 +117,8 @@ class Checkpoint(Format):
                 continue
             if number < len(skeleton.names):
                 path = RunFolder(skeleton.folder).block(number)
-                self.write_shard(
-                    folder / shard, BlockFile(path), read_activations(path), skeleton=skeleton, block_index=number
-                )
+                linears, activations = read_block(path), read_activations(path)
+                self.write_shard(folder / shard, linears, activations, skeleton=skeleton, block_index=number)
             else:  # outside the blocks nothing is quantized
                 write_whole(folder / shard, partial(shutil.copyfile, skeleton.folder / shard))
         write_index(folder, shards)
@@ -133,62 +127,56 @@ class Checkpoint(Format):
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
-def check_order(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
-    """Check that the source stores the quantized linears' weights [O, I], for a format that programs read so.
+def check_linears(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
+    """Check that programs that read a packed format have a linear, with its weight [O, I], for each quantized one.
 
     Raises:
-        UnsupportedModelError: naming one that is stored [I, O].
+        UnsupportedModelError: naming one for which they have not.
     """
-    for name in grids:
-        if skeleton.is_transposed(f"{name}.weight"):
+    for block_name, block in skeleton.named_blocks.items():
+        for matrix in matrices_in(block):
+            name = f"{block_name}.{matrix.name}"
+            if name in grids and skeleton.is_transposed(f"{name}.weight"):
+                what = "a Conv1D, stored [input, output channels]"
+            elif name in grids and in_stack(block, matrix.name):
+                what = "of experts that the model multiplies with as one stack"
+            else:
+                continue
             raise UnsupportedModelError(
-                f"{format_name}: {name} is a Conv1D, stored [input, output channels], which programs do not read in "
-                "this format; export hf"
+                f"{format_name}: {name} is {what}, which programs do not read in this format; export hf"
             )
 
 
 def _laid_out(
-    skeleton: Skeleton,
-    block_index: int,
-    outlines: dict[str, dict[str, Tensor]],
-    made: Callable[[str], dict[str, Tensor]],
-    read: Read,
-    read_plain: Read,
+    skeleton: Skeleton, block_index: int, names: Container[str], make: Callable[[str], dict[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors by full name, as the source has them; a packed weight apart from those that it is stored with.
 
     Args:
-        outlines: for each weight that is quantized, by name within the block, the tensors that it becomes, without
-            values.
-        made: gives them with their values.
-        read, read_plain: as those of a `WeightSource`.
+        names: the weights that are quantized, by name within the block.
+        make: makes the tensors that one of them becomes.
     """
-    tensors = skeleton.block_tensors(block_index)
+    source, tensors, make = skeleton.source, skeleton.block_tensors(block_index), lru_cache(1)(make)
     for name, pieces in skeleton.held_pieces(block_index).items():
-        stored, quantized = skeleton.source.tensors[name], [inner for inner in pieces if inner in outlines]
+        stored, quantized = source.tensors[name], [inner for inner in pieces if inner in names]
         if not quantized and is_whole(next(iter(pieces.values())), stored):
-            yield name, read_plain(stored)
-        elif all(outlines[inner].keys() == {tensors[inner].name} for inner in quantized):  # plain weights, no codes
-            dtype = outlines[quantized[0]][tensors[quantized[0]].name].dtype if quantized else DTYPES[stored.dtype]
-            parts = (
-                (piece.in_source, piece.in_model.of(value.to(dtype)))
-                for inner, piece in pieces.items()
-                for value in ((made(inner) if inner in outlines else {"": read(tensors[inner])}).values())
-            )
-            yield name, put_together(stored.shape, parts)
-        else:
+            yield name, source.read_plain(stored)
+        elif quantized and make(quantized[0]).keys() != {tensors[quantized[0]].name}:  # codes and scales
             for inner in pieces:
-                yield from (made(inner) if inner in outlines else {tensors[inner].name: read(tensors[inner])}).items()
-
-
-def _fill(values: Iterable[tuple[str, Tensor]], tensors: dict[str, Tensor]) -> Iterator[None]:
-    for name, value in values:
-        tensors[name].copy_(value)
-        yield
-
-
-def _outline(tensor: SourceTensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
+                yield from (
+                    make(inner) if inner in names else {tensors[inner].name: source.read(tensors[inner])}
+                ).items()
+        else:
+            dtype = make(quantized[0])[tensors[quantized[0]].name].dtype if quantized else None
+            plain = (
+                make(inner)[tensors[inner].name] if inner in names else source.read(tensors[inner]).to(dtype)
+                for inner in pieces
+            )
+            parts = zip(pieces.values(), plain, strict=True)
+            yield (
+                name,
+                put_together(stored.shape, ((piece.in_source, piece.in_model.of(part)) for piece, part in parts)),
+            )
 
 
 def in_transformers(package: str, load: str) -> str:

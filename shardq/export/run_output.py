@@ -1,6 +1,6 @@
 """What a run writes of its model: each block's files as it goes on, and those that complete it."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from shardq.export.checkpoint import Checkpoint, linears_left
-from shardq.formats.block_file import BlockFile, write_block_by_one
+from shardq.formats.block_file import Linears, LinearsInFiles, renamed, write_block_by_one
 from shardq.matrix import Matrix
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
@@ -42,7 +42,7 @@ class RunOutput:
     def write_block(
         self,
         block: BlockPlan,
-        linears: dict[str, QuantizedLinear],
+        linears: Linears,
         activations: dict[str, ActivationGrid],
         device: torch.device,
         copies: dict[Path, Checkpoint],
@@ -54,7 +54,7 @@ class RunOutput:
             device: as in `write_block_files`.
             copies: the further checkpoints, by folder.
         """
-        full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
+        full = renamed(linears, {block.full_name(matrix): matrix.name for matrix in block.grids})
         grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
         return self._write(block, full, grids, device, copies)
 
@@ -65,26 +65,28 @@ class RunOutput:
         device: torch.device,
         copies: dict[Path, Checkpoint],
     ) -> list[Path]:
-        """Write as `write_block` linears that need not be in memory together."""
+        """Write as `write_block` linears of which each is made when the one before has been written."""
         path = RunFolder(self.folder).block(block.index)
         shapes = {block.full_name(matrix): (matrix.shape, grid) for matrix, grid in block.grids.items()}
         write_block_by_one(path, shapes, ((block.full_name(matrix), linear) for matrix, linear in linears))
-        return self._write(block, BlockFile(path, shapes), {}, device, copies)
+        full = LinearsInFiles(dict.fromkeys(shapes, path), {name: name for name in shapes})
+        return self._write(block, full, {}, device, copies, has_codes=True)
 
     def _write(
         self,
         block: BlockPlan,
-        linears: Mapping[str, QuantizedLinear],
+        full: Linears,
         grids: dict[str, ActivationGrid],
         device: torch.device,
         copies: dict[Path, Checkpoint],
+        has_codes: bool = False,
     ) -> list[Path]:
         def writer(form: Checkpoint) -> WriteShard:
             return partial(form.write_shard, skeleton=self.skeleton, block_index=block.index)
 
-        files = write_block_files(self.folder, self.plan, block, linears, grids, writer(self.form), device)
+        files = write_block_files(self.folder, self.plan, block, full, grids, writer(self.form), device, has_codes)
         for folder, form in copies.items():
-            writer(form)(folder / self.plan.block_shard(block.index), linears, grids)
+            writer(form)(folder / self.plan.block_shard(block.index), full, grids)
         return files
 
     def write_end(self, kept: Container[Path] = ()) -> list[Path]:

@@ -8,7 +8,9 @@ grids of the block's activations where there are any.
 
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.formats.shards import read_header, read_metadata, read_tensor
-from shardq.formats.tensor_file import write_filled, write_tensors
+from shardq.formats.tensor_file import LARGE_BYTES, write_one_by_one, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -27,43 +29,82 @@ from shardq.quant.quantized import QuantizedLinear
 VERSION = 1
 
 
+Linears = Mapping[str, QuantizedLinear]
+"""Quantized linears by name: a dict, or `LinearsInFiles`, which are written with one of them in memory at a time."""
+
+
+@dataclass(frozen=True)
+class LinearsInFiles(Linears):
+    """Linears of which some are in memory and the others are read from block files whenever they are asked for.
+
+    Attributes:
+        held: those in memory, and for each other one its file, by the names in the files.
+        names: names by which they are asked for, in order, and the names in the files.
+    """
+
+    held: dict[str, QuantizedLinear | Path]
+    names: dict[str, str]
+
+    def __getitem__(self, name: str) -> QuantizedLinear:
+        inner = self.names[name]
+        linear = self.held[inner]
+        return read_block(linear, {inner})[inner] if isinstance(linear, Path) else linear
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def renamed(linears: Linears, names: dict[str, str]) -> Linears:
+    """Linears under other names, in the names' order: from a new name to the present one."""
+    if isinstance(linears, LinearsInFiles):
+        return LinearsInFiles(linears.held, {name: linears.names[former] for name, former in names.items()})
+    return {name: linears[former] for name, former in names.items()}
+
+
 Shapes = dict[str, tuple[tuple[int, int], Grid]]
-"""Shape [O, I] and grid of linears, by full name."""
+"""Shape [O, I] and grid of linears, by name."""
 
 
-def write_block(
-    path: Path, linears: Mapping[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
-) -> None:
+def write_block(path: Path, linears: Linears, activations: dict[str, ActivationGrid] | None = None) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
-    tensors = {name: tensor for pair in linears.items() for name, tensor in _tensors_of(*pair).items()}
-    shapes = {name: (_shape_of(linear), linear.grid) for name, linear in linears.items()}
-    write_tensors(path, tensors, _metadata(shapes, activations))
+    shapes: Shapes = {}
+    for name, linear in linears.items():
+        num_outputs, num_inputs = linear.codes_OI.shape
+        shapes[name] = (num_outputs, num_inputs), linear.grid
+    if isinstance(linears, LinearsInFiles) or sum(prod(shape) for shape, _ in shapes.values()) > LARGE_BYTES:
+        write_block_by_one(path, shapes, linears.items(), activations)
+    else:
+        tensors = chain.from_iterable(_tensors_of(*pair) for pair in linears.items())
+        write_tensors(path, dict(tensors), _metadata(shapes, activations))
 
 
-def write_block_by_one(path: Path, shapes: Shapes, linears: Iterable[tuple[str, QuantizedLinear]]) -> None:
-    """Write as `write_block`, to the byte, linears that need not be in memory together.
+def write_block_by_one(
+    path: Path,
+    shapes: Shapes,
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    activations: dict[str, ActivationGrid] | None = None,
+) -> None:
+    """Write as `write_block`, to the byte, linears of which each is made when the one before has been written.
 
     Args:
-        shapes: of all linears.
+        shapes: of all of them.
         linears: by full name, in any order.
     """
-    like = {name: tensor for each in shapes for name, tensor in _tensors_of(each, _outline(*shapes[each])).items()}
-
-    def fill(tensors: dict[str, Tensor]) -> Iterator[None]:
-        for pair in linears:
-            for name, tensor in _tensors_of(*pair).items():
-                tensors[name].copy_(tensor)
-            yield
-
-    write_filled(path, like, fill, _metadata(shapes, None))
+    outlines = ((name, _outline(shape, grid)) for name, (shape, grid) in shapes.items())
+    passes = iter((outlines, linears))
+    write_one_by_one(path, lambda: chain.from_iterable(_tensors_of(*pair) for pair in next(passes)),
+                     _metadata(shapes, activations))  # fmt: skip
 
 
-def _tensors_of(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+def _tensors_of(name: str, linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
     """A linear's tensors in a block file."""
-    tensors = {f"{name}.codes": packing.pack(linear.codes_OI, linear.grid), f"{name}.scale": linear.scale_OG.float()}
+    yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
+    yield f"{name}.scale", linear.scale_OG.float()
     if linear.grid.has_zero_point:
-        tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
-    return tensors
+        yield f"{name}.zero_point", linear.zero_point_OG.char()
 
 
 def _metadata(shapes: Shapes, activations: dict[str, ActivationGrid] | None) -> dict[str, str]:
@@ -75,69 +116,11 @@ def _metadata(shapes: Shapes, activations: dict[str, ActivationGrid] | None) -> 
     return {"shardq": json.dumps(content, sort_keys=True)}
 
 
-def _shape_of(linear: QuantizedLinear) -> tuple[int, int]:
-    num_outputs, num_inputs = linear.codes_OI.shape
-    return num_outputs, num_inputs
-
-
 def _outline(shape: tuple[int, int], grid: Grid) -> QuantizedLinear:
     """A quantized linear of a shape on the meta device."""
     codes_OI = torch.empty(shape, dtype=torch.int8, device="meta")
     scale_OG = torch.empty(shape[0], grid.num_groups(shape[1]), device="meta")
     return QuantizedLinear(codes_OI, scale_OG, scale_OG, grid)
-
-
-class BlockFile(Mapping[str, QuantizedLinear]):
-    """The linears of a block file, by full name; each is read when it is asked for.
-
-    Args:
-        names: their order (default: the file's).
-        with_codes: whether codes are read; else they are on the meta device.
-
-    Raises:
-        CheckpointError: the file is missing or truncated, or not a block file of this version.
-    """
-
-    def __init__(self, path: Path, names: Iterable[str] | None = None, with_codes: bool = True):
-        self._path, self._header, self._described = path, read_header(path), _described(path)
-        self._names, self._with_codes = list(self._described if names is None else names), with_codes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, name: str) -> QuantizedLinear:
-        num_inputs, grid = self._described[name]
-        kinds = ("codes", "scale", "zero_point") if self._with_codes else ("scale", "zero_point")
-        parts = [f"{name}.{kind}" for kind in kinds]
-        tensors = {part: read_tensor(self._header[part]) for part in parts if part in self._header}
-        _check_shapes(self._path, name, tensors, num_inputs, grid, kinds)
-        scale_OG = tensors[f"{name}.scale"]
-        zero_point_OG = torch.zeros_like(scale_OG)
-        if grid.has_zero_point:
-            zero_point_OG = tensors[f"{name}.zero_point"].float()
-        if not self._with_codes:
-            return replace(self.outline(name), scale_OG=scale_OG, zero_point_OG=zero_point_OG)
-        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, grid)
-        return QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)
-
-    def without_codes(self) -> "BlockFile":
-        """The same with codes on the meta device, for those that need only the grids."""
-        return BlockFile(self._path, self._names, with_codes=False)
-
-    def outline(self, name: str) -> QuantizedLinear:
-        """A linear on the meta device: its shapes, without reading it."""
-        num_inputs, grid = self._described[name]
-        return _outline((self._header[f"{name}.scale"].shape[0], num_inputs), grid)
-
-
-def outline(linears: Mapping[str, QuantizedLinear], name: str) -> QuantizedLinear:
-    """A linear of some on the meta device, which is not read for that."""
-    if isinstance(linears, BlockFile):
-        return linears.outline(name)
-    return _outline(_shape_of(linears[name]), linears[name].grid)
 
 
 def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:
@@ -147,10 +130,23 @@ def read_block(path: Path, some: Container[str] | None = None) -> dict[str, Quan
         some: names of the linears to read (default: all).
 
     Raises:
-        CheckpointError: as `BlockFile`.
+        CheckpointError: the file is missing or truncated, or not a block file of this version.
     """
-    linears = BlockFile(path)
-    return {name: linears[name] for name in linears if some is None or name in some}
+    header = read_header(path)
+    wanted = {name: info for name, info in header.items() if some is None or name.rpartition(".")[0] in some}
+    tensors = {name: read_tensor(info) for name, info in wanted.items()}
+    linears = {}
+    for name, (num_inputs, grid) in _described(path).items():
+        if some is not None and name not in some:
+            continue
+        _check_shapes(path, name, tensors, num_inputs, grid)
+        scale_OG = tensors[f"{name}.scale"]
+        zero_point_OG = torch.zeros_like(scale_OG)
+        if grid.has_zero_point:
+            zero_point_OG = tensors[f"{name}.zero_point"].float()
+        codes_OI = packing.unpack(tensors[f"{name}.codes"], num_inputs, grid)
+        linears[name] = QuantizedLinear(codes_OI, scale_OG, zero_point_OG, grid)
+    return linears
 
 
 def read_grids(path: Path) -> dict[str, Grid]:
@@ -220,23 +216,20 @@ def _described(path: Path) -> dict[str, tuple[int, Grid]]:
     return linears
 
 
-def _check_shapes(
-    path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, grid: Grid, kinds: Container[str]
-) -> None:
+def _check_shapes(path: Path, name: str, tensors: dict[str, Tensor], num_inputs: int, grid: Grid) -> None:
     """Raise CheckpointError where a linear's tensors are not all there or do not belong together."""
     num_outputs = len(tensors.get(f"{name}.scale", ()))
     scales = (num_outputs, grid.num_groups(num_inputs))
     expected = {"codes": (num_outputs, packing.packed_width(num_inputs, grid.bits)), "scale": scales}
     if grid.has_zero_point:
         expected["zero_point"] = scales
-    for kind, shape in ((kind, shape) for kind, shape in expected.items() if kind in kinds):
+    for kind, shape in expected.items():
         found = tensors.get(f"{name}.{kind}")
         if found is None or found.shape != shape:
             raise CheckpointError(
                 f"{path}: {name}.{kind} {'is missing' if found is None else f'has shape {list(found.shape)}'}, "
                 f"the grid asks for {list(shape)}; the file is damaged"
             )
-    spare_bits = -num_inputs * grid.bits % 8
-    if spare_bits and "codes" in kinds:
+    if spare_bits := -num_inputs * grid.bits % 8:
         if (tensors[f"{name}.codes"][:, -1] >> (8 - spare_bits)).any():
             raise CheckpointError(f"{path}: {name}.codes has bits set behind its last code; the file is damaged")

@@ -1,22 +1,23 @@
 """Our own safetensors files: written whole, read without a memory map."""
 
 import json
-import mmap
-import os
-from collections.abc import Callable, Iterable, Mapping
-from math import prod
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from shardq.devices import mark_ready, to_host
 from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.files import write_whole
-from shardq.formats.shards import read_header, read_metadata, read_tensor
+from shardq.formats.shards import DTYPES, read_header, read_metadata, read_tensor
+
+LARGE_BYTES = 4 << 30  # a file of more is written in the memory of one tensor
+# The dtypes of safetensors, the last of its own list first.
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -44,56 +45,40 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_whole(path, write)
 
 
-def write_filled(
-    path: Path,
-    like: Mapping[str, Tensor],
-    fill: Callable[[dict[str, Tensor]], Iterable[object]],
-    metadata: dict[str, str] | None = None,
+def write_one_by_one(
+    path: Path, make: Callable[[], Iterable[tuple[str, Tensor]]], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write as `write_tensors`, to the byte, tensors that need not be in memory together.
+    """Write the file that `write_tensors` would, in the memory of one tensor.
 
     Args:
-        like: their dtypes and shapes, on the meta device.
-        fill: is given the tensors in the file, and fills them while it is iterated; after each step, what has been
-            filled so far no longer takes memory of this process.
-        metadata: as in `write_tensors`.
+        make: makes the tensors, by name, one after the other; called twice, first for their shapes.
 
     Raises:
-        StorageError: as `write_tensors`.
+        StorageError: the disk is full or cannot be written.
     """
-    header, places = _header_of(like, metadata)
-    size = len(header) + sum(tensor.nbytes for tensor in like.values())
+    shapes = {name: (_name_of(tensor.dtype), list(tensor.shape), tensor.nbytes) for name, tensor in make()}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    starts, end = {}, 0
+    # The library's order: wide dtypes first, so that each tensor is aligned.
+    for name, (dtype, shape, num_bytes) in sorted(shapes.items(), key=lambda item: (ORDER.index(item[1][0]), item[0])):
+        starts[name], end = end, end + num_bytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
 
     def write(aside: Path) -> None:
-        with open(aside, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, in a mapped file it is a signal
-            mapped = mmap.mmap(file.fileno(), size)
-        mapped[: len(header)] = header
-        tensors = {
-            name: torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=len(header) + places[name])
-            .view(tensor.shape) if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
-            for name, tensor in like.items()
-        }  # fmt: skip
-        for _ in fill(tensors):
-            mapped.madvise(mmap.MADV_DONTNEED)
-        mapped.flush()
+        with open(aside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in make():
+                file.seek(8 + len(text) + starts[name])
+                on_cpu = to_host(tensor.detach(), mark_ready(tensor)).contiguous()
+                file.write(on_cpu.reshape(-1).view(torch.uint8).numpy().data)
 
     write_whole(path, write)
 
 
-def _header_of(like: Mapping[str, Tensor], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, int]]:
-    """Header of a safetensors file, and each tensor's place behind it: in the library's order."""
-    empty = save({name: tensor.new_empty(0, device="cpu") for name, tensor in like.items()}, metadata)
-    facts = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])
-    places, place = {}, 0
-    for name in facts:
-        if name != "__metadata__":
-            end = place + prod(like[name].shape) * like[name].itemsize
-            facts[name] |= {"shape": list(like[name].shape), "data_offsets": [place, end]}
-            places[name], place = place, end
-    text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, places
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, other in DTYPES.items() if other is dtype)
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """A finished block's files, and those that complete a run."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 
@@ -9,18 +9,17 @@ from torch import Tensor
 
 from shardq.background import lookahead, one_by_one
 from shardq.formats import encodings
-from shardq.formats.block_file import BlockFile, write_block
+from shardq.formats.block_file import Linears, write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.tensor_file import write_tensors
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
-from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.encodings import merge_encodings
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
-WriteShard = Callable[[Path, Mapping[str, QuantizedLinear], dict[str, ActivationGrid]], None]
+WriteShard = Callable[[Path, Linears, dict[str, ActivationGrid]], None]
 """Writes a block's shard, which appears whole, from its linears and grids of activations by full name."""
 
 
@@ -33,33 +32,34 @@ def write_block_files(
     output: Path,
     plan: Plan,
     block: BlockPlan,
-    linears: Mapping[str, QuantizedLinear],
+    linears: Linears,
     activations: dict[str, ActivationGrid],
     write_shard: WriteShard,
     device: torch.device,
+    has_codes: bool = False,
 ) -> list[Path]:
     """Write a block's codes, encodings and shard; each file appears whole.
 
     Args:
-        linears, activations: linears and grids of activations, by full name; a BlockFile is the file of the codes.
+        linears, activations: linears and grids of activations, by full name.
         device: the device that computed them; with a GPU the files are written at the same time.
+        has_codes: whether the file of codes is there.
 
     Returns:
         The files.
     """
     folder = RunFolder(output)
     writers: dict[Path, Callable[[Path], None]] = {}
-    if not isinstance(linears, BlockFile):
+    if not has_codes:
         writers[folder.block(block.index)] = lambda path: write_block(path, linears, activations)
     for version in plan.encoding_versions:
         path = folder.encodings(version, block.index)
-        with_grids = linears.without_codes() if isinstance(linears, BlockFile) else linears
-        writers[path] = partial(encodings.write, version=version, linears=with_grids, grids=activations)
+        writers[path] = partial(encodings.write, version=version, linears=linears, grids=activations)
     writers[output / plan.block_shard(block.index)] = lambda path: write_shard(path, linears, activations)
     # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
     written = [path for path, _ in at_once(lambda path: writers[path](path), writers)]
-    return list(dict.fromkeys([folder.block(block.index), *written]))
+    return [folder.block(block.index), *written] if has_codes else written
 
 
 def write_run_files(

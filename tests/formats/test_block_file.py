@@ -9,14 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError
-from shardq.formats.block_file import (
-    BlockFile,
-    read_activations,
-    read_block,
-    read_scale_shapes,
-    write_block,
-    write_block_by_one,
-)
+from shardq.formats.block_file import read_activations, read_block, read_scale_shapes, write_block, write_block_by_one
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -193,7 +186,3 @@ def test_linears_one_by_one_make_the_same_file(tmp_path, grid):
     shapes = {name: ((6, 24), linear.grid) for name, linear in linears.items()}
     write_block_by_one(tmp_path / "by-one", shapes, reversed(linears.items()))
     assert (tmp_path / "by-one").read_bytes() == (tmp_path / "at-once").read_bytes()
-    lazy = BlockFile(tmp_path / "by-one", reversed(linears))
-    assert list(lazy) == list(reversed(linears)) and torch.equal(lazy["b.3"].codes_OI, linears["b.3"].codes_OI)
-    bare = lazy.without_codes()["b.3"]
-    assert bare.codes_OI.is_meta and torch.equal(bare.scale_OG, linears["b.3"].scale_OG)

@@ -16,7 +16,7 @@ from shardq.formats.tensor_file import (
     read_checked,
     read_tensors,
     write_checked,
-    write_filled,
+    write_one_by_one,
     write_tensors,
 )
 
@@ -46,6 +46,25 @@ def test_the_library_reads_what_we_write(tmp_path):
     write_tensors(tmp_path / "a.safetensors", TENSORS, {"format": "pt"})
     assert_same_tensors(load_file(tmp_path / "a.safetensors"), TENSORS)
     assert read_metadata(tmp_path / "a.safetensors") == {"format": "pt"}
+
+
+DTYPES = (torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.float16,
+          torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64)  # fmt: skip
+
+
+@pytest.mark.parametrize("metadata", [None, {"shardq": '{"name": "\\u00e9 \u00e9", "n": 1}'}])
+def test_one_by_one_comes_out_the_same(tmp_path, metadata: dict | None):
+    tensors = TENSORS | {f"{name}.{dtype}": torch.ones(3, 2).to(dtype) for name in "ba" for dtype in DTYPES}
+    tensors |= {"empty": torch.empty(0, 4), "number": torch.tensor(2.5), "turned": torch.randn(4, 3).t()}
+    write_tensors(tmp_path / "whole", tensors, metadata)
+    calls = []
+
+    def make() -> Iterator[tuple[str, torch.Tensor]]:
+        calls.append(len(calls))
+        yield from tensors.items()
+
+    write_one_by_one(tmp_path / "single", make, metadata)
+    assert (tmp_path / "single").read_bytes() == (tmp_path / "whole").read_bytes() and calls == [0, 1]
 
 
 def test_we_read_what_the_library_writes(tmp_path):
@@ -179,28 +198,3 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float):
     with pytest.raises(QuantizationError, match="scale has a value that is not finite in float16"):
         check_finite(tmp_path / "a", tensors)
     check_finite(tmp_path / "a", tensors | {"scale": torch.ones(2).half(), "empty": torch.ones(0)})
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"shardq": '{"\u00e4": "\\n"}'}])
-def test_file_that_is_filled_has_the_librarys_bytes(tmp_path, metadata):
-    tensors = TENSORS | {
-        "two.weights": torch.randn(3, 5).bfloat16(), "\u00e4 \"x\"": torch.randint(0, 9, (4,), dtype=torch.uint8),
-        "none": torch.zeros(0, 3), "one": torch.tensor(3.0), "f8": torch.ones(3).to(torch.float8_e4m3fn),
-        "numbers": torch.tensor([1, 2]), "is": torch.tensor([True]), "half": torch.randn(3).half(),
-    }  # fmt: skip
-
-    def fill(in_file):
-        for name in reversed(in_file):
-            in_file[name].copy_(tensors[name])
-            yield
-
-    write_tensors(tmp_path / "whole.safetensors", tensors, metadata)
-    like = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    write_filled(tmp_path / "filled.safetensors", like, fill, metadata)
-    assert (tmp_path / "filled.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-
-
-def test_full_disk_is_an_error_before_a_file_is_filled(small_disk):
-    like = {"x": torch.empty(100_000_000, device="meta")}
-    message = message_of(StorageError, write_filled, small_disk / "filled", like, lambda tensors: iter(()))
-    assert "no space left" in message and not list(small_disk.glob("filled*"))
