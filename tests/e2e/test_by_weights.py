@@ -21,7 +21,7 @@ from shardq.rundir.folder import RunFolder
 SMALL = dict(vocab_size=211, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=8)  # fmt: skip
 MINMAX = ("--optimize.start", "minmax")
-RECORDS = ("manifest.json", "ledger.jsonl")  # say whether there were data, and how many ranks
+RECORDS = ("manifest.json", "ledger.jsonl", "README.md")  # say whether there were data, and how many ranks
 
 
 @pytest.fixture(scope="module")
