@@ -91,7 +91,7 @@ def parts_of(run: Run, block: BlockPlan) -> Parts | None:
         agree(run.skeleton.source.digests, stored, run.ranks)
         return values
 
-    return Parts(at_once=run.experts_at_once, read=read)
+    return Parts(at_once=run.experts_at_once, read=read, folder=run.cache / "experts")
 
 
 def _prepare_activations(run: Run, job: Job, first: int) -> None:
@@ -139,7 +139,7 @@ def _again(run: Run, job: Job, loaded: LoadedBlock) -> None:
             matrix.put(loaded.module, weight_OI)
 
     if _read_later(run, loaded.plan):
-        parts = Parts(at_once=run.experts_at_once, read=partial(_read_experts, run))
+        parts = Parts(at_once=run.experts_at_once, read=partial(_read_experts, run), folder=run.cache / "experts")
         again_by_parts(job, loaded, parts, partial(_read_written_experts, run), put_written)
         return
     forward = served_forward(job, loaded)

@@ -60,6 +60,7 @@ def check_space_for_tuning(
 
     Args:
         skeleton: skeleton of the float model.
+        plan: with the blocks' arguments.
         manifest, record: manifest and record of the tuned run.
         shape: number of samples, and of tokens in each.
 
@@ -79,10 +80,8 @@ def check_space_for_tuning(
         batch = min(held, manifest["tuned"]["options"]["batch_size"])
         num_samples = max(3 * held, 2 * held + batch * (plan.num_blocks - 1))
         folder = Path(config.cache.folder or output)
-        # The embedding may be narrower than the hidden states; then the config has their width.
-        width = getattr(skeleton.model.config.get_text_config(), "hidden_size", 0)
-        width = max(width, skeleton.embeddings.embedding_dim)
-        needs.append(Need("activations", folder, num_samples * _sample_bytes(shape[1], width), "--cache.folder"))
+        hidden = num_samples * _sample_bytes(shape[1], plan.blocks[0].arguments.width)
+        needs.append(Need("activations", folder, hidden + held * _own_bytes(plan), "--cache.folder"))
     together(ranks, lambda: check_room(needs) if ranks.local_rank == 0 else None)
 
 
@@ -95,12 +94,16 @@ def cache_bytes(run: Run) -> int:
     held = _held(num_samples, run.ranks, run.config.cache.folder is None)
     arguments = [block.arguments for block in run.plan.blocks]
     hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, arguments[0].width)
-    own: dict[tuple[int, str], int] = {}  # all written before the first block
-    for passed in arguments:
-        own |= passed.own_bytes
-    files_of_own = sum(own.values()) + HEADER_BYTES * len(own)
     carried = 4 * max(passed.carried_bytes + HEADER_BYTES * len(passed.carried_names) for passed in arguments)
-    return held * (hidden + files_of_own + carried)
+    return held * (hidden + _own_bytes(run.plan) + carried)
+
+
+def _own_bytes(plan: Plan) -> int:
+    """Bytes of a sample's own arguments of all blocks, which are written before the first block is computed."""
+    own: dict[tuple[int, str], int] = {}
+    for block in plan.blocks:
+        own |= block.arguments.own_bytes
+    return sum(own.values()) + HEADER_BYTES * len(own)
 
 
 def _held(num_samples: int, ranks: Ranks, is_shared: bool) -> int:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ from shardq.rundir.stop import stop_if_asked, stoppable
 from shardq.summaries import TuneSummary
 from shardq.training.activation_grids import written_grids
 from shardq.training.passes import Activations
-from shardq.training.scale_tuning import Tuning, embed_and_target, tune_step
+from shardq.training.scale_tuning import Tuning, embed_and_target, tunable, tune_step
 from shardq.training.self_check import say_if_unchecked
 
 STEPS_A_STATE = 4  # steps between two saved states; a state is as large as the scales, a step goes through all blocks
@@ -89,6 +89,7 @@ def tune(config: TuneConfig, ranks: Ranks) -> TuneSummary:
             on_rank_zero(ranks, lambda: remove(RunFolder(output).tuning_state))
             display.line(f"{output}: this tuning is finished, nothing is left to do; shardq verify {output} reads all")
         else:
+            plan = together(ranks, lambda: tunable(skeleton, plan, found.tokens_NT.shape[1], ranks.device))
             check_space_for_tuning(config, skeleton, plan, found.manifest, found.record, ranks, found.tokens_NT.shape)
             begin_with(skeleton, found.digests, ranks, display.line)
             on_rank_zero(ranks, lambda: ledger.begin_run(output, found.manifest))
@@ -171,15 +172,14 @@ def _finish(
     num_samples, length = found.tokens_NT.shape
     samples = owned_samples(num_samples, ranks.rank, ranks.world_size)
     store = open_store(config.cache, cache, ranks.device)
-    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace)
+    activations = Activations(store, samples, length, ranks.device, events.waiting, ranks.pace, plan.blocks)
     steps_left = done < found.options.steps
     if steps_left:
         display.line(f"the float model's predictions come first, through {plan.num_blocks} blocks")
         with events.span("prepare activations"):
-            target = partial(embed_and_target, skeleton, plan, found.tokens_NT, activations, ranks,
+            target = partial(embed_and_target, skeleton, found.tokens_NT, activations, ranks,
                              found.options.dtype, config.self_check)  # fmt: skip
-            plan = together(ranks, target)
-            activations = replace(activations, blocks=plan.blocks)
+            together(ranks, target)
             agree(skeleton.source.digests, all_stored(skeleton), ranks)
     tuning = Tuning(
         run=Path(config.run),
@@ -255,7 +255,7 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 
 def _plan(skeleton: Skeleton, manifest: dict) -> Plan:
     """The plan of the run that a manifest is of."""
-    plan, target = make_plan(skeleton, quant_options(manifest)), manifest["options"].get("target")
+    plan, target = make_plan(skeleton, quant_options(manifest["options"]["quant"])), manifest["options"].get("target")
     return as_served(target, export_options(manifest), skeleton, plan)
 
 

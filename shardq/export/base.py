@@ -93,7 +93,7 @@ class Format(ABC):
 
     @abstractmethod
     def how_to_serve(self, grids: Grids, factory: str) -> str:
-        """Markdown that says how a program loads it; `factory` is the class of transformers that does."""
+        """Markdown that says how a program loads it; `factory` is the class of transformers that does, or ""."""
 
 
 def only_grid(format_name: str, grids: Grids) -> Grid:

@@ -2,9 +2,9 @@
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import read_activations, read_block
+from shardq.formats.block_file import Linears, read_activations, read_block
 from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
-from shardq.formats.tensor_file import check_finite, write_tensors
+from shardq.formats.tensor_file import LARGE_BYTES, check_finite, write_one_by_one, write_tensors
 from shardq.logs import Display
 from shardq.matrix import is_linear
 from shardq.model.layout import is_whole, put_together
@@ -27,6 +27,11 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.room import code_bytes
 
+VLLM_ALONE = """```bash
+vllm serve path/to/this/folder
+```
+
+Transformers cannot load it: it joins no experts of this model that are stored one by one."""
 LOAD_PLAIN = '{factory}.from_pretrained("path/to/this/folder")'
 
 
@@ -67,7 +72,7 @@ class Checkpoint(Format):
     def write_shard(
         self,
         path: Path,
-        linears: dict[str, QuantizedLinear],
+        linears: Linears,
         activations: dict[str, ActivationGrid],
         *,
         skeleton: Skeleton,
@@ -83,19 +88,25 @@ class Checkpoint(Format):
             ConfigError: as `described`.
             QuantizationError: a weight or a scale is beyond the dtype that the format keeps it in.
         """
-        inputs = input_grids(self, linears, activations)
-        made: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in skeleton.held_tensors(block_index).items():
-            full_name = f"{skeleton.names[block_index]}.{name}".removesuffix(".weight")
-            if full_name in linears:
-                linear = linears[full_name]
-                dtype = self.weight_dtype(skeleton, linear.grid)
-                if self.rounded_by:
-                    linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
-                bare_name = tensor.name.removesuffix(".weight")
-                made[name] = self.linear_tensors(bare_name, linear, dtype, inputs.get(full_name))
-                check_finite(path, made[name])
-        write_tensors(path, dict(_laid_out(skeleton, block_index, made)), {"format": "pt"})
+        inputs, tensors = input_grids(self, linears, activations), skeleton.held_tensors(block_index)
+        names = {name: f"{skeleton.names[block_index]}.{name}".removesuffix(".weight") for name in tensors}
+
+        def make(name: str) -> dict[str, Tensor]:
+            linear = linears[names[name]]
+            dtype = self.weight_dtype(skeleton, linear.grid)
+            if self.rounded_by:
+                linear = replace(linear, scale_OG=linear.scale_OG.to(dtype).float())
+            bare_name = tensors[name].name.removesuffix(".weight")
+            made = self.linear_tensors(bare_name, linear, dtype, inputs.get(names[name]))
+            check_finite(path, made)
+            return made
+
+        quantized = {name for name in tensors if names[name] in linears}
+        laid_out = partial(_laid_out, skeleton, block_index, quantized, make)
+        if sum(tensor.num_bytes for tensor in tensors.values()) > LARGE_BYTES:
+            write_one_by_one(path, laid_out, {"format": "pt"})
+        else:
+            write_tensors(path, dict(laid_out()), {"format": "pt"})
 
     def write(self, skeleton: Skeleton, grids: Grids, folder: Path, display: Display, is_begun: bool) -> float:
         described = self.described(skeleton.folder, skeleton, grids, linears_left(skeleton, grids))
@@ -129,28 +140,36 @@ def check_order(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
             )
 
 
-def _laid_out(skeleton: Skeleton, block_index: int, made: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _laid_out(
+    skeleton: Skeleton, block_index: int, names: Container[str], make: Callable[[str], dict[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors by full name, as the source has them; a packed weight apart from those that it is stored with.
 
     Args:
-        made: for each weight that is quantized, by name within the block, the tensors that it becomes.
+        names: the weights that are quantized, by name within the block.
+        make: makes the tensors that one of them becomes.
     """
-    source, tensors = skeleton.source, skeleton.block_tensors(block_index)
+    source, tensors, make = skeleton.source, skeleton.block_tensors(block_index), lru_cache(1)(make)
     for name, pieces in skeleton.held_pieces(block_index).items():
-        stored, quantized = source.tensors[name], pieces.keys() & made.keys()
+        stored, quantized = source.tensors[name], [inner for inner in pieces if inner in names]
         if not quantized and is_whole(next(iter(pieces.values())), stored):
             yield name, source.read_plain(stored)
-        elif all(tensors[inner].name in made[inner] for inner in quantized):  # plain weights, no packed ones
-            plain = {inner: made[inner][tensors[inner].name] for inner in quantized}
-            like = next(iter(plain.values()), None)
-            for inner in pieces.keys() - quantized:
-                value = source.read(tensors[inner])
-                plain[inner] = value if like is None else value.to(like)
-            parts = ((piece.in_source, piece.in_model.of(plain[inner])) for inner, piece in pieces.items())
-            yield name, put_together(stored.shape, parts)
-        else:
+        elif quantized and make(quantized[0]).keys() != {tensors[quantized[0]].name}:  # codes and scales
             for inner in pieces:
-                yield from (made.get(inner) or {tensors[inner].name: source.read(tensors[inner])}).items()
+                yield from (
+                    make(inner) if inner in names else {tensors[inner].name: source.read(tensors[inner])}
+                ).items()
+        else:
+            dtype = make(quantized[0])[tensors[quantized[0]].name].dtype if quantized else None
+            plain = (
+                make(inner)[tensors[inner].name] if inner in names else source.read(tensors[inner]).to(dtype)
+                for inner in pieces
+            )
+            parts = zip(pieces.values(), plain, strict=True)
+            yield (
+                name,
+                put_together(stored.shape, ((piece.in_source, piece.in_model.of(part)) for piece, part in parts)),
+            )
 
 
 def in_transformers(package: str, load: str) -> str:

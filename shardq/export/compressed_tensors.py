@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from shardq.export.base import Grids, only_grid
-from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, check_order, in_transformers, input_grids, with_vllm
+from shardq.export.checkpoint import (
+    LOAD_PLAIN,
+    VLLM_ALONE,
+    Checkpoint,
+    check_order,
+    in_transformers,
+    input_grids,
+    with_vllm,
+)
 from shardq.formats import compressed_tensors
 from shardq.formats.block_file import read_activations, read_grids
 from shardq.logs import Display
@@ -68,6 +76,8 @@ class CompressedTensors(Checkpoint):
         return scale_change
 
     def how_to_serve(self, grids: Grids, factory: str) -> str:
+        if not factory:
+            return VLLM_ALONE
         grid = only_grid(self.name, grids)
         load = LOAD_ASYMMETRIC if grid.has_zero_point else LOAD_PLAIN
         return with_vllm(in_transformers("compressed-tensors", load.format(factory=factory)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardq.export.base import Grids, only_grid
-from shardq.export.checkpoint import LOAD_PLAIN, Checkpoint, check_order, in_transformers, with_vllm
+from shardq.export.checkpoint import LOAD_PLAIN, VLLM_ALONE, Checkpoint, check_order, in_transformers, with_vllm
 from shardq.formats import gptq
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
@@ -39,5 +39,7 @@ class Gptq(Checkpoint):
         return gptq.is_served_by_vllm(grid)
 
     def how_to_serve(self, grids: Grids, factory: str) -> str:
+        if not factory:
+            return VLLM_ALONE
         loaded = in_transformers("gptqmodel optimum", LOAD_PLAIN.format(factory=factory))
         return with_vllm(loaded) if self.is_served(only_grid(self.name, grids)) else f"W{loaded[1:]}"

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from shardq.export.checkpoint import Checkpoint, linears_left
+from shardq.formats.block_file import Linears, renamed
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
-from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.block_output import WriteShard, write_block_files, write_run_files
 from shardq.rundir.plan import Plan
 
@@ -39,7 +39,7 @@ class RunOutput:
     def write_block(
         self,
         block: BlockPlan,
-        linears: dict[str, QuantizedLinear],
+        linears: Linears,
         activations: dict[str, ActivationGrid],
         device: torch.device,
         copies: dict[Path, Checkpoint],
@@ -51,7 +51,7 @@ class RunOutput:
             device: as in `write_block_files`.
             copies: the further checkpoints, by folder.
         """
-        full = {block.full_name(matrix): linears[matrix.name] for matrix in block.grids}
+        full = renamed(linears, {block.full_name(matrix): matrix.name for matrix in block.grids})
         grids = {f"{block.name}.{name}": grid for name, grid in activations.items()}
 
         def writer(form: Checkpoint) -> WriteShard:

@@ -7,8 +7,8 @@ grids of the block's activations where there are any.
 """
 
 import json
-from collections.abc import Container
-from dataclasses import asdict
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardq.errors import CheckpointError
 from shardq.formats.shards import read_header, read_metadata, read_tensor
-from shardq.formats.tensor_file import write_tensors
+from shardq.formats.tensor_file import LARGE_BYTES, write_one_by_one, write_tensors
 from shardq.quant import packing
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
@@ -27,16 +27,51 @@ from shardq.quant.quantized import QuantizedLinear
 VERSION = 1
 
 
-def write_block(
-    path: Path, linears: dict[str, QuantizedLinear], activations: dict[str, ActivationGrid] | None = None
-) -> None:
+Linears = Mapping[str, QuantizedLinear]
+"""Quantized linears by name: a dict, or `LinearsInFiles`, which are written with one of them in memory at a time."""
+
+
+@dataclass(frozen=True)
+class LinearsInFiles(Linears):
+    """Linears of which some are in memory and the others are read from block files whenever they are asked for.
+
+    Attributes:
+        held: those in memory, and for each other one its file, by the names in the files.
+        names: names by which they are asked for, in order, and the names in the files.
+    """
+
+    held: dict[str, QuantizedLinear | Path]
+    names: dict[str, str]
+
+    def __getitem__(self, name: str) -> QuantizedLinear:
+        inner = self.names[name]
+        linear = self.held[inner]
+        return read_block(linear, {inner})[inner] if isinstance(linear, Path) else linear
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def renamed(linears: Linears, names: dict[str, str]) -> Linears:
+    """Linears under other names, in the names' order: from a new name to the present one."""
+    if isinstance(linears, LinearsInFiles):
+        return LinearsInFiles(linears.held, {name: linears.names[former] for name, former in names.items()})
+    return {name: linears[former] for name, former in names.items()}
+
+
+def write_block(path: Path, linears: Linears, activations: dict[str, ActivationGrid] | None = None) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
-    tensors: dict[str, Tensor] = {}
-    for name, linear in linears.items():
-        tensors[f"{name}.codes"] = packing.pack(linear.codes_OI, linear.grid)
-        tensors[f"{name}.scale"] = linear.scale_OG.float()
-        if linear.grid.has_zero_point:
-            tensors[f"{name}.zero_point"] = linear.zero_point_OG.char()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, linear in linears.items():
+            yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
+            yield f"{name}.scale", linear.scale_OG.float()
+            if linear.grid.has_zero_point:
+                yield f"{name}.zero_point", linear.zero_point_OG.char()
+
     described = {
         name: {"in_features": linear.codes_OI.shape[1], **linear.grid.as_dict()} for name, linear in linears.items()
     }
@@ -44,7 +79,11 @@ def write_block(
     if activations:
         # A list: their order is that of the block's code.
         content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
-    write_tensors(path, tensors, {"shardq": json.dumps(content, sort_keys=True)})
+    about = {"shardq": json.dumps(content, sort_keys=True)}
+    if isinstance(linears, LinearsInFiles) or sum(each.codes_OI.nbytes for each in linears.values()) > LARGE_BYTES:
+        write_one_by_one(path, tensors, about)
+    else:
+        write_tensors(path, dict(tensors()), about)
 
 
 def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:

@@ -17,7 +17,7 @@ alone, so there it is written as those.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -175,7 +175,7 @@ def _lpbq_v2(version: Version, scale_OG: Tensor, grid: IntegerGrid) -> dict:
     return {"y_scale": {"x": multipliers, "x_scale": channel_O1.flatten().tolist(), "axis": 0}}
 
 
-def write(path: Path, version: Version, linears: dict[str, QuantizedLinear], grids: Grids | None = None) -> None:
+def write(path: Path, version: Version, linears: Mapping[str, QuantizedLinear], grids: Grids | None = None) -> None:
     """Write the encodings of the weights of linears, and of activations, by full name, to a file that appears whole."""
     grids = grids or {}
     items: Iterable[dict] = (item_of(version, f"{name}.weight", linear) for name, linear in linears.items())

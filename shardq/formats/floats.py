@@ -62,6 +62,7 @@ def block_scaled(
     asked: Iterable[Block] = (),
     more: Iterable[TensorInfo] = (),
     divisor: TensorInfo | None = None,
+    factor: TensorInfo | None = None,
 ) -> SourceTensor:
     """A weight [O, I], or [E, O, I] of experts, of float8 or FP4 codes with scales: bfloat16, or float16 as its scales.
 
@@ -69,7 +70,7 @@ def block_scaled(
         asked: sizes of a block that config.json gives, the first that fits; else there is one scale for the whole, one
             a row, or one a column.
         more: further stored tensors that belong to the weight.
-        divisor: of all scales, one number.
+        divisor, factor: of all scales, one number each.
 
     Raises:
         CheckpointError: the scales' shape is not that of the weight's blocks.
@@ -91,6 +92,8 @@ def block_scaled(
         scales = scale_values(read(scale, rows if len(shape) > 2 else None)).view(-1, *grid[-2:])
         if divisor is not None:
             scales = scales / read(divisor, None).float().reshape(())
+        if factor is not None:
+            scales = scales * read(factor, None).float().reshape(())
         held, numbers = read(codes, rows), torch.arange(shape[-2])
         if len(shape) == 2:
             numbers = numbers if rows is None else torch.tensor(rows, dtype=torch.int64)
@@ -100,7 +103,7 @@ def block_scaled(
             values[place] = scaled(codes_RW, scale_GH, block, numbers, DTYPES[dtype])
         return values
 
-    stored = (codes, scale, *(() if divisor is None else (divisor,)), *more)
+    stored = tuple(info for info in (codes, scale, divisor, factor, *more) if info)
     return SourceTensor(name, dtype, shape, stored, decode)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shardq.errors import CheckpointError
-from shardq.formats import awq, compressed_tensors, fp8, gptq, mxfp4
+from shardq.formats import awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from shardq.formats.config_file import read_config, scheme_of
 from shardq.formats.shards import Index
 from shardq.formats.source import Decoder, SourceTensor, WeightSource, only_plain, open_source
@@ -17,6 +17,7 @@ DECODERS: dict[str, Decoder] = {  # by `quant_method`
     "fbgemm_fp8": fp8.encoded_tensors,
     "fp8": fp8.encoded_tensors,
     "gptq": gptq.encoded_tensors,
+    "modelopt": modelopt.encoded_tensors,
     "mxfp4": mxfp4.encoded_tensors,
 }
 
@@ -44,5 +45,6 @@ def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[Source
 def rounds_activations(folder: Path) -> bool:
     """Whether programs that serve a folder which `open_checkpoint` takes round what enters its linears."""
     scheme = scheme_of(read_config(folder)) or {}
-    groups = (scheme.get("config_groups") or {}).values()
-    return bool(scheme.get("activation_scheme")) or any(group.get("input_activations") for group in groups)
+    if scheme.get("quant_method") == "compressed-tensors":
+        return any(group.get("input_activations") for group in scheme["config_groups"].values())
+    return scheme.get("quant_method") == "modelopt" or bool(scheme.get("activation_scheme"))

@@ -1,6 +1,7 @@
 """Our own safetensors files: written whole, read without a memory map."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 from shardq.devices import mark_ready, to_host
 from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.files import write_whole
-from shardq.formats.shards import read_header, read_metadata, read_tensor
+from shardq.formats.shards import DTYPES, read_header, read_metadata, read_tensor
+
+LARGE_BYTES = 4 << 30  # a file of more is written in the memory of one tensor
+# The dtypes of safetensors, the last of its own list first.
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -38,6 +43,42 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             ) from error
 
     write_whole(path, write)
+
+
+def write_one_by_one(
+    path: Path, make: Callable[[], Iterable[tuple[str, Tensor]]], metadata: dict[str, str] | None = None
+) -> None:
+    """Write the file that `write_tensors` would, in the memory of one tensor.
+
+    Args:
+        make: makes the tensors, by name, one after the other; called twice, first for their shapes.
+
+    Raises:
+        StorageError: the disk is full or cannot be written.
+    """
+    shapes = {name: (_name_of(tensor.dtype), list(tensor.shape), tensor.nbytes) for name, tensor in make()}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    starts, end = {}, 0
+    # The library's order: wide dtypes first, so that each tensor is aligned.
+    for name, (dtype, shape, num_bytes) in sorted(shapes.items(), key=lambda item: (ORDER.index(item[1][0]), item[0])):
+        starts[name], end = end, end + num_bytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in make():
+                file.seek(8 + len(text) + starts[name])
+                on_cpu = to_host(tensor.detach(), mark_ready(tensor)).contiguous()
+                file.write(on_cpu.reshape(-1).view(torch.uint8).numpy().data)
+
+    write_whole(path, write)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, other in DTYPES.items() if other is dtype)
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
 from shardq.model.hidden import in_place_of, streams_of
 from shardq.model.layout import Layout, Piece, is_whole, tensor_in, with_views
-from shardq.model.own_code import own_code
+from shardq.model.own_code import own_code, reason_of
 from shardq.model.transposed import adapt_transposed
 from shardq.torch_internals import tree_map_only
 
@@ -93,10 +93,16 @@ class StandIn(nn.Module):
         hidden, args, kwargs = call
         what = (
             "a decoder block must take any number of sequences with the arguments that the model passes it for one; it "
-            f"does not take {len(hidden)}"
+            f"does not take those for hidden states {list(hidden.shape)}"
         )
         with own_code(type(block).__name__, what):
-            return block(hidden, *args, **kwargs)
+            try:
+                return block(hidden, *args, **kwargs)
+            except NotImplementedError as error:  # by an operation whose result's shape depends on values
+                raise UnsupportedModelError(
+                    f"{type(block).__name__}: its own code computes shapes from values, which are not known before its "
+                    f"weights are read; such blocks are not supported yet ({reason_of(error)})"
+                ) from error
 
 
 def to_meta(values: Any) -> Any:
@@ -115,6 +121,7 @@ class Skeleton:
         list_name: name of the list that holds them, such as `model.layers`.
         layout: where the values of each tensor of the model, and of its blocks, lie in the source.
         tensors: the same tensors as the source's.
+        joins_experts: whether transformers joins experts that a checkpoint stores one by one; true where it has none.
     """
 
     source: WeightSource
@@ -123,6 +130,7 @@ class Skeleton:
     list_name: str
     layout: Layout
     tensors: dict[str, SourceTensor]
+    joins_experts: bool
 
     @property
     def folder(self) -> Path:
@@ -231,7 +239,8 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    stored, views = layout_of(source, model), adapt_experts(model) | adapt_transposed(model)
+    stored, experts = layout_of(source, model), adapt_experts(model)
+    views = experts | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
         name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
@@ -242,7 +251,8 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors)
+    joins = all(len(stored.get(view.fused, ())) > 1 for view in experts.values())
+    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, joins)
     _check_tensors(skeleton)
     _check_pieces(skeleton)
     return skeleton

@@ -9,18 +9,17 @@ from torch import Tensor
 
 from shardq.background import lookahead, one_by_one
 from shardq.formats import encodings
-from shardq.formats.block_file import write_block
+from shardq.formats.block_file import Linears, write_block
 from shardq.formats.checkpoint import copy_companions, write_config, write_index
 from shardq.formats.tensor_file import write_tensors
 from shardq.model.block import BlockPlan
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
-from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.encodings import merge_encodings
 from shardq.rundir.folder import RunFolder
 from shardq.rundir.plan import Plan
 
-WriteShard = Callable[[Path, dict[str, QuantizedLinear], dict[str, ActivationGrid]], None]
+WriteShard = Callable[[Path, Linears, dict[str, ActivationGrid]], None]
 """Writes a block's shard, which appears whole, from its linears and grids of activations by full name."""
 
 
@@ -33,7 +32,7 @@ def write_block_files(
     output: Path,
     plan: Plan,
     block: BlockPlan,
-    linears: dict[str, QuantizedLinear],
+    linears: Linears,
     activations: dict[str, ActivationGrid],
     write_shard: WriteShard,
     device: torch.device,

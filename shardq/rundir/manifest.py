@@ -28,8 +28,10 @@ def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: s
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"], options["export"]["aimet"]  # may be written at any time
+    # As in runs from before these had other defaults.
+    options["quant"]["group_size"] = config.quant.grid.group_size
     if options["export"]["checkpoint"] == "plain":
-        del options["export"]["checkpoint"]  # as in runs from before there was a choice
+        del options["export"]["checkpoint"]
     if not config.activations.asked:
         del options["activations"]  # the others decide nothing then
     manifest = {
@@ -41,9 +43,9 @@ def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: s
     return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
 
 
-def quant_options(manifest: dict) -> QuantOptions:
-    """How the run that a manifest is of quantizes weights."""
-    return QuantOptions(**manifest["options"]["quant"])
+def quant_options(section: dict) -> QuantOptions:
+    """The weights' quantization of a run, from that section of its manifest's options."""
+    return QuantOptions(**section | {"group_size": section.get("group_size") or -1})
 
 
 def export_options(manifest: dict) -> ExportOptions:
@@ -114,6 +116,8 @@ def _differences(former: object, current: object, path: str = "") -> dict[str, s
     name = path.removeprefix("options.")
     if name == "quant.ignore" and isinstance(former, str):
         former = list(listed(former))  # a run that was begun when text was kept as it was typed
+    if name == "export.checkpoint":
+        former, current = former or "plain", current or "plain"
     return {} if former == current else {name: f"{name} (was {_short(former)}, is {_short(current)})"}
 
 

@@ -1,4 +1,4 @@
-"""Training of one routed expert on the tokens that the router gives it, towards its own float output."""
+"""Training of one routed expert on the tokens that the router gives it, towards its own output in the float model."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -33,13 +33,16 @@ class Tokens:
     """An expert's tokens on this rank.
 
     Attributes:
-        hidden_SD: what enters the expert.
+        hidden_SD: what enters the expert in the quantized stream.
+        float_SD: what enters the experts at these tokens in the fp stream; a target from that is better than from
+            `hidden_SD` (measured).
         weight_S: weight of each token's squared error: the router's, squared, over the power of the block's output.
         place_S: place of each among the expert's tokens of all ranks, in the order of the samples.
         num, num_trained: tokens over all ranks; how many of them, the first ones, are trained on.
     """
 
     hidden_SD: Tensor
+    float_SD: Tensor
     weight_S: Tensor
     place_S: Tensor
     num: int
@@ -50,10 +53,12 @@ class Tokens:
 def tokens_of(job: Job, block: StreamedBlock, some: range) -> dict[int, Tokens]:
     """The tokens of some experts, as they are kept."""
     hidden: dict[int, list[Tensor]] = {number: [] for number in some}
+    floats: dict[int, list[Tensor]] = {number: [] for number in some}
     weight: dict[int, list[Tensor]] = {number: [] for number in some}
     counts_EN = torch.zeros(len(some), job.num_samples, dtype=torch.float64)
     for sample in job.activations.samples:
-        hidden_TD, index_TK, weight_TK = block.given([sample])
+        hidden_TD, float_TD = (block.hidden(stream, [sample]) for stream in ("quant", "fp"))
+        index_TK, weight_TK = block.choice([sample])
         power_T = torch.ones_like(hidden_TD[:, 0])
         if job.recipe.optimize.loss == "token":
             target_TD = block.activations.load("fp", block.index + 1, [sample])[0]
@@ -62,6 +67,7 @@ def tokens_of(job: Job, block: StreamedBlock, some: range) -> dict[int, Tokens]:
             chosen_TK = index_TK == number
             is_own_T = chosen_TK.any(-1)
             hidden[number].append(hidden_TD[is_own_T])
+            floats[number].append(float_TD[is_own_T])
             weight[number].append(((weight_TK * chosen_TK).sum(-1).square() / power_T)[is_own_T])
             counts_EN[number - some.start, sample] = len(hidden[number][-1])
     own_EN = counts_EN.clone()
@@ -73,6 +79,7 @@ def tokens_of(job: Job, block: StreamedBlock, some: range) -> dict[int, Tokens]:
         ranges = zip(firsts_N.tolist(), own_N.tolist(), strict=True)
         found[number] = Tokens(
             hidden_SD=torch.cat(hidden.pop(number)),
+            float_SD=torch.cat(floats.pop(number)),
             weight_S=torch.cat(weight.pop(number)),
             place_S=torch.cat([torch.arange(first, first + count) for first, count in ranges]),
             num=int(counts_N.sum()),
@@ -167,7 +174,7 @@ def train_expert(
     start, stepper = own.start(float_expert, power), own.stepper
     if stepper is None or is_fixed or not tokens.num_trained:
         return start, start
-    target_SD = own.outputs(float_expert, tokens.hidden_SD)
+    target_SD = own.outputs(float_expert, tokens.float_SD)
     before = _error(own, tokens, target_SD)
     stepper.start(own.job.recipe.optimize.iterations)
     for _ in _steps(own, key, tokens, target_SD):

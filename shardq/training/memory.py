@@ -175,8 +175,8 @@ def experts_at_once(skeleton: Skeleton, plan: Plan, num_tokens: int, options: Op
             expert = experts.get_submodule("0")
             num_weights = sum(parameter.numel() for parameter in expert.parameters())
             # Each token chooses a few experts; that their number is that of the shares of a token is an upper bound
-            # for evenly used experts. Input and target in float32.
-            tokens = num_tokens * CHOSEN_EXPERTS // experts.num_experts * expert.down_proj.out_features * 8
+            # for evenly used experts. Both streams' inputs and the target in float32.
+            tokens = num_tokens * CHOSEN_EXPERTS // experts.num_experts * expert.down_proj.out_features * 12
             # In training: the source, s2, moments, the fake-quantized weight and its gradient, of one expert.
             trained = (4 + 4 + 4 * MOMENTS[options.optimizer] + 4 + 4 + 4) * num_weights
             fitting.append((limit - trained) // (tokens + 8 * num_weights))

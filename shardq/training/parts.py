@@ -1,22 +1,27 @@
 """Training of a block by parts: first all but its routed experts, then these, a few at a time.
 
 The first part is trained with the experts' outputs as the float model has them. Each expert is then trained on the
-tokens that the quantized stream's router gives it, towards its own float output. So memory holds the first part, or a
-few experts.
+tokens that the quantized stream's router gives it, towards what it makes of the same tokens in the float model. So
+memory holds the first part, or a few experts.
 """
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shardq.calib.partition import watched_samples
+from shardq.formats.block_file import LinearsInFiles, write_block
 from shardq.matrix import Matrix
 from shardq.model.block import LoadedBlock
 from shardq.model.experts import answered
 from shardq.optimize.channel_power import channel_power
-from shardq.parallel.collectives import reduce_over_ranks, together
+from shardq.parallel.collectives import on_rank_zero, reduce_over_ranks, together
+from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.block_output import rounding_to
 from shardq.training.block import Seen, in_training, start_at_nearest
 from shardq.training.expert_training import ExpertTrainer, expert_trainer, tokens_of, train_expert
@@ -45,10 +50,12 @@ class Parts:
     Attributes:
         at_once: experts that are in memory at the same time.
         read: reads experts' tensors.
+        folder: a folder for trained experts until their block is written; what is there goes.
     """
 
     at_once: int
     read: Read
+    folder: Path
 
 
 def quantize_by_parts(job: Job, loaded: LoadedBlock, parts: Parts, check: Check) -> BlockResult:
@@ -67,7 +74,7 @@ def quantize_by_parts(job: Job, loaded: LoadedBlock, parts: Parts, check: Check)
         rest = replace(whole.loaded, plan=replace(whole.loaded.plan, grids=grids))
         with in_training(first, rest, {}) as training:
             result = train(training, start_at_nearest(training, replace(seen, starved={})))
-            result = _with_experts(job, block, training, result, seen)
+            result = _with_experts(job, block, training, result, seen, parts.folder)
     if not plan.is_last:
         with job.events.span("quant pass", block=block.index):
             finish(block, "quant")
@@ -93,7 +100,7 @@ def again_by_parts(
         route(block, stream)
         for some in block.groups:
             with in_memory(block, some):
-                add_outputs(block, some, OUTPUT, job.activations.samples)
+                add_outputs(block, some, stream, OUTPUT, job.activations.samples)
         finish(block, stream)
     block.drop()
 
@@ -113,7 +120,7 @@ def _float_pass(job: Job, block: StreamedBlock, check: Check) -> Seen:
             own = _matrices(block, searched, some)
             with in_memory(block, some):
                 with channel_power(loaded.module, own) as of_experts:
-                    add_outputs(block, some, OUTPUT, samples)
+                    add_outputs(block, some, "fp", OUTPUT, samples)
                 names = [name for number in some if (name := f"{block.name}.{number}") in starved]
                 power |= of_experts | power_of_all_tokens(loaded, routing, names, own)
         reduce_over_ranks(job.ranks, list(power.values()))
@@ -137,12 +144,13 @@ def _check(job: Job, block: StreamedBlock, check: Check) -> None:
 
 
 def _with_experts(
-    job: Job, block: StreamedBlock, training: BlockInTraining, result: BlockResult, seen: Seen
+    job: Job, block: StreamedBlock, training: BlockInTraining, result: BlockResult, seen: Seen, folder: Path
 ) -> BlockResult:
     """The result of a block whose first part is served, with that of its experts; their outputs are kept."""
     grids, optimize, ranks = block.loaded.plan.grids, job.recipe.optimize, job.ranks
     looked_at = watched_samples(job.num_samples, optimize.held_out, ranks.rank, ranks.world_size)
-    linears: Linears = dict(result.linears)
+    held: dict[str, QuantizedLinear | Path] = dict(result.linears)
+    on_rank_zero(ranks, lambda: shutil.rmtree(folder, ignore_errors=True))
     with job.events.span("experts", block=block.index):
         route(block, "quant")
         own = expert_trainer(job, block, grids)
@@ -150,10 +158,12 @@ def _with_experts(
             with in_memory(block, some):
                 starts, ends = _trained(own, block, some, seen)
                 _serve(job, block, starts)
-                add_outputs(block, some, AT_START, looked_at)
+                add_outputs(block, some, "quant", AT_START, looked_at)
                 _serve(job, block, ends)
-                add_outputs(block, some, OUTPUT, job.activations.samples)
-            linears |= ends
+                add_outputs(block, some, "quant", OUTPUT, job.activations.samples)
+            path = folder / f"{some.start:05d}.safetensors"
+            on_rank_zero(ranks, partial(write_block, path, ends))
+            held |= dict.fromkeys(ends, path)
         own.quantizer.release()
     with job.events.span("loss", block=block.index):
         after = agreed_loss(training)
@@ -164,8 +174,8 @@ def _with_experts(
         before = agreed_loss(training)
         for sample, end_NTD in ends_NTD.items():
             block.activations.store.write(OUTPUT, block.index, sample, end_NTD)
-    ordered = {matrix.name: linears[matrix.name] for matrix in grids}
-    return replace(result, linears=ordered, loss_before=before, loss_after=after, starved=seen.starved)
+    linears = LinearsInFiles(held, {matrix.name: matrix.name for matrix in grids})
+    return replace(result, linears=linears, loss_before=before, loss_after=after, starved=seen.starved)
 
 
 def _trained(own: ExpertTrainer, block: StreamedBlock, some: range, seen: Seen) -> tuple[Linears, Linears]:

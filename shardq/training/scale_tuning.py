@@ -79,37 +79,41 @@ class Tuning:
         return stream_blocks(self.skeleton, blocks, device, dtype, partial(self.events.waiting, "input"), read=read)
 
 
+def tunable(skeleton: Skeleton, plan: Plan, sequence_length: int, device: torch.device) -> Plan:
+    """The plan with the blocks' arguments.
+
+    Raises:
+        UnsupportedModelError: blocks leave something for later ones, whose gradient would be missing.
+    """
+    with prologue(skeleton, device) as embed:
+        plan = plan.with_arguments(record_arguments(skeleton, embed, sequence_length))
+    if any(block.arguments.carried_names for block in plan.blocks):
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__}: its blocks hand tensors to later blocks, through which scales cannot be "
+            "tuned; the run itself can be evaluated, exported and served"
+        )
+    return plan
+
+
 def embed_and_target(
-    skeleton: Skeleton, plan: Plan, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype,
-    checks: bool,
-) -> Plan:  # fmt: skip
-    """Fill generation 0 and the fp stream's last, the target; give the plan with the blocks' arguments.
+    skeleton: Skeleton, tokens_NT: Tensor, activations: Activations, ranks: Ranks, dtype: torch.dtype, checks: bool
+) -> None:
+    """Fill generation 0 and the fp stream's last, the target.
 
     The caller has to share an error with the other ranks.
 
     Args:
         checks: whether each block is checked against transformers' own forward.
-
-    Raises:
-        UnsupportedModelError: blocks leave something for later ones, whose gradient would be missing.
     """
     with prologue(skeleton, activations.device) as embed:
-        plan = plan.with_arguments(record_arguments(skeleton, embed, activations.sequence_length))
-        if any(block.arguments.carried_names for block in plan.blocks):
-            raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__}: its blocks hand tensors to later blocks, through which "
-                "scales cannot be tuned; the run itself can be evaluated, exported and served"
-            )
-        activations = replace(activations, blocks=plan.blocks)
         embed_samples(activations, tokens_NT, skeleton, embed)
     num_tokens = checks * len(activations.samples) * activations.sequence_length
     with self_check(skeleton, tokens_NT, activations, ranks, dtype, num_tokens) as check:
-        for loaded in stream_blocks(skeleton, plan.blocks, activations.device, dtype):
+        for loaded in stream_blocks(skeleton, activations.blocks, activations.device, dtype):
             advance(activations, "fp", loaded.index, loaded)
             check(loaded)
             _forget(activations, loaded.index)
             del loaded  # frees the block's source before the block after the next is read
-    return plan
 
 
 def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from shardq.cache.store import STREAMS
 from shardq.calib.partition import chunks
 from shardq.devices import pass_tokens
 from shardq.errors import UnsupportedModelError
@@ -21,8 +22,9 @@ from shardq.model.weights import fill
 from shardq.torch_internals import tree_leaves
 from shardq.training.passes import Activations, advance
 
-ENTERING = ("routed-hidden", "routed-index", "routed-weight")
-"""What the experts of a block are given, as streams of the store, at the block's generation."""
+HIDDEN, CHOICE = "{}-routed-hidden", ("routed-index", "routed-weight")
+"""What the experts of a block are given, as streams of the store, at the block's generation: the hidden states of
+either stream, and the router's choice in the last one that was taken up to the experts."""
 AT_START = "routed-start"
 """Stream of the outputs, added up, of experts at the start of their training."""
 OUTPUT = "routed_output"
@@ -65,10 +67,14 @@ class StreamedBlock:
         num = self.experts.num_experts
         return [range(first, min(first + self.at_once, num)) for first in range(0, num, self.at_once)]
 
-    def given(self, samples: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [T, D] of all tokens of some samples, with the experts' numbers and weights [T, K]."""
-        hidden_NTD, index_NTK, weight_NTK = (self.activations.load(name, self.index, samples) for name in ENTERING)
-        return hidden_NTD.flatten(0, 1), index_NTK.flatten(0, 1), weight_NTK.flatten(0, 1)
+    def hidden(self, stream: str, samples: list[int]) -> Tensor:
+        """Hidden states [T, D] of all tokens of some samples as they enter the experts."""
+        return self.activations.load(HIDDEN.format(stream), self.index, samples).flatten(0, 1)
+
+    def choice(self, samples: list[int]) -> tuple[Tensor, Tensor]:
+        """Numbers and weights [T, K] of the experts that all tokens of some samples chose."""
+        index_NTK, weight_NTK = (self.activations.load(name, self.index, samples) for name in CHOICE)
+        return index_NTK.flatten(0, 1), weight_NTK.flatten(0, 1)
 
     def write(self, stream: str, samples: list[int], values_NX: Tensor) -> None:
         """Keep a tensor for each of some samples."""
@@ -77,7 +83,7 @@ class StreamedBlock:
 
     def drop(self) -> None:
         """Forget what the experts were given, and their outputs."""
-        self.activations.drop(self.index, (*ENTERING, OUTPUT, AT_START))
+        self.activations.drop(self.index, (*map(HIDDEN.format, STREAMS), *CHOICE, OUTPUT, AT_START))
 
 
 def of_experts(block: nn.Module) -> list[str]:
@@ -113,7 +119,8 @@ def route(block: StreamedBlock, stream: str) -> None:
                     f"{block.loaded.plan.name}.{block.name}: its experts are not given each token once, so they cannot "
                     "be trained by parts; use --optimize.experts joint"
                 )
-            for name, values in zip(ENTERING, (hidden_TD, index_TK, weight_TK), strict=True):
+            names = (HIDDEN.format(stream), *CHOICE)
+            for name, values in zip(names, (hidden_TD, index_TK, weight_TK), strict=True):
                 block.write(name, samples, values.unflatten(0, (len(samples), -1)))
             return torch.zeros_like(hidden_TD)
 
@@ -122,19 +129,21 @@ def route(block: StreamedBlock, stream: str) -> None:
 
 
 @torch.no_grad()
-def add_outputs(block: StreamedBlock, some: range, stream: str, own: Sequence[int]) -> None:
+def add_outputs(block: StreamedBlock, some: range, stream: str, into: str, own: Sequence[int]) -> None:
     """Add the weighted outputs of some experts, which are in memory, to a sum that is kept; the first group begins it.
 
     Args:
+        stream: the last stream that was taken up to the experts.
+        into: stream of the store that keeps the sum.
         own: samples.
     """
     size = max(1, pass_tokens(block.activations.device) // block.activations.sequence_length)
     for samples in chunks(own, size):
-        hidden_TD, index_TK, weight_TK = block.given(samples)
-        so_far_TD = block.activations.load(stream, block.index, samples).flatten(0, 2) if some.start else None
+        hidden_TD, (index_TK, weight_TK) = block.hidden(stream, samples), block.choice(samples)
+        so_far_TD = block.activations.load(into, block.index, samples).flatten(0, 2) if some.start else None
         with multiplying_in(block.loaded.dtype, hidden_TD.device):
             sum_TD = routed(block.experts, hidden_TD, index_TK, weight_TK, some, so_far_TD)
-        block.write(stream, samples, sum_TD.unflatten(0, (len(samples), 1, -1)))
+        block.write(into, samples, sum_TD.unflatten(0, (len(samples), 1, -1)))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Training a block's quantizers to the end, across kills and numbers that are not finite."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -21,6 +21,7 @@ from shardq.optimize.distill import distill
 from shardq.optimize.inputs import generator_for, mixed
 from shardq.optimize.loss import ErrorSums
 from shardq.parallel.collectives import sum_over_ranks
+from shardq.quant.quantized import QuantizedLinear
 from shardq.training import checkpoint
 from shardq.training.checkpoint import Progress
 from shardq.training.objective import Objective
@@ -75,7 +76,7 @@ class BlockResult:
         starved: the routed experts that stay at the start, with the number of their tokens.
     """
 
-    linears: Linears
+    linears: Mapping[str, QuantizedLinear]
     kind: str
     loss_before: float
     loss_after: float

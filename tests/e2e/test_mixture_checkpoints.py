@@ -17,6 +17,8 @@ from shardq.commands.export import export
 from shardq.commands.tune import tune
 from shardq.commands.verify import verify
 from shardq.errors import ResumeError, Stopped
+from shardq.export import checkpoint
+from shardq.formats import block_file
 from shardq.formats.shards import open_index
 from shardq.model.skeleton import open_skeleton
 from tests.families.tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
@@ -72,6 +74,7 @@ def test_packed_experts_of_a_fused_source_are_read_again(finished: Path, fused: 
     export(
         parse("export", [str(finished), "--format", "compressed-tensors", "--output", str(tmp_path / "ct")]), ONE_RANK
     )
+    assert "Transformers cannot load it: it joins no experts" in (tmp_path / "ct" / "README.md").read_text()
     stored = open_index(tmp_path / "ct")
     assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in stored
     assert not any(name.endswith("experts.gate_up_proj") for name in stored)
@@ -122,6 +125,20 @@ def test_changed_bytes_of_one_expert_stop_a_resume(fused: Path, tokens: Path, tm
     shutil.rmtree(tmp_path / "out" / "cache", ignore_errors=True)  # activations are computed again, from block 0
     with pytest.raises(Exception, match=r"experts\.down_proj\[\d+:\d+\] is not what it was when the run began"):
         run_quantize(model, tokens, tmp_path / "out", *RTN)
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_a_large_block_is_written_in_the_memory_of_a_tensor(
+    fused: Path, tokens: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = (*RTN, "--export.checkpoint", form, "--optimize.last_block", "output")
+    run_quantize(fused, tokens, tmp_path / "small", *arguments)
+    for module in (block_file, checkpoint):
+        monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    run_quantize(fused, tokens, tmp_path / "large", *arguments)
+    small, large = (result_files(tmp_path / name) for name in ("small", "large"))
+    names = [name for name in small if name.endswith(".safetensors")]
+    assert len(names) > 6 and all(small[name] == large[name] for name in names)
 
 
 @pytest.mark.slow

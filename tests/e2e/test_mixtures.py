@@ -75,6 +75,10 @@ def test_parts_give_what_joint_passes_give(model: Path, tokens: Path, tmp_path: 
     for number in (0, 1):
         ours, theirs = linears(tmp_path / "parts", number), linears(tmp_path / "joint", number)
         assert ours.keys() == theirs.keys() and all(equal(linear, theirs[name]) for name, linear in ours.items())
+    weights = [path.relative_to(tmp_path / "joint") for path in (tmp_path / "joint").rglob("*.safetensors")]
+    assert len(weights) > 3
+    for path in weights:
+        assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "joint" / path).read_bytes(), path
 
 
 def test_parts_train_resume_and_do_not_depend_on_how_many_experts_fit(

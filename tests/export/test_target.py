@@ -22,7 +22,11 @@ def check(
 ) -> None:
     export = ExportOptions(activation_bits=activation_bits, formats=formats)
     config = QuantizeConfig(
-        model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
+        model=str(folder),
+        target=target,
+        tensor_parallel=gpus,
+        quant=QuantOptions(**{"group_size": -1} | quant),
+        export=export,
     )
     skeleton = open_skeleton(folder)
     plan = make_plan(skeleton, config.quant)
@@ -63,8 +67,8 @@ WIDE = {"num_blocks": 1, "hidden": 256, "head_dim": 64}  # 4 heads, 2 of them of
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
-@pytest.mark.parametrize("group_size", [None, 64])
-def test_shapes_that_can_be_split_pass(tmp_path: Path, gpus: int, group_size: int | None):
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_shapes_that_can_be_split_pass(tmp_path: Path, gpus: int, group_size: int):
     """On 4, each head of keys and values is on two."""
     check(tiny.save_llama(tmp_path, **WIDE), gpus=gpus, group_size=group_size)
 
@@ -157,8 +161,8 @@ def save_mixture(folder: Path, hidden: int = 128, inner: int = 384) -> Path:
     [
         ({}, 4, {"group_size": 128},
          r"0\.down_proj has 384 input channels, 96 on each of 4 GPUs; .* groups of 128; on 1"),
-        ({}, 8, {"group_size": None}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
-        ({"hidden": 64}, 1, {"group_size": None}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
+        ({}, 8, {"group_size": -1}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
+        ({"hidden": 64}, 1, {"group_size": -1}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
         ({}, 1, {"ignore": "*.experts.1.down_proj"}, r"one scheme for all experts of model\.layers\.0\.mlp\.experts, .*"
          r"mlp\.experts\.1\.down_proj is not"),
     ],
@@ -259,7 +263,8 @@ def test_linears_too_narrow_for_the_kernels_stay_in_float(tmp_path: Path):
     (line,) = narrow_in(folder)
     assert line.startswith("linear_attn.in_proj_a, linear_attn.in_proj_b: in float")
     assert narrow_in(folder, quant=QuantOptions(ignore="in_proj_a,in_proj_b")) == []
-    assert narrow_in(folder, target=None) == []
+    assert narrow_in(folder, target=None) == [line]
+    assert narrow_in(folder, target=None, export=ExportOptions(checkpoint="plain")) == []
     assert narrow_in(save_gated(tmp_path / "32", 32)) == []
 
 

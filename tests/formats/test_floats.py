@@ -14,6 +14,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shardq.errors import CheckpointError, UnsupportedModelError
+from shardq.formats.floats import FP4_VALUES
 from shardq.formats.quantized_source import open_checkpoint, rounds_activations
 from shardq.formats.source import WeightSource
 
@@ -179,12 +180,46 @@ class TestCompressedTensors:
         assert found.abs().max() > 0.01 and torch.equal(found, expected.to(found.dtype))
         assert source.tensors.keys() == {"l.weight"}
 
+    def test_a_block_may_be_written_as_text(self, tmp_path: Path):
+        stored, config, expected = by_the_library("fp8 block", torch.float32)
+        config["config_groups"]["group_0"]["weights"]["block_structure"] = "128x128"
+        assert torch.equal(values(opened(tmp_path, stored, config)), expected.bfloat16())
+
     def test_damage_is_named(self, tmp_path: Path):
         stored, config, _ = by_the_library("nvfp4", torch.float32)
         with pytest.raises(CheckpointError, match=r"l\.weight lacks its global scale"):
             opened(tmp_path, {name: one for name, one in stored.items() if "global" not in name}, config)
         with pytest.raises(CheckpointError, match=r"has not the scales of l\.weight .* in blocks of \[1, 16\]"):
             opened(tmp_path, stored | {"l.weight_scale": stored["l.weight_scale"][:, 1:]}, config)
+
+
+class TestModelOpt:
+    SCHEME = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+
+    def test_nvfp4_is_the_product_of_codes_and_both_scales(self, tmp_path: Path):
+        by_library, _, decompressed = by_the_library("nvfp4", torch.float32)
+        second = 1 / by_library.pop("l.weight_global_scale")
+        packed = by_library.pop("l.weight_packed")
+        stored = by_library | {"l.weight": packed, "l.weight_scale_2": second, "l.input_scale": torch.ones(())}
+        source = opened(tmp_path, stored | {"l.k_scale": torch.ones(())}, self.SCHEME)
+        found = values(source)
+        codes_OI = torch.tensor(FP4_VALUES)[torch.stack((packed & 15, packed >> 4), 2).flatten(1).int()]
+        scale_OI = (stored["l.weight_scale"].float() * second).repeat_interleave(16, 1)
+        assert torch.equal(found, (codes_OI * scale_OI).bfloat16())
+        torch.testing.assert_close(found, decompressed, rtol=0.01, atol=0)
+        assert source.tensors.keys() == {"l.weight"} and rounds_activations(tmp_path)
+
+    def test_fp8_has_one_scale(self, tmp_path: Path):
+        stored = {"l.weight": float8(40, 48), "l.weight_scale": scales(), "n.weight": torch.ones(3)}
+        source = opened(tmp_path, stored, self.SCHEME | {"quant_algo": "FP8"})
+        assert torch.equal(values(source), (stored["l.weight"].float() * scales()).bfloat16())
+
+    def test_what_is_not_read_is_named(self, tmp_path: Path):
+        stored = {"l.weight": torch.zeros(40, 24, dtype=torch.uint8), "l.weight_scale": float8(40, 3)}
+        with pytest.raises(UnsupportedModelError, match="modelopt: quant_algo W4A8_AWQ cannot be read"):
+            opened(tmp_path, stored, self.SCHEME | {"quant_algo": "W4A8_AWQ"})
+        with pytest.raises(CheckpointError, match=r"l\.weight has a scale, but not its codes, or not all scales"):
+            opened(tmp_path, stored, self.SCHEME)
 
 
 class TestMxfp4:

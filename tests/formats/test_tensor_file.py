@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError, QuantizationError, StorageError
 from shardq.formats.shards import read_metadata
-from shardq.formats.tensor_file import check_finite, read_checked, read_tensors, write_checked, write_tensors
+from shardq.formats.tensor_file import (
+    check_finite,
+    read_checked,
+    read_tensors,
+    write_checked,
+    write_one_by_one,
+    write_tensors,
+)
 
 TENSORS = {
     "codes": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
@@ -39,6 +46,25 @@ def test_the_library_reads_what_we_write(tmp_path):
     write_tensors(tmp_path / "a.safetensors", TENSORS, {"format": "pt"})
     assert_same_tensors(load_file(tmp_path / "a.safetensors"), TENSORS)
     assert read_metadata(tmp_path / "a.safetensors") == {"format": "pt"}
+
+
+DTYPES = (torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.float16,
+          torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64)  # fmt: skip
+
+
+@pytest.mark.parametrize("metadata", [None, {"shardq": '{"name": "\\u00e9 \u00e9", "n": 1}'}])
+def test_one_by_one_comes_out_the_same(tmp_path, metadata: dict | None):
+    tensors = TENSORS | {f"{name}.{dtype}": torch.ones(3, 2).to(dtype) for name in "ba" for dtype in DTYPES}
+    tensors |= {"empty": torch.empty(0, 4), "number": torch.tensor(2.5), "turned": torch.randn(4, 3).t()}
+    write_tensors(tmp_path / "whole", tensors, metadata)
+    calls = []
+
+    def make() -> Iterator[tuple[str, torch.Tensor]]:
+        calls.append(len(calls))
+        yield from tensors.items()
+
+    write_one_by_one(tmp_path / "single", make, metadata)
+    assert (tmp_path / "single").read_bytes() == (tmp_path / "whole").read_bytes() and calls == [0, 1]
 
 
 def test_we_read_what_the_library_writes(tmp_path):

@@ -140,7 +140,7 @@ def predicted_bytes(arguments: argparse.Namespace, options: OptimizeOptions, eng
     block, source, kwargs = make_block(shape, num_tokens, torch.device("meta"))
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     size = BlockSize(_bytes_of(list(source.values())), shape.num_weights, largest)
-    sample = saved_bytes(block, BlockArguments((), kwargs, shape.hidden), (1, num_tokens, shape.hidden))
+    sample = saved_bytes(block, BlockArguments(0, (), kwargs, shape.hidden), (1, num_tokens, shape.hidden))
     joined = replace(options, batch_size=arguments.samples * engine.ranks.world_size)
     ahead = 0 if arguments.alone else size.source
     return training_bytes(LargestBlock("", size, sample), joined, engine, 1) + ahead
