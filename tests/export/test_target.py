@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, GPT2Config, OPTConfig, Qwen3_5TextConfig, Qwen3MoeConfig, Qwen3VLConfig
+from transformers import (
+    DeepseekV3Config,
+    GPT2Config,
+    Llama4TextConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+)
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
@@ -130,10 +139,22 @@ def test_sizes_that_gptq_cannot_hold_are_refused_before_the_run(tmp_path: Path):
     check(folder, target=None, formats="gptq", ignore="*.mlp.*")
 
 
+GPT2 = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+LLAMA4 = Llama4TextConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_local_experts=2, pad_token_id=0,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
-def test_weights_that_are_stored_transposed_are_refused_where_programs_would_not_read_them(tmp_path: Path, name: str):
-    folder = tiny.save_model(tmp_path, GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(UnsupportedModelError, match=f"^{name}: transformer.h.0.attn.c_attn is a Conv1D"):
+@pytest.mark.parametrize(
+    "config, reason",
+    [(GPT2, "transformer.h.0.attn.c_attn is a Conv1D"), (LLAMA4, "experts.0.gate_proj is of experts")],
+    ids=["gpt2", "llama4"],
+)
+def test_linears_that_programs_have_not_are_refused(tmp_path: Path, name: str, config: PreTrainedConfig, reason: str):
+    folder = tiny.save_model(tmp_path, config)
+    with pytest.raises(UnsupportedModelError, match=rf"^{name}: .*{reason}"):
         check(folder, target=None, formats=name)
     check(folder, target=None, formats="hf")
 
