@@ -9,8 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GlmMoeDsaConfig, LlamaConfig, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GlmMoeDsaConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
+import shardq.training.self_check as self_check_module
 import tiny
 from runs import ONE_RANK, run_evaluate, run_quantize
 from shardq.cache.store import MemoryStore
@@ -20,6 +28,7 @@ from shardq.model import weights
 from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, block_plans
 from shardq.model.ends import prologue
+from shardq.model.handed import Handed
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
@@ -120,6 +129,16 @@ def test_arguments_of_another_sample_stop_the_run_and_are_named(
     assert run_evaluate(gemma4, tokens, "--self_check", "false")["perplexity"] > 1
 
 
+def test_a_value_of_an_earlier_block_that_is_another_samples_stops_the_run(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny.save_model(tmp_path / "model", HANDING_ON["glm_moe_dsa"])
+    own_tensor = Handed.of
+    monkeypatch.setattr(Handed, "of", lambda handed, returned, num: own_tensor(handed, returned, num).roll(1, 0))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1: its output .*differ: prev_topk_indices"):
+        run_evaluate(model, tokens)
+
+
 def test_a_block_that_is_not_the_one_at_hand_stops_the_run(tmp_path: Path, tokens: Path, monkeypatch):
     folder = tiny.save_model(tmp_path / "model", ROTATING_SOME)
     assert run_evaluate(folder, tokens)["perplexity"] > 1
@@ -162,6 +181,21 @@ def test_rounding_passes_and_more_does_not(llama: Path, dtype: torch.dtype, allo
     assert checked(llama, dtype) == checked(llama, dtype, allowed) == 3
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0: its output .* tokens differ"):
         checked(llama, dtype, too_much)
+
+
+def test_choices_of_routers_that_rounding_changes_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = Qwen3MoeConfig(
+        vocab_size=211, hidden_size=48, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, num_experts=16, num_experts_per_tok=4, initializer_range=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = tiny.save_model(tmp_path, config)
+    assert checked(model, torch.bfloat16) == 3
+    with pytest.raises(UnsupportedModelError, match="48 of 48 tokens differ"):
+        checked(model, torch.bfloat16, 0.3)
+    monkeypatch.setattr(self_check_module, "OFF_ROUTED", 0.0)
+    with pytest.raises(UnsupportedModelError, match="1 of 48 tokens differ"):
+        checked(model, torch.bfloat16)
 
 
 def test_few_tokens_are_checked_where_few_are_computed_and_whole_samples_decide(tmp_path: Path):

@@ -75,6 +75,7 @@ FIELDS_OF: dict[str, dict[str, object]] = {
     "dots3_note": {"head_dim": 40, "audio_config": {"adapter_input_size": 64}},
     "dots3_note_text": {"head_dim": 40},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n": {"num_kv_shared_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "glm4v_moe": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
