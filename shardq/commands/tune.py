@@ -269,5 +269,5 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
             files = result.write_block(block, linears, grids, tuning.ranks.device, {})
             source = noted(found.digests, skeleton, block.index)
             ledger.commit(output, block.index, files, world_size=tuning.ranks.world_size, source=source)
-    ledger.complete(output, result.write_end())
+    ledger.complete(output, result.write_end(RunRecord.read(output)))
     remove(RunFolder(output).tuning_state)

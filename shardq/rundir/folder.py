@@ -12,6 +12,7 @@ from shardq.formats.shards import INDEX_FILE
 from shardq.parallel.ranks import Ranks
 
 MANIFEST = "manifest.json"
+MODEL_CARD = "README.md"  # of a run's folder and of an export's
 LOCK = "lock"  # lock file of a run's folder and of an export's
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.m
 def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: str) -> dict:
     """Everything that decides a run's result, except the last bits, which depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
+    name = _hub_name(config.model)
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"], options["export"]["aimet"]  # may be written at any time
     # As in runs from before these had other defaults.
@@ -36,11 +38,19 @@ def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: s
         del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
-        "model": model_of(source),
+        "model": model_of(source) | ({"name": name} if name else {}),
         "calibration_tokens": tokens_digest,
         "options": options,
     }
     return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
+
+
+def _hub_name(model: str) -> str | None:
+    """The name of a model of the hub, also where its folder in the cache is given; None for another folder."""
+    if not Path(model).is_dir():
+        return model
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", str(Path(model).absolute()))
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def quant_options(section: dict) -> QuantOptions:
@@ -103,7 +113,7 @@ def differences(former: dict, current: dict) -> dict[str, str]:
     if same_settings:
         found.pop("model.config", None)
     # `model.config` and `model.weights` represent the other entries about the model.
-    told = ("model.settings", "model.files", *(["calib."] if same_tokens else []))
+    told = ("model.settings", "model.files", "model.name", *(["calib."] if same_tokens else []))
     return {name: text for name, text in found.items() if not name.startswith(told)}
 
 

@@ -199,3 +199,12 @@ def test_experts_that_are_stored_together_stay_plain(token_file: Path, tmp_path:
     assert "checkpoint: plain weights (packed has no place for codes of model.layers.0." in capsys.readouterr().out
     with pytest.raises(ConfigError, match="export.checkpoint: packed has no place .*; choose plain"):
         default_run(model, token_file, tmp_path / "other", "--export.checkpoint", "packed")
+
+
+def test_the_folder_has_a_card_whose_recipe_makes_it_again(symmetric: Path, tmp_path: Path):
+    card = (symmetric / "README.md").read_text()
+    assert "vllm serve" in card and "# W4A16, symmetric" in card and str(tmp_path.parent) not in card
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL).group(1))
+    config = parse("quantize", ["--model", "model", "--config", str(recipe)])
+    assert (config.quant.group_size, config.export.checkpoint) == (32, "packed")
