@@ -74,6 +74,7 @@ FIELDS_OF: dict[str, dict[str, object]] = {
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"head_dim": 40, "audio_config": {"adapter_input_size": 64}},
     "dots3_note_text": {"head_dim": 40},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n": {"num_kv_shared_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2},
