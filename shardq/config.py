@@ -12,6 +12,8 @@ from shardq.optimize.options import OptimizeOptions, TuneOptions
 from shardq.parallel.options import ParallelOptions
 from shardq.quant.options import DEFAULT_IGNORE, ActivationOptions
 
+DEFAULT_GROUP_SIZES = (128, 64, 32)  # the first one that divides every width of a model
+
 if TYPE_CHECKING:  # options are read before torch is imported, which takes seconds
     from shardq.quant.integer_grid import IntegerGrid
 
@@ -29,7 +31,8 @@ class QuantOptions:
     further. AIMET's scales are positive, so encodings then describe an asymmetric grid: false for runtimes that need
     symmetric weights (default: true up to 4 bits, where one code is a good part of the grid)."""
     group_size: int | None = None
-    """Input channels that share a scale: 32, 64, 128, ...; null or -1: all of an output channel's (per-channel)."""
+    """Input channels that share a scale: 32, 64, 128, ...; -1: all of an output channel's (per-channel) (default: 128,
+    or 64 or 32 where 128 does not divide every width of the model, or else -1)."""
     decompressed_bits: int | None = None
     """Two-level scales (LPBQ; AIMET's decompressed_bw) of a symmetric grid in groups: each a whole multiple, at most
     2^(decompressed_bits - bits), of one float scale of the output channel, as Qualcomm runtimes compute with it;
@@ -43,7 +46,7 @@ class QuantOptions:
 
     @property
     def grid(self) -> "IntegerGrid":
-        """The grid that these options describe.
+        """The grid that these options describe, in groups of 128 where no size is given.
 
         Raises:
             ConfigError: there is none; names the option, its value and what is allowed.
@@ -51,12 +54,13 @@ class QuantOptions:
         from shardq.quant.integer_grid import IntegerGrid
 
         # A multiplier is positive, so two-level scales are.
+        size = DEFAULT_GROUP_SIZES[0] if self.group_size is None else self.group_size
         by_default = self.bits <= 4 and self.symmetric and self.decompressed_bits is None
         try:
             return IntegerGrid(
                 bits=self.bits,
                 symmetric=self.symmetric,
-                group_size=None if self.group_size == -1 else self.group_size,
+                group_size=None if size == -1 else size,
                 full_range=by_default if self.full_range is None else self.full_range,
                 decompressed_bits=self.decompressed_bits,
             )
@@ -110,7 +114,7 @@ class QuantizeConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub name (default: the hub's main one)."""
     output: str | None = None
-    """Folder for everything the run writes (default: runs/MODEL-wBITS[-gGROUP])."""
+    """Folder for everything the run writes (default: runs/MODEL-wBITS, and -gGROUP where a group size is given)."""
     seed: int = 0
     """Seed of all random choices."""
     resume: Literal["auto", "never", "require"] = "auto"

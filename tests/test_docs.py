@@ -18,6 +18,7 @@ from shardq.api import config_of
 from shardq.checks import check_evaluate, check_quantize
 from shardq.cli import parse
 from shardq.export.chosen import FORMATS
+from shardq.formats.quantized_source import DECODERS
 from shardq.optimize.options import resolved
 from shardq.parallel.ranks import Ranks
 from shardq.shipped import DEEPSPEED, shipped
@@ -141,6 +142,11 @@ def test_every_format_has_a_section():
 
 
 TROUBLES = PAGES["docs/troubleshooting.md"]
+
+
+def test_every_kind_of_quantized_source_is_listed():
+    models = (ROOT / "docs" / "models.md").read_text()
+    assert [method for method in DECODERS if f"`{method}`" not in models] == []
 
 
 def test_every_exit_code_is_explained():

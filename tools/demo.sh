@@ -57,3 +57,5 @@ evaluate rtn $model --quant.method rtn
 evaluate quantized "$out"
 
 "$python" tools/demo_table.py --model $model --output "$out"
+echo "both models continue a prompt"
+"$python" tools/demo_prompt.py --model $model --output "$out"

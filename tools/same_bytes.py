@@ -45,7 +45,7 @@ LIBRARIES = ("deepspeed", "datasets", "gguf", "onnxscript", "torch.onnx._interna
 FIXED = {
     "quantize": "--model ../llama --output run --calib.dataset ../tokens.safetensors --calib.samples 4 "
     "--calib.sequence_length 32 --optimize.batch_size 2 --optimize.iterations 4 --optimize.memory_gib 1 "
-    "--optimize.compile off --optimize.precision float32",
+    "--optimize.compile off --optimize.precision float32 --quant.group_size -1 --export.checkpoint plain",
     "tune": "run --model ../llama --output tuned --tune.steps 2 --tune.batch_size 2 --tune.precision float32",
     "export": "run",
     "evaluate": "--model run --eval.dataset ../tokens.safetensors --eval.sequence_length 32",

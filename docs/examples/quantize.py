@@ -24,7 +24,7 @@ OPTIMIZE = {"iterations": 64}
 summary = shardq.quantize(
     MODEL,
     output=OUTPUT,
-    quant={"bits": 4, "group_size": 32},
+    quant={"bits": 4},
     calib=CALIBRATION,
     optimize=OPTIMIZE,
 )
@@ -59,9 +59,11 @@ for model in (MODEL, OUTPUT):
 
 # %% [markdown]
 # ## Export it, and check what was written
+#
+# The folder itself is a checkpoint that vLLM and transformers load; other programs have their own formats.
 
 # %%
-exported = shardq.export(OUTPUT, format="compressed-tensors")
+exported = shardq.export(OUTPUT, format="gptq")
 print(exported["output"], exported["bytes"], "bytes")
 print(shardq.verify(OUTPUT))
 

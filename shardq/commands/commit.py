@@ -57,7 +57,7 @@ def complete(run: Run, job: Job, on_commit: OnCommit) -> None:
 
     def commit() -> dict:
         checkpoint.remove(run.output)  # a kill right after the last block's ledger line leaves it
-        files = run.result.write_end()
+        files = run.result.write_end(run.record)
         for chosen in checkpoints_of(run.config.export):
             # Until the line is written, the folder holds only shards of this run's blocks, each from before its commit.
             write_format(_export_of(run, chosen), run.display, is_begun=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shardq.calib.tokens import digest, load_tokens
 from shardq.checks import check_quantize
+from shardq.commands.planning import planned
 from shardq.commands.redo import begin_redo, blocks_asked, mend
 from shardq.compiling import why_not
 from shardq.config import QuantizeConfig
@@ -15,17 +16,13 @@ from shardq.devices import multiplies_bf16
 from shardq.errors import ConfigError
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
-from shardq.export.target import as_served, check_served, with_narrow_left
 from shardq.files import remove_asides
 from shardq.formats import encodings
-from shardq.formats.checkpoint import companions
 from shardq.formats.shards import unread
 from shardq.logs import Display
 from shardq.model.choice import shared_linears
-from shardq.model.ends import prologue
 from shardq.model.hub import local_folder
-from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, open_skeleton
+from shardq.model.skeleton import Skeleton
 from shardq.optimize.options import OptimizeOptions, resolved
 from shardq.parallel.collectives import max_over_ranks, on_every_host, on_rank_zero, shared_by_all, together
 from shardq.parallel.engines import candidates, engine_for
@@ -35,10 +32,9 @@ from shardq.rundir.digests import cut_torn_line
 from shardq.rundir.folder import RunFolder, output_folder
 from shardq.rundir.lock import only_run
 from shardq.rundir.manifest import make_manifest
-from shardq.rundir.plan import ENCODINGS, Plan, make_plan
+from shardq.rundir.plan import ENCODINGS, Plan
 from shardq.rundir.record import RunRecord, check_folder, open_run
 from shardq.rundir.source import begin_with
-from shardq.training.activation_grids import plan_activations
 from shardq.training.memory import (
     LargestBlock,
     choose_engine,
@@ -106,17 +102,6 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     together(ranks, lambda: check_quantize(asked, ranks))
     folder = on_every_host(ranks, lambda: local_folder(asked.model, asked.revision, display.line))
 
-    def open_and_plan() -> tuple[QuantizeConfig, Skeleton, Plan]:
-        skeleton, length = open_skeleton(folder), asked.calib.sequence_length
-        config = with_narrow_left(asked, skeleton, display.line)
-        companions(folder)  # copied after the last block; one that must not be copied is refused now
-        _check_length(skeleton, length)
-        plan = as_served(config.target, config.export, skeleton, make_plan(skeleton, config.quant))
-        check_served(config, skeleton, plan)
-        with prologue(skeleton, ranks.device) as embed:
-            plan = plan.with_arguments(record_arguments(skeleton, embed, length))
-        return config, skeleton, plan_activations(skeleton, plan, length, config.activations)
-
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
         vocabulary_size = skeleton.embeddings.num_embeddings
@@ -132,7 +117,7 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
             mend(record, RunOutput(output, skeleton, plan, own_form(chosen.export)), display)
         return tokens_NT, manifest, (record, line), chosen
 
-    config, skeleton, plan = together(ranks, open_and_plan)
+    skeleton, plan, config = together(ranks, lambda: planned(asked, folder, ranks, display))
     length = config.calib.sequence_length
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
     config, largest = together(ranks, lambda: _with_experts(config, former, skeleton, plan, limit, ranks, display))
@@ -283,9 +268,3 @@ def _say_what_will_be_done(run: Run) -> None:
         line("no block is read while the one before is trained: memory has no room for both")
     if run.record.is_finished:
         line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")
-
-
-def _check_length(skeleton: Skeleton, sequence_length: int) -> None:
-    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and sequence_length > limit:
-        raise ConfigError(f"calib.sequence_length: {sequence_length} is beyond the model's {limit} positions; lower it")

@@ -9,14 +9,13 @@ from shardq.errors import ConfigError, ResumeError
 from shardq.export.chosen import FORMATS
 from shardq.export.contents import RECORD
 from shardq.export.run_output import RunOutput
-from shardq.export.write import MODEL_CARD
 from shardq.files import remove, remove_folder
 from shardq.logs import Display
 from shardq.parallel.collectives import on_rank_zero, together
 from shardq.parallel.ranks import Ranks
 from shardq.rundir import ledger
 from shardq.rundir.digests import changed_files
-from shardq.rundir.folder import RunFolder
+from shardq.rundir.folder import MODEL_CARD, RunFolder
 from shardq.rundir.plan import ENCODINGS
 from shardq.rundir.record import RunRecord
 
@@ -71,7 +70,7 @@ def remove_what_completes(output: Path, asked: Container[str], display: Display)
         asked: formats that this run will write; their shards are those of its blocks, and stay.
     """
     folder = RunFolder(output)
-    for path in (folder.config, folder.index, *map(folder.encodings, ENCODINGS)):
+    for path in (folder.config, folder.index, output / MODEL_CARD, *map(folder.encodings, ENCODINGS)):
         remove(path)
     for name in FORMATS:
         if name not in asked:
@@ -102,6 +101,6 @@ def mend(record: RunRecord, result: RunOutput, display: Display) -> None:
     for fault in damaged.values():
         display.line(f"{fault}; written again")
     names = {output / name for name in entry["files"]}
-    result.write_end(kept=names - damaged.keys())
+    result.write_end(record, kept=names - damaged.keys())
     for path, _ in changed_files(output, entry, is_quick=True):
         raise ResumeError(f"{path}: does not come out as it was; restore it, or do it again with --redo end")

@@ -1,6 +1,7 @@
 """Output about a run: a line when a block is done, the summary, and the lines at the end."""
 
 from shardq.commands.prepare import Run
+from shardq.export.form import why_not_in_vllm
 from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
 from shardq.model.build import factory_of
@@ -73,17 +74,24 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
     display.line(share)
     for line in left:
         display.line(f"  {line}")
-    if run.config.export.checkpoint == "packed":
+    if run.config.export.checkpoint == "packed" and not why_not_in_vllm(run.config, run.skeleton, run.plan):
         display.line(f"  {output}/  is served as it is: vllm serve {output}")
     if run.config.export.checkpoint == "plain" or run.skeleton.joins_experts:
-        factory = factory_of(run.skeleton.model)
-        display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r})")
+        factory, unpack = factory_of(run.skeleton.model), ""
+        if _must_unpack(run):
+            unpack = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+        display.line(f"  {output}/  loads with transformers: {factory}.from_pretrained({str(output)!r}{unpack})")
     display.line(f"  {output}/blocks/  codes, scales and zero points of each block")
     for version in run.plan.encoding_versions:
         display.line(f"  {RunFolder(output).encodings(version)}  AIMET encodings {version} (per block in encodings/)")
     for chosen in run.config.export.asked:
         display.line(f"  {output}/{chosen}/  the same model as {chosen}")
     display.line(f"next: shardq evaluate {output} --eval.dataset FILE  measures its perplexity")
+
+
+def _must_unpack(run: Run) -> bool:
+    """Whether transformers loads the run's checkpoint only unpacked, as it is of packed zero points (5.23)."""
+    return run.config.export.checkpoint == "packed" and not run.config.quant.symmetric
 
 
 def _mean(entries: list[dict], key: str) -> float | None:

@@ -255,7 +255,7 @@ def _restore(path: Path, tuners: list[ScaleTuner]) -> int:
 
 def _plan(skeleton: Skeleton, manifest: dict) -> Plan:
     """The plan of the run that a manifest is of."""
-    plan, target = make_plan(skeleton, quant_options(manifest)), manifest["options"].get("target")
+    plan, target = make_plan(skeleton, quant_options(manifest["options"]["quant"])), manifest["options"].get("target")
     return as_served(target, export_options(manifest), skeleton, plan)
 
 
@@ -269,5 +269,5 @@ def _write(output: Path, tuning: Tuning, found: Found) -> None:
             files = result.write_block(block, linears, grids, tuning.ranks.device, {})
             source = noted(found.digests, skeleton, block.index)
             ledger.commit(output, block.index, files, world_size=tuning.ranks.world_size, source=source)
-    ledger.complete(output, result.write_end())
+    ledger.complete(output, result.write_end(RunRecord.read(output)))
     remove(RunFolder(output).tuning_state)

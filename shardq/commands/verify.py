@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from shardq.commands.folder_check import export_faults, folder_faults, unproved
-from shardq.config import QuantOptions, VerifyConfig
+from shardq.config import VerifyConfig
 from shardq.errors import ResumeError, ShardQError
 from shardq.export import contents
 from shardq.formats import encodings
@@ -23,6 +23,7 @@ from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.account import Account, account_of
 from shardq.rundir.folder import MANIFEST, RunFolder
 from shardq.rundir.ledger import read_json
+from shardq.rundir.manifest import quant_options
 from shardq.rundir.plan import Plan, make_plan
 from shardq.rundir.record import RunRecord
 from shardq.summaries import VerifySummary
@@ -87,8 +88,9 @@ def _of_run(output: Path) -> tuple[Faults, dict[str, str], dict, Account | None]
 
 def _account(output: Path) -> Account:
     """What became of every tensor, of a run without faults."""
-    quant = QuantOptions(**RunRecord.read(output).options("quant"))
-    paths = (RunFolder(output).block(number) for number in RunRecord.read(output).blocks)
+    record = RunRecord.read(output)
+    quant = quant_options(record.options("quant"))
+    paths = (RunFolder(output).block(number) for number in record.blocks)
     return account_of(open_skeleton(output), {name for path in paths for name in read_grids(path)}, quant.ignored)
 
 
@@ -132,7 +134,7 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         return faults, 0, 0  # the other files are read by these two
     try:
         skeleton = open_skeleton(output)
-        plan = make_plan(skeleton, QuantOptions(**quant))
+        plan = make_plan(skeleton, quant_options(quant))
         faults["index"] = list(_index_faults(skeleton, record))
     except ShardQError as error:
         faults["index"] = [str(error)]

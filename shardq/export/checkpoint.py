@@ -18,9 +18,10 @@ from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import LARGE_BYTES, check_finite, write_one_by_one, write_tensors
 from shardq.logs import Display
-from shardq.matrix import is_linear
+from shardq.matrix import is_linear, matrices_in
 from shardq.model.layout import is_whole, put_together
 from shardq.model.skeleton import Skeleton
+from shardq.model.stacked import in_stack
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.grid import Grid
 from shardq.quant.quantized import QuantizedLinear
@@ -126,17 +127,23 @@ class Checkpoint(Format):
         return _scale_change(skeleton, dtype) if self.rounded_by else 0.0
 
 
-def check_order(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
-    """Check that the source stores the quantized linears' weights [O, I], for a format that programs read so.
+def check_linears(format_name: str, skeleton: Skeleton, grids: Grids) -> None:
+    """Check that programs that read a packed format have a linear, with its weight [O, I], for each quantized one.
 
     Raises:
-        UnsupportedModelError: naming one that is stored [I, O].
+        UnsupportedModelError: naming one for which they have not.
     """
-    for name in grids:
-        if skeleton.is_transposed(f"{name}.weight"):
+    for block_name, block in skeleton.named_blocks.items():
+        for matrix in matrices_in(block):
+            name = f"{block_name}.{matrix.name}"
+            if name in grids and skeleton.is_transposed(f"{name}.weight"):
+                what = "a Conv1D, stored [input, output channels]"
+            elif name in grids and in_stack(block, matrix.name):
+                what = "of experts that the model multiplies with as one stack"
+            else:
+                continue
             raise UnsupportedModelError(
-                f"{format_name}: {name} is a Conv1D, stored [input, output channels], which programs do not read in "
-                "this format; export hf"
+                f"{format_name}: {name} is {what}, which programs do not read in this format; export hf"
             )
 
 
@@ -154,7 +161,7 @@ def _laid_out(
         stored, quantized = source.tensors[name], [inner for inner in pieces if inner in names]
         if not quantized and is_whole(next(iter(pieces.values())), stored):
             yield name, source.read_plain(stored)
-        elif quantized and tensors[quantized[0]].name not in make(quantized[0]):  # packed
+        elif quantized and make(quantized[0]).keys() != {tensors[quantized[0]].name}:  # codes and scales
             for inner in pieces:
                 yield from (
                     make(inner) if inner in names else {tensors[inner].name: source.read(tensors[inner])}

@@ -13,7 +13,7 @@ from shardq.export.checkpoint import (
     LOAD_PLAIN,
     VLLM_ALONE,
     Checkpoint,
-    check_order,
+    check_linears,
     in_transformers,
     input_grids,
     with_vllm,
@@ -48,7 +48,7 @@ class CompressedTensors(Checkpoint):
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         compressed_tensors.check_grid(only_grid(self.name, grids), self.activation_bits)
-        check_order(self.name, skeleton, grids)
+        check_linears(self.name, skeleton, grids)
 
     def matrix_bytes(self, shape: tuple[int, ...], grid: Grid, itemsize: int) -> int:
         if self.activation_bits == 8:

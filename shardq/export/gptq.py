@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardq.export.base import Grids, only_grid
-from shardq.export.checkpoint import LOAD_PLAIN, VLLM_ALONE, Checkpoint, check_order, in_transformers, with_vllm
+from shardq.export.checkpoint import LOAD_PLAIN, VLLM_ALONE, Checkpoint, check_linears, in_transformers, with_vllm
 from shardq.formats import gptq
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
@@ -23,7 +23,7 @@ class Gptq(Checkpoint):
 
     def check(self, skeleton: Skeleton, grids: Grids) -> None:
         gptq.check_grid(only_grid(self.name, grids))
-        check_order(self.name, skeleton, grids)
+        check_linears(self.name, skeleton, grids)
         for name in grids:
             gptq.check_shape(name, *skeleton.tensor(f"{name}.weight").shape)
 

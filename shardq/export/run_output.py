@@ -8,12 +8,19 @@ from pathlib import Path
 import torch
 
 from shardq.export.checkpoint import Checkpoint, linears_left
+from shardq.export.model_card import model_card
+from shardq.files import write_text
 from shardq.formats.block_file import Linears, renamed
 from shardq.model.block import BlockPlan
+from shardq.model.build import factory_of
 from shardq.model.skeleton import Skeleton
 from shardq.quant.activation import ActivationGrid
+from shardq.rundir.account import account_of
 from shardq.rundir.block_output import WriteShard, write_block_files, write_run_files
+from shardq.rundir.folder import MODEL_CARD
+from shardq.rundir.manifest import quant_options
 from shardq.rundir.plan import Plan
+from shardq.rundir.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,16 @@ class RunOutput:
             writer(form)(folder / self.plan.block_shard(block.index), full, grids)
         return files
 
-    def write_end(self, kept: Container[Path] = ()) -> list[Path]:
-        """Write the files that complete a run whose blocks are all written, except large ones that stay; give all."""
-        left = linears_left(self.skeleton, self.plan.grids)
-        scheme = self.form.described(self.folder, self.skeleton, self.plan.grids, left)
-        return write_run_files(self.folder, self.skeleton, self.plan, self.dtype, scheme, kept)
+    def write_end(self, record: RunRecord, kept: Container[Path] = ()) -> list[Path]:
+        """Write the files that complete a run whose blocks are all written, except large ones that stay; give all.
+
+        Args:
+            record: the run's, with all blocks.
+        """
+        skeleton, grids = self.skeleton, self.plan.grids
+        scheme = self.form.described(self.folder, skeleton, grids, linears_left(skeleton, grids))
+        files = write_run_files(self.folder, skeleton, self.plan, self.dtype, scheme, kept)
+        account = account_of(skeleton, grids, quant_options(record.manifest()["options"]["quant"]).ignored)
+        factory, path = factory_of(skeleton.model), self.folder / MODEL_CARD
+        write_text(path, model_card(record, skeleton.folder, grids, self.form, factory, 0.0, account))
+        return [*files, path]

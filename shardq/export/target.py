@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from shardq.config import QuantizeConfig
+from shardq.config import DEFAULT_GROUP_SIZES, QuantizeConfig
 from shardq.errors import ConfigError
 from shardq.export.checkpoint import model_dtype
 from shardq.export.chosen import check_installed, formats_of, own_form, served_as
@@ -78,10 +78,15 @@ def check_served(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None
     for chosen in asked.values():
         chosen.check(skeleton, plan.grids)
     if config.target == "vllm":
-        _check_vllm(config, skeleton, plan)
+        check_vllm(config, skeleton, plan)
 
 
-def _check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
+def check_vllm(config: QuantizeConfig, skeleton: Skeleton, plan: Plan) -> None:
+    """Check vLLM's rules.
+
+    Raises:
+        ConfigError: as `check_served`.
+    """
     for grid in dict.fromkeys(plan.grids.values()):
         _check_vllm_grid(config, grid)
     if config.activations.kv_bits:
@@ -179,16 +184,18 @@ def _linear_fault(
 
 
 def with_narrow_left(config: QuantizeConfig, skeleton: Skeleton, say: Callable[[str], None]) -> QuantizeConfig:
-    """The options, which now ignore linears too narrow for the target's kernels.
+    """The options, which now ignore linears too narrow for vLLM's kernels, where the result is for it.
 
     Of linears that vLLM makes one of, all are narrow or none is ignored.
 
     Args:
         say: gets a line that names them, if there are any.
     """
-    if config.target != "vllm":
+    is_packed = config.export.checkpoint != "plain" and config.quant.bits in compressed_tensors.BITS
+    if config.target != "vllm" and not is_packed:
         return config
-    grid, degree = config.quant.grid, config.tensor_parallel
+    least = config.quant if config.quant.group_size else replace(config.quant, group_size=DEFAULT_GROUP_SIZES[-1])
+    grid, degree = least.grid, config.tensor_parallel
     multiple, kv_heads = VLLM_MULTIPLE[config.export.activation_bits], _heads(skeleton, degree)[1]
     fault_of = partial(_linear_fault, _ways(skeleton), kv_heads, multiple, degree)
     chosen = matrices_to_quantize(skeleton, config.quant.ignored)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from shardq.config import ExportConfig, QuantOptions
+from shardq.config import ExportConfig
 from shardq.errors import ShardQError
 from shardq.export import contents
 from shardq.export.base import Format, Grids
@@ -18,13 +18,12 @@ from shardq.logs import Display
 from shardq.model.build import factory_of
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.rundir.account import account_of
-from shardq.rundir.folder import RunFolder
+from shardq.rundir.folder import MODEL_CARD, RunFolder
 from shardq.rundir.lock import only_run
+from shardq.rundir.manifest import quant_options
 from shardq.rundir.record import RunRecord
 from shardq.rundir.room import HEADER_BYTES, Need, bytes_there, check_room
 from shardq.rundir.source import check_outside
-
-MODEL_CARD = "README.md"
 
 
 def write_format(config: ExportConfig, display: Display, is_begun: bool = False) -> dict:
@@ -97,12 +96,12 @@ def _write_files(
             f"{scale_change:.2%}; a run with --target {chosen.rounded_by} rounds them before"
         )
     record = RunRecord.read(skeleton.folder)
-    account = account_of(skeleton, grids, QuantOptions(**record.options("quant")).ignored)
+    account = account_of(skeleton, grids, quant_options(record.options("quant")).ignored)
     if chosen.is_of_text and account.beside_text():
         display.line(f"{folder}: {chosen.name} is of the text decoder alone, without {account.beside_text()}")
     is_packed = chosen.rounded_by == "vllm"
     factory = factory_of(skeleton.model) if skeleton.joins_experts or not is_packed else ""
-    write_text(folder / MODEL_CARD, model_card(record.manifest(), grids, chosen, factory, scale_change, account))
+    write_text(folder / MODEL_CARD, model_card(record, skeleton.folder, grids, chosen, factory, scale_change, account))
     return scale_change
 
 

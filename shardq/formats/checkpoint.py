@@ -21,11 +21,11 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "tekken.json", "vocab*", "merges.txt", "bpe.codes",
     "dict.txt", "*.model", "*.spm", "*.tiktoken",
     "*.jinja", "chat_template*", "additional_chat_templates/*.jinja",
-    "generation_config.json", "*processor_config.json", "image_processor*",
+    "generation_config.json", "*processor_config.json", "image_processor*", "spk_dict.pt",
     "*.py",  # a model's own code: config.json names one file, which may import any other
     "*LICEN[CS]E*", "*[Ll]icen[cs]e*", "COPYING*", "*NOTICE*", "*Notice*", "*USE_POLICY*",
 )  # fmt: skip
-NO_COMPANIONS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack", ASIDE)
+NO_COMPANIONS = (".safetensors", ".bin", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ASIDE)
 
 
 def shard_name(number: int, total: int) -> str:

@@ -199,6 +199,8 @@ def _float_blocks(weights: dict) -> list[Block]:
     if weights.get("type", "int") == "int":
         return []
     size = weights.get("block_structure") or [1, weights.get("group_size")]
+    if isinstance(size, str):  # older versions of the library wrote "128x128"
+        size = [int(part) if part.isdecimal() else 0 for part in size.split("x")]
     is_pair = isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)
     return [(size[0], size[1])] if is_pair else []
 

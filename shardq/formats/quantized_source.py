@@ -45,7 +45,6 @@ def _encoded_tensors(folder: Path, index: Index, scheme: Any) -> Iterable[Source
 def rounds_activations(folder: Path) -> bool:
     """Whether programs that serve a folder which `open_checkpoint` takes round what enters its linears."""
     scheme = scheme_of(read_config(folder)) or {}
-    groups = (scheme.get("config_groups") or {}).values()
-    if scheme.get("activation_scheme") or scheme.get("quant_method") == "modelopt":
-        return True
-    return any(group.get("input_activations") for group in groups)
+    if scheme.get("quant_method") == "compressed-tensors":
+        return any(group.get("input_activations") for group in scheme["config_groups"].values())
+    return scheme.get("quant_method") == "modelopt" or bool(scheme.get("activation_scheme"))

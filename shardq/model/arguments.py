@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardq.model.handed import Handed, Shared
 from shardq.model.hidden import Streams, hidden_in
-from shardq.model.skeleton import to_meta
+from shardq.model.stand_in import to_meta
 from shardq.torch_internals import tree_flatten, tree_leaves, tree_unflatten
 
 

@@ -5,6 +5,7 @@ stand in the model's list of blocks' classes, if it has one. A wrapper that adds
 decoder is built whole. No table of models.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -79,6 +80,20 @@ def factory_of(model: PreTrainedModel) -> str:
     return next(auto.__name__ for auto, classes in factories if classes[type(model.config)] is type(model))
 
 
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part that has the blocks; the model itself where that is not known.
+
+    Raises:
+        UnsupportedModelError: the model's own code fails.
+    """
+    with own_code(type(model).__name__, "it does not tell its text decoder"):
+        decoder, text = model.get_decoder(), model.config.get_text_config()
+        if decoder is not model or text is model.config:
+            return decoder
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((module for module in models if module.config is text), model)
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of the text decoder's blocks, and its name in the model; a vision tower's list is not meant.
 
@@ -86,9 +101,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         UnsupportedModelError: there is none, or there are several.
     """
     kinds, name = block_classes(model), type(model).__name__
-    with own_code(name, "it does not tell its text decoder"):
-        inside = set(model.get_decoder().modules())
-        num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    inside = set(text_decoder(model).modules())
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [entry for entry in model.named_modules() if isinstance(entry[1], nn.ModuleList) and len(entry[1])]
     lists = [entry for entry in lists if entry[1] in inside] or lists
     found = [entry for entry in lists if type(entry[1][0]).__name__ in kinds] or lists
@@ -103,6 +117,33 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
+def models_around(model: PreTrainedModel, name: str) -> dict[str, PreTrainedModel]:
+    """The transformers models that contain the module of a name, by their names in the outermost, which comes first."""
+    parts = name.split(".")
+    paths = (".".join(parts[:depth]) for depth in range(len(parts)))
+    found = {path: model.get_submodule(path) for path in paths}
+    return {path: module for path, module in found.items() if isinstance(module, PreTrainedModel)}
+
+
+def models_beside(model: PreTrainedModel, text: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Prefixes of the names in transformers models within a model that contain nothing of the text decoder.
+
+    Args:
+        text: its blocks, embeddings and head.
+    """
+    return tuple(
+        f"{name}."
+        for name, inner in model.named_modules()
+        if name and isinstance(inner, PreTrainedModel) and set(text).isdisjoint(inner.modules())
+    )
+
+
+def find_runner(model: PreTrainedModel, list_name: str) -> str:
+    """Name of the outermost model around the blocks that takes tokens: some wrappers have no forward of their own."""
+    around = models_around(model, list_name)
+    return next((name for name, each in around.items() if type(each).forward is not nn.Module.forward), "")
+
+
 def find_head(model: PreTrainedModel, list_name: str) -> nn.Module:
     """What gives the logits: the model's own, or that of the causal model within it that has the blocks.
 
@@ -112,23 +153,24 @@ def find_head(model: PreTrainedModel, list_name: str) -> nn.Module:
     Raises:
         UnsupportedModelError: there is none.
     """
-    parts = list_name.split(".")
-    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-    heads = (module.get_output_embeddings() for module in around if isinstance(module, PreTrainedModel))
+    heads = (module.get_output_embeddings() for module in models_around(model, list_name).values())
     found = next((head for head in heads if head is not None), None)
     if found is None:
         raise UnsupportedModelError(f"{type(model).__name__}: it has no head that gives the next token's logits")
     return found
 
 
-def find_embeddings(model: PreTrainedModel) -> nn.Embedding:
+def find_embeddings(model: PreTrainedModel, list_name: str) -> nn.Embedding:
     """The table that tokens index.
+
+    Args:
+        list_name: name of the list of blocks.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     with own_code(type(model).__name__, "it does not tell its table of embeddings"):
-        found = model.get_input_embeddings()
+        found = model.get_submodule(find_runner(model, list_name)).get_input_embeddings()
     if found is None:
         raise UnsupportedModelError(f"{type(model).__name__}: it has no table of embeddings that tokens index")
     return found

@@ -26,6 +26,9 @@ from shardq.model.transformers_internals import (
     rename_source_key,
 )
 
+IN_ORDER = (Tensor.contiguous, Tensor.clone, Tensor.reshape, Tensor.flatten, torch.clone, torch.reshape, torch.flatten)
+"""Functions whose result, where it is a copy, has the values of their first argument in the same order."""
+
 
 def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
     """The layout of a model on the meta device, as transformers would load it from a checkpoint.
@@ -139,9 +142,9 @@ class _Places(TorchFunctionMode):
         return cut(part_of(tensor), pieces)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.contiguous:
-            return args[0]  # a copy would show the same values in the same order
         made = func(*args, **(kwargs or {}))
+        if func in IN_ORDER and made.untyped_storage() is not args[0].untyped_storage():
+            self._note(made, {piece.in_model: piece for piece in self.pieces_of(args[0])})
         if func in (torch.cat, torch.stack):
             axis = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
             sizes = [1 if func is torch.stack else tensor.shape[axis] for tensor in args[0]]

@@ -34,7 +34,7 @@ def prologue(skeleton: Skeleton, device: torch.device) -> Iterator[Callable[[Ten
     hooks = [table.register_forward_pre_hook(read_rows(tensor)) for table, tensor in tables.items()]
     hooks += [table.register_forward_hook(partial(_blank, blank[table])) for table in tables]
     unread = frozenset(tensor.name for tensor in tables.values())
-    if base is skeleton.model:
+    if base is skeleton.runner:
         unread |= {tensor.name for tensor in _head_tensors(skeleton).values()}
 
     @torch.no_grad()
@@ -164,20 +164,20 @@ def _last_layers(
     skeleton: Skeleton, device: torch.device
 ) -> Iterator[tuple[dict[str, SourceTensor], Callable[[Tensor], Tensor]]]:
     """Yield the head's parameters in the source, by name, and what computes logits once the head has some."""
-    model, last = skeleton.model, skeleton.stand_ins[-1]
+    runner, last = skeleton.runner, skeleton.stand_ins[-1]
     tensors = _head_tensors(skeleton)
 
     def to_logits(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
-        with own_code(type(model).__name__, "its own code fails after its blocks"):
-            return model(input_ids=tokens_NT, use_cache=False).logits
+        with own_code(type(runner).__name__, "its own code fails after its blocks"):
+            return runner(input_ids=tokens_NT, use_cache=False).logits
 
     # What the epilogue looks up in the embeddings is ignored, and the head is read by its users.
     tables = _token_tables(skeleton).values()
     unread = frozenset(tensor.name for tensor in (*tables, *tensors.values()))
     try:
-        with materialised(skeleton, model, "", device, unread=unread):
+        with materialised(skeleton, runner, skeleton.runner_name, device, unread=unread):
             yield tensors, to_logits
     finally:
         last.injected = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import UnsupportedModelError
+from shardq.model.stacked import split_stacks
 from shardq.model.transformers_internals import ALL_EXPERTS_FUNCTIONS, gated, use_experts_function
 
 NAME = "shardq_linears"
@@ -54,6 +55,9 @@ def adapt_experts(model: nn.Module) -> dict[str, FusedView]:
             views.update((f"{path}.{name}".removeprefix("."), _under(path, view)) for name, view in inside.items())
             use_experts_function(module, NAME)
         elif "expert" in type(module).__name__.lower() and _matrices(module) and not isinstance(module, nn.Linear):
+            if stacked := _stacked(path, module, model):
+                views |= stacked
+                continue
             missing = [flag for flag in FLAGS if not hasattr(module, flag)]
             raise UnsupportedModelError(
                 f"{type(model).__name__}: {path} ({type(module).__name__}) has fused experts "
@@ -61,6 +65,15 @@ def adapt_experts(model: nn.Module) -> dict[str, FusedView]:
                 "are not supported"
             )
     return views
+
+
+def _stacked(path: str, module: nn.Module, model: nn.Module) -> dict[str, FusedView]:
+    """The places of the weights of experts that a module multiplies with as one stack; nothing if it has none such."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    return {
+        f"{path}.{name}": FusedView(fused=f"{path}.{stem}", shape=shapes[stem], of=of)
+        for name, (stem, of) in split_stacks(module, model.config.get_text_config().hidden_size).items()
+    }
 
 
 def is_routed(module: nn.Module) -> bool:

@@ -18,8 +18,10 @@ from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import Call
 from shardq.model.block import run_block
 from shardq.model.ends import prologue
+from shardq.model.own_code import own_code
 from shardq.model.recorded import record_arguments
-from shardq.model.skeleton import Skeleton, to_meta
+from shardq.model.skeleton import Skeleton
+from shardq.model.stand_in import to_meta
 from shardq.model.weights import COMPUTE_DTYPE, materialised
 from shardq.torch_internals import tree_leaves
 
@@ -35,7 +37,7 @@ class _Part(nn.Module):
 
     def __init__(self, skeleton: Skeleton, block_index: int | None, from_tokens: bool = False):
         super().__init__()
-        self.model = skeleton.model
+        self.model = skeleton.runner
         self.block = None if block_index is None else skeleton.blocks[block_index]
         self._stand_ins, self._block_index, self._from_tokens = tuple(skeleton.stand_ins), block_index, from_tokens
 
@@ -68,14 +70,15 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
     """
     _check_arguments(skeleton)
     unread = frozenset(tensor.name for tensor in skeleton.tensors.values())
-    with materialised(skeleton, skeleton.model, "", CPU, unread):
+    with materialised(skeleton, skeleton.runner, skeleton.runner_name, CPU, unread):
         ones_NT = torch.ones(BATCH, LENGTH, dtype=torch.long)
         # Where nothing is padded and no window reached, some models pass None in place of masks that differ later.
         padded_NT = ones_NT.index_fill(1, torch.tensor(LENGTH - 1), 0)
-        skeleton.model(input_ids=ones_NT, attention_mask=padded_NT, use_cache=False)
+        skeleton.runner(input_ids=ones_NT, attention_mask=padded_NT, use_cache=False)
         seen = [stand_in.seen for stand_in in skeleton.stand_ins]
         hidden_NTD = seen[0][0]
-        yield "embedding", None, _trace(_Part(skeleton, None, True), ones_NT, {"model": ""}, opset)
+        names = {"model": skeleton.runner_name}
+        yield "embedding", None, _trace(_Part(skeleton, None, True), ones_NT, names, opset)
         traced: dict[tuple, tuple[str, ir.Model]] = {}
         for number, (name, block) in enumerate(skeleton.named_blocks.items()):
             kind = _computation(block, seen[number])
@@ -83,9 +86,9 @@ def traced_parts(skeleton: Skeleton, opset: int) -> Iterator[tuple[str, int | No
                 kind = (*kind, *_computed_buffers(block))
                 if kind not in traced:
                     part = _Part(skeleton, number)
-                    traced[kind] = name, _trace(part, hidden_NTD, {"model": "", "block": name}, opset)
+                    traced[kind] = name, _trace(part, hidden_NTD, names | {"block": name}, opset)
             yield f"block-{number:05d}", number, _for_block(*traced[kind], name)
-        yield "head", None, _trace(_Part(skeleton, None), hidden_NTD, {"model": ""}, opset)
+        yield "head", None, _trace(_Part(skeleton, None), hidden_NTD, names, opset)
 
 
 def _check_arguments(skeleton: Skeleton) -> None:
@@ -146,12 +149,24 @@ def _trace(part: _Part, entering: Tensor, prefixes: dict[str, str], opset: int) 
         raise UnsupportedModelError(
             f"{type(part.block or part.model).__name__}: torch's ONNX exporter cannot take it ({reason})"
         ) from error
+    _check_sizes(type(part.block or part.model).__name__, program.exported_program.module(), entering)
     for name, value in list(program.model.graph.initializers.items()):
         if name in weights:
             kind, _, rest = name.partition(".")
             value.name = f"{prefixes[kind]}.{rest}".removeprefix(".")
     _forget_places(program.model)
     return program.model
+
+
+def _check_sizes(name: str, traced: nn.Module, like: Tensor) -> None:
+    """Check that a traced part takes any number of samples and tokens; the exporter fixes some sizes without a word.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    entering = like.new_zeros(BATCH + 1, LENGTH + 5, *like.shape[2:])
+    with own_code(name, f"torch's ONNX exporter fixes the number of tokens at {LENGTH}"):
+        traced(torch.ones(entering.shape[:2], dtype=torch.long), entering)
 
 
 def _forget_places(model: ir.Model) -> None:

@@ -13,7 +13,7 @@ from shardq.formats.checkpoint import COMPANIONS
 from shardq.formats.shards import open_index
 
 # In these patterns * matches slashes too: files in subfolders are not downloaded, except chat templates.
-NEEDED = ("*.safetensors", "*.json", *COMPANIONS)
+NEEDED = ("*.safetensors", "*.json", "README.md", *COMPANIONS)  # the card for its licence
 OTHER_LAYOUTS = ("consolidated*", *(f"*/{pattern}" for pattern in NEEDED if not pattern.endswith(".jinja")))
 PATTERNS = {"allow_patterns": list(NEEDED), "ignore_patterns": list(OTHER_LAYOUTS)}
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

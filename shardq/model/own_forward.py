@@ -90,6 +90,14 @@ def own_forward(skeleton: Skeleton, tokens_NT: Tensor, device: torch.device, fir
             forward.end()
 
 
+def tensors_of(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A block's parameters and buffers by name; in float32, if multiplies are to be, whose weights may be rounded."""
+    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    if dtype != torch.float32:
+        return tensors
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
 @torch.no_grad()
 def computed(block: nn.Module, like: nn.Module, call: Call, dtype: torch.dtype) -> object:
     """Output of a block on the meta device for a call, computed with the tensors of a loaded block.
@@ -97,7 +105,7 @@ def computed(block: nn.Module, like: nn.Module, call: Call, dtype: torch.dtype) 
     Args:
         dtype: dtype of the matrix multiplies.
     """
-    tensors = {**dict(like.named_parameters()), **dict(like.named_buffers())}
+    tensors = tensors_of(like, dtype)
     what = "transformers' own code fails in it"
     with ExitStack() as stack:
         for name, experts in routed_in(like).items():

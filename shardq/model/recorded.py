@@ -18,7 +18,8 @@ from shardq.model.chain import UNSUPPORTED, Received, check_chain, check_end, na
 from shardq.model.compared import argument_names, is_equal
 from shardq.model.handed import Handed, Shared
 from shardq.model.hidden import streams_of
-from shardq.model.skeleton import Skeleton, to_meta
+from shardq.model.skeleton import Skeleton
+from shardq.model.stand_in import to_meta
 from shardq.torch_internals import tree_flatten, tree_leaves
 
 CHAIN_TOKENS = 16  # tokens of the call that shows in which order blocks are called, and with which inputs

@@ -4,110 +4,31 @@ The names and shapes of the checkpoint's tensors are checked against the model b
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from shardq.errors import CheckpointError, UnsupportedModelError
 from shardq.formats.quantized_source import open_checkpoint
 from shardq.formats.source import SourceTensor, WeightSource
-from shardq.model.build import build_on_meta, find_blocks, find_embeddings, find_head
+from shardq.model.build import (
+    build_on_meta,
+    find_blocks,
+    find_embeddings,
+    find_head,
+    find_runner,
+    models_beside,
+)
 from shardq.model.conversion import layout_of
 from shardq.model.experts import adapt_experts
-from shardq.model.hidden import in_place_of, streams_of
 from shardq.model.layout import Layout, Piece, is_whole, tensor_in, with_views
-from shardq.model.own_code import own_code, reason_of
+from shardq.model.stand_in import StandIn
 from shardq.model.transposed import adapt_transposed
-from shardq.torch_internals import tree_map_only
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-class StandIn(nn.Module):
-    """Takes a block's place in the model: records what the model passes, returns the hidden states unchanged.
-
-    They are returned in the block's form, single or first of a tuple; further outputs of the block are on the meta
-    device, without values. Plain attributes of the block are copied, because some models read them (such as
-    `attention_type`). If `injected` is set, it is returned instead, so that the model's own code turns given hidden
-    states [N, T, D] into logits. If `answer` is set, it is called with the hidden states and the other arguments, and
-    gives the return value.
-    """
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        own = {"training"}
-        self.__dict__.update({k: v for k, v in vars(block).items() if not k.startswith("_") and k not in own})
-        self.injected: Tensor | None = None
-        self.seen: tuple[Tensor, tuple, dict] | None = None
-        self.answer: Callable[[Tensor, tuple, dict], object] | None = None
-        self._block = (block,)  # in a tuple: not a submodule, whose weights the model would expect
-        self._returns: object = None
-
-    def __getattr__(self, name: str) -> Any:
-        """A module or parameter of the block, which some models look at; on the meta device, without values."""
-        return super().__getattr__(name) if name.startswith("_") else getattr(self._block[0], name)
-
-    @contextmanager
-    def showing(self, loaded: nn.Module) -> Iterator[None]:
-        """While the body runs, the model finds a loaded block's modules here; some initialise buffers in them."""
-        block, self._block = self._block, (loaded,)
-        try:
-            yield
-        finally:
-            self._block = block
-
-    def forward(self, *args, **kwargs):
-        """Record the call."""
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        self.seen = (hidden, args, kwargs)
-        if self.answer is not None:
-            return self.answer(hidden, args, kwargs)
-        return self.returned(hidden if self.injected is None else self._as_called(self.injected))
-
-    def returned(self, hidden: Tensor) -> object:
-        """Hidden states in the form in which the block returns them; it must have been called."""
-        if self._returns is None:
-            self._returns = self.on_meta(to_meta(self.seen))
-        return in_place_of(hidden, self._returns)
-
-    def _as_called(self, hidden_NTD: Tensor) -> Tensor:
-        """Hidden states in the form of those that the model has called this with, for as many samples and tokens."""
-        streams = streams_of(self.seen[0], *hidden_NTD.shape[:2], type(self._block[0]).__name__)
-        return streams.spread(hidden_NTD) if streams else hidden_NTD
-
-    @torch.no_grad()
-    def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:
-        """The block's return value for a call on the meta device: structure and shapes, without computing.
-
-        Raises:
-            UnsupportedModelError: the block does not take that.
-        """
-        block = self._block[0]
-        hidden, args, kwargs = call
-        what = (
-            "a decoder block must take any number of sequences with the arguments that the model passes it for one; it "
-            f"does not take those for hidden states {list(hidden.shape)}"
-        )
-        with own_code(type(block).__name__, what):
-            try:
-                return block(hidden, *args, **kwargs)
-            except NotImplementedError as error:  # by an operation whose result's shape depends on values
-                raise UnsupportedModelError(
-                    f"{type(block).__name__}: its own code computes shapes from values, which are not known before its "
-                    f"weights are read; such blocks are not supported yet ({reason_of(error)})"
-                ) from error
-
-
-def to_meta(values: Any) -> Any:
-    """The same tuples and dicts with every tensor in them on the meta device."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), values)
 
 
 @dataclass(frozen=True)
@@ -121,6 +42,7 @@ class Skeleton:
         list_name: name of the list that holds them, such as `model.layers`.
         layout: where the values of each tensor of the model, and of its blocks, lie in the source.
         tensors: the same tensors as the source's.
+        beside: prefixes of the names in models beside the text decoder, such as those for images.
         joins_experts: whether transformers joins experts that a checkpoint stores one by one; true where it has none.
     """
 
@@ -130,6 +52,7 @@ class Skeleton:
     list_name: str
     layout: Layout
     tensors: dict[str, SourceTensor]
+    beside: tuple[str, ...]
     joins_experts: bool
 
     @property
@@ -156,15 +79,26 @@ class Skeleton:
     def base_name(self) -> str:
         """Name of the model's part that takes tokens and calls the blocks: everything except the head.
 
-        "" for the whole model, where the head lies in that part too.
+        That of all that gives logits, where the head lies in that part too.
         """
-        first, _, inner = self.list_name.partition(".")
-        return first if inner and self.head not in self.model.get_submodule(first).modules() else ""
+        first, _, inner = self.list_name.removeprefix(f"{self.runner_name}.").partition(".")
+        name = f"{self.runner_name}.{first}".removeprefix(".")
+        return name if inner and self.head not in self.model.get_submodule(name).modules() else self.runner_name
+
+    @property
+    def runner_name(self) -> str:
+        """Name of the model's part that takes tokens and gives logits; "" for the whole model, as in most."""
+        return find_runner(self.model, self.list_name)
+
+    @property
+    def runner(self) -> PreTrainedModel:
+        """That part."""
+        return self.model.get_submodule(self.runner_name)
 
     @property
     def embeddings(self) -> nn.Embedding:
         """The table that tokens index."""
-        return find_embeddings(self.model)
+        return find_embeddings(self.model, self.list_name)
 
     @property
     def head(self) -> nn.Module:
@@ -239,7 +173,8 @@ def open_skeleton(folder: Path) -> Skeleton:
 def skeleton_of(source: WeightSource) -> Skeleton:
     """Build the model of an open checkpoint folder and check it; raises as `open_skeleton`."""
     model = build_on_meta(source.folder)
-    stored, views = layout_of(source, model), adapt_experts(model) | adapt_transposed(model)
+    stored, experts = layout_of(source, model), adapt_experts(model)
+    views = experts | adapt_transposed(model)
     layout = with_views(stored, views)
     tensors = {
         name: tensor_in(source.tensors, name, tuple(tensor.shape), layout[name], views.get(name))
@@ -247,11 +182,12 @@ def skeleton_of(source: WeightSource) -> Skeleton:
         if name in layout
     }
     list_name, block_list = find_blocks(model)
+    beside = models_beside(model, (block_list, find_head(model, list_name), find_embeddings(model, list_name)))
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    joins = all(len(stored.get(view.fused, ())) > 1 for view in views.values())
-    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, joins)
+    joins = all(len(stored.get(view.fused, ())) > 1 for view in experts.values())
+    skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, beside, joins)
     _check_tensors(skeleton)
     _check_pieces(skeleton)
     return skeleton

@@ -15,6 +15,7 @@ from shardq.background import lookahead, one_by_one
 from shardq.devices import to_device
 from shardq.errors import UnsupportedModelError
 from shardq.model.block import BlockPlan, LoadedBlock
+from shardq.model.build import models_around
 from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.model.transformers_internals import initialise
@@ -102,11 +103,9 @@ def return_freed_memory() -> None:
 
 def _model_around(skeleton: Skeleton, name: str) -> PreTrainedModel:
     """The innermost transformers model that contains the module of a name, or is it; it can initialise the module."""
-    model = skeleton.model
-    for end in range(name.count(".") + bool(name)):
-        module = skeleton.model.get_submodule(".".join(name.split(".")[: end + 1]))
-        model = module if isinstance(module, PreTrainedModel) else model
-    return model
+    innermost = list(models_around(skeleton.model, name).values())[-1]
+    module = skeleton.model.get_submodule(name)
+    return module if isinstance(module, PreTrainedModel) else innermost
 
 
 def fill(model: nn.Module, module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -176,16 +175,6 @@ def _with_models(
         yield from _with_models(f"{name}.{child_name}".removeprefix("."), child, model)
 
 
-def _models_beside(skeleton: Skeleton, module: nn.Module) -> tuple[str, ...]:
-    """Prefixes, within a module, of transformers models that have neither the blocks nor embeddings or head."""
-    text = {skeleton.stand_ins, skeleton.embeddings, skeleton.head}
-    return tuple(
-        f"{name}."
-        for name, inner in module.named_modules()
-        if name and isinstance(inner, PreTrainedModel) and text.isdisjoint(inner.modules())
-    )
-
-
 @contextmanager
 def materialised(
     skeleton: Skeleton,
@@ -202,15 +191,18 @@ def materialised(
         prefix: the module's name in the model, "" for the model itself.
         unread: names of the source's tensors whose values do not matter; they become zeros that take no memory.
     """
-    buffers, beside = dict(module.named_buffers()), _models_beside(skeleton, module)
+    buffers = dict(module.named_buffers())
     tensors: dict[str, Tensor] = {}
     by_source: dict[str, Tensor] = {}
     for name, empty in module.state_dict().items():
-        if name.startswith(beside):  # not left on the meta device: transformers asks a model where its first tensor is
+        full_name = f"{prefix}.{name}".removeprefix(".")
+        if full_name.startswith(
+            skeleton.beside
+        ):  # not left on the meta device: transformers asks a model where its first tensor is
             nothing = torch.nan if empty.is_floating_point() else 0
             tensors[name] = torch.full((), nothing, dtype=empty.dtype, device=device).expand(empty.shape)
             continue
-        tensor = skeleton.tensor(f"{prefix}.{name}" if prefix else name)
+        tensor = skeleton.tensor(full_name)
         if tensor.name not in by_source:  # a tied tensor is read and kept once
             zeros = torch.zeros((), dtype=COMPUTE_DTYPE, device=device).expand(tensor.shape)
             read = zeros if tensor.name in unread else skeleton.source.read(tensor, name in buffers)

@@ -10,9 +10,9 @@ from torch import nn
 
 from shardq.formats.source import SourceTensor
 from shardq.matrix import is_linear
+from shardq.model.build import text_decoder
 from shardq.model.choice import patterns_of, weighs_experts
 from shardq.model.layout import Piece
-from shardq.model.own_code import own_code
 from shardq.model.skeleton import Skeleton
 from shardq.rundir.room import readable
 
@@ -159,8 +159,7 @@ class _Kinds:
     def __init__(self, skeleton: Skeleton, owned: Mapping[str, nn.Module], ignored: tuple[str, ...]):
         self._owned, self._ignored, self._users = owned, ignored, skeleton.users
         self._list_name, self._blocks = skeleton.list_name, skeleton.blocks
-        with own_code(type(skeleton.model).__name__, "it does not tell its text decoder"):
-            decoder, self._head = skeleton.model.get_decoder(), skeleton.model.get_output_embeddings()
+        decoder, self._head = text_decoder(skeleton.model), skeleton.head
         paths = {id(module): name for name, module in skeleton.model.named_modules()}
         self._decoder = paths.get(id(decoder), "")
 

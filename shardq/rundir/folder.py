@@ -1,7 +1,7 @@
 """The paths of a run's files."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardq.cache.options import CacheOptions
@@ -12,12 +12,14 @@ from shardq.formats.shards import INDEX_FILE
 from shardq.parallel.ranks import Ranks
 
 MANIFEST = "manifest.json"
+MODEL_CARD = "README.md"  # of a run's folder and of an export's
 LOCK = "lock"  # lock file of a run's folder and of an export's
 
 
 def output_folder(config: QuantizeConfig) -> Path:
-    """The folder that is asked for, or one named after model and grid."""
-    return Path(config.output or f"runs/{Path(config.model).resolve().name}-{config.quant.grid.name}")
+    """The folder that is asked for, or one named after the model and what is asked for of its grid."""
+    quant = config.quant if config.quant.group_size else replace(config.quant, group_size=-1)
+    return Path(config.output or f"runs/{Path(config.model).resolve().name}-{quant.grid.name}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -26,24 +27,35 @@ REDO_MAY_CHANGE = ("seed", "optimize.", "calib.", "calibration_tokens", "quant.m
 def make_manifest(config: QuantizeConfig, source: WeightSource, tokens_digest: str) -> dict:
     """Everything that decides a run's result, except the last bits, which depend on ranks and engine."""
     options = {name: value for name, value in asdict(config).items() if name not in NOT_PART_OF_A_RUN}
+    name = _hub_name(config.model)
     del options["optimize"]["memory_gib"]  # decides the micro-batch, nothing else
     del options["export"]["formats"], options["export"]["aimet"]  # may be written at any time
+    # As in runs from before these had other defaults.
+    options["quant"]["group_size"] = config.quant.grid.group_size
     if options["export"]["checkpoint"] == "plain":
-        del options["export"]["checkpoint"]  # as in runs from before there was a choice
+        del options["export"]["checkpoint"]
     if not config.activations.asked:
         del options["activations"]  # the others decide nothing then
     manifest = {
         "shardq": __version__,
-        "model": model_of(source),
+        "model": model_of(source) | ({"name": name} if name else {}),
         "calibration_tokens": tokens_digest,
         "options": options,
     }
     return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
 
 
-def quant_options(manifest: dict) -> QuantOptions:
-    """How the run that a manifest is of quantizes weights."""
-    return QuantOptions(**manifest["options"]["quant"])
+def _hub_name(model: str) -> str | None:
+    """The name of a model of the hub, also where its folder in the cache is given; None for another folder."""
+    if not Path(model).is_dir():
+        return model
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", str(Path(model).absolute()))
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def quant_options(section: dict) -> QuantOptions:
+    """The weights' quantization of a run, from that section of its manifest's options."""
+    return QuantOptions(**section | {"group_size": section.get("group_size") or -1})
 
 
 def export_options(manifest: dict) -> ExportOptions:
@@ -101,7 +113,7 @@ def differences(former: dict, current: dict) -> dict[str, str]:
     if same_settings:
         found.pop("model.config", None)
     # `model.config` and `model.weights` represent the other entries about the model.
-    told = ("model.settings", "model.files", *(["calib."] if same_tokens else []))
+    told = ("model.settings", "model.files", "model.name", *(["calib."] if same_tokens else []))
     return {name: text for name, text in found.items() if not name.startswith(told)}
 
 
@@ -114,6 +126,8 @@ def _differences(former: object, current: object, path: str = "") -> dict[str, s
     name = path.removeprefix("options.")
     if name == "quant.ignore" and isinstance(former, str):
         former = list(listed(former))  # a run that was begun when text was kept as it was typed
+    if name == "export.checkpoint":
+        former, current = former or "plain", current or "plain"
     return {} if former == current else {name: f"{name} (was {_short(former)}, is {_short(current)})"}
 
 

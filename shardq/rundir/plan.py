@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardq.config import QuantOptions
+from shardq.config import DEFAULT_GROUP_SIZES, QuantOptions
 from shardq.errors import ConfigError
 from shardq.formats import encodings
 from shardq.formats.checkpoint import group_by_size, shard_name
@@ -96,10 +96,20 @@ def make_plan(skeleton: Skeleton, quant: QuantOptions) -> Plan:
         UnsupportedModelError: no matrix would be quantized.
     """
     chosen = matrices_to_quantize(skeleton, quant.ignored)
-    blocks = block_plans(skeleton, [dict.fromkeys(matrices, quant.grid) for matrices in chosen])
+    grid = replace(quant, group_size=group_size_of(skeleton, quant)).grid
+    blocks = block_plans(skeleton, [dict.fromkeys(matrices, grid) for matrices in chosen])
     for block in blocks:
         _check_group_sizes(block)
     return Plan(blocks=blocks, rest=group_by_size(outside_blocks(skeleton), REST_SHARD_BYTES))
+
+
+def group_size_of(skeleton: Skeleton, quant: QuantOptions) -> int:
+    """The group size that is asked for, or the default one of the model; -1: per-channel; raises as `make_plan`."""
+    if quant.group_size is not None:
+        return quant.group_size
+    chosen = matrices_to_quantize(skeleton, quant.ignored)
+    widths = {matrix.shape[1] for matrices in chosen for matrix in matrices}
+    return next((size for size in DEFAULT_GROUP_SIZES if not any(width % size for width in widths)), -1)
 
 
 def outside_blocks(skeleton: Skeleton) -> list[SourceTensor]:

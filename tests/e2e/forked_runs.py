@@ -80,6 +80,6 @@ class Setting:
         if redo:
             shutil.copytree(self.folder / "finished", self.folder / name)
         more = ["--calib.samples", 4, "--calib.sequence_length", 16, "--optimize.iterations", 2 if redo else 3]
-        more += ["--checkpoint.every_iterations", 1, "--export.formats", "compressed-tensors"]
+        more += ["--checkpoint.every_iterations", 1, "--export.checkpoint", "packed", "--export.formats", "hf"]
         more += ["--redo", 0] if redo else []
         return quantize_arguments(self.model, self.tokens, self.folder / name, *more)

@@ -30,7 +30,8 @@ def quantize_arguments(model: Path, tokens: Path, output: Path, *more: object) -
     fixed = ["--model", model, "--output", output, "--calib.dataset", tokens, "--calib.samples", 8,
              "--calib.sequence_length", 64, "--optimize.preset", "aimet", "--optimize.iterations", 24,
              "--optimize.batch_size", 2, "--optimize.weight_lr", 3e-3, "--optimize.compile", "off",
-             "--optimize.precision", "float32", "--optimize.last_block", "predictions"]  # fmt: skip
+             "--optimize.precision", "float32", "--optimize.last_block", "predictions",
+             "--quant.group_size", -1, "--export.checkpoint", "plain"]  # fmt: skip
     return [str(argument) for argument in (*fixed, *more)]
 
 

@@ -18,6 +18,8 @@ from shardq.rundir.ledger import commit
 
 SHORT = {
     "calib": {"samples": 8, "sequence_length": 64},
+    "quant": {"group_size": -1},
+    "export": {"checkpoint": "plain"},
     "optimize": {
         "preset": "aimet", "iterations": 24, "batch_size": 2, "weight_lr": 3e-3, "compile": "off",
         "precision": "float32", "last_block": "predictions",

@@ -40,5 +40,6 @@ def test_example_runs_and_shows_what_it_says(llama, token_file, tmp_path, capsys
         f"model.layers.{number}" for number in range(2)
     ]
     assert any("perplexity" in line and str(tmp_path / "out") in line for line in said)
-    assert {"output": str(tmp_path / "out"), "blocks": 3, "linears": 21} == ast.literal_eval(said[-2])
+    facts = {"output": str(tmp_path / "out"), "blocks": 3, "linears": 21}
+    assert facts.items() <= ast.literal_eval(said[-2]).items()
     assert said[-1] == "quantize(): quant.bit: no such option; did you mean quant.bits?"

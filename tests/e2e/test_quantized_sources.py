@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    Kimi_K25Config,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 import tiny
 from runs import ONE_RANK, result_files, run_evaluate, run_quantize
@@ -112,7 +119,8 @@ def folders_of(source: Source, folder: Path) -> tuple[Path, Path]:
     for kind, tensors in {"encoded": encoded, "plain": plain}.items():
         shutil.copytree(model, folder / kind, ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / kind / "model.safetensors")
-    config = json.loads((model / "config.json").read_text()) | {"quantization_config": source.scheme}
+    config = json.loads((model / "config.json").read_text())
+    config.get("text_config", config)["quantization_config"] = source.scheme
     (folder / "encoded" / "config.json").write_text(json.dumps(config))
     return folder / "encoded", folder / "plain"
 
@@ -150,6 +158,25 @@ def test_weights_are_those_that_transformers_loads(folders: tuple[Path, Path]):
     assert [name for name, tensor in stored.items() if not torch.equal(tensor, expected[name])] == []
     with torch.inference_mode():  # compressed-tensors may decode as it runs
         assert torch.equal(encoded(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.slow
+def test_experts_of_a_wrapper_whose_text_part_has_the_scheme(token_file: Path, tmp_path: Path):
+    inner = SOURCES["int4 experts"]
+    config = Kimi_K25Config(
+        text_config=inner.config.to_dict(), projection_hidden_size=32, image_token_id=290, video_token_id=291,
+        vision_start_token_id=292, vision_end_token_id=293, tie_word_embeddings=False,
+        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                       "patch_size": 14, "pos_emb_height": 4, "pos_emb_width": 4},
+    )  # fmt: skip
+    folders = folders_of(replace(inner, config=config), tmp_path)
+    outputs = [tmp_path / f"from {source.name}" for source in folders]
+    for source, output in zip(folders, outputs, strict=True):
+        run_quantize(source, token_file, output, *RTN, "--quant.bits", 3)
+    check_same_results(*outputs)
+    assert "quantization_config" in json.loads((folders[0] / "config.json").read_text())["text_config"]
+    written = json.loads((outputs[0] / "config.json").read_text())
+    assert "quantization_config" not in written["text_config"]
 
 
 @pytest.mark.slow

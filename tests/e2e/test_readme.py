@@ -31,7 +31,7 @@ def test_readme_s_commands_do_what_it_says(tmp_path: Path, monkeypatch: pytest.M
             done.setdefault(verb, []).append(summary)
     assert done.keys() == COMMANDS.keys()
     assert all(Path(run["output"], "model.safetensors.index.json").exists() for run in done["quantize"] + done["tune"])
-    for folder, kind in (("runs/w4/compressed-tensors", "weight_packed"), ("runs/w8a8/compressed-tensors", "weight"),
-                         ("served", "weight_packed")):  # fmt: skip
+    for folder, kind in {"runs/w4": "weight_packed", "runs/w8a8": "weight", "runs/aimet": "weight",
+                         "served": "qweight"}.items():  # fmt: skip
         with safe_open(Path(folder, "model-00001-of-00003.safetensors"), "pt") as shard:
             assert any(name.endswith(f"q_proj.{kind}") for name in shard.keys())

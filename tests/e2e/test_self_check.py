@@ -9,8 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GlmMoeDsaConfig, LlamaConfig, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GlmMoeDsaConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
+import shardq.training.self_check as self_check_module
 import tiny
 from runs import ONE_RANK, run_evaluate, run_quantize
 from shardq.cache.store import MemoryStore
@@ -162,6 +170,21 @@ def test_rounding_passes_and_more_does_not(llama: Path, dtype: torch.dtype, allo
     assert checked(llama, dtype) == checked(llama, dtype, allowed) == 3
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0: its output .* tokens differ"):
         checked(llama, dtype, too_much)
+
+
+def test_choices_of_routers_that_rounding_changes_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = Qwen3MoeConfig(
+        vocab_size=211, hidden_size=48, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, num_experts=16, num_experts_per_tok=4, initializer_range=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = tiny.save_model(tmp_path, config)
+    assert checked(model, torch.bfloat16) == 3
+    with pytest.raises(UnsupportedModelError, match="48 of 48 tokens differ"):
+        checked(model, torch.bfloat16, 0.3)
+    monkeypatch.setattr(self_check_module, "OFF_ROUTED", 0.0)
+    with pytest.raises(UnsupportedModelError, match="1 of 48 tokens differ"):
+        checked(model, torch.bfloat16)
 
 
 def test_few_tokens_are_checked_where_few_are_computed_and_whole_samples_decide(tmp_path: Path):

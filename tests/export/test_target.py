@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, GPT2Config, OPTConfig, Qwen3_5TextConfig, Qwen3MoeConfig, Qwen3VLConfig
+from transformers import (
+    DeepseekV3Config,
+    GPT2Config,
+    Llama4TextConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+)
 
 import tiny
 from shardq.config import ExportOptions, QuantizeConfig, QuantOptions
@@ -22,7 +31,11 @@ def check(
 ) -> None:
     export = ExportOptions(activation_bits=activation_bits, formats=formats)
     config = QuantizeConfig(
-        model=str(folder), target=target, tensor_parallel=gpus, quant=QuantOptions(**quant), export=export
+        model=str(folder),
+        target=target,
+        tensor_parallel=gpus,
+        quant=QuantOptions(**{"group_size": -1} | quant),
+        export=export,
     )
     skeleton = open_skeleton(folder)
     plan = make_plan(skeleton, config.quant)
@@ -63,8 +76,8 @@ WIDE = {"num_blocks": 1, "hidden": 256, "head_dim": 64}  # 4 heads, 2 of them of
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
-@pytest.mark.parametrize("group_size", [None, 64])
-def test_shapes_that_can_be_split_pass(tmp_path: Path, gpus: int, group_size: int | None):
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_shapes_that_can_be_split_pass(tmp_path: Path, gpus: int, group_size: int):
     """On 4, each head of keys and values is on two."""
     check(tiny.save_llama(tmp_path, **WIDE), gpus=gpus, group_size=group_size)
 
@@ -126,10 +139,22 @@ def test_sizes_that_gptq_cannot_hold_are_refused_before_the_run(tmp_path: Path):
     check(folder, target=None, formats="gptq", ignore="*.mlp.*")
 
 
+GPT2 = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+LLAMA4 = Llama4TextConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_local_experts=2, pad_token_id=0,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
-def test_weights_that_are_stored_transposed_are_refused_where_programs_would_not_read_them(tmp_path: Path, name: str):
-    folder = tiny.save_model(tmp_path, GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(UnsupportedModelError, match=f"^{name}: transformer.h.0.attn.c_attn is a Conv1D"):
+@pytest.mark.parametrize(
+    "config, reason",
+    [(GPT2, "transformer.h.0.attn.c_attn is a Conv1D"), (LLAMA4, "experts.0.gate_proj is of experts")],
+    ids=["gpt2", "llama4"],
+)
+def test_linears_that_programs_have_not_are_refused(tmp_path: Path, name: str, config: PreTrainedConfig, reason: str):
+    folder = tiny.save_model(tmp_path, config)
+    with pytest.raises(UnsupportedModelError, match=rf"^{name}: .*{reason}"):
         check(folder, target=None, formats=name)
     check(folder, target=None, formats="hf")
 
@@ -157,8 +182,8 @@ def save_mixture(folder: Path, hidden: int = 128, inner: int = 384) -> Path:
     [
         ({}, 4, {"group_size": 128},
          r"0\.down_proj has 384 input channels, 96 on each of 4 GPUs; .* groups of 128; on 1"),
-        ({}, 8, {"group_size": None}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
-        ({"hidden": 64}, 1, {"group_size": None}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
+        ({}, 8, {"group_size": -1}, r"0\.gate_proj has 384 output channels, 48 on each .* multiple of 64; on 1 or 2"),
+        ({"hidden": 64}, 1, {"group_size": -1}, r"0\.gate_proj has 64 input channels; .* multiple of 128"),
         ({}, 1, {"ignore": "*.experts.1.down_proj"}, r"one scheme for all experts of model\.layers\.0\.mlp\.experts, .*"
          r"mlp\.experts\.1\.down_proj is not"),
     ],
@@ -259,7 +284,8 @@ def test_linears_too_narrow_for_the_kernels_stay_in_float(tmp_path: Path):
     (line,) = narrow_in(folder)
     assert line.startswith("linear_attn.in_proj_a, linear_attn.in_proj_b: in float")
     assert narrow_in(folder, quant=QuantOptions(ignore="in_proj_a,in_proj_b")) == []
-    assert narrow_in(folder, target=None) == []
+    assert narrow_in(folder, target=None) == [line]
+    assert narrow_in(folder, target=None, export=ExportOptions(checkpoint="plain")) == []
     assert narrow_in(save_gated(tmp_path / "32", 32)) == []
 
 

@@ -180,6 +180,11 @@ class TestCompressedTensors:
         assert found.abs().max() > 0.01 and torch.equal(found, expected.to(found.dtype))
         assert source.tensors.keys() == {"l.weight"}
 
+    def test_a_block_may_be_written_as_text(self, tmp_path: Path):
+        stored, config, expected = by_the_library("fp8 block", torch.float32)
+        config["config_groups"]["group_0"]["weights"]["block_structure"] = "128x128"
+        assert torch.equal(values(opened(tmp_path, stored, config)), expected.bfloat16())
+
     def test_damage_is_named(self, tmp_path: Path):
         stored, config, _ = by_the_library("nvfp4", torch.float32)
         with pytest.raises(CheckpointError, match=r"l\.weight lacks its global scale"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import PermuteForRope, WeightConverter
+from transformers.core_model_loading import ConversionOps, PermuteForRope, WeightConverter
 
 import tiny
 from shardq.errors import CheckpointError, UnsupportedModelError
@@ -64,8 +64,24 @@ def test_an_expert_that_is_missing_is_told(tmp_path: Path):
         open_skeleton(folder)
 
 
-def test_values_that_change_places_in_no_even_steps_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_that_a_rule_permutes_are_read_permuted(llama: Path, monkeypatch: pytest.MonkeyPatch):
     rule = WeightConverter("q_proj.weight", "q_proj.weight", [PermuteForRope()])
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [rule])
-    with pytest.raises(UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by PermuteForRope, whi"):
+    skeleton, name = open_skeleton(llama), "model.layers.0.self_attn.q_proj.weight"
+    stored, read = (skeleton.source.read(tensors[name]) for tensors in (skeleton.source.tensors, skeleton.tensors))
+    made = PermuteForRope().convert({name: stored}, [name], [name], skeleton.model.config)
+    assert torch.equal(read, made[name]) and not torch.equal(read, stored)
+    (piece,) = skeleton.layout[name]
+    assert torch.equal(put_together(tuple(stored.shape), [(piece.in_source, piece.in_model.of(read))]), stored)
+
+
+class Doubled(ConversionOps):
+    def convert(self, input_dict: dict, source_patterns: list, target_patterns: list, **kwargs: object) -> dict:
+        return {target_patterns[0]: next(iter(input_dict.values()))[0] * 2}
+
+
+def test_a_rule_that_changes_values_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    rule = WeightConverter("q_proj.weight", "q_proj.weight", [Doubled()])
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [rule])
+    with pytest.raises(UnsupportedModelError, match="q_proj.weight of LlamaForCausalLM by Doubled, which is not"):
         open_skeleton(llama)

@@ -23,6 +23,7 @@ from shardq.model.skeleton import Skeleton, open_skeleton, skeleton_of
 from shardq.model.weights import stream_blocks
 from shardq.quant.quantized import QuantizedLinear
 from shardq.rundir.plan import make_plan
+from shardq.rundir.record import RunRecord
 from shardq.rundir.source import check_outside, noted
 
 CPU = torch.device("cpu")
@@ -159,7 +160,8 @@ class TestModel:
         result = RunOutput(tmp_path, encoded, plan, Hf("float32"))
         for block in plan.blocks:
             result.write_block(block, {"mlp.down_proj": linear}, {}, CPU, {})
-        result.write_end()
+        manifest = {"shardq": "0", "options": {"quant": {}}, "model": {"config": "", "weights": ""}}
+        result.write_end(RunRecord(tmp_path, [{"redo": [], "manifest": manifest | {"calibration_tokens": ""}}]))
         expected, written = load_file(plain.folder / "model.safetensors"), {}
         for shard in set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()):
             written |= load_file(tmp_path / shard)

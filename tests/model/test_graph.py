@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3TextConfig, PretrainedConfig, Qwen2Config
+from transformers import Gemma3TextConfig, Mamba2Config, PretrainedConfig, Qwen2Config
 
 import tiny
 from shardq.errors import UnsupportedModelError
@@ -65,3 +65,13 @@ def test_what_the_exporter_cannot_take_is_refused_by_name(llama: Path, monkeypat
     with pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer: torch's ONNX exporter cannot take it"):
         list(traced_parts(skeleton, 21))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+@pytest.mark.slow  # the exporter takes long
+def test_a_block_whose_number_of_tokens_the_exporter_fixes_is_refused(tmp_path: Path):
+    config = Mamba2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8, n_groups=1,
+        chunk_size=8,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="^Mamba2Block: torch's ONNX exporter fixes the number of tokens"):
+        list(traced_parts(open_skeleton(tiny.save_model(tmp_path, config)), 21))

@@ -86,9 +86,10 @@ def test_folder_has_no_revision(tmp_path: Path):
 
 WEIGHTS = save({"a": torch.ones(3)})
 ASKED = {"config.json": b"{}", "model.safetensors": WEIGHTS, "tokenizer.model": b"pieces", "LICENSE": b"words",
-         "additional_chat_templates/tool.jinja": b"{{ x }}", "modeling_x.py": b"x = 1"}  # fmt: skip
+         "additional_chat_templates/tool.jinja": b"{{ x }}", "modeling_x.py": b"x = 1",
+         "README.md": b"words"}  # fmt: skip
 NOT_ASKED = {"consolidated.safetensors": WEIGHTS, "original/tokenizer.model": b"other", "original/params.json": b"{}",
-             "pytorch_model.bin": WEIGHTS, "onnx/model.safetensors": WEIGHTS, "README.md": b"words"}  # fmt: skip
+             "pytorch_model.bin": WEIGHTS, "onnx/model.safetensors": WEIGHTS, "onnx/README.md": b"words"}  # fmt: skip
 
 
 class Hub(BaseHTTPRequestHandler):
