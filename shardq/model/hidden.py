@@ -57,8 +57,8 @@ def streams_of(hidden: Tensor, num: int, length: int, where: str) -> Streams | N
         return None
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{where} takes hidden states {list(shape)} for {num} sequences of {length} tokens, in which a sequence's "
-            "part cannot be told; such models are not supported"
+            f"{where} takes hidden states {list(shape)} for {num} x {length} tokens, whose dimensions of samples and "
+            "tokens cannot be told; such models are not supported"
         )
     (dim,) = found
     return Streams(dim, shape[:dim] + shape[dim + 2 :])

@@ -4,7 +4,7 @@ Each block's output is compared with the output of the model's own code for the 
 the input that the model passes. So a difference is found at the block where it arises, whatever its cause.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from shardq.errors import UnsupportedModelError
 from shardq.logs import Display
-from shardq.model.arguments import BlockArguments, Call, Entering, hidden_of
-from shardq.model.block import LoadedBlock
+from shardq.model.arguments import Call, Entering, hidden_of
+from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.compared import differing
 from shardq.model.experts import routed_in
 from shardq.model.hidden import hidden_in, in_place_of
@@ -64,7 +64,7 @@ def self_check(
 
         def check(loaded: LoadedBlock, unrounded: Forward | None = None) -> None:
             if not under_way:  # begun only here, where the caller shares an error with the other ranks
-                begin(_checked_length(whole, num_tokens, activations.blocks[first].arguments, first), first)
+                begin(_checked_length(whole, num_tokens, activations.blocks, first), first)
             try:
                 under_way[0].check(loaded, unrounded)
             except _Different as different:
@@ -95,10 +95,12 @@ def _explained(different: str) -> UnsupportedModelError:
     )
 
 
-def _checked_length(length: int, num_tokens: int, arguments: BlockArguments, first: int) -> int:
+def _checked_length(length: int, num_tokens: int, blocks: Sequence[BlockPlan], first: int) -> int:
     """Tokens of each sample that are checked: all where that is cheap, else the first."""
-    if first and arguments.carried_names:
+    if first and blocks[first].arguments.carried_names:
         return length  # tensors of earlier blocks are kept for whole samples only
+    if any(block.arguments.handed for block in blocks):
+        return length  # tokens that a block chooses may be all tokens of a short sample
     return min(length, max(LEAST_TOKENS, int(SHARE * num_tokens / 2)))
 
 

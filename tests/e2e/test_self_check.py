@@ -28,6 +28,7 @@ from shardq.model import weights
 from shardq.model.arguments import BlockArguments
 from shardq.model.block import BlockPlan, block_plans
 from shardq.model.ends import prologue
+from shardq.model.handed import Handed
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
@@ -126,6 +127,16 @@ def test_arguments_of_another_sample_stop_the_run_and_are_named(
     assert "Gemma4ForCausalLM: model.layers.0: its output is not that of transformers' own forward" in message
     assert "arguments that differ: per_layer_input" in message and "sample 0" in message and "\n" not in message
     assert run_evaluate(gemma4, tokens, "--self_check", "false")["perplexity"] > 1
+
+
+def test_a_value_of_an_earlier_block_that_is_another_samples_stops_the_run(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny.save_model(tmp_path / "model", HANDING_ON["glm_moe_dsa"])
+    own_tensor = Handed.of
+    monkeypatch.setattr(Handed, "of", lambda handed, returned, num: own_tensor(handed, returned, num).roll(1, 0))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1: its output .*differ: prev_topk_indices"):
+        run_evaluate(model, tokens)
 
 
 def test_a_block_that_is_not_the_one_at_hand_stops_the_run(tmp_path: Path, tokens: Path, monkeypatch):

@@ -172,7 +172,7 @@ def depending_on_the_first_at_the_end(model, input_ids, hidden, needed):
         (of_the_whole_batch, "model.layers.0 is passed position_ids, which differs between samples"),
         (an_object, "model.layers.0 is passed position_ids (object), which may differ"),
         (another_number, "model.layers.0 is passed position_ids (int), which may differ"),
-        (tokens_first, "model.layers.0 takes hidden states [16, 1, 64] for 1 sequences of 16 tokens"),
+        (tokens_first, "model.layers.0 takes hidden states [16, 1, 64] for 1 x 16 tokens"),
         (two_mappings, "model.layers.0 is passed two mappings"),
         (depending_on_tokens_at_the_end, "what follows its blocks computes from the tokens, or from earlier blocks"),
         (depending_on_the_first_at_the_end, "what follows its blocks computes from the tokens, or from earlier blocks"),
@@ -230,7 +230,7 @@ def test_streams_are_channels_of_one_hidden_state(shape: tuple[int, ...], dim: i
     assert streams.dim == dim and flat_NTD.shape == (3, 5, hidden.numel() // 15)
     assert torch.equal(flat_NTD[2, 4], hidden.select(dim, 2).select(dim, 4).flatten())
     assert torch.equal(streams.spread(flat_NTD), hidden) and streams.spread(flat_NTD).is_contiguous()
-    with pytest.raises(UnsupportedModelError, match="for 3 sequences of 7 tokens"):
+    with pytest.raises(UnsupportedModelError, match="for 3 x 7 tokens"):
         streams_of(hidden, 3, 7, "it")
 
 
