@@ -50,7 +50,7 @@ from shardq.model import ends
 from shardq.model.arguments import Call, hidden_of
 from shardq.model.block import block_plans
 from shardq.model.ends import epilogue, prologue
-from shardq.model.hidden import hidden_in, streams_of
+from shardq.model.hidden import hidden_in, lanes_of
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
@@ -135,7 +135,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "glm-dsa-dense": GlmMoeDsaConfig(
         **GATED | MLA, mlp_layer_types=["dense"] * 3, index_topk=4, index_head_dim=16, index_n_heads=2
     ),
-    # Four streams of hidden states, inputs of each block's own, keys and values of earlier blocks.
+    # Four lanes of hidden states, inputs of each block's own, keys and values of earlier blocks.
     "gemma3n": Gemma3nTextConfig(
         **GATED | {"intermediate_size": [80] * 4, "num_hidden_layers": 4}, head_dim=12,
         vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=2, laurel_rank=4,
@@ -244,11 +244,11 @@ def test_whole_epilogue_and_its_gradient_are_the_whole_models(tmp_path: Path, na
     last.register_forward_hook(lambda block, inputs, output: kept.append(output))
     expected_NTV = model(input_ids=tokens_NT, use_cache=False).logits
     hidden = hidden_in(kept[0])
-    streams = streams_of(hidden, *tokens_NT.shape, "it")
-    hidden_NTD = streams.flat(hidden) if streams else hidden
+    lanes = lanes_of(hidden, *tokens_NT.shape, "it")
+    hidden_NTD = lanes.flat(hidden) if lanes else hidden
     along_NTV = torch.randn(expected_NTV.shape)
     (expected_gradient,) = torch.autograd.grad(expected_NTV, hidden, along_NTV)
-    expected_gradient = streams.flat(expected_gradient) if streams else expected_gradient
+    expected_gradient = lanes.flat(expected_gradient) if lanes else expected_gradient
     mine_NTD = hidden_NTD.detach().requires_grad_(True)
     with ends.whole_epilogue(skeleton, CPU, torch.float32) as of_tokens:
         to_logits, tokens_V = of_tokens(None), torch.tensor([5, 2, 40])
