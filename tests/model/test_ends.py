@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BioGptConfig,
     BloomConfig,
+    ChameleonConfig,
     CodeGenConfig,
     FalconConfig,
     Gemma2Config,
@@ -356,6 +357,19 @@ def test_no_more_than_a_slice_of_the_head_is_in_memory(folder: Path, monkeypatch
         for _ in slices:
             tables = (skeleton.model.lm_head.weight, skeleton.model.model.embed_tokens.weight)
             assert sum(table.untyped_storage().nbytes() for table in tables) <= (SLICE_ROWS + 1) * 48 * 4
+
+
+def test_slices_of_a_head_whose_logits_are_masked_by_token_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Chameleon gives tokens of images the lowest logit."""
+    codes = {"embed_dim": 16, "num_embeddings": 8, "latent_channels": 16, "resolution": 16, "base_channels": 32,
+             "channel_multiplier": [1], "num_res_blocks": 1}  # fmt: skip
+    images = {"<image>": 100} | {f"IMGIMG{letter}Z": 101 + number for number, letter in enumerate("ABCDEFGH")}
+    folder = tiny.save_model(tmp_path, ChameleonConfig(**GATED, vq_config=codes, vocabulary_map=images))
+    expected = whole_model_logits(folder, random_tokens(2))
+    torch.testing.assert_close(streamed_logits(folder, random_tokens(2)), expected, rtol=1e-5, atol=1e-5)
+    use_slices(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="what follows its head changes the logits of some tokens only"):
+        streamed_logits(folder, random_tokens(2))
 
 
 def test_slice_may_be_a_single_token(folder: Path, monkeypatch: pytest.MonkeyPatch):
