@@ -23,6 +23,10 @@ def check_quantize(config: QuantizeConfig, ranks: Ranks) -> None:
     _require(
         exported == 16 or bits in (None, 8), "export.activation_bits", exported, f"16 beside activations.bits {bits}"
     )
+    if not config.uses_data:
+        for name in ("bits", "kv_bits"):
+            asked = getattr(config.activations, name)
+            _require(asked is None, f"activations.{name}", asked, "none without calibration data; give --calib.dataset")
     _check_text("calib", config.calib)
     split = config.tensor_parallel
     _require(split == 1 or (split > 1 and config.target == "vllm"), "tensor_parallel", split,
@@ -82,6 +86,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         ConfigError: naming the option, its value and what is allowed.
     """
     _ = config.quant.grid  # an impossible one says itself which option is wrong
+    _require(config.eval.dataset is not None, "eval.dataset", None, "a file or a hub name")
     _check_text("eval", config.eval)
     if config.cache.placement == "disk" and config.cache.folder is None:
         raise ConfigError("cache.placement: disk needs a folder to write to; give one with --cache.folder")
@@ -104,7 +109,8 @@ def _check_text(section: str, text: TextOptions) -> None:
     _require(text.dataset != "", f"{section}.dataset", "an empty name", "a file or a hub name")
     _require(text.samples is None or text.samples >= 1, f"{section}.samples", text.samples, "at least 1")
     _require(text.sequence_length >= 2, f"{section}.sequence_length", text.sequence_length, "at least 2")
-    parts_of(text)
+    if text.dataset is not None:
+        parts_of(text)
 
 
 def _require(holds: bool, option: str, value: object, allowed: str) -> None:

@@ -143,6 +143,11 @@ class QuantizeConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
 
+    @property
+    def uses_data(self) -> bool:
+        """Whether the run computes blocks on calibration samples; else it looks at nothing but the weights."""
+        return self.quant.method != "rtn" or self.calib.dataset is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:

@@ -8,10 +8,10 @@ from typing import Literal
 class TextOptions:
     """Where token sequences come from."""
 
-    dataset: str = "allenai/c4"
+    dataset: str | None = None
     """A file (.txt, .jsonl, .json, .parquet, or .safetensors with token ids [N, T]), a hub name (owner/name), or the
     short name of a well-known one: `c4`, `code`, `pile-10k`, `ultrachat`, `wikitext`. Several with their shares are a
-    mix: `ultrachat:0.75,code:0.25`."""
+    mix: `ultrachat:0.75,code:0.25` (default: `c4`; with `--quant.method rtn` none: only the weights are looked at)."""
     subset: str | None = None
     """Subset (configuration) of a hub dataset (default: the one that a well-known dataset is used with)."""
     split: str | None = None

@@ -10,6 +10,7 @@ from shardq.export.checkpoint import Checkpoint
 from shardq.export.chosen import checkpoints_of
 from shardq.export.write import write_format, write_missing_formats
 from shardq.formats.options import FormatName
+from shardq.logs import Events
 from shardq.model.block import BlockPlan
 from shardq.parallel.collectives import barrier, on_rank_zero
 from shardq.quant.activation import ActivationGrid
@@ -34,10 +35,7 @@ def commit_block(
     """
 
     def commit() -> dict:
-        copies: dict[Path, Checkpoint] = {
-            run.output / name: form for name, form in checkpoints_of(run.config.export).items()
-        }
-        files = run.result.write_block(block, result.linears, grids, run.ranks.device, copies)
+        files = run.result.write_block(block, result.linears, grids, run.ranks.device, copies_of(run))
         facts = result.facts | {"source": noted(run.skeleton.source.digests, run.skeleton, block.index)}
         on_commit(block.index)
         line = ledger.commit(run.output, block.index, files, world_size=run.ranks.world_size, **facts)
@@ -52,7 +50,12 @@ def commit_block(
     return run.record.num_done - num_before
 
 
-def complete(run: Run, job: Job, on_commit: OnCommit) -> None:
+def copies_of(run: Run) -> dict[Path, Checkpoint]:
+    """The further checkpoints whose shards a run writes as it goes on, by folder."""
+    return {run.output / name: form for name, form in checkpoints_of(run.config.export).items()}
+
+
+def complete(run: Run, events: Events, on_commit: OnCommit) -> None:
     """Write a finished run's files outside its blocks, and the line that completes it."""
 
     def commit() -> dict:
@@ -64,7 +67,7 @@ def complete(run: Run, job: Job, on_commit: OnCommit) -> None:
         on_commit(None)
         return ledger.complete(run.output, files)
 
-    with job.events.span("export"):
+    with events.span("export"):
         shutil.rmtree(run.cache, ignore_errors=True)  # on every rank: each host may have its own cache
         run.record.lines.append(on_rank_zero(run.ranks, commit))
 

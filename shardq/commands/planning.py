@@ -24,7 +24,6 @@ def planned(
     skeleton, length = open_skeleton(folder), config.calib.sequence_length
     config = with_narrow_left(config, skeleton, display.line)
     companions(folder)  # copied after the last block; one that must not be copied is refused now
-    _check_length(skeleton, length)
     quant = replace(config.quant, group_size=group_size_of(skeleton, config.quant))
     if quant.group_size not in (config.quant.group_size, DEFAULT_GROUP_SIZES[0]):
         kind = "per-channel" if quant.group_size == -1 else f"groups of {quant.group_size}"
@@ -38,6 +37,9 @@ def planned(
         display.line(f"checkpoint: plain weights ({why_plain})")
     elif fault := why_not_in_vllm(config, skeleton, plan):
         display.line(f"checkpoint: packed, for transformers; vLLM: {fault}")
+    if not config.uses_data:
+        return skeleton, plan, config
+    _check_length(skeleton, length)
     with prologue(skeleton, ranks.device) as embed:
         plan = plan.with_arguments(record_arguments(skeleton, embed, length))
     return skeleton, plan_activations(skeleton, plan, length, config.activations), config

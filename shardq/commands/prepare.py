@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from shardq.calib.tokens import digest, load_tokens
@@ -17,10 +18,8 @@ from shardq.errors import ConfigError
 from shardq.export.chosen import own_form
 from shardq.export.run_output import RunOutput
 from shardq.files import remove_asides
-from shardq.formats import encodings
 from shardq.formats.shards import unread
 from shardq.logs import Display
-from shardq.model.choice import shared_linears
 from shardq.model.hub import local_folder
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.options import OptimizeOptions, resolved
@@ -32,7 +31,7 @@ from shardq.rundir.digests import cut_torn_line
 from shardq.rundir.folder import RunFolder, output_folder
 from shardq.rundir.lock import only_run
 from shardq.rundir.manifest import make_manifest
-from shardq.rundir.plan import ENCODINGS, Plan
+from shardq.rundir.plan import Plan
 from shardq.rundir.record import RunRecord, check_folder, open_run
 from shardq.rundir.source import begin_with
 from shardq.training.memory import (
@@ -45,9 +44,9 @@ from shardq.training.memory import (
     memory_limit,
     reads_ahead,
 )
-from shardq.training.objective import PREDICTION_STEPS
-from shardq.training.self_check import say_if_unchecked
 from shardq.training.streamed import of_experts
+
+DATASET = "allenai/c4"  # of runs that are not told where to find text
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ class Run:
     """A run that has passed all checks, on one rank; `begin` writes the start of it to its folder.
 
     Attributes:
+        largest: the block that takes the most memory; None where no block is computed.
+        tokens_NT: the calibration samples; none where only the weights are looked at.
         manifest: the manifest of the run.
         record: the record in its folder, with the line that begins a redo.
         begins_redo: whether that line has still to be written.
@@ -66,7 +67,7 @@ class Run:
     output: Path
     skeleton: Skeleton
     plan: Plan
-    largest: LargestBlock
+    largest: LargestBlock | None
     tokens_NT: Tensor
     manifest: dict
     record: RunRecord
@@ -98,18 +99,21 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     former = on_rank_zero(ranks, lambda: RunRecord.read(output).options("optimize"))
     # The resolved grid: a run that was begun with another default is another run.
     quant = replace(config.quant, full_range=grid.full_range)
-    asked = replace(config, optimize=_resolved(config, former, ranks), quant=quant)
+    is_open = config.uses_data and config.calib.dataset is None
+    calib = replace(config.calib, dataset=DATASET) if is_open else config.calib
+    asked = replace(config, optimize=_resolved(config, former, ranks), quant=quant, calib=calib)
     together(ranks, lambda: check_quantize(asked, ranks))
     folder = on_every_host(ranks, lambda: local_folder(asked.model, asked.revision, display.line))
 
     def find() -> tuple[Tensor, dict, tuple[RunRecord, dict | None], QuantizeConfig]:
         redo = None if config.redo is None else blocks_asked(config.redo, plan.num_blocks)
-        vocabulary_size = skeleton.embeddings.num_embeddings
         for what in unread(folder):
             display.line(f"not read: {what}")
-        display.line(f"calibration: reading {config.calib.dataset}")
-        tokens_NT = load_tokens(config.calib, folder, vocabulary_size)
-        chosen = _fitted(config, former, largest, limit, ranks, display)
+        tokens_NT, chosen = torch.empty(0, config.calib.sequence_length, dtype=torch.long), config
+        if largest is not None:
+            display.line(f"calibration: reading {config.calib.dataset}")
+            tokens_NT = load_tokens(config.calib, folder, skeleton.embeddings.num_embeddings)
+            chosen = _fitted(config, former, largest, limit, ranks, display)
         manifest = make_manifest(chosen, skeleton.source, digest(tokens_NT))
         record, line = take_folder(output, manifest, config.resume, redo, folder_lock, display)
         if line is None:
@@ -120,22 +124,24 @@ def prepare(config: QuantizeConfig, ranks: Ranks, display: Display, folder_lock:
     skeleton, plan, config = together(ranks, lambda: planned(asked, folder, ranks, display))
     length = config.calib.sequence_length
     limit = -int(max_over_ranks(ranks, -memory_limit(config.optimize, ranks)))  # the least of all ranks'
-    config, largest = together(ranks, lambda: _with_experts(config, former, skeleton, plan, limit, ranks, display))
+    largest: LargestBlock | None = None
+    if config.uses_data:
+        config, largest = together(ranks, lambda: _with_experts(config, former, skeleton, plan, limit, ranks, display))
+    else:
+        config = _by_weights(config)
     tokens_NT, manifest, (record, redo), chosen = on_rank_zero(ranks, find)
     config = replace(chosen, cache=config.cache)  # each host decides where it keeps activations
     shared_by_all(ranks, output)
     if redo or not record.is_finished:
         begin_with(skeleton, record.source, ranks, display.line)
-    ahead = reads_ahead(largest, config.optimize, engine_for(config.parallel, ranks), limit)
+    ahead = largest is not None and reads_ahead(largest, config.optimize, engine_for(config.parallel, ranks), limit)
     at_once = experts_at_once(skeleton, plan, -(-len(tokens_NT) // ranks.world_size) * length, config.optimize, limit)
     if redo:
         record.lines.append(redo)
-    run = Run(
+    return Run(
         config, output, skeleton, plan, largest, tokens_NT, manifest, record,
         redo is not None, ahead, at_once, ranks, display,
     )  # fmt: skip
-    _say_what_will_be_done(run)
-    return run
 
 
 def take_folder(
@@ -171,6 +177,12 @@ def _resolved(config: QuantizeConfig, former: dict, ranks: Ranks) -> OptimizeOpt
         # A run that goes on keeps its batches with any number of ranks: all its blocks have the same iterations.
         optimize = replace(optimize, batch_size=former.get("batch_size"))
     return resolved(optimize, config.quant.bits, ranks.world_size, multiplies_bf16(ranks.device))
+
+
+def _by_weights(config: QuantizeConfig) -> QuantizeConfig:
+    """Options of a run that computes no block: those that decide nothing have one value."""
+    optimize = replace(config.optimize, experts="joint", micro_batch=1, compile="off")
+    return replace(config, optimize=optimize, parallel=replace(config.parallel, engine="local"), self_check=False)
 
 
 def _with_experts(
@@ -225,46 +237,3 @@ def _fitted(
         raise ConfigError(f"optimize.compile: on is asked for, but there is {missing}; use auto or off")
     optimize = replace(optimize, compile="off" if missing else "on")
     return replace(config, parallel=engine.options, optimize=optimize)
-
-
-def _say_what_will_be_done(run: Run) -> None:
-    config, optimize, line = run.config, run.config.optimize, run.display.line
-    line(
-        f"{config.model}: {run.plan.num_blocks} blocks, {run.plan.num_matrices} linears to quantize "
-        f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
-    )
-    if run.skeleton.source.scheme:
-        line(f"source: weights stored as {run.skeleton.source.scheme} are decoded as they are read")
-    more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""
-    line(
-        f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
-        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
-        f"block{more}"
-    )
-    if shared := shared_linears(run.skeleton):
-        line(f"{len(shared)} linear(s) stay in float, because several blocks share their weights: {', '.join(shared)}")
-    if config.quant.grid.has_signed_scales:
-        line(
-            "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
-            "--quant.full_range false for runtimes that ask for symmetric weights"
-        )
-    for version in ENCODINGS:
-        if version not in run.plan.encoding_versions:
-            line(f"no AIMET encodings of version {version}: {encodings.size_of(version, run.plan.num_scales)}")
-    if config.quant.method != "rtn":
-        # Asked only where it is not compiled: the answer takes an import of seconds.
-        missing = why_not(run.ranks.device) if optimize.compile == "off" else None
-        how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
-        line(
-            f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
-        )
-    if optimize.batch_size % run.ranks.world_size:
-        line(
-            f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
-            "in every step some ranks wait for the others"
-        )
-    say_if_unchecked(config.self_check, run.display)
-    if not run.reads_ahead:
-        line("no block is read while the one before is trained: memory has no room for both")
-    if run.record.is_finished:
-        line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")

@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 
 from shardq.cache.store import open_store
 from shardq.calib.partition import owned_samples
+from shardq.commands.by_weights import quantize_by_weights
 from shardq.commands.commit import OnCommit, commit_block, complete, export_missing
 from shardq.commands.prepare import Run, begin, prepare
 from shardq.commands.redo import remove_what_completes
 from shardq.commands.resume import blocks_to_do, parts_of
 from shardq.commands.space import check_space
-from shardq.commands.summary import account_of_run, say_block_done, say_what_is_where, summary_of
+from shardq.commands.summary import account_of_run, say_block_done, say_what_is_where, say_what_will_be_done, summary_of
 from shardq.compiling import compiler, eager
 from shardq.config import QuantizeConfig
 from shardq.errors import located
@@ -42,27 +43,16 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
     begun = time.perf_counter()
     with ExitStack() as folder_lock:
         run = prepare(config, ranks, Display(ranks.rank), folder_lock)
+        say_what_will_be_done(run)
         check_space(run)
         begin(run)
         if not run.record.is_finished:
-            with _under_way(run, begun) as job:
-                for loaded, check in blocks_to_do(run, job):
-                    block, block_begun = loaded.plan, time.perf_counter()
-                    with located(f"block {block.index} {block.name}"):
-                        if parts := parts_of(run, block):
-                            result, grids = quantize_by_parts(job, loaded, parts, check), {}
-                        else:
-                            seen = float_pass(job, loaded, check)
-                            with in_training(job, loaded, seen.grids) as training:
-                                result = train(training, start_at_nearest(training, seen))  # ends with the fold
-                            grids = quantized_pass(job, loaded, seen.grids)
-                            del training
-                    gained = commit_block(run, job, block, result, grids, on_commit)
-                    del loaded  # frees the block's source before the block after the next is read
-                    say_block_done(run, block, result, gained, time.perf_counter() - block_begun)
-                    if run.record.num_done < run.plan.num_blocks:
-                        stop_if_asked(run.output, ranks, run.record.num_done, run.plan.num_blocks)
-                complete(run, job, on_commit)
+            with _under_way(run, begun) as events:
+                if run.config.uses_data:
+                    _quantize_blocks(run, _job_of(run, events), on_commit)
+                else:
+                    quantize_by_weights(run, events, on_commit)
+                complete(run, events, on_commit)
         export_missing(run)
         account = account_of_run(run)
         summary = summary_of(run, account, time.perf_counter() - begun)
@@ -70,9 +60,29 @@ def quantize(config: QuantizeConfig, ranks: Ranks, on_commit: OnCommit = lambda 
         return summary
 
 
+def _quantize_blocks(run: Run, job: Job, on_commit: OnCommit) -> None:
+    """Quantize and commit one block after the other, on the activations that reach it."""
+    for loaded, check in blocks_to_do(run, job):
+        block, begun = loaded.plan, time.perf_counter()
+        with located(f"block {block.index} {block.name}"):
+            if parts := parts_of(run, block):
+                result, grids = quantize_by_parts(job, loaded, parts, check), {}
+            else:
+                seen = float_pass(job, loaded, check)
+                with in_training(job, loaded, seen.grids) as training:
+                    result = train(training, start_at_nearest(training, seen))  # ends with the fold
+                grids = quantized_pass(job, loaded, seen.grids)
+                del training
+        gained = commit_block(run, job, block, result, grids, on_commit)
+        del loaded  # frees the block's source before the block after the next is read
+        say_block_done(run, block, result, gained, time.perf_counter() - begun)
+        if run.record.num_done < run.plan.num_blocks:
+            stop_if_asked(run.output, run.ranks, run.record.num_done, run.plan.num_blocks)
+
+
 @contextmanager
-def _under_way(run: Run, begun: float) -> Iterator[Job]:
-    """Yield the job of an unfinished run; in the body the run can be asked to stop, and its time is logged.
+def _under_way(run: Run, begun: float) -> Iterator[Events]:
+    """Yield the log of an unfinished run; in the body the run can be asked to stop, and its time is logged.
 
     Args:
         begun: time at which `quantize` was called, on the performance counter.
@@ -82,9 +92,8 @@ def _under_way(run: Run, begun: float) -> Iterator[Job]:
     events.record("start-up", run.ranks.start_up_seconds)
     events.record("prepare", time.perf_counter() - begun)
     with stoppable(run.output, run.ranks):
-        job = _job_of(run, events)
         on_rank_zero(run.ranks, lambda: remove_what_completes(run.output, run.config.export.asked, run.display))
-        yield job
+        yield events
     events.record("run", run.ranks.start_up_seconds + time.perf_counter() - begun)
 
 

@@ -39,11 +39,15 @@ def needed(run: Run) -> list[Need]:
     if run.ranks.rank == 0:
         files = dict(_files(run.output, run.skeleton, run.plan, run.config.export, run.record.entries))
         needs.append(Need("weights and encodings", run.output, _growth(files)))
-        if run.config.checkpoint.every_iterations:
+        if run.config.checkpoint.every_iterations and run.largest:
             # A new checkpoint of s2 and its moments is written before the previous one is removed.
             num_tensors = 1 + MOMENTS[run.config.optimize.optimizer]
             needs.append(Need("checkpoints", run.output, int(2 * num_tensors * 4 * run.largest.size.num_weights)))
-    if run.config.cache.placement == "disk" and (run.config.cache.folder or run.ranks.rank == 0):
+    if (
+        run.config.uses_data
+        and run.config.cache.placement == "disk"
+        and (run.config.cache.folder or run.ranks.rank == 0)
+    ):
         there, num_redos = 0, run.record.num_redos - run.begins_redo
         if RunFolder(run.output).manifest.exists():
             # Kept, or removed when a redo begins.

@@ -1,18 +1,75 @@
-"""Output about a run: a line when a block is done, the summary, and the lines at the end."""
+"""Output about a run: what it will do, a line when a block is done, the summary, and the lines at the end."""
 
 from shardq.commands.prepare import Run
+from shardq.compiling import why_not
 from shardq.export.form import why_not_in_vllm
+from shardq.formats import encodings
 from shardq.logs import peak_device_bytes, peak_rss_bytes
 from shardq.model.block import BlockPlan
 from shardq.model.build import factory_of
+from shardq.model.choice import shared_linears
 from shardq.parallel.collectives import max_over_ranks
 from shardq.rundir.account import Account, account_of
 from shardq.rundir.folder import RunFolder
+from shardq.rundir.plan import ENCODINGS
 from shardq.summaries import QuantizeSummary
-from shardq.training.objective import LOSSES
+from shardq.training.objective import LOSSES, PREDICTION_STEPS
+from shardq.training.self_check import say_if_unchecked
 from shardq.training.tries import BlockResult
 
 NAMED_EXPERTS = 4  # in a line; the ledger has all
+
+
+def say_what_will_be_done(run: Run) -> None:
+    """Print what a run is about to do, and how."""
+    config, line = run.config, run.display.line
+    line(
+        f"{config.model}: {run.plan.num_blocks} blocks, {run.plan.num_matrices} linears to quantize "
+        f"({config.quant.method}, {config.quant.bits} bits) on {run.ranks.world_size} rank(s), {run.ranks.device.type}"
+    )
+    if run.skeleton.source.scheme:
+        line(f"source: weights stored as {run.skeleton.source.scheme} are decoded as they are read")
+    if not config.uses_data:
+        line("no calibration data: every matrix goes to its nearest codes, by its weights alone")
+    if shared := shared_linears(run.skeleton):
+        line(f"{len(shared)} linear(s) stay in float, because several blocks share their weights: {', '.join(shared)}")
+    if config.quant.grid.has_signed_scales:
+        line(
+            "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
+            "--quant.full_range false for runtimes that ask for symmetric weights"
+        )
+    for version in ENCODINGS:
+        if version not in run.plan.encoding_versions:
+            line(f"no AIMET encodings of version {version}: {encodings.size_of(version, run.plan.num_scales)}")
+    if config.uses_data:
+        _say_how_data_are_used(run)
+    if run.record.is_finished:
+        line(f"{run.output}: this run is finished, nothing is left to do; shardq verify {run.output} reads every byte")
+
+
+def _say_how_data_are_used(run: Run) -> None:
+    config, optimize, line = run.config, run.config.optimize, run.display.line
+    more = f", the last {PREDICTION_STEPS} times as many" if optimize.last_block == "predictions" else ""
+    line(
+        f"calibration: {len(run.tokens_NT)} samples of {config.calib.sequence_length} tokens; {optimize.iterations} "
+        f"iterations of {optimize.batch_size} sample(s) see {optimize.iterations * optimize.batch_size} samples a "
+        f"block{more}"
+    )
+    if config.quant.method != "rtn":
+        # Asked only where it is not compiled: the answer takes an import of seconds.
+        missing = why_not(run.ranks.device) if optimize.compile == "off" else None
+        how = "compiled" if optimize.compile == "on" else f"not compiled{f': {missing}' if missing else ''}"
+        line(
+            f"training: {optimize.precision} matrix multiplies, {optimize.micro_batch} sample(s) at once a rank, {how}"
+        )
+    if optimize.batch_size % run.ranks.world_size:
+        line(
+            f"{optimize.batch_size} sample(s) a step do not divide among {run.ranks.world_size} ranks: "
+            "in every step some ranks wait for the others"
+        )
+    say_if_unchecked(config.self_check, run.display)
+    if not run.reads_ahead:
+        line("no block is read while the one before is trained: memory has no room for both")
 
 
 def say_block_done(run: Run, block: BlockPlan, result: BlockResult, gained: int, seconds: float) -> None:
@@ -66,7 +123,7 @@ def say_what_is_where(run: Run, account: Account, summary: QuantizeSummary) -> N
         if summary[f"{kind}_before"] is not None
     ]
     cost = f"{summary['seconds']:.0f} s, peak {summary['peak_rss_bytes'] / 2**20:.0f} MiB a rank"
-    display.line(f"done: mean {', '.join(losses)}, {cost}")
+    display.line(f"done: {', '.join([f'mean {loss}' for loss in losses[:1]] + losses[1:] + [cost])}")
     for block, entry in zip(run.plan.blocks, run.record.blocks.values(), strict=True):
         for words in _said_of(run, entry):
             display.line(f"  {block.name}: {words}")

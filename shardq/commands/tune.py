@@ -143,6 +143,9 @@ def _find(config: TuneConfig, skeleton: Skeleton, ranks: Ranks, display: Display
 def _tokens(config: TuneConfig, former: dict, skeleton: Skeleton) -> Tensor:
     """The token ids [N, T] that the run, of the manifest `former`, was calibrated on, from where its text is now."""
     text = config.calib.instead_of(TextOptions(**former["options"]["calib"]))
+    if text.dataset is None:
+        raise ConfigError(f"{config.run}: quantized by its weights alone, without data that it could be tuned on; "
+                          "quantize with --calib.dataset")  # fmt: skip
     advice = "or say with --calib.dataset where that text is now"
     try:
         tokens_NT = load_tokens(text, skeleton.folder, skeleton.embeddings.num_embeddings)

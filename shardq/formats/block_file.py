@@ -7,8 +7,10 @@ grids of the block's activations where there are any.
 """
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -62,28 +64,63 @@ def renamed(linears: Linears, names: dict[str, str]) -> Linears:
     return {name: linears[former] for name, former in names.items()}
 
 
+Shapes = dict[str, tuple[tuple[int, int], Grid]]
+"""Shape [O, I] and grid of linears, by name."""
+
+
 def write_block(path: Path, linears: Linears, activations: dict[str, ActivationGrid] | None = None) -> None:
     """Write one block's linears and grids of activations, by full name, to a file that appears whole."""
+    shapes: Shapes = {}
+    for name, linear in linears.items():
+        num_outputs, num_inputs = linear.codes_OI.shape
+        shapes[name] = (num_outputs, num_inputs), linear.grid
+    if isinstance(linears, LinearsInFiles) or sum(prod(shape) for shape, _ in shapes.values()) > LARGE_BYTES:
+        write_block_by_one(path, shapes, linears.items(), activations)
+    else:
+        tensors = chain.from_iterable(_tensors_of(*pair) for pair in linears.items())
+        write_tensors(path, dict(tensors), _metadata(shapes, activations))
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, linear in linears.items():
-            yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
-            yield f"{name}.scale", linear.scale_OG.float()
-            if linear.grid.has_zero_point:
-                yield f"{name}.zero_point", linear.zero_point_OG.char()
 
-    described = {
-        name: {"in_features": linear.codes_OI.shape[1], **linear.grid.as_dict()} for name, linear in linears.items()
-    }
+def write_block_by_one(
+    path: Path,
+    shapes: Shapes,
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    activations: dict[str, ActivationGrid] | None = None,
+) -> None:
+    """Write as `write_block`, to the byte, linears of which each is made when the one before has been written.
+
+    Args:
+        shapes: of all of them.
+        linears: by full name, in any order.
+    """
+    outlines = ((name, _outline(shape, grid)) for name, (shape, grid) in shapes.items())
+    passes = iter((outlines, linears))
+    write_one_by_one(path, lambda: chain.from_iterable(_tensors_of(*pair) for pair in next(passes)),
+                     _metadata(shapes, activations))  # fmt: skip
+
+
+def _tensors_of(name: str, linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
+    """A linear's tensors in a block file."""
+    yield f"{name}.codes", packing.pack(linear.codes_OI, linear.grid)
+    yield f"{name}.scale", linear.scale_OG.float()
+    if linear.grid.has_zero_point:
+        yield f"{name}.zero_point", linear.zero_point_OG.char()
+
+
+def _metadata(shapes: Shapes, activations: dict[str, ActivationGrid] | None) -> dict[str, str]:
+    described = {name: {"in_features": shape[1], **grid.as_dict()} for name, (shape, grid) in shapes.items()}
     content = {"version": VERSION, "linears": described}
     if activations:
         # A list: their order is that of the block's code.
         content["activations"] = [{"name": name, **asdict(grid)} for name, grid in activations.items()]
-    about = {"shardq": json.dumps(content, sort_keys=True)}
-    if isinstance(linears, LinearsInFiles) or sum(each.codes_OI.nbytes for each in linears.values()) > LARGE_BYTES:
-        write_one_by_one(path, tensors, about)
-    else:
-        write_tensors(path, dict(tensors()), about)
+    return {"shardq": json.dumps(content, sort_keys=True)}
+
+
+def _outline(shape: tuple[int, int], grid: Grid) -> QuantizedLinear:
+    """A quantized linear of a shape on the meta device."""
+    codes_OI = torch.empty(shape, dtype=torch.int8, device="meta")
+    scale_OG = torch.empty(shape[0], grid.num_groups(shape[1]), device="meta")
+    return QuantizedLinear(codes_OI, scale_OG, scale_OG, grid)
 
 
 def read_block(path: Path, some: Container[str] | None = None) -> dict[str, QuantizedLinear]:

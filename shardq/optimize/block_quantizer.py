@@ -147,7 +147,7 @@ class BlockQuantizer(nn.Module):
             parts = []
             for matrix, quantizer in zip(self.matrices, self.quantizers, strict=True):
                 with gathered(quantizer):
-                    parts.append(_checked(matrix.name, quantizer))
+                    parts.append(checked(matrix.name, quantizer))
             return parts
 
         parts = zip(self.matrices, self._share.agreed(fold), strict=True)
@@ -179,7 +179,8 @@ class BlockQuantizer(nn.Module):
         return QuantizedLinear(*tensors, part.grid)
 
 
-def _checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
+def checked(name: str, quantizer: LinearQuantizer) -> QuantizedLinear:
+    """The quantized linear that a quantizer represents; raises as `BlockQuantizer.folded`."""
     folded = quantizer.folded()
     values = {name: value for name, value in quantizer.named_parameters() if value.requires_grad} | {
         "scale": folded.scale_OG

@@ -31,7 +31,7 @@ def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
     """Run `work` on every rank; if it fails on any, every rank raises the error of the lowest failing rank."""
     result, error = _attempt(work)
     if ranks.world_size > 1:
-        outcomes = _all_gather(ranks, (error, this_rank()))
+        outcomes = gathered(ranks, (error, this_rank()))
         failed = [(found, name) for found, name in outcomes if found is not None]
         if failed:
             error, name = failed[0]
@@ -45,7 +45,7 @@ def on_every_host(ranks: Ranks, work: Callable[[], Result]) -> Result:
     If it fails on any host, every rank raises the error.
     """
     result = together(ranks, lambda: work() if ranks.local_rank == 0 else None)
-    return _all_gather(ranks, result)[ranks.first_on_host] if ranks.world_size > 1 else result
+    return gathered(ranks, result)[ranks.first_on_host]
 
 
 def shared_by_all(ranks: Ranks, folder: Path) -> None:
@@ -104,8 +104,10 @@ def barrier(ranks: Ranks) -> None:
     sum_over_ranks(ranks, [0.0])
 
 
-def _all_gather(ranks: Ranks, value: object) -> list:
-    """Every rank's value, on every rank."""
+def gathered(ranks: Ranks, value: Result) -> list[Result]:
+    """Every rank's value, on every rank; it must be picklable."""
+    if ranks.world_size == 1:
+        return [value]
     values: list = [None] * ranks.world_size
     with contact("comparing results"):
         dist.all_gather_object(values, value)

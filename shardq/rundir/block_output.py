@@ -36,25 +36,30 @@ def write_block_files(
     activations: dict[str, ActivationGrid],
     write_shard: WriteShard,
     device: torch.device,
+    has_codes: bool = False,
 ) -> list[Path]:
     """Write a block's codes, encodings and shard; each file appears whole.
 
     Args:
         linears, activations: linears and grids of activations, by full name.
         device: the device that computed them; with a GPU the files are written at the same time.
+        has_codes: whether the file of codes is there.
 
     Returns:
         The files.
     """
     folder = RunFolder(output)
-    writers = {folder.block(block.index): lambda path: write_block(path, linears, activations)}
+    writers: dict[Path, Callable[[Path], None]] = {}
+    if not has_codes:
+        writers[folder.block(block.index)] = lambda path: write_block(path, linears, activations)
     for version in plan.encoding_versions:
         path = folder.encodings(version, block.index)
         writers[path] = partial(encodings.write, version=version, linears=linears, grids=activations)
     writers[output / plan.block_shard(block.index)] = lambda path: write_shard(path, linears, activations)
     # With a CPU one after the other: its cores compute the tensors, and a background thread would have only one core.
     at_once = partial(lookahead, threads=len(writers)) if device.type == "cuda" else one_by_one
-    return [path for path, _ in at_once(lambda path: writers[path](path), writers)]
+    written = [path for path, _ in at_once(lambda path: writers[path](path), writers)]
+    return [folder.block(block.index), *written] if has_codes else written
 
 
 def write_run_files(

@@ -122,5 +122,6 @@ def _check_group_sizes(block: BlockPlan) -> None:
         if not grid.divides(matrix.shape[1]):
             raise ConfigError(
                 f"quant.group_size: {grid.group_size} does not divide the {matrix.shape[1]} input channels of "
-                f"{block.full_name(matrix)}; choose a divisor, or -1 for per-channel"
+                f"{block.full_name(matrix)}; choose a divisor, or -1 for per-channel, or leave it in float with "
+                f"--quant.ignore {matrix.name}"
             )

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shardq.errors import CheckpointError
-from shardq.formats.block_file import read_activations, read_block, read_scale_shapes, write_block
+from shardq.formats.block_file import read_activations, read_block, read_scale_shapes, write_block, write_block_by_one
 from shardq.quant.activation import ActivationGrid
 from shardq.quant.integer_grid import IntegerGrid
 from shardq.quant.quantized import QuantizedLinear
@@ -177,3 +177,12 @@ def test_damaged_grids_of_activations_are_named(tmp_path, grid):
     write_block(tmp_path / "block.safetensors", {NAME: random_linear(4)}, {"b.fc.input": grid})
     with pytest.raises(CheckpointError, match="the activations in its header are damaged"):
         read_activations(tmp_path / "block.safetensors")
+
+
+@pytest.mark.parametrize("grid", [(4,), (3, False, 8)])
+def test_linears_one_by_one_make_the_same_file(tmp_path, grid):
+    linears = {f"b.{number}": random_linear(*grid) for number in range(11)}
+    write_block(tmp_path / "at-once", linears)
+    shapes = {name: ((6, 24), linear.grid) for name, linear in linears.items()}
+    write_block_by_one(tmp_path / "by-one", shapes, reversed(linears.items()))
+    assert (tmp_path / "by-one").read_bytes() == (tmp_path / "at-once").read_bytes()
