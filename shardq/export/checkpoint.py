@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardq.errors import ConfigError, UnsupportedModelError
 from shardq.export.base import Format, Grids
 from shardq.files import write_whole
-from shardq.formats.block_file import Linears, read_activations, read_block
+from shardq.formats.block_file import Linears, LinearsInFiles, read_activations, read_block
 from shardq.formats.checkpoint import write_config, write_index
 from shardq.formats.shards import DTYPES, read_header, read_tensor
 from shardq.formats.tensor_file import LARGE_BYTES, check_finite, write_one_by_one, write_tensors
@@ -104,7 +104,7 @@ class Checkpoint(Format):
 
         quantized = {name for name in tensors if names[name] in linears}
         laid_out = partial(_laid_out, skeleton, block_index, quantized, make)
-        if sum(tensor.num_bytes for tensor in tensors.values()) > LARGE_BYTES:
+        if isinstance(linears, LinearsInFiles) or sum(each.num_bytes for each in tensors.values()) > LARGE_BYTES:
             write_one_by_one(path, laid_out, {"format": "pt"})
         else:
             write_tensors(path, dict(laid_out()), {"format": "pt"})

@@ -75,7 +75,7 @@ def stream_blocks(
             fill(_model_around(skeleton, plan.name), slots[kind], dict(source), device)
         yield LoadedBlock(plan=plan, module=slots[kind], source=source, dtype=dtype)
         del source
-        _return_freed_memory()
+        return_freed_memory()
 
 
 def _signature(block: nn.Module) -> tuple:
@@ -94,7 +94,7 @@ def _carry_attributes(block: nn.Module, slot: nn.Module) -> None:
                 setattr(target, name, value)
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Return a block's freed memory to the system, so that the next block starts from the same memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim:

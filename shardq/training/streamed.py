@@ -18,7 +18,7 @@ from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import BlockArguments, Entering, Own
 from shardq.model.block import BlockPlan, LoadedBlock, multiplying_in
 from shardq.model.experts import answered, routed, routed_in
-from shardq.model.weights import fill
+from shardq.model.weights import fill, return_freed_memory
 from shardq.torch_internals import tree_leaves
 from shardq.training.passes import Activations, advance
 
@@ -160,6 +160,7 @@ def in_memory(block: StreamedBlock, some: range) -> Iterator[None]:
     finally:
         for module in modules.values():
             module.to("meta")
+        return_freed_memory()
 
 
 def finish(block: StreamedBlock, stream: str) -> None:
