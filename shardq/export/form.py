@@ -55,13 +55,12 @@ def _check_places(skeleton: Skeleton, plan: Plan) -> None:
         ConfigError: one is stored as a part of another tensor, or in parts.
     """
     for block in plan.blocks:
-        experts = (
-            tuple(f"{path}." for path in routed_in(skeleton.blocks[block.index])) if skeleton.joins_experts else ()
-        )
+        paths = routed_in(skeleton.blocks[block.index]) if skeleton.joins_experts else ()
+        experts = tuple(f"{path}." for path in paths)
         for matrix in block.grids:
             stored = skeleton.tensor(f"{block.name}.{matrix.tensor}").name
             if not matrix.name.startswith(experts) and stored not in skeleton.source.tensors:
                 raise ConfigError(
-                    f"export.checkpoint: packed has no place for codes of {block.full_name(matrix)}, which the source does "
-                    "not store as a tensor of its own; choose plain, and --export.formats compressed-tensors"
+                    f"export.checkpoint: packed has no place for codes of {block.full_name(matrix)}, which the source "
+                    "does not store as a tensor of its own; choose plain, and --export.formats compressed-tensors"
                 )
