@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardq.model.handed import Handed, Shared
-from shardq.model.hidden import Streams, hidden_in
+from shardq.model.hidden import Lanes, hidden_in
 from shardq.model.stand_in import to_meta
 from shardq.torch_internals import tree_flatten, tree_leaves, tree_unflatten
 
@@ -81,8 +81,8 @@ class BlockArguments:
     Attributes:
         index: the block's place in the model.
         args, kwargs: the arguments of a call with one sequence.
-        width: channels of the hidden states [N, T, D] that enter the block, all streams together.
-        streams: where the streams are in the model's hidden states; None for plain ones.
+        width: channels of the hidden states [N, T, D] that enter the block, all lanes together.
+        lanes: where the lanes are in the model's hidden states; None for plain ones.
         own: arguments that follow the sample.
         repeated: places, among the arguments' leaves, of tensors that are the same for any sample but grow with the
             batch, and the dimension.
@@ -98,7 +98,7 @@ class BlockArguments:
     args: tuple
     kwargs: dict
     width: int
-    streams: Streams | None = None
+    lanes: Lanes | None = None
     own: tuple[Own, ...] = ()
     repeated: tuple[tuple[int, int], ...] = ()
     rows: tuple[tuple[int, int], ...] = ()
@@ -111,7 +111,7 @@ class BlockArguments:
     @property
     def is_fixed(self) -> bool:
         """Whether the same objects are passed for any samples, and nothing but hidden states leaves."""
-        return not (self.streams or self.own or self.repeated or self.shared or self.handed or self.returned)
+        return not (self.lanes or self.own or self.repeated or self.shared or self.handed or self.returned)
 
     @property
     def carried_names(self) -> tuple[str, ...]:
@@ -137,15 +137,15 @@ class BlockArguments:
 
     def num_samples(self, call: Call) -> int:
         """Number of samples of a call."""
-        return call.hidden.shape[self.streams.dim if self.streams else 0]
+        return call.hidden.shape[self.lanes.dim if self.lanes else 0]
 
     def flat(self, hidden: Tensor) -> Tensor:
         """The model's hidden states as [N, T, D]."""
-        return self.streams.flat(hidden) if self.streams else hidden
+        return self.lanes.flat(hidden) if self.lanes else hidden
 
     def spread(self, hidden_NTD: Tensor) -> Tensor:
         """Hidden states [N, T, D] as the model has them."""
-        return self.streams.spread(hidden_NTD) if self.streams else hidden_NTD
+        return self.lanes.spread(hidden_NTD) if self.lanes else hidden_NTD
 
     def entering(self, left: Tensor | Entering, own: tuple[Tensor, ...]) -> Tensor | Entering:
         """The block's input: the output of the block before it, and this block's own arguments."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import Call
 from shardq.model.compared import argument_names, is_equal
-from shardq.model.hidden import streams_of
+from shardq.model.hidden import lanes_of
 from shardq.model.skeleton import Skeleton
 from shardq.torch_internals import tree_leaves
 
@@ -91,7 +91,7 @@ def _chain(skeleton: Skeleton, embed: Callable[[Tensor], Tensor], tokens_1T: Ten
 
 def _check_call(skeleton: Skeleton, number: int, call: Call, chain: _Chain, length: int, added: float) -> None:
     where = named(skeleton, number)
-    streams_of(call.hidden, 1, length, where)
+    lanes_of(call.hidden, 1, length, where)
     if number < len(chain.calls):
         raise UnsupportedModelError(f"{where} is called several times in one forward; {UNSUPPORTED}")
     if number > len(chain.calls):

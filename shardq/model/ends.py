@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from shardq.errors import UnsupportedModelError
 from shardq.formats.source import SourceTensor, WeightSource
 from shardq.model.block import multiplying_in
 from shardq.model.own_code import own_code
@@ -164,10 +165,18 @@ def _last_layers(
     skeleton: Skeleton, device: torch.device
 ) -> Iterator[tuple[dict[str, SourceTensor], Callable[[Tensor], Tensor]]]:
     """Yield the head's parameters in the source, by name, and what computes logits once the head has some."""
-    runner, last = skeleton.runner, skeleton.stand_ins[-1]
+    runner, head, last = skeleton.runner, skeleton.head, skeleton.stand_ins[-1]
     tensors = _head_tensors(skeleton)
+    has_slices = False
 
     def to_logits(hidden_NTD: Tensor) -> Tensor:
+        nonlocal has_slices
+        if len(head.weight) < head.out_features and not has_slices:
+            _check_tokens_are_alike(skeleton, partial(computed, hidden_NTD[:1, :1].detach()))
+            has_slices = True
+        return computed(hidden_NTD)
+
+    def computed(hidden_NTD: Tensor) -> Tensor:
         last.injected = hidden_NTD
         tokens_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=device)
         with own_code(type(runner).__name__, "its own code fails after its blocks"):
@@ -182,6 +191,29 @@ def _last_layers(
     finally:
         last.injected = None
         _forget(skeleton)
+
+
+@torch.no_grad()
+def _check_tokens_are_alike(skeleton: Skeleton, to_logits: Callable[[], Tensor]) -> None:
+    """Check that the code after the head treats all tokens alike: from a slice of the head it cannot tell which it has.
+
+    Args:
+        to_logits: computes logits of the vocabulary.
+
+    Raises:
+        UnsupportedModelError: it changes the logits of some tokens only.
+    """
+    head = skeleton.head
+    head.forward = lambda hidden_NTD: _one_channel(head, hidden_NTD).contiguous()  # it may be written to
+    try:
+        logits_NTV = to_logits()
+    finally:
+        vars(head).pop("forward")
+    if not torch.allclose(logits_NTV, logits_NTV[..., :1].expand_as(logits_NTV), equal_nan=True):
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__}: what follows its head changes the logits of some tokens only; such "
+            "models are not supported yet"
+        )
 
 
 def _forget(skeleton: Skeleton) -> None:

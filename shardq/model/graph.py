@@ -95,10 +95,10 @@ def _check_arguments(skeleton: Skeleton) -> None:
     """Check that a block computes from hidden states and mask alone, which is what its graph takes."""
     with prologue(skeleton, CPU) as embed:
         arguments = record_arguments(skeleton, embed, LENGTH)
-    if any(passed.own or passed.streams or passed.carried_names for passed in arguments):
+    if any(passed.own or passed.lanes or passed.carried_names for passed in arguments):
         raise UnsupportedModelError(
             f"{type(skeleton.model).__name__}: its blocks take more than hidden states and mask (an input of each "
-            "token's own, several streams, or tensors of earlier blocks), which ONNX in parts does not pass on; "
+            "token's own, several hidden states, or tensors of earlier blocks), which ONNX in parts does not pass on; "
             "export another format"
         )
 

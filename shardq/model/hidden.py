@@ -1,6 +1,6 @@
-"""The forms that hidden states have in a model's own code: first of a tuple, and several streams a token.
+"""The forms that hidden states have in a model's own code: first of a tuple, and several lanes a token.
 
-Everywhere else a token's streams are channels of one hidden state, in [N, T, D].
+Everywhere else a token's lanes are channels of one hidden state, in [N, T, D].
 """
 
 from typing import NamedTuple
@@ -20,8 +20,8 @@ def in_place_of(hidden: Tensor, returned: object) -> object:
     return (hidden, *returned[1:]) if isinstance(returned, tuple | list) else hidden
 
 
-class Streams(NamedTuple):
-    """Where the streams are in the model's own hidden states.
+class Lanes(NamedTuple):
+    """Where the lanes are in the model's own hidden states.
 
     Attributes:
         dim: dimension of the samples; that of the tokens follows it.
@@ -41,11 +41,11 @@ class Streams(NamedTuple):
         return apart.movedim((0, 1), (self.dim, self.dim + 1)).contiguous()
 
 
-def streams_of(hidden: Tensor, num: int, length: int, where: str) -> Streams | None:
-    """The streams in the model's hidden states of some samples; None for plain ones [N, T, D].
+def lanes_of(hidden: Tensor, num: int, length: int, where: str) -> Lanes | None:
+    """The lanes in the model's hidden states of some samples; None for plain ones [N, T, D].
 
     Args:
-        num, length: number of samples, and of tokens in each; not both the number of streams.
+        num, length: number of samples, and of tokens in each; not both the number of lanes.
         where: the model and its block, for an error.
 
     Raises:
@@ -61,4 +61,4 @@ def streams_of(hidden: Tensor, num: int, length: int, where: str) -> Streams | N
             "tokens cannot be told; such models are not supported"
         )
     (dim,) = found
-    return Streams(dim, shape[:dim] + shape[dim + 2 :])
+    return Lanes(dim, shape[:dim] + shape[dim + 2 :])

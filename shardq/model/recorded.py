@@ -17,7 +17,7 @@ from shardq.model.arguments import BlockArguments, Call, Entering, Own
 from shardq.model.chain import UNSUPPORTED, Received, check_chain, check_end, named
 from shardq.model.compared import argument_names, is_equal
 from shardq.model.handed import Handed, Shared
-from shardq.model.hidden import streams_of
+from shardq.model.hidden import lanes_of
 from shardq.model.skeleton import Skeleton
 from shardq.model.stand_in import to_meta
 from shardq.torch_internals import tree_flatten, tree_leaves
@@ -97,9 +97,9 @@ def _compared(
                 f"{UNSUPPORTED}"
             )
     width = first.hidden.numel() // length
-    streams = streams_of(first.hidden, 1, length, where)
+    lanes = lanes_of(first.hidden, 1, length, where)
     return BlockArguments(
-        number, first.args, first.kwargs, width, streams, tuple(own), tuple(repeated), tuple(rows), shared
+        number, first.args, first.kwargs, width, lanes, tuple(own), tuple(repeated), tuple(rows), shared
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import UnsupportedModelError
-from shardq.model.hidden import in_place_of, streams_of
+from shardq.model.hidden import in_place_of, lanes_of
 from shardq.model.own_code import own_code, reason_of
 from shardq.torch_internals import tree_map_only
 
@@ -62,8 +62,8 @@ class StandIn(nn.Module):
 
     def _as_called(self, hidden_NTD: Tensor) -> Tensor:
         """Hidden states in the form of those that the model has called this with, for as many samples and tokens."""
-        streams = streams_of(self.seen[0], *hidden_NTD.shape[:2], type(self._block[0]).__name__)
-        return streams.spread(hidden_NTD) if streams else hidden_NTD
+        lanes = lanes_of(self.seen[0], *hidden_NTD.shape[:2], type(self._block[0]).__name__)
+        return lanes.spread(hidden_NTD) if lanes else hidden_NTD
 
     @torch.no_grad()
     def on_meta(self, call: tuple[Tensor, tuple, dict]) -> object:

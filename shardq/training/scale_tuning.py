@@ -146,7 +146,7 @@ def tune_step(tuning: Tuning, step: int, samples: list[int]) -> float:
 def _forward(loaded: LoadedBlock) -> Forward:
     """Function from a block's input to its hidden states [N, T, D], with the attention kernel of training."""
     arguments = loaded.plan.arguments
-    return lambda entering: training_output(loaded.module, arguments.bound(entering), loaded.dtype, arguments.streams)
+    return lambda entering: training_output(loaded.module, arguments.bound(entering), loaded.dtype, arguments.lanes)
 
 
 def _forget(activations: Activations, generation: int) -> None:

@@ -17,7 +17,7 @@ from shardq.logs import Display, Events
 from shardq.model.arguments import Call, Entering, hidden_of
 from shardq.model.block import BlockPlan, LoadedBlock, run_block
 from shardq.model.experts import routed_in
-from shardq.model.hidden import Streams
+from shardq.model.hidden import Lanes
 from shardq.model.skeleton import Skeleton
 from shardq.optimize.block_quantizer import BlockQuantizer, whole
 from shardq.optimize.distill import distill
@@ -175,7 +175,7 @@ class BlockTrainer:
             arguments = loaded.plan.arguments
             hidden, args, kwargs = arguments.bound(entering)
             return self.block_loss(
-                loaded.module, hidden, targets_NTD, args, kwargs, loaded.dtype, kind, arguments.streams
+                loaded.module, hidden, targets_NTD, args, kwargs, loaded.dtype, kind, arguments.lanes
             )
 
         return loss
@@ -280,16 +280,16 @@ def block_loss(
     kwargs: dict,
     dtype: torch.dtype,
     kind: Loss = "squared",
-    streams: Streams | None = None,
+    lanes: Lanes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Training loss of a block, and its output [N, T, D]; compiled, forward and backward, as one piece."""
-    output_NTD = training_output(block, Call(hidden, args, kwargs), dtype, streams)
+    output_NTD = training_output(block, Call(hidden, args, kwargs), dtype, lanes)
     return distillation_loss(output_NTD, targets_NTD, kind), output_NTD
 
 
-def training_output(block: nn.Module, call: Call, dtype: torch.dtype, streams: Streams | None) -> Tensor:
+def training_output(block: nn.Module, call: Call, dtype: torch.dtype, lanes: Lanes | None) -> Tensor:
     """A block's output [N, T, D], by the attention kernel whose backward pass is the fastest for these inputs."""
-    length = call.hidden.shape[streams.dim + 1 if streams else 1]
+    length = call.hidden.shape[lanes.dim + 1 if lanes else 1]
     with sdpa_kernel(training_attention(call.hidden.device, length, dtype)):
         output = run_block(block, call, dtype)
-    return streams.flat(output) if streams else output
+    return lanes.flat(output) if lanes else output

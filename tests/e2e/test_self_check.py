@@ -65,7 +65,7 @@ def whole_model_perplexity(folder: Path, tokens_NT: Tensor) -> float:
 
 
 # Blocks that are passed more than hidden states from earlier ones: a mapping with keys and values; that, and four
-# streams; the tokens that the block before chose.
+# lanes; the tokens that the block before chose.
 HANDING_ON = {
     "gemma4": tiny.GEMMA4,
     "gemma3n": Gemma3nTextConfig(

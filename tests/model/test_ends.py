@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BioGptConfig,
     BloomConfig,
+    ChameleonConfig,
     CodeGenConfig,
     FalconConfig,
     Gemma2Config,
@@ -50,7 +51,7 @@ from shardq.model import ends
 from shardq.model.arguments import Call, hidden_of
 from shardq.model.block import block_plans
 from shardq.model.ends import epilogue, prologue
-from shardq.model.hidden import hidden_in, streams_of
+from shardq.model.hidden import hidden_in, lanes_of
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 from shardq.model.weights import stream_blocks
@@ -135,7 +136,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "glm-dsa-dense": GlmMoeDsaConfig(
         **GATED | MLA, mlp_layer_types=["dense"] * 3, index_topk=4, index_head_dim=16, index_n_heads=2
     ),
-    # Four streams of hidden states, inputs of each block's own, keys and values of earlier blocks.
+    # Four lanes of hidden states, inputs of each block's own, keys and values of earlier blocks.
     "gemma3n": Gemma3nTextConfig(
         **GATED | {"intermediate_size": [80] * 4, "num_hidden_layers": 4}, head_dim=12,
         vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=2, laurel_rank=4,
@@ -244,11 +245,11 @@ def test_whole_epilogue_and_its_gradient_are_the_whole_models(tmp_path: Path, na
     last.register_forward_hook(lambda block, inputs, output: kept.append(output))
     expected_NTV = model(input_ids=tokens_NT, use_cache=False).logits
     hidden = hidden_in(kept[0])
-    streams = streams_of(hidden, *tokens_NT.shape, "it")
-    hidden_NTD = streams.flat(hidden) if streams else hidden
+    lanes = lanes_of(hidden, *tokens_NT.shape, "it")
+    hidden_NTD = lanes.flat(hidden) if lanes else hidden
     along_NTV = torch.randn(expected_NTV.shape)
     (expected_gradient,) = torch.autograd.grad(expected_NTV, hidden, along_NTV)
-    expected_gradient = streams.flat(expected_gradient) if streams else expected_gradient
+    expected_gradient = lanes.flat(expected_gradient) if lanes else expected_gradient
     mine_NTD = hidden_NTD.detach().requires_grad_(True)
     with ends.whole_epilogue(skeleton, CPU, torch.float32) as of_tokens:
         to_logits, tokens_V = of_tokens(None), torch.tensor([5, 2, 40])
@@ -356,6 +357,19 @@ def test_no_more_than_a_slice_of_the_head_is_in_memory(folder: Path, monkeypatch
         for _ in slices:
             tables = (skeleton.model.lm_head.weight, skeleton.model.model.embed_tokens.weight)
             assert sum(table.untyped_storage().nbytes() for table in tables) <= (SLICE_ROWS + 1) * 48 * 4
+
+
+def test_slices_of_a_head_whose_logits_are_masked_by_token_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Chameleon gives tokens of images the lowest logit."""
+    codes = {"embed_dim": 16, "num_embeddings": 8, "latent_channels": 16, "resolution": 16, "base_channels": 32,
+             "channel_multiplier": [1], "num_res_blocks": 1}  # fmt: skip
+    images = {"<image>": 100} | {f"IMGIMG{letter}Z": 101 + number for number, letter in enumerate("ABCDEFGH")}
+    folder = tiny.save_model(tmp_path, ChameleonConfig(**GATED, vq_config=codes, vocabulary_map=images))
+    expected = whole_model_logits(folder, random_tokens(2))
+    torch.testing.assert_close(streamed_logits(folder, random_tokens(2)), expected, rtol=1e-5, atol=1e-5)
+    use_slices(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="what follows its head changes the logits of some tokens only"):
+        streamed_logits(folder, random_tokens(2))
 
 
 def test_slice_may_be_a_single_token(folder: Path, monkeypatch: pytest.MonkeyPatch):

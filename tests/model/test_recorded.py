@@ -15,7 +15,7 @@ from shardq.errors import UnsupportedModelError
 from shardq.model.arguments import BlockArguments, Call, Entering
 from shardq.model.compared import differing
 from shardq.model.ends import prologue
-from shardq.model.hidden import streams_of
+from shardq.model.hidden import lanes_of
 from shardq.model.recorded import record_arguments
 from shardq.model.skeleton import Skeleton, open_skeleton
 
@@ -223,15 +223,15 @@ def test_what_an_earlier_block_gave_goes_on_until_the_last_block_that_is_passed_
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4, 3, 5, 6), 1), ((3, 5, 4, 6), 0), ((2, 3, 5, 4, 6), 1)])
-def test_streams_are_channels_of_one_hidden_state(shape: tuple[int, ...], dim: int):
+def test_lanes_are_channels_of_one_hidden_state(shape: tuple[int, ...], dim: int):
     hidden = torch.randn(shape)
-    streams = streams_of(hidden, 3, 5, "it")
-    flat_NTD = streams.flat(hidden)
-    assert streams.dim == dim and flat_NTD.shape == (3, 5, hidden.numel() // 15)
+    lanes = lanes_of(hidden, 3, 5, "it")
+    flat_NTD = lanes.flat(hidden)
+    assert lanes.dim == dim and flat_NTD.shape == (3, 5, hidden.numel() // 15)
     assert torch.equal(flat_NTD[2, 4], hidden.select(dim, 2).select(dim, 4).flatten())
-    assert torch.equal(streams.spread(flat_NTD), hidden) and streams.spread(flat_NTD).is_contiguous()
+    assert torch.equal(lanes.spread(flat_NTD), hidden) and lanes.spread(flat_NTD).is_contiguous()
     with pytest.raises(UnsupportedModelError, match="for 3 x 7 tokens"):
-        streams_of(hidden, 3, 7, "it")
+        lanes_of(hidden, 3, 7, "it")
 
 
 def test_an_argument_that_follows_the_tokens_may_have_any_batch_dimension(monkeypatch: pytest.MonkeyPatch, llama: Path):
