@@ -4,10 +4,13 @@ Usage: python tools/demo_prompt.py --model MODEL --output OUT
 """
 
 import argparse
+import os
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+os.environ["TQDM_DISABLE"] = "1"  # bars of loading would stand between the lines
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 PROMPT = "The capital of France is"
 NEW_TOKENS = 24

@@ -92,14 +92,18 @@ def check_space_for_tuning(
 def cache_bytes(run: Run) -> int:
     """The largest size of this host's activations at any time, or of all hosts' if they share the folder.
 
-    Two generations of both streams. Generation 0 is kept once for both, and the last block's output only for fp.
+    Two generations of both streams. Generation 0 is kept once for both, and the last block's output only for fp. By
+    parts, also what enters a block's experts in both streams, their choice, and their outputs at the start and the end;
+    and the codes of experts that are trained.
     """
     num_samples, length = run.tokens_NT.shape
     held = _held(num_samples, run.ranks, run.config.cache.folder is None)
     arguments = [block.arguments for block in run.plan.blocks]
-    hidden = min(run.plan.num_blocks + 1, 4) * _sample_bytes(length, arguments[0].width)
+    by_parts = run.config.optimize.experts == "parts"
+    hidden = (min(run.plan.num_blocks + 1, 4) + 5 * by_parts) * _sample_bytes(length, arguments[0].width)
     carried = 4 * max(passed.carried_bytes + HEADER_BYTES * len(passed.carried_names) for passed in arguments)
-    return held * (hidden + _own_bytes(run.plan) + carried)
+    codes = [sum(code_bytes(matrix.shape, grid) for matrix, grid in block.grids.items()) for block in run.plan.blocks]
+    return held * (hidden + _own_bytes(run.plan) + carried) + by_parts * max(codes)
 
 
 def _own_bytes(plan: Plan) -> int:

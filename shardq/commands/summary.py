@@ -33,12 +33,12 @@ def say_what_will_be_done(run: Run) -> None:
         line("no calibration data: every matrix goes to its nearest codes, by its weights alone")
     if shared := shared_linears(run.skeleton):
         line(f"{len(shared)} linear(s) stay in float, because several blocks share their weights: {', '.join(shared)}")
-    if config.quant.grid.has_signed_scales:
+    if config.quant.grid.has_signed_scales and run.plan.has_encodings:
         line(
             "grid: scales may be negative, and AIMET's encodings are of asymmetric grids; "
             "--quant.full_range false for runtimes that ask for symmetric weights"
         )
-    for version in ENCODINGS:
+    for version in ENCODINGS if run.plan.has_encodings else ():
         if version not in run.plan.encoding_versions:
             line(f"no AIMET encodings of version {version}: {encodings.size_of(version, run.plan.num_scales)}")
     if config.uses_data:

@@ -1,6 +1,7 @@
 """Checks of a finished run, or of an export: every file against its digest, and the files against each other."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -134,7 +135,8 @@ def find_faults(output: Path) -> tuple[Faults, int, int]:
         return faults, 0, 0  # the other files are read by these two
     try:
         skeleton = open_skeleton(output)
-        plan = make_plan(skeleton, quant_options(quant))
+        has_encodings = record.options("export").get("checkpoint") != "packed"
+        plan = replace(make_plan(skeleton, quant_options(quant)), has_encodings=has_encodings)
         faults["index"] = list(_index_faults(skeleton, record))
     except ShardQError as error:
         faults["index"] = [str(error)]

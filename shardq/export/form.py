@@ -7,6 +7,7 @@ from shardq.errors import ConfigError, ShardQError, UnsupportedModelError
 from shardq.export.chosen import own_form
 from shardq.export.target import as_served, check_vllm
 from shardq.formats.options import ExportOptions
+from shardq.model.experts import routed_in
 from shardq.model.skeleton import Skeleton
 from shardq.rundir.plan import Plan
 
@@ -47,14 +48,19 @@ def _without_advice(error: ShardQError) -> str:
 
 
 def _check_places(skeleton: Skeleton, plan: Plan) -> None:
-    """Check that codes have a place in a checkpoint of the source's layout: that every matrix is a tensor of its own.
+    """Check that codes have a place in a checkpoint: that every matrix is a tensor of its own in the source, or one of
+    an expert's where transformers joins experts.
 
     Raises:
         ConfigError: one is stored as a part of another tensor, or in parts.
     """
-    for name in plan.grids:
-        if skeleton.tensor(f"{name}.weight").name not in skeleton.source.tensors:
-            raise ConfigError(
-                f"export.checkpoint: packed has no place for codes of {name}, which the source does not store as a "
-                "tensor of its own; choose plain, and --export.formats compressed-tensors"
-            )
+    for block in plan.blocks:
+        paths = routed_in(skeleton.blocks[block.index]) if skeleton.joins_experts else ()
+        experts = tuple(f"{path}." for path in paths)
+        for matrix in block.grids:
+            stored = skeleton.tensor(f"{block.name}.{matrix.tensor}").name
+            if not matrix.name.startswith(experts) and stored not in skeleton.source.tensors:
+                raise ConfigError(
+                    f"export.checkpoint: packed has no place for codes of {block.full_name(matrix)}, which the source "
+                    "does not store as a tensor of its own; choose plain, and --export.formats compressed-tensors"
+                )

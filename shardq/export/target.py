@@ -37,7 +37,8 @@ NARROW = 4  # times that a narrow linear's other side is as long, at least: such
 
 
 def as_served(target: str | None, options: ExportOptions, skeleton: Skeleton, plan: Plan) -> Plan:
-    """The plan with scales in the dtype of the target, or else of the run's own packed checkpoint; or the same plan.
+    """The plan of what the options write: with scales in the dtype of the target, or else of the run's own packed
+    checkpoint; without encodings beside a packed one.
 
     Args:
         target: program that serves the result, if one is asked for.
@@ -46,6 +47,7 @@ def as_served(target: str | None, options: ExportOptions, skeleton: Skeleton, pl
         ConfigError: the plan's grids cannot have scales of that dtype.
     """
     form = served_as(target, options) if target else own_form(options)
+    plan = replace(plan, has_encodings=options.checkpoint != "packed")
     if form.rounded_by is None:
         return plan
     dtype = form.scale_dtype(model_dtype(skeleton, next(iter(plan.grids.values()))))

@@ -22,7 +22,8 @@ class ExportOptions:
     checkpoint: Literal["packed", "plain"] | None = None
     """The output folder's own checkpoint. `packed`: codes and scales as compressed-tensors, which vLLM and transformers
     serve as it is, with scales rounded to the dtype that they are served in before codes are made; `plain`: weights on
-    their grid, for anything that loads Hugging Face checkpoints (default: packed where the grid has such a form)."""
+    their grid, for anything that loads Hugging Face checkpoints, with AIMET's encodings beside them (default: packed
+    where the grid has such a form)."""
     dtype: Literal["float32", "source"] = "float32"
     """Dtype of the quantized linears' weights where they are plain: `float32` holds every grid point exactly; `source`
     takes the source's dtype, half the size, each value rounded to it. Codes and scales in blocks/ are exact either

@@ -5,7 +5,7 @@ which part of one tensor is which of the other. So no operation and no architect
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,10 +40,7 @@ def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
         CheckpointError: the tensors that a rule joins are not all there, or do not fit the model.
         UnsupportedModelError: a rule changes more than the places of values.
     """
-    with own_code(type(model).__name__, "transformers does not tell under which names it is stored"):
-        rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     expected, layout = model.state_dict(), Layout()
     converted: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(source.tensors, key=dot_natural_key):  # the order in which transformers joins them
@@ -64,6 +61,19 @@ def layout_of(source: WeightSource, model: PreTrainedModel) -> Layout:
     for name in layout.keys() & expected.keys():
         check_shape(source.tensors, layout[name], tuple(expected[name].shape))
     return layout
+
+
+def are_joined(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether transformers has a rule for each tensor of a checkpoint, such as an expert's weight, to make others."""
+    renamings, converters = _rules(model)
+    return all(rename_source_key(name, renamings, converters)[1] is not None for name in names)
+
+
+def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    with own_code(type(model).__name__, "transformers does not tell under which names it is stored"):
+        rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def _converted(

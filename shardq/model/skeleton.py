@@ -22,7 +22,7 @@ from shardq.model.build import (
     find_runner,
     models_beside,
 )
-from shardq.model.conversion import layout_of
+from shardq.model.conversion import are_joined, layout_of
 from shardq.model.experts import adapt_experts
 from shardq.model.layout import Layout, Piece, is_whole, tensor_in, with_views
 from shardq.model.stand_in import StandIn
@@ -186,7 +186,8 @@ def skeleton_of(source: WeightSource) -> Skeleton:
     blocks = list(block_list)
     for number, block in enumerate(blocks):
         block_list[number] = StandIn(block)
-    joins = all(len(stored.get(view.fused, ())) > 1 for view in experts.values())
+    one_each = {view.fused: tensors[name].name for name, view in experts.items() if name in tensors}
+    joins = are_joined(model, one_each.values())
     skeleton = Skeleton(source, model, blocks, list_name, layout, tensors, beside, joins)
     _check_tensors(skeleton)
     _check_pieces(skeleton)

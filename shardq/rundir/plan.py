@@ -26,11 +26,13 @@ class Plan:
         blocks: the block plans, in order.
         rest: the tensors outside the blocks, and those of a block that its code does not use, in groups of one file.
         scale_dtype: name of the dtype in which the target keeps scales; None: float32.
+        has_encodings: whether AIMET encodings are written; they belong to plain weights, and may be larger than packed.
     """
 
     blocks: list[BlockPlan]
     rest: list[list[SourceTensor]]
     scale_dtype: str | None = None
+    has_encodings: bool = True
 
     @property
     def num_blocks(self) -> int:
@@ -60,7 +62,7 @@ class Plan:
     @property
     def encoding_versions(self) -> list[encodings.Version]:
         """Versions of AIMET encodings that the run writes: those whose file a program can be expected to load."""
-        return [version for version in ENCODINGS if encodings.fits(version, self.num_scales)]
+        return [version for version in ENCODINGS if self.has_encodings and encodings.fits(version, self.num_scales)]
 
     def with_scales_in(self, dtype: str) -> "Plan":
         """The same plan, with scales rounded to a dtype by name; raises the grids' ValueError where they cannot be."""

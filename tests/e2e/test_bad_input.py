@@ -174,7 +174,8 @@ def test_compiling_that_is_asked_for_needs_a_compiler(llama, token_file, tmp_pat
 
 
 def test_run_goes_on_uncompiled_where_compiling_is_optional(llama, token_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("shardq.commands.prepare.why_not", lambda device: "no C++ compiler")
+    for module in ("prepare", "summary"):  # what chooses, and what says so
+        monkeypatch.setattr(f"shardq.commands.{module}.why_not", lambda device: "no C++ compiler")
     run_quantize(llama, token_file, tmp_path / "out", "--optimize.compile", "auto", "--optimize.iterations", 1)
     assert "not compiled: no C++ compiler" in capsys.readouterr().out
 

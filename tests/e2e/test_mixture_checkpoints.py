@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -42,6 +42,21 @@ def finished(fused: Path, tokens: Path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "out"
     run_quantize(fused, tokens, output, *RTN)
     return output
+
+
+def save_fused_of_joined(folder: Path) -> Path:
+    """A model whose experts transformers joins as it loads them, stored joined, as Qwen3.5's are published."""
+    shard = tiny.save_model(folder, tiny_config("qwen3_moe"), max_shard_size="1GB") / "model.safetensors"
+    tensors = load_file(shard)
+    for number in range(tiny_config("qwen3_moe").num_hidden_layers):
+        experts = f"model.layers.{number}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{experts}.{n}.{name}_proj.weight") for n in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        tensors |= {f"{experts}.gate_up_proj": torch.cat([gate, up], 1), f"{experts}.down_proj": down}
+    save_file(tensors, shard, {"format": "pt"})
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -131,11 +146,16 @@ def test_changed_bytes_of_one_expert_stop_a_resume(fused: Path, tokens: Path, tm
 def test_a_large_block_is_written_in_the_memory_of_a_tensor(
     fused: Path, tokens: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ):
+    model = fused if form == "plain" else save_fused_of_joined(tmp_path / "model")
     arguments = (*RTN, "--export.checkpoint", form, "--optimize.last_block", "output")
-    run_quantize(fused, tokens, tmp_path / "small", *arguments)
+    run_quantize(model, tokens, tmp_path / "small", *arguments)
     for module in (block_file, checkpoint):
         monkeypatch.setattr(module, "LARGE_BYTES", 0)
-    run_quantize(fused, tokens, tmp_path / "large", *arguments)
+    run_quantize(model, tokens, tmp_path / "large", *arguments)
+    verify(parse("verify", [str(tmp_path / "large")]), ONE_RANK)
+    if form == "packed":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "large", output_loading_info=True)
+        assert not any(loaded[1].values())
     small, large = (result_files(tmp_path / name) for name in ("small", "large"))
     names = [name for name in small if name.endswith(".safetensors")]
     assert len(names) > 6 and all(small[name] == large[name] for name in names)

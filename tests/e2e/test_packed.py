@@ -208,3 +208,10 @@ def test_the_folder_has_a_card_whose_recipe_makes_it_again(symmetric: Path, tmp_
     recipe.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL).group(1))
     config = parse("quantize", ["--model", "model", "--config", str(recipe)])
     assert (config.quant.group_size, config.export.checkpoint) == (32, "packed")
+
+
+def test_encodings_are_written_on_request_alone(symmetric: Path, tmp_path: Path):
+    """In groups they may be larger than the packed weights."""
+    assert not list(symmetric.rglob("*encodings*"))
+    export(parse("export", [str(symmetric), "--format", "aimet", "--output", str(tmp_path / "out")]), ONE_RANK)
+    assert (tmp_path / "out" / "model.encodings").is_file()

@@ -49,6 +49,26 @@ def test_values_are_those_that_transformers_loads_and_go_back(folder: Path):
         assert torch.equal(put_together(tuple(stored.shape), parts), stored), name
 
 
+@pytest.mark.parametrize(("family", "are_joined"), [("qwen3_moe", True), ("gpt_oss", False)])
+def test_what_is_stored_fused_is_read_in_parts_and_known_to_be_joined(tmp_path: Path, family: str, are_joined: bool):
+    """Qwen3-MoE's rules join experts, and take fused ones as they are; gpt-oss has none."""
+    shard = tiny.save_model(tmp_path, tiny_config(family), max_shard_size="1GB") / "model.safetensors"
+    tensors = load_file(shard)
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    if fused not in tensors:
+        for number in range(tiny_config(family).num_hidden_layers):
+            experts = f"model.layers.{number}.mlp.experts"
+            taken = {name: [tensors.pop(f"{experts}.{n}.{name}_proj.weight") for n in range(4)]
+                     for name in ("gate", "up", "down")}  # fmt: skip
+            tensors[f"{experts}.gate_up_proj"] = torch.cat([torch.stack(taken["gate"]), torch.stack(taken["up"])], 1)
+            tensors[f"{experts}.down_proj"] = torch.stack(taken["down"])
+        save_file(tensors, shard, {"format": "pt"})
+    skeleton = open_skeleton(tmp_path)
+    read = skeleton.source.read(skeleton.tensor("model.layers.0.mlp.experts.2.up_proj.weight"))
+    expected = tensors[fused][2].chunk(2)[1] if are_joined else tensors[fused][2][:, 1::2].t()
+    assert torch.equal(read, expected) and skeleton.joins_experts == are_joined
+
+
 def test_an_expert_that_is_missing_is_told(tmp_path: Path):
     folder = tiny.save_model(tmp_path, tiny_config("mixtral"), max_shard_size="1GB")
     tensors = load_file(folder / "model.safetensors")
