@@ -1,6 +1,5 @@
 """The quantizers of a block's matrices, and how weights get into the block and out of it."""
 
-from collections import Counter
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shardq.errors import QuantizationError
-from shardq.matrix import Matrix, assembled
+from shardq.matrix import Matrix
 from shardq.optimize.linear_quantizer import LinearQuantizer, Method
 from shardq.optimize.place import Collect, Place, leaving
 from shardq.optimize.share import Everything, Share
@@ -44,7 +43,7 @@ class BlockQuantizer(nn.Module):
         """Allocate for matrices of a block, whose values leave the block; from here on they are in `dtype`.
 
         Args:
-            grids: the grid of each matrix; of a fused parameter all experts are among them.
+            grids: the grid of each matrix.
             share: the outputs that are quantized on this rank (default: all).
         """
         super().__init__()
@@ -53,13 +52,11 @@ class BlockQuantizer(nn.Module):
         self._num_outputs = [matrix.shape[0] for matrix in grids]
         self._collecting: list[Tensor] = []
         self._fixed: Container[str] = ()
-        parameters = {matrix.tensor: matrix.parameter_in(block) for matrix in grids}
         # Frees their memory; `load` and `serve` bring the weights that the block computes with.
-        num_matrices = Counter(matrix.tensor for matrix in grids)
-        self._places = {name: Place(parameters[name], num, dtype) for name, num in num_matrices.items()}
+        self._places = [Place(matrix.weight_in(block), dtype) for matrix in grids]
         self.quantizers = nn.ModuleList()
-        for matrix, grid in grids.items():
-            like_OI = matrix.part_of(parameters[matrix.tensor])[self._share.outputs(matrix.shape[0])]
+        for (matrix, grid), place in zip(grids.items(), self._places, strict=True):
+            like_OI = place.parameter[self._share.outputs(matrix.shape[0])]
             self.quantizers.append(LinearQuantizer(like_OI, grid, method))
             self._share.made(self.quantizers[-1])
 
@@ -80,7 +77,7 @@ class BlockQuantizer(nn.Module):
         """
         self._fixed = fixed
         for matrix, quantizer in zip(self.matrices, self.quantizers, strict=True):
-            weight_OI = matrix.of(source)
+            weight_OI = source[matrix.tensor]
             part_OI = weight_OI[self._share.outputs(len(weight_OI))]
             if len(part_OI) < len(weight_OI):
                 part_OI = part_OI.clone()  # a view would keep the whole tensor in memory
@@ -108,21 +105,20 @@ class BlockQuantizer(nn.Module):
         Args:
             adding_up: several backward passes will come, whose gradients add up in float32.
         """
-        loaded = list(zip(self.matrices, quantized, strict=True))
-        for name, values in assembled((matrix, weight_OI.detach()) for matrix, weight_OI in loaded).items():
-            self._places[name].load(values, adding_up)
+        for place, weight_OI in zip(self._places, quantized, strict=True):
+            place.load(weight_OI.detach(), adding_up)
         self._collecting = [
-            Collect.apply(weight_OI, self._places[matrix.tensor], matrix.expert, matrix.name in self._fixed)
-            for matrix, weight_OI in loaded
+            Collect.apply(weight_OI, place, matrix.name in self._fixed)
+            for matrix, place, weight_OI in zip(self.matrices, self._places, quantized, strict=True)
         ]
 
     def leaving(self) -> AbstractContextManager:
-        """In the body, free each parameter's values as soon as the backward pass no longer needs them.
+        """In the body, free each weight's values as soon as the backward pass no longer needs them.
 
         So the gradient takes the memory of the values instead of more memory. The block cannot compute after that until
         the next `load`.
         """
-        return leaving(self._places.values())
+        return leaving(self._places)
 
     def collected(self) -> Tensor:
         """A zero whose backward pass hands the gradients collected since the last `load` to the loaded weights.
@@ -162,10 +158,9 @@ class BlockQuantizer(nn.Module):
                 the dtype of the matrix multiplies.
         """
         self._collecting = []
-        for place in self._places.values():
+        for matrix, place in zip(self.matrices, self._places, strict=True):
             place.be_served()
-        for matrix in self.matrices:
-            weight_OI = matrix.part_of(self._places[matrix.tensor].parameter)
+            weight_OI = place.parameter
             for outputs in row_chunks(weight_OI):
                 weight_OI[outputs] = as_written(linears[matrix.name].of(outputs).dequantized())
 

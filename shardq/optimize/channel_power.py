@@ -24,6 +24,6 @@ def channel_power(block: nn.Module, matrices: Iterable[Matrix]) -> Iterator[dict
 
         return add
 
-    power = {matrix: torch.zeros(matrix.shape[1], device=matrix.parameter_in(block).device) for matrix in matrices}
+    power = {matrix: torch.zeros(matrix.shape[1], device=matrix.weight_in(block).device) for matrix in matrices}
     with hooked(block, {matrix: added_to(sums_I) for matrix, sums_I in power.items()}):
         yield {matrix.name: sums_I for matrix, sums_I in power.items()}

@@ -1,4 +1,4 @@
-"""A block's parameter while its matrices are trained: holds weights or gradients, and each only while it is needed."""
+"""A linear's weight while it is trained: holds values or a gradient, and each only while it is needed."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Place:
-    """A parameter of the block while it is trained: a matrix [O, I], or one for each expert [E, O, I]."""
+    """The weight [O, I] of a linear in the block while it is trained."""
 
-    def __init__(self, parameter: nn.Parameter, num_matrices: int, dtype: torch.dtype):
-        self.parameter, self._num_matrices = parameter, num_matrices
-        self._num_collecting = 0  # number of its matrices whose gradient has not been taken yet
+    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype):
+        self.parameter = parameter
         self.make_room(dtype)
 
     @property
@@ -33,7 +32,7 @@ class Place:
         Args:
             adding_up: gradients add up in float32.
         """
-        parameter, self._num_collecting = self.parameter, self._num_matrices
+        parameter = self.parameter
         parameter.data = values
         parameter.requires_grad_(True)
         parameter.grad = None
@@ -41,15 +40,13 @@ class Place:
         if adding_up:
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
 
-    def take_gradient(self, expert: int | None) -> Tensor:
-        """A matrix' gradient [O, I]; can be taken once. The last one frees parameter and gradient."""
-        # A parameter that no sample reached, such as an idle expert's, has none; all ranks still step it.
+    def take_gradient(self) -> Tensor:
+        """The gradient [O, I]; can be taken once, which frees the values and the gradient."""
+        # A weight that no sample reached, such as an idle expert's, has none; all ranks still step it.
         gradient = torch.zeros_like(self.parameter) if self.parameter.grad is None else self.parameter.grad
-        self._num_collecting -= 1
-        if not self._num_collecting:
-            self.parameter.grad = None
-            self.make_room()
-        return gradient if expert is None else gradient[expert]
+        self.parameter.grad = None
+        self.make_room()
+        return gradient
 
     def be_served(self) -> None:
         """Collect no more gradients, and have memory for values."""
@@ -63,20 +60,20 @@ class Collect(torch.autograd.Function):
     """Zero; its gradient in a fake-quantized weight is the gradient that the weight's place has collected."""
 
     @staticmethod
-    def forward(ctx, weight_OI, place, expert, is_fixed):
+    def forward(ctx, weight_OI, place, is_fixed):
         """The zero."""
-        ctx.place, ctx.expert, ctx.dtype, ctx.is_fixed = place, expert, weight_OI.dtype, is_fixed
+        ctx.place, ctx.dtype, ctx.is_fixed = place, weight_OI.dtype, is_fixed
         return weight_OI.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        """The matrix' gradient [O, I], rounded to the weight's dtype; taken from its place. Zeros if it is fixed."""
-        gradient = ctx.place.take_gradient(ctx.expert).to(ctx.dtype)
-        return torch.zeros_like(gradient) if ctx.is_fixed else gradient, None, None, None
+        """The gradient [O, I], rounded to the weight's dtype; taken from its place. Zeros if it is fixed."""
+        gradient = ctx.place.take_gradient().to(ctx.dtype)
+        return torch.zeros_like(gradient) if ctx.is_fixed else gradient, None, None
 
 
 class _Use(NamedTuple):
-    """A view of a block's parameter that the backward pass needs: size, stride and offset."""
+    """A view of a weight that the backward pass needs: size, stride and offset."""
 
     place: Place
     view: tuple[torch.Size, tuple[int, ...], int]
@@ -84,7 +81,7 @@ class _Use(NamedTuple):
 
 @contextmanager
 def leaving(places: Iterable[Place]) -> Iterator[None]:
-    """In the body, have each parameter freed as soon as the backward pass no longer needs its values."""
+    """In the body, have each weight freed as soon as the backward pass no longer needs its values."""
     by_storage = {place.storage: place for place in places}
     uses: Counter[Place] = Counter()
 

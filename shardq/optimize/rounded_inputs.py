@@ -24,7 +24,7 @@ class RoundedInputs:
         self._grids: dict[Matrix, tuple[Tensor, Tensor] | None] = {}
         self._hooks: dict[Matrix, Callable] = {}
         for matrix in matrices:
-            like, is_static = matrix.parameter_in(block), options.granularity == "tensor"
+            like, is_static = matrix.weight_in(block), options.granularity == "tensor"
             self._grids[matrix] = (torch.ones((), device=like.device), like.new_zeros(())) if is_static else None
             levels = ActivationLevels(bits=options.bits, symmetric=options.symmetric)
             self._hooks[matrix] = _hook(self._grids[matrix], levels)

@@ -15,7 +15,6 @@ from shardq.devices import to_device
 from shardq.errors import QuantizationError, UnsupportedModelError
 from shardq.formats.block_file import read_block
 from shardq.logs import Display, Events
-from shardq.matrix import assembled
 from shardq.model.arguments import Entering, hidden_of, with_hidden
 from shardq.model.block import BlockPlan, LoadedBlock
 from shardq.model.ends import prologue, whole_epilogue
@@ -74,7 +73,7 @@ class Tuning:
         def read(block: BlockPlan) -> dict[str, Tensor]:
             linears = self.linears(block)
             source = read_weights(self.skeleton, block, device, {matrix.tensor for matrix in block.grids})
-            return source | assembled((matrix, dequantized(linears[matrix.name])) for matrix in block.grids)
+            return source | {matrix.tensor: dequantized(linears[matrix.name]) for matrix in block.grids}
 
         return stream_blocks(self.skeleton, blocks, device, dtype, partial(self.events.waiting, "input"), read=read)
 
@@ -188,7 +187,7 @@ def _loss(tuning: Tuning, output_1TD: Tensor, sample: int, labels_1T: Tensor, to
 def _back_through(tuning: Tuning, loaded: LoadedBlock, samples: list[int], gradients: list[Tensor], step: int) -> None:
     """Take the samples' gradients from a block's output to its input, in place, and step the block's scales."""
     forward, tuner = _forward(loaded), tuning.tuners[loaded.index]
-    weights = {matrix.name: matrix.parameter_in(loaded.module) for matrix in loaded.plan.grids}
+    weights = {matrix.name: matrix.weight_in(loaded.module) for matrix in loaded.plan.grids}
 
     def load(sample: int) -> Tensor | Entering:
         return tuning.activations.entering("quant", loaded.index, [sample])

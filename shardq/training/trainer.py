@@ -204,7 +204,7 @@ def trainer_for(job: Job, loaded: LoadedBlock) -> BlockTrainer:
 def _make_trainer(job: Job, loaded: LoadedBlock) -> BlockTrainer:
     recipe, optimize, grids = job.recipe, job.recipe.optimize, loaded.plan.grids
     kernels = adascale.Kernels(*(job.compiled(kernel, True) for kernel in adascale.Kernels()))
-    dtypes = (matrix.of(loaded.source).dtype for matrix in grids)
+    dtypes = (loaded.source[matrix.tensor].dtype for matrix in grids)
     share = job.engine.share(next(dtypes, optimize.dtype))
     quantizer = BlockQuantizer(loaded.module, grids, recipe.method, kernels, optimize.dtype, share)
     rounds = recipe.activations.in_training
@@ -246,7 +246,7 @@ def served_forward(job: Job, loaded: LoadedBlock) -> Forward:
     if not (job.compiles(loaded) and job.recipe.trains(plan) and arguments.is_fixed) or plan.activations:
         return loaded
     passed = (arguments.args, arguments.kwargs, loaded.dtype, optimize.loss)
-    weights = [matrix.parameter_in(loaded.module) for matrix in plan.grids]
+    weights = [matrix.weight_in(loaded.module) for matrix in plan.grids]
 
     def compiled(hidden_NTD: Tensor) -> Tensor:
         if len(hidden_NTD) % job.samples_at_once:

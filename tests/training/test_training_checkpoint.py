@@ -28,7 +28,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 
 NAMES = ("mlp.up", "attn.q", "mlp.down")  # in an order that is not theirs by name
-GRIDS = {Matrix(name=name, module=name, shape=(3, 8)): GRID for name in NAMES}
+GRIDS = {Matrix(name=name, shape=(3, 8)): GRID for name in NAMES}
 
 
 def make_best(loss: float = 0.25) -> BestIterate:
