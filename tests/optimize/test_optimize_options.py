@@ -14,7 +14,8 @@ AIMET = {
     "start": "minmax", "loss": "squared", "held_out": 0, "optimizer": "adam", "retries": 2,
     "last_block": "output", "label_weight": 0.0, "min_expert_tokens": 128,
 }  # fmt: skip
-OPEN = {"micro_batch": None, "memory_gib": None, "compile": "auto", "experts": "auto"}  # decided where model and machine are known
+# Decided where model and machine are known.
+OPEN = {"micro_batch": None, "memory_gib": None, "compile": "auto", "experts": "auto"}
 GIVEN = {
     "iterations": 7, "grid_lr": 0.5, "weight_lr": 0.25, "fp_mix": 0.0, "batch_size": 6, "micro_batch": 3,
     "memory_gib": 1.5, "precision": "bf16", "compile": "off", "start": "search", "loss": "token", "held_out": 2,
