@@ -11,8 +11,7 @@ from tiny_config import FIRST_SPECIAL_TOKEN, tiny_config
 # Kinds of decoder that differ in what streaming depends on: rotary and learned positions, biases by distance, windows
 # and capped logits, tied and own heads, keys of low rank, convolutions and states, weights that blocks share, a wrapper
 # whose tensors are renamed, fused experts, weights that are stored transposed.
-QUICK = ("llama, rope yarn", "opt, narrow embedding", "falcon, alibi", "qwen2, window", "gemma4_text, shared keys",
-         "deepseek_v32, dense", "gemma3n_text", "falcon_h1", "zamba2", "mistral3", "granitemoe", "gpt2")  # fmt: skip
+QUICK = ("opt, narrow embedding", "falcon, alibi", "gemma3n_text", "zamba2", "mistral3", "granitemoe", "gpt2")
 KEPT = {row.family: row for row in kept_rows()}
 
 
