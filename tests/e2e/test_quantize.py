@@ -154,7 +154,8 @@ def test_models_of_other_forms_are_quantized_and_evaluated(config, token_file, t
 
 def test_evaluation_rounds_to_nearest_as_a_plain_rounding_does(llama, token_file):
     expected = whole_model_perplexity(llama, token_file, round_linears_to_nearest)
-    measured = run_evaluate(llama, token_file, "--quant.method", "rtn", "--quant.full_range", "false")
+    measured = run_evaluate(llama, token_file, "--quant.method", "rtn", "--quant.full_range", "false",
+                            "--quant.group_size", -1)  # fmt: skip
     assert measured["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert measured["tokens"] == 8 * 63
 
@@ -162,7 +163,7 @@ def test_evaluation_rounds_to_nearest_as_a_plain_rounding_does(llama, token_file
 def test_quantizing_without_training_equals_evaluating_rounded(llama, token_file, tmp_path):
     summary = run_quantize(llama, token_file, tmp_path / "out", "--quant.method", "rtn")
     assert summary["loss_before"] == summary["loss_after"]
-    rounded = run_evaluate(llama, token_file, "--quant.method", "rtn")["perplexity"]
+    rounded = run_evaluate(llama, token_file, "--quant.method", "rtn", "--quant.group_size", -1)["perplexity"]
     assert run_evaluate(tmp_path / "out", token_file)["perplexity"] == pytest.approx(rounded, rel=1e-6)
 
 

@@ -250,12 +250,21 @@ class TestMakeManifest:
         assert opened(tmp_path, self.manifest(llama), "require") == []
 
     def test_neither_time_nor_paths_are_in_it(self, llama: Path, tmp_path: Path):
-        first = self.manifest(llama)
+        first = self.manifest(llama, dataclasses.replace(self.CONFIG, model=str(llama)))
         time.sleep(0.01)
         elsewhere = shutil.copytree(llama, tmp_path / "copy")
         moved = dataclasses.replace(self.CONFIG, model=str(elsewhere), output=str(tmp_path / "out"))
         assert json.dumps(self.manifest(elsewhere, moved)) == json.dumps(first)
         assert str(llama) not in json.dumps(first)
+
+    def test_a_name_of_the_hub_is_in_it_and_is_no_other_run(self, llama: Path, tmp_path: Path):
+        cached = tmp_path / "models--owner--name" / "snapshots" / "0123"
+        shutil.copytree(llama, cached)
+        named = [self.manifest(llama, dataclasses.replace(self.CONFIG, model=str(model)))
+                 for model in ("owner/name", cached)]  # fmt: skip
+        assert [manifest["model"]["name"] for manifest in named] == ["owner/name"] * 2
+        local = self.manifest(llama, dataclasses.replace(self.CONFIG, model=str(llama)))
+        assert "name" not in local["model"] and differences(local, named[0]) == {}
 
     @pytest.mark.parametrize(
         "change",
