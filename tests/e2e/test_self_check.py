@@ -84,7 +84,9 @@ HANDING_ON = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gemma4", "glm_moe_dsa", pytest.param("gemma3n", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["gemma4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3n", "glm_moe_dsa"))]
+)
 def test_a_run_of_blocks_that_hand_tensors_on_is_the_whole_models_also_when_it_is_resumed(
     name: str, tokens: Path, tmp_path: Path
 ):

@@ -163,7 +163,7 @@ def test_rank_that_was_stopped_on_another_host_learns_that_the_others_are_gone(t
 @pytest.mark.parametrize(
     "who, line",
     [(0, "[rank 1] rank 0 cannot be reached at {} (it has not come within 15 s)"),
-     (1, "[rank 0] not all ranks have come within 15 s, missing: 1;")],
+     pytest.param(1, "[rank 0] not all ranks have come within 15 s, missing: 1;", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_rank_that_never_comes_is_named(tmp_path, who, line):
     finished = tiny.torchrun(2, [worker.__file__, "absent", str(who), tmp_path], SHARDQ_MEETING_SECONDS=15)
