@@ -22,7 +22,7 @@ from shardq.training.activation_grids import simulated, written_grids
 from shardq.training.parts import Parts, again_by_parts
 from shardq.training.passes import advance, replay
 from shardq.training.self_check import Check, self_check
-from shardq.training.streamed import of_experts
+from shardq.training.streamed import Read, of_experts
 from shardq.training.trainer import Job, served_forward
 
 
@@ -91,6 +91,10 @@ def parts_of(run: Run, block: BlockPlan) -> Parts | None:
         agree(run.skeleton.source.digests, stored, run.ranks)
         return values
 
+    return _parts(run, read)
+
+
+def _parts(run: Run, read: Read) -> Parts:
     return Parts(at_once=run.experts_at_once, read=read, folder=run.cache / "experts")
 
 
@@ -139,7 +143,7 @@ def _again(run: Run, job: Job, loaded: LoadedBlock) -> None:
             matrix.put(loaded.module, weight_OI)
 
     if _read_later(run, loaded.plan):
-        parts = Parts(at_once=run.experts_at_once, read=partial(_read_experts, run), folder=run.cache / "experts")
+        parts = _parts(run, partial(_read_experts, run))
         again_by_parts(job, loaded, parts, partial(_read_written_experts, run), put_written)
         return
     forward = served_forward(job, loaded)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
+from by_the_library import compressed
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -153,7 +153,6 @@ def by_the_library(form: str, scale_dtype: torch.dtype) -> tuple[dict[str, Tenso
     """Tensors and config of a linear [130, 192] that the library compresses, and what it decompresses."""
     stored_as, more, shape = FORMS[form]
     args = QuantizationArgs(**{"num_bits": 8, "type": "float", "symmetric": True} | more)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=stored_as)
     generator = torch.Generator().manual_seed(5)
     state = {"weight": torch.randn(130, 192, generator=generator).bfloat16() * 0.05, "weight_scale": scales(*shape)}
     if form.startswith("mx"):
@@ -161,12 +160,7 @@ def by_the_library(form: str, scale_dtype: torch.dtype) -> tuple[dict[str, Tenso
     elif form == "nvfp4":
         state |= {"weight_scale": scales(*shape) * 300, "weight_global_scale": torch.tensor([321.7])}
     state["weight_scale"] = state["weight_scale"].to(scale_dtype)
-    compressor = BaseCompressor.get_value_from_registry(stored_as)
-    compressed = compressor.compress(dict(state), scheme)
-    decompressed = compressor.decompress(dict(compressed), scheme)["weight"]
-    config = {"quant_method": "compressed-tensors", "format": stored_as,
-              "config_groups": {"group_0": scheme.model_dump(mode="json", exclude_none=True)}}  # fmt: skip
-    return {f"l.{name}": tensor for name, tensor in compressed.items()}, config, decompressed
+    return compressed(args, stored_as, state)
 
 
 class TestCompressedTensors:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_the_library import compressed
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -40,19 +41,13 @@ def library_folder(stored_as: str, symmetric: bool, bits: int, strategy: str) ->
     args = QuantizationArgs(
         num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=32 if strategy == "group" else None
     )
-    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=stored_as)
     shape = {"group": (O, I // 32), "channel": (O, 1), "tensor": (1,)}[strategy]
     generator = torch.Generator().manual_seed(bits)
     scale = (torch.rand(shape, generator=generator) * 0.01 + 0.001).bfloat16()
     state = {"weight": torch.randn(O, I, generator=generator).bfloat16() * 0.05, "weight_scale": scale}
     if not symmetric:
         state["weight_zero_point"] = torch.randint(-3, 4, shape, generator=generator).to(torch.int8)
-    compressor = BaseCompressor.get_value_from_registry(stored_as)
-    compressed = compressor.compress(dict(state), scheme)
-    expected = compressor.decompress(dict(compressed), scheme)["weight"]
-    config = {"quant_method": "compressed-tensors", "format": stored_as,
-              "config_groups": {"group_0": scheme.model_dump(mode="json", exclude_none=True)}}  # fmt: skip
-    return {f"l.{name}": tensor for name, tensor in compressed.items()}, config, expected
+    return compressed(args, stored_as, state)
 
 
 class TestCompressedTensors:
